@@ -1,0 +1,1 @@
+"""What an EMO model is: its configuration, routing, reference implementation and checkpoint."""
