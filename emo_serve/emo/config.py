@@ -122,7 +122,7 @@ def load_config(directory: Path) -> EmoConfig:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict) or fields.get("model_type") != "emo":
         found = fields.get("model_type") if isinstance(fields, dict) else type(fields).__name__
-
+        raise ConfigError(f"{path}: model_type is {found!r}; only 'emo' checkpoints are served")
     try:
         return EmoConfig(**fields)
     except ConfigError as error:

@@ -178,11 +178,9 @@ class DenseMlp(nn.Module):
 
     def __init__(self, config: EmoConfig) -> None:
         super().__init__()
-        width, inner, bias = (
-            config.hidden_size,
-            config.dense_intermediate_size,
-            config.dense_mlp_bias,
-        )
+        assert config.dense_intermediate_size is not None, "EmoConfig checks this"
+        width, inner = config.hidden_size, config.dense_intermediate_size
+        bias = config.dense_mlp_bias
         self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
