@@ -1,0 +1,400 @@
+"""What a pool is: per MoE layer a set of experts, the temperature they are routed at, and a name.
+
+A pool is a value: frozen, compared by content, and every operation returns a new one. Whatever is
+built, from a file or in memory, has been checked against itself; whether it fits a model is asked
+separately (`check_fits`), since a pool file can be read where the model is not.
+
+The file, "emo-pool/1", is one JSON object:
+
+    {"format": "emo-pool/1", "name": "math",
+     "layers": [null, {"experts": [3, 17], "scores": [0.01, ...]}, ...],
+     "description": "...", "router_temperature": 1.0,
+     "model": {"name": "...", "fingerprint": "..."},
+     "calibration": {"method": "router", "documents": 20, "tokens": 5120}}
+
+`layers` has one entry a layer, null for a dense one. `scores`, where present, ranks ALL experts of
+the layer, so that one file can be cut to any size. Shared and always-active experts are implied:
+they belong to every pool, listed or not. Whatever follows `layers` above may be left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emo_serve.errors import ConfigError, PoolFileError, RequestError
+from emo_serve.pools.strict_json import (
+    optional_text,
+    read_json,
+    refusal,
+    required_object,
+    required_real,
+)
+
+if TYPE_CHECKING:  # emo.config imports transformers; reading a pool must not
+    from emo_serve.emo.config import MoeLayer
+
+__all__ = ["FORMAT", "ExpertPool", "LayerExperts", "PoolCalibration", "PoolModel", "check_name"]
+
+FORMAT = "emo-pool/1"
+UNION = "+"
+_NAME = re.compile(r"[a-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """The experts of one MoE layer, ascending; `scores` has one number for EACH of the layer's."""
+
+    experts: tuple[int, ...]
+    scores: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", tuple(sorted(self.experts)))
+        if self.scores is not None:
+            object.__setattr__(self, "scores", tuple(map(float, self.scores)))
+
+
+@dataclass(frozen=True)
+class PoolModel:
+    """The model a pool was made for; the fingerprint covers its config and gates."""
+
+    name: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class PoolCalibration:
+    """How a pool was found, and from how much text."""
+
+    method: str
+    documents: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class ExpertPool:
+    """Name the experts, per layer, that a request may use; None stands for a dense layer.
+
+    Raises PoolFileError for ids or scores that no model could have. In memory any name will do (a
+    union is called "a+b"); only a name that `check_name` takes can be written to a file.
+    """
+
+    name: str
+    layers: tuple[LayerExperts | None, ...]
+    router_temperature: float = 1.0
+    description: str = ""
+    model: PoolModel | None = None
+    calibration: PoolCalibration | None = None
+
+    def __post_init__(self) -> None:
+        source = f"pool {self.name!r}"
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for index, layer in enumerate(self.layers):
+            if layer is not None:
+                _check_layer(source, index, layer.experts, layer.scores)
+        temperature = _checked_temperature(source, self.router_temperature)
+        object.__setattr__(self, "router_temperature", temperature)
+
+    # -- views --
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Return the sha256, in hex, of what decides the output: experts and temperature.
+
+        Complete pools before comparing hashes: an implied expert counts where it is listed.
+        """
+        experts = [None if layer is None else layer.experts for layer in self.layers]
+        content = json.dumps([FORMAT, experts, self.router_temperature], separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @cached_property
+    def expert_ids(self) -> tuple[tuple[int, ...], ...]:
+        """Return the expert ids of each layer, ascending; () for a dense layer."""
+        return tuple(() if layer is None else layer.experts for layer in self.layers)
+
+    # -- maths --
+
+    @classmethod
+    def base(cls, moe_layers: Sequence[MoeLayer | None], name: str = "base") -> ExpertPool:
+        """Build the base pool: all experts of every layer."""
+        layers = (
+            None if layer is None else LayerExperts(tuple(range(layer.num_experts)))
+            for layer in moe_layers
+        )
+        return cls(name, tuple(layers))
+
+    def complete(self, moe_layers: Sequence[MoeLayer | None]) -> ExpertPool:
+        """Add the model's shared and always-active experts; the pool must fit the model."""
+        layers: list[LayerExperts | None] = []
+        for pair in _paired(self, moe_layers):
+            if pair is None:
+                layers.append(None)
+                continue
+            layer, model_layer = pair
+            layers.append(replace(layer, experts=tuple({*layer.experts, *model_layer.implied})))
+        return replace(self, layers=tuple(layers))
+
+    def union(self, other: ExpertPool) -> ExpertPool:
+        """Unite two pools of one model, in either order with the same result; it has no scores.
+
+        Raises RequestError when the two are routed at different temperatures: a request has one.
+        """
+        both = f"pools {self.name!r} and {other.name!r} cannot be united"
+        if self.router_temperature != other.router_temperature:
+            raise RequestError(
+                f"{both}: a request routes at one router_temperature, they have"
+                f" {self.router_temperature} and {other.router_temperature}"
+            )
+        if [layer is None for layer in self.layers] != [layer is None for layer in other.layers]:
+            raise RequestError(f"{both}: they were made for models of different layers")
+        layers = tuple(
+            LayerExperts(tuple({*mine.experts, *theirs.experts})) if mine and theirs else None
+            for mine, theirs in zip(self.layers, other.layers, strict=True)
+        )
+        names = {*self.name.split(UNION), *other.name.split(UNION)}
+        return ExpertPool(
+            name=UNION.join(sorted(names)),
+            layers=layers,
+            router_temperature=self.router_temperature,
+            model=self.model if self.model == other.model else None,
+        )
+
+    def cut(self, k: int, moe_layers: Sequence[MoeLayer | None]) -> ExpertPool:
+        """Keep the `k` best-scored experts of each layer, implied ones included, never dropped.
+
+        All experts of the layer compete, not only the pool's: with its scores a pool can grow as
+        well as shrink. Ties go to the lower id; a layer of fewer than `k` experts keeps all.
+        Raises ConfigError for a `k` too small, PoolFileError for a layer without scores.
+        """
+        layers: list[LayerExperts | None] = []
+        for index, pair in enumerate(_paired(self, moe_layers)):
+            if pair is None:
+                layers.append(None)
+                continue
+            layer, model_layer = pair
+            implied = model_layer.implied
+            if k < max(1, len(implied)):
+                raise ConfigError(
+                    f"cannot cut pool {self.name!r} to {k} experts: layer {index} needs at least"
+                    f" {max(1, len(implied))} (shared and always-active experts are never dropped)"
+                )
+            scores = layer.scores
+            if scores is None:
+                expected = f"{model_layer.num_experts} numbers, by which to cut to {k} experts"
+                raise refusal(f"pool {self.name!r}", "scores", None, expected, index)
+            chosen = {e for e in range(model_layer.num_experts) if e not in implied}
+            best = sorted(chosen, key=lambda e: (-scores[e], e))[: k - len(implied)]
+            layers.append(replace(layer, experts=tuple({*implied, *best})))
+        return replace(self, layers=tuple(layers))
+
+    # -- fit --
+
+    def check_fits(
+        self, moe_layers: Sequence[MoeLayer | None], fingerprint: str | None, source: str
+    ) -> None:
+        """Raise PoolFileError, naming `source`, layer and value, unless the model can use it.
+
+        `fingerprint` is the checkpoint's; None, or a pool without one, leaves it unchecked.
+        """
+        made_for = self.model.fingerprint if self.model else None
+        if fingerprint is not None and made_for not in (None, fingerprint):
+            raise refusal(source, "model.fingerprint", made_for, f"this model's, {fingerprint!r}")
+        if len(self.layers) != len(moe_layers):
+            expected = f"one a layer of the model, {len(moe_layers)}"
+            raise refusal(source, "the number of layers", len(self.layers), expected)
+        for index, (layer, model_layer) in enumerate(zip(self.layers, moe_layers, strict=True)):
+            if model_layer is None:
+                if layer is not None:
+                    listed = list(layer.experts)
+                    raise refusal(source, "experts", listed, "null: the layer is dense", index)
+                continue
+            if layer is None:
+                expected = f"experts: the layer has {model_layer.num_experts} and is not dense"
+                raise refusal(source, "the entry", None, expected, index)
+            _check_layer_fits(source, index, layer, model_layer)
+
+    # -- file --
+
+    @classmethod
+    def read(cls, path: Path) -> ExpertPool:
+        """Read one pool file; PoolFileError names file, layer, value and what was expected."""
+        return _parse(str(path), read_json(path))
+
+    def write(self, path: Path) -> None:
+        """Write the pool as one file; readers see the old file or the new one, never a part.
+
+        Raises PoolFileError for a name no file may carry and for a place that cannot be written.
+        """
+        check_name(str(path), self.name)
+        # The catalog reads *.json; this name is not one, and two writers do not meet in it.
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            try:
+                with partial.open("w", encoding="utf-8") as file:
+                    file.write(_format(self))
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise PoolFileError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+# -- checks --
+
+
+def check_name(source: str, name: object) -> str:
+    """Return the name a pool file carries, or raise PoolFileError."""
+    if isinstance(name, str) and _NAME.fullmatch(name):
+        return name
+    expected = "1 to 64 of a-z 0-9 . _ - ('+' is reserved for unions, ':' for base:pool)"
+    raise refusal(source, "name", name, expected)
+
+
+def _checked_temperature(source: str, value: object) -> float:
+    expected = "a finite number above 0"
+    temperature = required_real(source, "router_temperature", value, expected)
+    if temperature <= 0:
+        raise refusal(source, "router_temperature", value, expected)
+    return temperature
+
+
+def _check_layer(
+    source: str, index: int, experts: Sequence[object], scores: Sequence[object] | None
+) -> None:
+    """Refuse what fits no model at all."""
+    seen: set[int] = set()
+    for place, expert in enumerate(experts):
+        if type(expert) is not int or expert < 0:  # a bool is an int to isinstance
+            raise refusal(source, f"experts[{place}]", expert, "an id of 0 or more", index)
+        if expert in seen:
+            raise refusal(source, f"experts[{place}]", expert, "each id once", index)
+        seen.add(expert)
+    if scores is None:
+        return
+    for place, score in enumerate(scores):
+        required_real(source, f"scores[{place}]", score, "a finite number", index)
+    if seen and len(scores) <= max(seen):
+        expected = f"one for each expert of the layer, at least {max(seen) + 1}"
+        raise refusal(source, "the number of scores", len(scores), expected, index)
+
+
+def _check_layer_fits(source: str, index: int, layer: LayerExperts, model_layer: MoeLayer) -> None:
+    num_experts = model_layer.num_experts
+    for expert in layer.experts:
+        if expert >= num_experts:
+            raise refusal(source, "an expert", expert, f"an id from 0 to {num_experts - 1}", index)
+    if layer.scores is not None and len(layer.scores) != num_experts:
+        expected = f"one for each expert of the layer, {num_experts}"
+        raise refusal(source, "the number of scores", len(layer.scores), expected, index)
+    if not layer.experts and not model_layer.implied:
+        raise refusal(source, "experts", [], "at least one: the layer has no shared ones", index)
+
+
+def _paired(
+    pool: ExpertPool, moe_layers: Sequence[MoeLayer | None]
+) -> Iterator[tuple[LayerExperts, MoeLayer] | None]:
+    """Yield each layer beside the model's, None where dense; refuse a pool that does not fit."""
+    pool.check_fits(moe_layers, None, f"pool {pool.name!r}")
+    for layer, model_layer in zip(pool.layers, moe_layers, strict=True):
+        yield None if layer is None or model_layer is None else (layer, model_layer)
+
+
+# -- file format --
+
+
+def _parse(source: str, document: object) -> ExpertPool:
+    if isinstance(document, dict) and document.get("format", FORMAT) != FORMAT:
+        raise refusal(source, "format", document["format"], repr(FORMAT))
+    fields = required_object(
+        source,
+        "the file",
+        document,
+        required=("format", "name", "layers"),
+        optional=("description", "router_temperature", "model", "calibration"),
+    )
+    layers = fields["layers"]
+    if not isinstance(layers, list) or not layers:
+        raise refusal(source, "layers", layers, "a list with one entry a layer")
+    description = fields.get("description", "")
+    if not isinstance(description, str):
+        raise refusal(source, "description", description, "a string")
+    return ExpertPool(
+        name=check_name(source, fields["name"]),
+        layers=tuple(_parse_layer(source, index, entry) for index, entry in enumerate(layers)),
+        router_temperature=_checked_temperature(source, fields.get("router_temperature", 1.0)),
+        description=description,
+        model=_parse_model(source, fields.get("model")),
+        calibration=_parse_calibration(source, fields.get("calibration")),
+    )
+
+
+def _parse_layer(source: str, index: int, entry: object) -> LayerExperts | None:
+    if entry is None:
+        return None
+    fields = required_object(
+        source, "the entry", entry, required=("experts",), optional=("scores",), layer=index
+    )
+    experts, scores = fields["experts"], fields.get("scores")
+    if not isinstance(experts, list):
+        raise refusal(source, "experts", experts, "a list of ids", index)
+    if scores is not None and not isinstance(scores, list):
+        raise refusal(source, "scores", scores, "a list of numbers", index)
+    _check_layer(source, index, experts, scores)
+    return LayerExperts(tuple(experts), None if scores is None else tuple(scores))
+
+
+def _parse_model(source: str, value: object) -> PoolModel | None:
+    if value is None:
+        return None
+    fields = required_object(source, "model", value, optional=("name", "fingerprint"))
+    return PoolModel(
+        name=optional_text(source, "model.name", fields.get("name")),
+        fingerprint=optional_text(source, "model.fingerprint", fields.get("fingerprint")),
+    )
+
+
+def _parse_calibration(source: str, value: object) -> PoolCalibration | None:
+    if value is None:
+        return None
+    fields = required_object(
+        source, "calibration", value, required=("method",), optional=("documents", "tokens")
+    )
+    if not isinstance(fields["method"], str):
+        raise refusal(source, "calibration.method", fields["method"], "a string")
+    counts: dict[str, int | None] = {}
+    for key in ("documents", "tokens"):
+        count = counts[key] = fields.get(key)  # type: ignore[assignment]  # checked next
+        if count is not None and (type(count) is not int or count < 0):
+            raise refusal(source, f"calibration.{key}", count, "a count of 0 or more")
+    return PoolCalibration(fields["method"], counts["documents"], counts["tokens"])
+
+
+def _format(pool: ExpertPool) -> str:
+    """Return the file's text: a field a line, a layer a line, optional fields only when set."""
+    fields: dict[str, object] = {"format": FORMAT, "name": pool.name}
+    if pool.description:
+        fields["description"] = pool.description
+    if pool.router_temperature != 1.0:
+        fields["router_temperature"] = pool.router_temperature
+    for key, record in (("model", pool.model), ("calibration", pool.calibration)):
+        if record is not None:
+            fields[key] = {k: v for k, v in vars(record).items() if v is not None}
+    head = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in fields.items())
+    layers = ",\n".join(f"  {json.dumps(_layer_fields(layer))}" for layer in pool.layers)
+    return f'{{\n{head} "layers": [\n{layers}\n ]\n}}\n'
+
+
+def _layer_fields(layer: LayerExperts | None) -> dict[str, object] | None:
+    if layer is None:
+        return None
+    fields: dict[str, object] = {"experts": layer.experts}
+    return fields if layer.scores is None else fields | {"scores": layer.scores}
