@@ -1,0 +1,234 @@
+"""The one account of expert slots: (layer, expert) -> slot, with reference counts by pool.
+
+Pure bookkeeping: no weights, no clock, no awaiting. A load has three steps, because the copies take
+time and may fail:
+
+    plan = table.plan_load(key, expert_ids)   # decides, changes nothing
+    table.begin(plan)                         # takes slots and references; new experts are loading
+    table.finish(key)  or  table.abandon(key) # they are resident, or nothing ever happened
+
+Pools share experts. A plan copies only what is missing, and an eviction frees only the slots that
+no other pool refers to. Any number of loads may be under way as long as none needs an expert that
+another is still loading; plans that copy nothing are resident as soon as they begin. Slots are
+handed out lowest first, so equal histories give equal tables.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from emo_serve.errors import ConfigError
+
+__all__ = ["Copy", "ExpertIds", "LayerNeed", "LayerSlots", "LoadPlan", "SlotTable"]
+
+ExpertIds = Sequence[Sequence[int]]
+"""Expert ids of each layer; an empty entry for a dense one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Put one expert of one layer into one slot of that layer."""
+
+    layer: int
+    expert: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What it takes to make one pool resident; valid until the table next changes."""
+
+    key: str
+    expert_ids: tuple[tuple[int, ...], ...]
+    copies: tuple[Copy, ...]
+    version: int
+
+
+@dataclass(frozen=True)
+class LayerNeed:
+    """What a set of experts asks of one layer: slots in all, and experts still to be copied."""
+
+    layer: int
+    needed: int
+    missing: int
+    free: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class LayerSlots:
+    """The slots of one layer: slots == free + resident + loading."""
+
+    slots: int
+    free: int
+    resident: int
+    loading: int
+
+
+@dataclass
+class _Layer:
+    num_experts: int
+    expert_in: list[int | None]
+    slot_of: dict[int, int] = field(default_factory=dict)
+    free: list[int] = field(default_factory=list)  # a heap
+    holders: Counter[int] = field(default_factory=Counter)  # expert -> pools that refer to it
+    loading: set[int] = field(default_factory=set)
+
+
+class SlotTable:
+    """Know which expert sits in which slot, and which pools keep it there.
+
+    `experts_per_layer` is 0 for a dense layer. A layer with fewer experts than `slots_per_layer`
+    has one slot for each. Keys are opaque here; the manager uses a pool's content hash.
+    """
+
+    def __init__(self, experts_per_layer: Sequence[int], slots_per_layer: int) -> None:
+        if slots_per_layer < 1:
+            raise ConfigError(f"slots a layer is {slots_per_layer}; expected at least 1")
+        self._layers: list[_Layer] = []
+        for num_experts in experts_per_layer:
+            slots = min(slots_per_layer, num_experts)
+            self._layers.append(_Layer(num_experts, [None] * slots, free=list(range(slots))))
+        self._pools: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self._copying: dict[str, tuple[Copy, ...]] = {}
+        self._version = 0
+
+    # -- questions --
+
+    @property
+    def experts_per_layer(self) -> tuple[int, ...]:
+        """Return the number of experts the model has in each layer."""
+        return tuple(layer.num_experts for layer in self._layers)
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Return the keys of all pools that hold slots, loading ones included."""
+        return frozenset(self._pools)
+
+    def slot_of(self, layer: int, expert: int) -> int | None:
+        """Return the slot in which an expert is resident; None while it is absent or loading."""
+        held = self._layers[layer]
+        return None if expert in held.loading else held.slot_of.get(expert)
+
+    def covers(self, expert_ids: ExpertIds) -> bool:
+        """Tell whether every one of these experts is resident."""
+        return all(
+            expert in held.slot_of and expert not in held.loading
+            for held, experts in zip(self._layers, expert_ids, strict=True)
+            for expert in experts
+        )
+
+    def needs(self, expert_ids: ExpertIds) -> tuple[LayerNeed, ...]:
+        """Return, for each layer, what making these experts resident would take now."""
+        return tuple(
+            LayerNeed(
+                layer=index,
+                needed=len(experts),
+                missing=sum(expert not in held.slot_of for expert in experts),
+                free=len(held.free),
+                slots=len(held.expert_in),
+            )
+            for index, (held, experts) in enumerate(zip(self._layers, expert_ids, strict=True))
+        )
+
+    def usage(self) -> tuple[LayerSlots, ...]:
+        """Return the account of each layer's slots; a dense layer has none."""
+        return tuple(
+            LayerSlots(
+                slots=len(held.expert_in),
+                free=len(held.free),
+                resident=len(held.slot_of) - len(held.loading),
+                loading=len(held.loading),
+            )
+            for held in self._layers
+        )
+
+    # -- changes --
+
+    def plan_load(self, key: str, expert_ids: ExpertIds) -> LoadPlan:
+        """Choose a slot for every missing expert; the caller has asked `needs` that they fit."""
+        assert key not in self._pools, f"{key} holds its slots already"
+        copies: list[Copy] = []
+        for index, (held, experts) in enumerate(zip(self._layers, expert_ids, strict=True)):
+            assert not held.loading.intersection(experts), "an expert needed is still loading"
+            missing = [expert for expert in sorted(experts) if expert not in held.slot_of]
+            slots = heapq.nsmallest(len(missing), held.free)
+            assert len(slots) == len(missing), f"layer {index} has too few free slots"
+            pairs = zip(missing, slots, strict=True)
+            copies += (Copy(index, expert, slot) for expert, slot in pairs)
+        return LoadPlan(key, tuple(map(tuple, expert_ids)), tuple(copies), self._version)
+
+    def begin(self, plan: LoadPlan) -> None:
+        """Take the plan's slots and references; nothing it refers to can be freed from now on."""
+        assert plan.version == self._version, "the table changed since the plan was made"
+        self._version += 1
+        for copy in plan.copies:
+            held = self._layers[copy.layer]
+            slot = heapq.heappop(held.free)
+            assert slot == copy.slot
+            held.slot_of[copy.expert] = copy.slot
+            held.expert_in[copy.slot] = copy.expert
+            held.loading.add(copy.expert)
+        for held, experts in zip(self._layers, plan.expert_ids, strict=True):
+            held.holders.update(experts)
+        self._pools[plan.key] = plan.expert_ids
+        if plan.copies:
+            self._copying[plan.key] = plan.copies
+
+    def finish(self, key: str) -> None:
+        """Count the copied experts as resident; does nothing for a pool that copied none."""
+        assert key in self._pools, f"{key} holds no slots"
+        self._version += 1
+        for copy in self._copying.pop(key, ()):
+            self._layers[copy.layer].loading.remove(copy.expert)
+
+    def abandon(self, key: str) -> None:
+        """Undo a load that failed: its slots and references go back."""
+        self.finish(key)
+        self.evict(key)
+
+    def evict(self, key: str) -> tuple[Copy, ...]:
+        """Drop a pool's references and return what that freed: experts no other pool refers to."""
+        assert key not in self._copying, f"{key} is loading"
+        self._version += 1
+        freed: list[Copy] = []
+        for index, experts in enumerate(self._pools.pop(key)):
+            held = self._layers[index]
+            for expert in experts:
+                held.holders[expert] -= 1
+                if held.holders[expert]:
+                    continue
+                del held.holders[expert]
+                slot = held.slot_of.pop(expert)
+                held.expert_in[slot] = None
+                heapq.heappush(held.free, slot)
+                freed.append(Copy(index, expert, slot))
+        return tuple(freed)
+
+    # -- self-check --
+
+    def check_integrity(self) -> None:
+        """Assert that slots, experts and references tell one story."""
+        expected = [Counter[int]() for _ in self._layers]
+        for expert_ids in self._pools.values():
+            for count, experts in zip(expected, expert_ids, strict=True):
+                count.update(experts)
+        copying = {(c.layer, c.expert) for copies in self._copying.values() for c in copies}
+        assert self._copying.keys() <= self._pools.keys()
+        assert copying == {(i, e) for i, held in enumerate(self._layers) for e in held.loading}
+        for held, count in zip(self._layers, expected, strict=True):
+            assert held.holders == count
+            assert held.slot_of == dict(_occupied(held))
+            assert held.slot_of.keys() == count.keys()
+            empty = [slot for slot, expert in enumerate(held.expert_in) if expert is None]
+            assert sorted(held.free) == empty
+            assert all(0 <= expert < held.num_experts for expert in held.slot_of)
+
+
+def _occupied(held: _Layer) -> Iterator[tuple[int, int]]:
+    for slot, expert in enumerate(held.expert_in):
+        if expert is not None:
+            yield expert, slot
