@@ -115,8 +115,12 @@ class SlotTable:
 
     def covers(self, expert_ids: ExpertIds) -> bool:
         """Tell whether every one of these experts is resident."""
-        return all(
-            expert in held.slot_of and expert not in held.loading
+        return self.num_absent(expert_ids) == 0
+
+    def num_absent(self, expert_ids: ExpertIds) -> int:
+        """Count the experts among these that are not resident, those on their way included."""
+        return sum(
+            expert not in held.slot_of or expert in held.loading
             for held, experts in zip(self._layers, expert_ids, strict=True)
             for expert in experts
         )
