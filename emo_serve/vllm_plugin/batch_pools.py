@@ -1,0 +1,98 @@
+"""Which pool each token of a batch routes within: request -> pool row -> one row a token.
+
+vLLM has two model runners, and each keeps its requests in its own way. What they share is here:
+`PoolRows` turns one row a request into one row a token, in a buffer that never moves, as CUDA
+graphs require. The V1 runner (CPU) is given its rows by `attach_to_v1_runner`; the V2 runner (CUDA's
+default) finds `EmoModelState` through the model.
+
+Upstream: vllm 0.32.0, v1/worker/gpu_model_runner.py (_init_model_kwargs) and
+v1/worker/gpu/model_states/default.py (DefaultModelState).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from emo_serve.vllm_plugin import POOL_ROW_ARG
+
+__all__ = ["BASE_POOL_ROW", "EmoModelState", "PoolRows", "attach_to_v1_runner", "pool_row_of"]
+
+BASE_POOL_ROW = 0
+"""The base pool's row; also the row of padding and of requests that name none."""
+
+
+def pool_row_of(sampling_params: Any) -> int:
+    """Return the pool row a request carries, the base pool's if it carries none."""
+    extra_args = getattr(sampling_params, "extra_args", None) or {}
+    return int(extra_args.get(POOL_ROW_ARG, BASE_POOL_ROW))
+
+
+class PoolRows:
+    """One pool row a token, int64, in one persistent buffer of `max_num_tokens`."""
+
+    def __init__(self, max_num_tokens: int, device: torch.device) -> None:
+        self.buffer_T = torch.full((max_num_tokens,), BASE_POOL_ROW, device=device)
+
+    def fill(self, row_of_request: np.ndarray, query_start: np.ndarray) -> Tensor:
+        """Write the rows of a batch and return the whole buffer; the rest is the base pool's.
+
+        `query_start` holds the first token of each request and, last, the number of tokens.
+        """
+        rows_T = np.repeat(row_of_request, np.diff(query_start))
+        self.buffer_T[: len(rows_T)].copy_(torch.from_numpy(rows_T))
+        self.buffer_T[len(rows_T) :].fill_(BASE_POOL_ROW)
+        return self.buffer_T
+
+
+def attach_to_v1_runner(runner: Any) -> None:
+    """Make a V1 model runner pass `pool_rows` to the model's forward, in every real step."""
+    rows = PoolRows(runner.max_num_tokens, runner.device)
+    upstream = runner._init_model_kwargs
+
+    def with_pool_rows(num_reqs: int | None = None) -> dict[str, Any]:
+        kwargs: dict[str, Any] = upstream(num_reqs)
+        if num_reqs == 0:  # vLLM's mark of a dummy run
+            return kwargs
+        batch = runner.input_batch
+        ids = batch.req_ids[: batch.num_reqs]
+        row_of_request = [pool_row_of(runner.requests[id].sampling_params) for id in ids]
+        query_start = runner.query_start_loc.np[: batch.num_reqs + 1]
+        kwargs["pool_rows"] = rows.fill(np.array(row_of_request, dtype=np.int64), query_start)
+        return kwargs
+
+    runner._init_model_kwargs = with_pool_rows
+    runner.emo_pool_rows = rows
+
+
+class EmoModelState(DefaultModelState):  # type: ignore[misc]
+    """Give the V2 model runner its pool rows."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self._row_of_state = np.full(self.max_num_reqs, BASE_POOL_ROW, dtype=np.int64)
+        self._rows = PoolRows(self.max_num_tokens, device)
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        super().add_request(req_index, new_req_data)
+        self._row_of_state[req_index] = pool_row_of(new_req_data.sampling_params)
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
+        num_reqs = input_batch.num_reqs
+        row_of_request = self._row_of_state[input_batch.idx_mapping_np[:num_reqs]]
+        query_start = input_batch.query_start_loc_np[: num_reqs + 1]
+        kwargs["pool_rows"] = self._rows.fill(row_of_request, query_start)
+        return kwargs
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        kwargs["pool_rows"] = self._rows.buffer_T
+        return kwargs

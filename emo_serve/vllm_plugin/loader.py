@@ -1,0 +1,64 @@
+"""The load format `emo`: the trunk now, experts when the front end asks for them.
+
+Replaces vLLM's DefaultModelLoader, which reads every tensor of the checkpoint. Here start-up reads
+the trunk only; `EmoForCausalLM.load_experts` reads the rest, expert by expert, from the same files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.config import ModelConfig
+from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from emo_serve.emo.checkpoint import Checkpoint, expert_tensor_name
+from emo_serve.errors import ConfigError
+from emo_serve.vllm_plugin import LOAD_FORMAT
+from emo_serve.vllm_plugin.expert_store import ExpertStore
+
+__all__ = ["EmoModelLoader", "register_loader"]
+
+
+class EmoModelLoader(BaseModelLoader):  # type: ignore[misc]
+    """Read an EMO checkpoint from a local directory."""
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Refuse a Hub name: `emo-serve serve` resolves it to a directory before vLLM starts."""
+        if not Path(model_config.model).is_dir():
+            raise ConfigError(
+                f"--load-format emo needs a local directory, not {model_config.model!r}"
+            )
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Load the trunk; without a front end, all experts too."""
+        self.download_model(model_config)
+        checkpoint = Checkpoint.open(model_config.model)
+        model.store = ExpertStore(checkpoint)
+        model.load_weights(self._tensors(model, checkpoint))
+
+    def _tensors(self, model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+        for name in checkpoint.trunk_names():
+            tensor = checkpoint.tensor(name)
+            model.store.bytes_read += tensor.nbytes
+            yield name, tensor
+        if not model.settings.holds_all:
+            return
+        for layer, moe in model.moe_layers.items():
+            for expert in range(moe.moe.num_experts):
+                for matrix in ("gate", "up", "down"):
+                    name = expert_tensor_name(layer, expert, matrix)
+                    yield name, checkpoint.tensor(name)
+
+
+def register_loader() -> None:
+    """Register the load format once in this process."""
+    from vllm.config.load import LoadConfig
+
+    try:
+        get_model_loader(LoadConfig(load_format=LOAD_FORMAT))
+    except ValueError:
+        register_model_loader(LOAD_FORMAT)(EmoModelLoader)

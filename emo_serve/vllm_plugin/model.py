@@ -1,0 +1,401 @@
+"""EmoForCausalLM for vLLM: a pre-norm decoder whose MoE layers route inside pools.
+
+Everything but the MoE layer is vLLM's own building blocks, so attention, tensor parallelism and
+compilation are vLLM's. `forward` takes one argument more than other models: `pool_rows`, one pool
+row a token, which the model runner supplies (see `batch_pools`); without it every token routes in
+the base pool, which is what plain `vllm serve` does.
+
+Shapes: T tokens of the step (padding included), D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import maybe_prefix
+from vllm.sequence import IntermediateTensors
+
+from emo_serve.emo.checkpoint import ExpertWeights, parse_expert_name
+from emo_serve.emo.config import EmoConfig, MoeLayer
+from emo_serve.errors import CheckpointError, ConfigError
+from emo_serve.vllm_plugin import ADDITIONAL_CONFIG_KEY, MOE_BACKENDS
+from emo_serve.vllm_plugin.backends import MoeBackend, choose_backend
+from emo_serve.vllm_plugin.batch_pools import BASE_POOL_ROW, EmoModelState
+from emo_serve.vllm_plugin.expert_store import ExpertStore, shard_of
+from emo_serve.vllm_plugin.moe import PooledMoE
+
+__all__ = ["EmoForCausalLM", "PluginSettings"]
+
+
+@dataclass(frozen=True)
+class PluginSettings:
+    """What the front end decided for the workers.
+
+    `holds_all` is plain `vllm serve`: no front end, so every expert is loaded with the model and
+    the base pool is published.
+    """
+
+    num_slots: int
+    num_pools: int
+    moe_backend: str
+    holds_all: bool
+
+    @classmethod
+    def read(cls, vllm_config: VllmConfig) -> PluginSettings:
+        """Read additional_config; raises ConfigError on unknown or missing keys."""
+        given = (vllm_config.additional_config or {}).get(ADDITIONAL_CONFIG_KEY)
+        if given is None:
+            most = max((m.num_experts for m in _config(vllm_config).moe_layers if m), default=0)
+            return cls(num_slots=most, num_pools=1, moe_backend="auto", holds_all=True)
+        expected = {"num_slots", "num_pools", "moe_backend"}
+        if set(given) != expected:
+            raise ConfigError(f"additional_config {ADDITIONAL_CONFIG_KEY!r} has {sorted(given)}")
+        if (
+            given["moe_backend"] not in MOE_BACKENDS
+            or min(given["num_slots"], given["num_pools"]) < 1
+        ):
+            raise ConfigError(f"additional_config {ADDITIONAL_CONFIG_KEY!r} is {given}")
+        return cls(**given, holds_all=False)
+
+
+class EmoForCausalLM(nn.Module):
+    """The model vLLM's runners call."""
+
+    packed_modules_mapping = {  # noqa: RUF012  # vLLM's interface
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = _config(vllm_config)
+        self.settings = PluginSettings.read(vllm_config)
+        _refuse_what_cannot_work(vllm_config, self.config)
+        self.backend = _backend(vllm_config, self.config, self.settings)
+        self.model = _EmoModel(
+            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), backend=self.backend
+        )
+        self.lm_head = ParallelLMHead(
+            self.config.vocab_size,
+            self.config.hidden_size,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.register_buffer(
+            "base_rows", torch.full((max_tokens,), BASE_POOL_ROW), persistent=False
+        )
+        self.store: ExpertStore | None = None
+        self.trunk_bytes = 0
+
+    @staticmethod
+    def get_model_state_cls() -> type[EmoModelState]:
+        """Tell vLLM's V2 runner how requests' pools reach `forward`."""
+        return EmoModelState
+
+    @property
+    def moe_layers(self) -> dict[int, PooledMoE]:
+        """Return the MoE layers by layer index."""
+        layers = enumerate(self.model.layers)
+        return {index: layer.mlp for index, layer in layers if isinstance(layer.mlp, PooledMoE)}
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings of token ids."""
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        pool_rows: Tensor | None = None,
+    ) -> Tensor:
+        """Return final hidden states [T, D]; `pool_rows` may be longer than T."""
+        rows_T = (self.base_rows if pool_rows is None else pool_rows)[: positions.shape[-1]]
+        return self.model(input_ids, positions, rows_T, inputs_embeds)  # type: ignore[no-any-return]
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Return logits, None on ranks above 0."""
+        return self.logits_processor(self.lm_head, hidden_states)  # type: ignore[no-any-return]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the trunk and whatever experts come along; return the parameters loaded."""
+        loaded = _TrunkWeights(self)
+        experts: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for name, weight in weights:
+            expert_name = parse_expert_name(name)
+            if expert_name is None:
+                loaded.load(name, weight)
+                continue
+            layer, expert, matrix = expert_name
+            parts = experts.setdefault((layer, expert), {})
+            parts[matrix] = weight
+            if len(parts) == 3:
+                whole = ExpertWeights(parts["gate"], parts["up"], parts["down"])
+                self._place(layer, expert, slot=expert, weights=shard_of(whole))
+                del experts[layer, expert]
+        # Counted now: vLLM's CPU linear layers repack their weights afterwards and drop these.
+        self.trunk_bytes = sum(p.nbytes for p in self.parameters())
+        if self.settings.holds_all:
+            self._publish_base()
+        return loaded.names
+
+    def load_experts(self, copies: Iterable[tuple[int, int, int]]) -> None:
+        """Copy experts from the store into slots, each (layer, expert, slot).
+
+        Raises CheckpointError; slots already copied then hold experts nobody was promised.
+        """
+        if self.store is None:
+            raise CheckpointError("this engine was not started with --load-format emo")
+        for layer, expert, slot in copies:
+            self._place(layer, expert, slot, self.store.read(layer, expert))
+
+    def publish_pool(self, row: int, expert_ids: list[list[int]], temperature: float) -> None:
+        """Let requests of `row` route among `expert_ids`, one list a layer, empty if dense."""
+        for index, layer in self.moe_layers.items():
+            layer.publish(row, expert_ids[index], temperature)
+
+    def _place(self, layer: int, expert: int, slot: int, weights: ExpertWeights) -> None:
+        moe = self.moe_layers[layer]
+        dtype = moe.w13.dtype
+        w13 = torch.cat([weights.gate_FD, weights.up_FD]).to(dtype)
+        w2 = weights.down_DF.to(dtype).contiguous()
+        moe.place(expert, slot, self.backend.pack(w13), self.backend.pack(w2))
+
+    def _publish_base(self) -> None:
+        everything = [list(range(m.num_experts)) if m else [] for m in self.config.moe_layers]
+        self.publish_pool(BASE_POOL_ROW, everything, temperature=1.0)
+
+
+# -- decoder --
+
+
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": -1, "pool_rows": 0, "inputs_embeds": 0}
+)
+class _EmoModel(nn.Module):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str, backend: MoeBackend) -> None:
+        super().__init__()
+        config = _config(vllm_config)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            _DecoderLayer(vllm_config, moe, f"{prefix}.layers.{index}", backend)
+            for index, moe in enumerate(config.moe_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.embed_tokens(input_ids)  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        pool_rows: Tensor,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        x_TD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        residual_TD = None
+        for layer in self.layers:
+            x_TD, residual_TD = layer(positions, x_TD, residual_TD, pool_rows)
+        x_TD, _ = self.norm(x_TD, residual_TD)
+        return x_TD
+
+
+class _DecoderLayer(nn.Module):
+    def __init__(
+        self, vllm_config: VllmConfig, moe: MoeLayer | None, prefix: str, backend: MoeBackend
+    ) -> None:
+        super().__init__()
+        config, settings = _config(vllm_config), PluginSettings.read(vllm_config)
+        self.pre_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = _Attention(vllm_config, f"{prefix}.self_attn")
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp: _DenseMlp | PooledMoE
+        if moe is None:
+            self.mlp = _DenseMlp(config, f"{prefix}.mlp")
+        else:
+            slots, rows = settings.num_slots, settings.num_pools
+            self.mlp = PooledMoE(config, moe, slots, rows, backend, f"{prefix}.mlp")
+
+    def forward(
+        self, positions: Tensor, x_TD: Tensor, residual_TD: Tensor | None, pool_rows_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if residual_TD is None:
+            residual_TD = x_TD
+            x_TD = self.pre_attention_layernorm(x_TD)
+        else:
+            x_TD, residual_TD = self.pre_attention_layernorm(x_TD, residual_TD)
+        x_TD = self.self_attn(positions, x_TD)
+        x_TD, residual_TD = self.pre_feedforward_layernorm(x_TD, residual_TD)
+        return self.mlp(x_TD, pool_rows_T), residual_TD
+
+
+class _Attention(nn.Module):
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config = _config(vllm_config)
+        ranks = get_tensor_model_parallel_world_size()
+        heads, kv_heads, width = config.num_attention_heads, config.num_kv_heads, config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            width,
+            heads,
+            kv_heads,
+            bias=config.attention_bias,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            config.hidden_size,
+            config.hidden_size,
+            bias=config.attention_bias,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.rotary_emb = get_rope(
+            width,
+            max_position=config.max_position_embeddings,
+            rope_parameters=_rope(config),
+            is_neox_style=True,
+        )
+        local_heads, local_kv_heads = heads // ranks, max(1, kv_heads // ranks)
+        self.widths = [local_heads * width, local_kv_heads * width, local_kv_heads * width]
+        self.attn = Attention(
+            local_heads,
+            width,
+            width**-0.5,
+            num_kv_heads=local_kv_heads,
+            cache_config=vllm_config.cache_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
+        qkv, _ = self.qkv_proj(x_TD)
+        q, k, v = qkv.split(self.widths, dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        y_TD, _ = self.o_proj(self.attn(q, k, v))
+        return y_TD  # type: ignore[no-any-return]
+
+
+class _DenseMlp(nn.Module):
+    def __init__(self, config: EmoConfig, prefix: str) -> None:
+        super().__init__()
+        width, inner, bias = (
+            config.hidden_size,
+            config.dense_intermediate_size,
+            config.dense_mlp_bias,
+        )
+        self.gate_up_proj = MergedColumnParallelLinear(
+            width, [inner, inner], bias=bias, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(inner, width, bias=bias, prefix=f"{prefix}.down_proj")
+        self.activation = SiluAndMul()
+
+    def forward(self, x_TD: Tensor, pool_rows_T: Tensor) -> Tensor:
+        gate_up, _ = self.gate_up_proj(x_TD)
+        y_TD, _ = self.down_proj(self.activation(gate_up))
+        return y_TD  # type: ignore[no-any-return]
+
+
+# -- set-up --
+
+
+def _config(vllm_config: VllmConfig) -> EmoConfig:
+    config = vllm_config.model_config.hf_config
+    assert isinstance(config, EmoConfig), type(config)
+    return config
+
+
+def _rope(config: EmoConfig) -> dict[str, Any]:
+    """Return RoPE's parameters for vLLM; `dynamic` changes nothing within the context length."""
+    rope = dict(config.rope_parameters or {})
+    if rope["rope_type"] == "dynamic":
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return rope
+
+
+def _refuse_what_cannot_work(vllm_config: VllmConfig, config: EmoConfig) -> None:
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    ranks = parallel.tensor_parallel_size
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError("pipeline parallelism is not supported: all slabs are planned as one")
+    if parallel.enable_expert_parallel:
+        raise ConfigError("expert parallelism is not supported: use --tensor-parallel-size")
+    if vllm_config.quant_config is not None:
+        raise ConfigError("quantized checkpoints are not supported yet: serve bf16 or fp16 weights")
+    if config.intermediate_size % ranks:
+        raise ConfigError(
+            f"tensor_parallel_size {ranks} does not divide intermediate_size"
+            f" {config.intermediate_size}"
+        )
+    context = config.max_position_embeddings
+    if _rope_type(config) == "dynamic" and model.max_model_len > context:
+        raise ConfigError(
+            f"--max-model-len {model.max_model_len} is over {context}: dynamic RoPE scaling is"
+            " served only within max_position_embeddings"
+        )
+
+
+def _rope_type(config: EmoConfig) -> str:
+    return str((config.rope_parameters or {})["rope_type"])
+
+
+def _backend(vllm_config: VllmConfig, config: EmoConfig, settings: PluginSettings) -> MoeBackend:
+    device = torch.get_default_device()
+    width = config.intermediate_size // vllm_config.parallel_config.tensor_parallel_size
+    backend = choose_backend(settings.moe_backend, device, config.hidden_size, width)
+    graphs = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+    if backend.name == "reference" and device.type == "cuda" and graphs:
+        raise ConfigError(
+            "--moe-backend reference synchronises with the host, which CUDA graphs cannot capture;"
+            " add --enforce-eager"
+        )
+    return backend
+
+
+class _TrunkWeights:
+    """Loads tensors that are not experts, splitting and merging them as vLLM's layers want."""
+
+    def __init__(self, model: EmoForCausalLM) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._merged = {
+            f".{part}.": (f".{whole}.", {"q": "q", "k": "k", "v": "v"}.get(part[0], index))
+            for whole, parts in model.packed_modules_mapping.items()
+            for index, part in enumerate(parts)
+        }
+        self.names: set[str] = set()
+
+    def load(self, name: str, weight: Tensor) -> None:
+        """Load one tensor of the checkpoint; raises CheckpointError if it has no place."""
+        shard: tuple[Any, ...] = ()
+        for part, (whole, shard_id) in self._merged.items():
+            if part in name:
+                name, shard = name.replace(part, whole), (shard_id,)
+        if name not in self._parameters:
+            raise CheckpointError(f"tensor {name} has no place in an EMO model of this config")
+        parameter = self._parameters[name]
+        load: Callable[..., None] = getattr(parameter, "weight_loader", default_weight_loader)
+        load(parameter, weight, *shard)
+        self.names.add(name)

@@ -1,0 +1,128 @@
+"""PooledMoE: gate, pool-masked routing, expert maths over slots.
+
+Replaces vLLM's FusedMoE. What differs: a layer holds `num_slots` experts, not all of them, and
+each token routes inside the pool its request named. Two tables say how, and both may change
+between steps: `slot_of_expert` [E] and, a row a pool, `pool_table` [rows, E] with its router
+temperature. The compiler sees one opaque op a layer, so that it never specialises on them.
+
+Shapes: T tokens, D hidden size, F expert width on this rank, E experts, S slots, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library
+from vllm.config import get_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from emo_serve.emo.config import EmoConfig, MoeLayer
+from emo_serve.emo.routing import route
+from emo_serve.vllm_plugin.backends import MoeBackend
+
+__all__ = ["PooledMoE"]
+
+
+class PooledMoE(nn.Module):
+    """One MoE layer on this rank: gate replicated, every expert's width divided by the ranks."""
+
+    slot_of_expert: Tensor
+    pool_table: Tensor
+    temperatures: Tensor
+    w13: Tensor
+    w2: Tensor
+
+    def __init__(
+        self,
+        config: EmoConfig,
+        moe: MoeLayer,
+        num_slots: int,
+        num_rows: int,
+        backend: MoeBackend,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.moe, self.backend, self.prefix = moe, backend, prefix
+        self.norm_topk_prob = config.norm_topk_prob
+        self.num_ranks = get_tensor_model_parallel_world_size()
+        self.num_slots = min(num_slots, moe.num_experts)
+        width = config.intermediate_size // self.num_ranks
+        self.gate = ReplicatedLinear(
+            config.hidden_size, moe.num_experts, bias=False, prefix=f"{prefix}.gate"
+        )
+        slabs = {
+            "w13": torch.zeros(self.num_slots, 2 * width, config.hidden_size),
+            "w2": torch.zeros(self.num_slots, config.hidden_size, width),
+            # Experts that sit nowhere point at slot 0: no published pool lets a token reach them.
+            "slot_of_expert": torch.zeros(moe.num_experts, dtype=torch.int32),
+            "pool_table": torch.zeros(num_rows, moe.num_experts, dtype=torch.bool),
+            "temperatures": torch.ones(num_rows, dtype=torch.float32),
+        }
+        for name, tensor in slabs.items():
+            self.register_buffer(name, tensor, persistent=False)
+        layers = get_current_vllm_config().compilation_config.static_forward_context
+        layers[prefix] = self
+
+    def forward(self, x_TD: Tensor, pool_rows_T: Tensor) -> Tensor:
+        """Return y_TD, summed over ranks."""
+        logits_TE, _ = self.gate(x_TD)
+        y_TD = torch.ops.emo_serve.pooled_moe(x_TD, logits_TE, pool_rows_T, self.prefix)
+        if self.num_ranks > 1:
+            y_TD = tensor_model_parallel_all_reduce(y_TD)
+        return y_TD  # type: ignore[no-any-return]
+
+    def compute(self, x_TD: Tensor, logits_TE: Tensor, pool_rows_T: Tensor) -> Tensor:
+        """Route and mix this rank's part of the experts; reads the tables as they are now."""
+        routing = route(
+            logits_TE,
+            self.moe,
+            self.pool_table[pool_rows_T],
+            self.temperatures[pool_rows_T, None],
+            self.norm_topk_prob,
+        )
+        slots_TK = self.slot_of_expert[routing.experts_TK]
+        return self.backend(x_TD, routing.weights_TK.contiguous(), slots_TK, self.w13, self.w2)
+
+    def place(self, expert: int, slot: int, w13: Tensor, w2: Tensor) -> None:
+        """Put one expert's packed weights into a slot; no published pool may be using it."""
+        self.w13[slot].copy_(w13)
+        self.w2[slot].copy_(w2)
+        self.slot_of_expert[expert] = slot
+
+    def publish(self, row: int, experts: Sequence[int], temperature: float) -> None:
+        """Let tokens of `row` route among `experts`; all must be in place."""
+        mask_E = torch.zeros_like(self.pool_table[row])
+        mask_E[list(experts)] = True
+        self.pool_table[row].copy_(mask_E)
+        self.temperatures[row] = temperature
+
+    @property
+    def slot_bytes(self) -> int:
+        """Return the bytes of one slot on this rank."""
+        return self.w13[0].nbytes + self.w2[0].nbytes
+
+
+# -- the op the compiler sees --
+
+
+def _pooled_moe(x: Tensor, logits: Tensor, pool_rows: Tensor, layer_name: str) -> Tensor:
+    layer: PooledMoE = get_forward_context().no_compile_layers[layer_name]
+    return layer.compute(x, logits, pool_rows)
+
+
+def _pooled_moe_fake(x: Tensor, logits: Tensor, pool_rows: Tensor, layer_name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+_LIBRARY = Library("emo_serve", "FRAGMENT")
+direct_register_custom_op(
+    "pooled_moe", _pooled_moe, fake_impl=_pooled_moe_fake, target_lib=_LIBRARY
+)

@@ -1,0 +1,110 @@
+"""The calls a front end may make into the workers, through `collective_rpc`.
+
+They run between two engine steps on every rank. A worker method never raises: with several ranks a
+raised error would leave their replies out of step. Each answers {"call_id", "ok", "error", ...}.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from emo_serve.errors import EmoServeError
+from emo_serve.vllm_plugin.batch_pools import EmoModelState, attach_to_v1_runner
+from emo_serve.vllm_plugin.model import EmoForCausalLM
+
+__all__ = ["EmoWorkerExtension", "PoolRowsWorker"]
+
+
+class EmoWorkerExtension:
+    """Mixed into vLLM's worker class by `worker_extension_cls`."""
+
+    model_runner: Any
+    rank: int
+
+    def emo_load_experts(self, call_id: int, copies: list[list[int]]) -> dict[str, Any]:
+        """Copy experts into slots, each [layer, expert, slot]; adds bytes_read and seconds."""
+
+        def load() -> dict[str, Any]:
+            model = self._emo_model()
+            assert model.store is not None
+            before, start = model.store.bytes_read, time.perf_counter()
+            model.load_experts((layer, expert, slot) for layer, expert, slot in copies)
+            seconds = time.perf_counter() - start
+            return {"bytes_read": model.store.bytes_read - before, "seconds": seconds}
+
+        return _answer(call_id, load)
+
+    def emo_publish_pool(
+        self, call_id: int, row: int, expert_ids: list[list[int]], temperature: float
+    ) -> dict[str, Any]:
+        """Let requests of `row` route among these experts, which must be in place."""
+
+        def publish() -> dict[str, Any]:
+            self._emo_model().publish_pool(row, expert_ids, temperature)
+            return {}
+
+        return _answer(call_id, publish)
+
+    def emo_describe(self, call_id: int) -> dict[str, Any]:
+        """Report sizes in bytes on this rank, the backend, the model runner and peak memory."""
+
+        def describe() -> dict[str, Any]:
+            model = self._emo_model()
+            layers = list(model.moe_layers.values())
+            slab = sum(layer.slot_bytes * layer.num_slots for layer in layers)
+            peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return {
+                "rank": self.rank,
+                "trunk_bytes": model.trunk_bytes,
+                "slab_bytes": slab,
+                "slot_bytes": max((layer.slot_bytes for layer in layers), default=0),
+                "num_slots": [layer.num_slots for layer in layers],
+                "bytes_read": model.store.bytes_read if model.store else None,
+                "peak_rss_bytes": peak_kib * 1024,
+                "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+                "moe_backend": model.backend.name,
+                "routes_by_pool": self._emo_routes_by_pool(),
+            }
+
+        return _answer(call_id, describe)
+
+    def _emo_model(self) -> EmoForCausalLM:
+        model = self.model_runner.get_model()
+        assert isinstance(model, EmoForCausalLM), type(model)
+        return model
+
+    def _emo_routes_by_pool(self) -> bool:
+        """Return whether this runner hands each token's pool row to the model."""
+        state = getattr(self.model_runner, "model_state", None)
+        return isinstance(state, EmoModelState) or hasattr(self.model_runner, "emo_pool_rows")
+
+
+class PoolRowsWorker:
+    """Mixed into vLLM's worker classes: gives the V1 model runner its pool rows.
+
+    The V2 runner needs nothing from here, it asks the model for its state class.
+    """
+
+    model_runner: Any
+    use_v2_model_runner: bool
+
+    def init_device(self) -> None:
+        """Initialise the device as upstream does, then attach to a V1 runner."""
+        super().init_device()  # type: ignore[misc]
+        if not self.use_v2_model_runner:
+            attach_to_v1_runner(self.model_runner)
+
+
+def _answer(call_id: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        with torch.inference_mode():
+            return {"call_id": call_id, "ok": True, "error": None, **work()}
+    except EmoServeError as error:
+        return {"call_id": call_id, "ok": False, "error": str(error)}
+    except Exception as error:  # a raise would put the ranks' replies out of step
+        return {"call_id": call_id, "ok": False, "error": f"{type(error).__name__}: {error}"}
