@@ -1,0 +1,52 @@
+# emo-serve: every target sets up what it needs; `make help` lists them.
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# serve
+MODEL =
+POOLS =
+HOST = 127.0.0.1
+PORT = 8000
+# serve, test and bench: further arguments
+ARGS =
+
+# install. PYTHON= and TORCH_INDEX= may also come from the environment.
+LOCK := $(if $(shell nvidia-smi >/dev/null 2>&1 && echo yes),requirements/cuda.lock,requirements/cpu.lock)
+STAMP := $(VENV)/installed-$(notdir $(LOCK))
+export PYTHON TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint bench clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+		awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
+
+install: $(STAMP) ## Make .venv with the pinned versions and emo-serve (PYTHON= TORCH_INDEX= LOCK=)
+
+$(STAMP): $(LOCK) pyproject.toml requirements/install.sh
+	@requirements/install.sh $(VENV) $(LOCK)
+	@rm -f $(VENV)/installed-*
+	@touch $@
+
+serve: install ## Serve the shipped model on 127.0.0.1:8000 (MODEL= POOLS= HOST= PORT= ARGS=)
+	$(BIN)/emo-serve serve $(MODEL) --host $(HOST) --port $(PORT) $(if $(POOLS),--pools $(POOLS)) $(ARGS)
+
+test: install ## Run all tests (ARGS="-k pools" and the like go to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install ## Check style and types: ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install ## Run the benchmarks (BENCH=benchmarks/bench_serving.py for one, ARGS= for its flags)
+	@set -e; for bench in $(BENCH); do \
+		echo "$(BIN)/python $$bench $(ARGS)"; $(BIN)/python $$bench $(ARGS); done
+
+BENCH = $(sort $(wildcard benchmarks/bench_*.py))
+
+clean: ## Remove .venv and every cache
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
