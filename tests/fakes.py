@@ -37,8 +37,8 @@ class Operation:
 class FakeEngine:
     """A PoolEngine that remembers what it was told.
 
-    With `is_holding` every operation stays in `held` until the test releases it; otherwise it ends at
-    once, or raises `failure` if that is set. `slab` and `table` are what a worker would now hold.
+    With `is_holding` every operation stays in `held` until the test releases it; otherwise it ends
+    at once, or raises `failure` if that is set. `slab` and `table` are what a worker would hold.
     """
 
     def __init__(self, *, is_holding: bool = False) -> None:

@@ -41,7 +41,16 @@ from emo_serve.pools.strict_json import (
 if TYPE_CHECKING:  # emo.config imports transformers; reading a pool must not
     from emo_serve.emo.config import MoeLayer
 
-__all__ = ["FORMAT", "ExpertPool", "LayerExperts", "PoolCalibration", "PoolModel", "check_name"]
+__all__ = [
+    "FORMAT",
+    "UNION",
+    "ExpertPool",
+    "LayerExperts",
+    "PoolCalibration",
+    "PoolModel",
+    "check_layer",
+    "check_name",
+]
 
 FORMAT = "emo-pool/1"
 UNION = "+"
@@ -98,7 +107,7 @@ class ExpertPool:
         object.__setattr__(self, "layers", tuple(self.layers))
         for index, layer in enumerate(self.layers):
             if layer is not None:
-                _check_layer(source, index, layer.experts, layer.scores)
+                check_layer(source, index, layer.experts, layer.scores)
         temperature = _checked_temperature(source, self.router_temperature)
         object.__setattr__(self, "router_temperature", temperature)
 
@@ -267,10 +276,10 @@ def _checked_temperature(source: str, value: object) -> float:
     return temperature
 
 
-def _check_layer(
+def check_layer(
     source: str, index: int, experts: Sequence[object], scores: Sequence[object] | None
 ) -> None:
-    """Refuse what fits no model at all."""
+    """Refuse expert ids and scores that fit no model at all; raises PoolFileError."""
     seen: set[int] = set()
     for place, expert in enumerate(experts):
         if type(expert) is not int or expert < 0:  # a bool is an int to isinstance
@@ -348,7 +357,7 @@ def _parse_layer(source: str, index: int, entry: object) -> LayerExperts | None:
         raise refusal(source, "experts", experts, "a list of ids", index)
     if scores is not None and not isinstance(scores, list):
         raise refusal(source, "scores", scores, "a list of numbers", index)
-    _check_layer(source, index, experts, scores)
+    check_layer(source, index, experts, scores)
     return LayerExperts(tuple(experts), None if scores is None else tuple(scores))
 
 

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from emo_serve.errors import PoolFileError
 
-__all__ = ["optional_text", "read_json", "refusal", "required_object", "required_real"]
+__all__ = [
+    "optional_text",
+    "read_json",
+    "refusal",
+    "require_key",
+    "required_object",
+    "required_real",
+]
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = _shown.maxlong = 80
@@ -68,9 +75,17 @@ def required_object(
         if key not in known:
             raise refusal(source, f"a key of {field}", key, f"one of {', '.join(known)}", layer)
     for key in required:
-        if key not in value:
-            raise PoolFileError(f"{_place(source, layer)}: {key!r} is missing from {field}")
+        require_key(source, field, value, key, layer)
     return value
+
+
+def require_key(
+    source: str, field: str, value: Mapping[str, object], key: str, layer: int | None = None
+) -> object:
+    """Return one value of a JSON object, whose other keys may be anything."""
+    if key not in value:
+        raise PoolFileError(f"{_place(source, layer)}: {key!r} is missing from {field}")
+    return value[key]
 
 
 def required_real(

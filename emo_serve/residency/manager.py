@@ -302,7 +302,8 @@ class ResidencyManager:
             return
         raise NoFreePoolRow(
             f"pool {pool.name!r} needs a row of the pool table, and all {self._num_rows} are taken"
-            f" by loaded pools and by unions with running requests; retry when one of these ends"
+            f" by loaded pools and by unions with running requests; retry when a union's requests"
+            f" have ended, or raise --max-pools"
         )
 
     def _is_base(self, pool: ExpertPool) -> bool:

@@ -1,0 +1,91 @@
+"""Pools from pruned checkpoints: read the `pruning_metadata.json` published beside one.
+
+The released pruning scripts (github.com/allenai/EMO, src/hf_training/*prune*.py) write which
+experts of the original model each layer kept. That list is a pool; the rest of the file, which
+differs from script to script, is read for provenance only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emo_serve.pools.pool import (
+    ExpertPool,
+    LayerExperts,
+    PoolCalibration,
+    PoolModel,
+    check_layer,
+    check_name,
+)
+from emo_serve.pools.strict_json import read_json, refusal, require_key
+
+if TYPE_CHECKING:
+    from emo_serve.emo.config import MoeLayer
+
+__all__ = ["read_pruning_metadata"]
+
+_KEPT = "experts_kept_per_layer"
+# The one published method that writes null for an MoE layer: one it left whole.
+_NULL_KEEPS_ALL = "greedy_layerwise_variable"
+
+
+def read_pruning_metadata(
+    path: Path, name: str, moe_layers: Sequence[MoeLayer | None] | None
+) -> ExpertPool:
+    """Build the pool of the experts a pruned checkpoint kept, ids being the original model's.
+
+    With `moe_layers`, the original model's, the pool is checked against them. Raises PoolFileError
+    naming file, layer, value and what was expected.
+    """
+    source = str(path)
+    check_name(source, name)
+    metadata = read_json(path)
+    if not isinstance(metadata, dict):
+        raise refusal(source, "the file", metadata, "an object")
+    kept = require_key(source, "the file", metadata, _KEPT)
+    if not isinstance(kept, list) or not kept:
+        raise refusal(source, _KEPT, kept, "a list with one entry a layer, null for a dense one")
+    keeps_all = metadata.get("pruning_method") == _NULL_KEEPS_ALL
+    layers: list[LayerExperts | None] = []
+    for index, experts in enumerate(kept):
+        model_layer = moe_layers[index] if moe_layers and index < len(moe_layers) else None
+        if experts is None and keeps_all and model_layer is not None:
+            experts = list(range(model_layer.num_experts))
+        if experts is None:
+            layers.append(None)
+            continue
+        if not isinstance(experts, list):
+            raise refusal(source, _KEPT, experts, "a list of ids, or null if dense", index)
+        check_layer(source, index, experts, None)
+        layers.append(LayerExperts(tuple(experts)))
+    pool = ExpertPool(
+        name=name,
+        layers=tuple(layers),
+        description=_description(metadata),
+        model=_model(metadata),
+        calibration=_calibration(metadata),
+    )
+    if moe_layers is not None:
+        pool.check_fits(moe_layers, None, source)
+    return pool
+
+
+def _description(metadata: Mapping[str, object]) -> str:
+    task = metadata.get("task")
+    return f"kept for the task {task}" if isinstance(task, str) else ""
+
+
+def _model(metadata: Mapping[str, object]) -> PoolModel | None:
+    original = metadata.get("original_model")
+    return PoolModel(name=original) if isinstance(original, str) else None
+
+
+def _calibration(metadata: Mapping[str, object]) -> PoolCalibration | None:
+    method, documents = metadata.get("pruning_method"), metadata.get("num_calibration")
+    if not isinstance(method, str):
+        return None
+    if not isinstance(documents, int) or isinstance(documents, bool) or documents < 0:
+        documents = None
+    return PoolCalibration(method, documents)
