@@ -46,7 +46,7 @@ class MoeLayer:
         return frozenset(shared) | frozenset(self.always_active)
 
 
-class EmoConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+class EmoConfig(PreTrainedConfig):
     """Describe an EMO checkpoint (`model_type: emo`); defaults are the released 1B-14B model's.
 
     Raises ConfigError naming field, value and reason when the fields contradict each other.
@@ -89,7 +89,7 @@ class EmoConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        super().__post_init__(**kwargs)
         _check(self)
 
     @property

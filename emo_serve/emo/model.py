@@ -115,7 +115,8 @@ def inverse_frequencies(config: EmoConfig) -> tuple[Tensor, float]:
     if rope["rope_type"] in ("default", "dynamic"):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return rope["rope_theta"] ** -exponents, 1.0
-    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    return frequencies, float(scale)
 
 
 # -- layers --

@@ -48,7 +48,7 @@ class ReferenceBackend:
         self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, w13: Tensor, w2: Tensor
     ) -> Tensor:
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-        for slot in slots_TK.unique().tolist():  # sync: the slots the batch chose
+        for slot in torch.unique(slots_TK).tolist():  # sync: the slots the batch chose
             tokens, places = (slots_TK == slot).nonzero(as_tuple=True)
             gate, up = (x_TD[tokens] @ w13[slot].t()).chunk(2, -1)
             rows = (F.silu(gate) * up) @ w2[slot].t()

@@ -2,8 +2,8 @@
 
 vLLM has two model runners, and each keeps its requests in its own way. What they share is here:
 `PoolRows` turns one row a request into one row a token, in a buffer that never moves, as CUDA
-graphs require. The V1 runner (CPU) is given its rows by `attach_to_v1_runner`; the V2 runner (CUDA's
-default) finds `EmoModelState` through the model.
+graphs require. The V1 runner (CPU) is given its rows by `attach_to_v1_runner`; the V2 runner
+(CUDA's default) finds `EmoModelState` through the model.
 
 Upstream: vllm 0.32.0, v1/worker/gpu_model_runner.py (_init_model_kwargs) and
 v1/worker/gpu/model_states/default.py (DefaultModelState).
@@ -70,7 +70,7 @@ def attach_to_v1_runner(runner: Any) -> None:
     runner.emo_pool_rows = rows
 
 
-class EmoModelState(DefaultModelState):  # type: ignore[misc]
+class EmoModelState(DefaultModelState):
     """Give the V2 model runner its pool rows."""
 
     def __init__(

@@ -9,5 +9,5 @@ from emo_serve.vllm_plugin.worker import PoolRowsWorker
 __all__ = ["EmoCpuWorker"]
 
 
-class EmoCpuWorker(PoolRowsWorker, CPUWorker):  # type: ignore[misc]
+class EmoCpuWorker(PoolRowsWorker, CPUWorker):
     """Serve pools on a CPU."""

@@ -9,5 +9,5 @@ from emo_serve.vllm_plugin.worker import PoolRowsWorker
 __all__ = ["EmoGpuWorker"]
 
 
-class EmoGpuWorker(PoolRowsWorker, Worker):  # type: ignore[misc]
+class EmoGpuWorker(PoolRowsWorker, Worker):
     """Serve pools on a GPU."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -23,7 +23,7 @@ from emo_serve.vllm_plugin.expert_store import ExpertStore
 __all__ = ["EmoModelLoader", "register_loader"]
 
 
-class EmoModelLoader(BaseModelLoader):  # type: ignore[misc]
+class EmoModelLoader(BaseModelLoader):
     """Read an EMO checkpoint from a local directory."""
 
     def download_model(self, model_config: ModelConfig) -> None:
@@ -33,7 +33,7 @@ class EmoModelLoader(BaseModelLoader):  # type: ignore[misc]
                 f"--load-format emo needs a local directory, not {model_config.model!r}"
             )
 
-    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+    def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Load the trunk; without a front end, all experts too."""
         self.download_model(model_config)
         checkpoint = Checkpoint.open(model_config.model)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -83,7 +83,9 @@ class PluginSettings:
 class EmoForCausalLM(nn.Module):
     """The model vLLM's runners call."""
 
-    packed_modules_mapping = {  # noqa: RUF012  # vLLM's interface
+    base_rows: Tensor
+
+    packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
@@ -118,8 +120,8 @@ class EmoForCausalLM(nn.Module):
     @property
     def moe_layers(self) -> dict[int, PooledMoE]:
         """Return the MoE layers by layer index."""
-        layers = enumerate(self.model.layers)
-        return {index: layer.mlp for index, layer in layers if isinstance(layer.mlp, PooledMoE)}
+        blocks = [layer.mlp for layer in self.model.layers]
+        return {index: block for index, block in enumerate(blocks) if isinstance(block, PooledMoE)}
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings of token ids."""
@@ -217,7 +219,7 @@ class _EmoModel(nn.Module):
         pool_rows: Tensor,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        x_TD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x_TD: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         residual_TD = None
         for layer in self.layers:
             x_TD, residual_TD = layer(positions, x_TD, residual_TD, pool_rows)
