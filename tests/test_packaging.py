@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,18 @@ def test_both_packages_import_from_this_checkout() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     files = [Path(name) for name in result.stdout.split()]
     assert files == [ROOT / "emo_serve/__init__.py", ROOT / "kernels/emo_kernels/__init__.py"]
+
+
+def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    wanted = {
+        path.relative_to(base).as_posix()
+        for base, package in ((ROOT, "emo_serve"), (ROOT / "kernels", "emo_kernels"))
+        for path in (base / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert held == wanted
