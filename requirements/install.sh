@@ -22,6 +22,7 @@ is_supported() {
 
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
+        command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is no command here"
         is_supported "$PYTHON" || fail "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1 || true);" \
             "Python 3.11, 3.12 or 3.13 is needed"
         echo "$PYTHON"
