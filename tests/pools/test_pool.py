@@ -1,0 +1,481 @@
+"""Pools as values: the file, the hash, and the maths on random pools of random models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emo_serve.emo.config import MoeLayer
+from emo_serve.errors import ConfigError, PoolFileError, RequestError
+from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration, PoolModel
+
+MODEL = (
+    None,
+    MoeLayer(num_experts=8, num_shared_experts=1, always_active=(), top_k=4),
+    MoeLayer(num_experts=16, num_shared_experts=0, always_active=(2, 5), top_k=4),
+)
+SCORES = tuple(float(expert) for expert in range(8))
+
+
+def a_pool(name: str = "math", **changes: Any) -> ExpertPool:
+    layers = (None, LayerExperts((1, 3), SCORES), LayerExperts((0, 9)))
+    return replace(ExpertPool(name, layers), **changes)
+
+
+# -- strategies --
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[MoeLayer | None, ...]:
+    layers: list[MoeLayer | None] = []
+    for num_experts in draw(st.lists(st.integers(0, 12), min_size=1, max_size=4)):
+        if num_experts == 0:
+            layers.append(None)
+            continue
+        shared = draw(st.integers(0, min(2, num_experts)))
+        always = draw(st.sets(st.integers(0, num_experts - 1), max_size=2)) if not shared else ()
+        layers.append(MoeLayer(num_experts, shared, tuple(sorted(always)), min(4, num_experts)))
+    return tuple(layers)
+
+
+names = st.from_regex(r"[a-z0-9._-]{1,64}", fullmatch=True)
+temperatures = st.floats(0.01, 100)
+
+
+@st.composite
+def pools_of(
+    draw: st.DrawFn,
+    model: tuple[MoeLayer | None, ...],
+    temperature: st.SearchStrategy[float] = temperatures,
+    scored: bool | None = None,
+) -> ExpertPool:
+    layers: list[LayerExperts | None] = []
+    for layer in model:
+        if layer is None:
+            layers.append(None)
+            continue
+        ids = st.integers(0, layer.num_experts - 1)
+        experts = draw(st.lists(ids, unique=True, min_size=1))
+        score = st.floats(allow_nan=False, allow_infinity=False)
+        scores = st.lists(score, min_size=layer.num_experts, max_size=layer.num_experts)
+        has_scores = draw(st.booleans()) if scored is None else scored
+        layers.append(LayerExperts(tuple(experts), tuple(draw(scores)) if has_scores else None))
+    made_for = st.none() | st.builds(PoolModel, st.none() | st.text(), st.none() | st.text())
+    count = st.none() | st.integers(0, 10**12)
+    return ExpertPool(
+        name=draw(names),
+        layers=tuple(layers),
+        router_temperature=draw(temperature),
+        description=draw(st.text()),
+        model=draw(made_for),
+        calibration=draw(st.none() | st.builds(PoolCalibration, st.text(), count, count)),
+    )
+
+
+@st.composite
+def model_and_pools(
+    draw: st.DrawFn, count: int, scored: bool | None = None
+) -> tuple[tuple[MoeLayer | None, ...], list[ExpertPool]]:
+    """Draw a model and pools of one temperature that fit it."""
+    model = draw(models())
+    temperature = st.just(draw(temperatures))
+    pools = [draw(pools_of(model, temperature, scored)) for _ in range(count)]
+    return model, pools
+
+
+def layer_sets(pool: ExpertPool) -> list[set[int]]:
+    return [set(ids) for ids in pool.expert_ids]
+
+
+# -- file --
+
+
+@settings(max_examples=40)
+@given(model_and_pools(1))
+def test_a_file_gives_back_the_pool_that_was_written(
+    tmp_path_factory: pytest.TempPathFactory, drawn: tuple[Any, list[ExpertPool]]
+) -> None:
+    model, (pool,) = drawn
+    path = tmp_path_factory.mktemp("pools") / "pool.json"
+    pool.write(path)
+    read = ExpertPool.read(path)
+    assert read == pool
+    assert read.content_hash == pool.content_hash
+    read.check_fits(model, None, str(path))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_format_is_what_the_documentation_says(tmp_path: Path) -> None:
+    path = tmp_path / "any-name.json"
+    path.write_text(
+        '{"format": "emo-pool/1", "name": "math", "layers": [null, {"experts": [3, 1]},'
+        ' {"experts": [9, 0], "scores": [0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15]}],'
+        ' "description": "d", "router_temperature": 2, "model": {"name": "m", "fingerprint": "f"},'
+        ' "calibration": {"method": "router", "documents": 20, "tokens": 5120}}'
+    )
+    pool = ExpertPool.read(path)
+    assert pool == ExpertPool(
+        name="math",
+        layers=(None, LayerExperts((1, 3)), LayerExperts((0, 9), tuple(map(float, range(16))))),
+        router_temperature=2.0,
+        description="d",
+        model=PoolModel("m", "f"),
+        calibration=PoolCalibration("router", 20, 5120),
+    )
+    pool.check_fits(MODEL, "f", str(path))
+
+
+def test_optional_fields_may_be_absent_or_null(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    layer = {"experts": [1], "scores": None}
+    fields = {"name": "p", "layers": [layer], "model": None, "calibration": None}
+    path.write_text(json.dumps({"format": "emo-pool/1", **fields}))
+    assert ExpertPool.read(path) == ExpertPool("p", (LayerExperts((1,)),))
+
+
+REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"format": "emo-pool/2"}, "format is 'emo-pool/2'; expected 'emo-pool/1'"),
+    ({"name": ""}, "name is ''"),
+    ({"name": "Math"}, "name is 'Math'"),
+    ({"name": "math+code"}, "'+' is reserved for unions"),
+    ({"name": "base:math"}, "':' for base:pool"),
+    ({"name": "math\n"}, "name is"),
+    ({"name": "a" * 65}, "1 to 64 of"),
+    ({"name": 3}, "name is 3"),
+    ({"layers": []}, "layers is []"),
+    ({"layers": {"0": {"experts": [1]}}}, "layers is"),
+    ({"layers": [[1, 2]]}, "layer 0: the entry is [1, 2]; expected an object"),
+    ({"layers": [None, {"expert": [1]}]}, "layer 1: a key of the entry is 'expert'"),
+    ({"layers": [{}]}, "layer 0: 'experts' is missing"),
+    ({"layers": [{"experts": "1"}]}, "layer 0: experts is '1'"),
+    ({"layers": [{"experts": [0, True]}]}, "layer 0: experts[1] is True; expected an id"),
+    ({"layers": [{"experts": [1.0]}]}, "experts[0] is 1.0"),
+    ({"layers": [{"experts": [-1]}]}, "experts[0] is -1"),
+    ({"layers": [{"experts": [4, 2, 4]}]}, "experts[2] is 4; expected each id once"),
+    ({"layers": [{"experts": [2], "scores": [0.1, 0.2]}]}, "the number of scores is 2; expected"),
+    ({"layers": [{"experts": [0], "scores": [True]}]}, "scores[0] is True"),
+    ({"layers": [{"experts": [0], "scores": ["1"]}]}, "scores[0] is '1'"),
+    ({"layers": [{"experts": [0], "scores": [float("nan")]}]}, "layer 0: scores[0] is nan"),
+    ({"layers": [{"experts": [0], "scores": [float("-inf")]}]}, "scores[0] is -inf"),
+    ({"layers": [{"experts": [0], "scores": [10**400]}]}, "layer 0: scores[0] is 1000"),
+    ({"router_temperature": 0}, "router_temperature is 0; expected a finite number above 0"),
+    ({"router_temperature": -1.5}, "router_temperature is -1.5"),
+    ({"router_temperature": float("inf")}, "router_temperature is inf"),
+    ({"router_temperature": True}, "router_temperature is True"),
+    ({"router_temperature": None}, "router_temperature is None"),
+    ({"description": 5}, "description is 5"),
+    ({"model": "emo"}, "model is 'emo'; expected an object"),
+    ({"model": {"hash": "x"}}, "a key of model is 'hash'"),
+    ({"model": {"name": 1}}, "model.name is 1"),
+    ({"calibration": {}}, "'method' is missing from calibration"),
+    ({"calibration": {"method": 1}}, "calibration.method is 1"),
+    ({"calibration": {"method": "router", "tokens": -1}}, "calibration.tokens is -1"),
+    ({"calibration": {"method": "router", "tokens": True}}, "calibration.tokens is True"),
+    ({"experts": 8}, "a key of the file is 'experts'; expected one of format, name, layers"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED_FIELDS, ids=lambda value: str(value)[:40])
+def test_a_bad_field_is_refused_with_file_value_and_expectation(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "bad.json"
+    good = {"format": "emo-pool/1", "name": "math", "layers": [{"experts": [1, 2]}]}
+    path.write_text(json.dumps(good))
+    ExpertPool.read(path)
+    path.write_text(json.dumps(good | fields))
+    with pytest.raises(PoolFileError) as caught:
+        ExpertPool.read(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["format", "name", "layers"])
+def test_a_missing_field_is_refused_by_name(tmp_path: Path, missing: str) -> None:
+    path = tmp_path / "bad.json"
+    fields = {"format": "emo-pool/1", "name": "math", "layers": [{"experts": [1]}]}
+    del fields[missing]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(PoolFileError, match=f"'{missing}' is missing"):
+        ExpertPool.read(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"name": ' + b"9" * 5000 + b"}", b'"a pool"'],
+    ids=["empty", "cut", "not-utf8", "deep", "huge-int", "not-an-object"],
+)
+def test_what_is_not_a_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    with pytest.raises(PoolFileError, match=r"bad\.json: "):
+        ExpertPool.read(path)
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text('{"format": "emo-pool/1", "name": "a", "name": "b", "layers": [null]}')
+    with pytest.raises(PoolFileError, match="'name' is given twice"):
+        ExpertPool.read(path)
+
+
+def test_an_absent_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PoolFileError, match="cannot be read"):
+        ExpertPool.read(tmp_path / "absent.json")
+
+
+def test_long_values_are_shortened_in_the_message(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    fields = {"format": "emo-pool/1", "name": "x" * 10**6, "layers": [None]}
+    path.write_text(json.dumps(fields))
+    with pytest.raises(PoolFileError) as caught:
+        ExpertPool.read(path)
+    assert len(str(caught.value)) < len(str(path)) + 300
+
+
+def test_writing_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    a_pool(description="old").write(path)
+    a_pool(description="new").write(path)
+    assert ExpertPool.read(path).description == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "p.json"
+    a_pool(description="old").write(path)
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(PoolFileError, match="cannot be written: No space left"):
+        a_pool(description="new").write(path)
+    assert ExpertPool.read(path).description == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
+
+
+def test_a_union_has_no_name_a_file_may_carry(tmp_path: Path) -> None:
+    union = a_pool("a").union(a_pool("b"))
+    with pytest.raises(PoolFileError, match="reserved for unions"):
+        union.write(tmp_path / "u.json")
+    replace(union, name="ab").write(tmp_path / "u.json")
+
+
+# -- in memory --
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (LayerExperts((1, 1)), "each id once"),
+        (LayerExperts((-1,)), "an id of 0 or more"),
+        (LayerExperts((True,)), "an id of 0 or more"),
+        (LayerExperts((3,), (0.0, 1.0)), "at least 4"),
+        (LayerExperts((0,), (float("nan"),)), "a finite number"),
+    ],
+)
+def test_a_pool_built_in_memory_is_checked_too(layer: LayerExperts, message: str) -> None:
+    with pytest.raises(PoolFileError, match=f"pool 'p': layer 1: .*{message}"):
+        ExpertPool("p", (None, layer))
+
+
+def test_an_impossible_temperature_is_refused_in_memory() -> None:
+    with pytest.raises(PoolFileError, match="router_temperature is 0"):
+        a_pool(router_temperature=0)
+
+
+# -- hash --
+
+
+@settings(max_examples=50)
+@given(model_and_pools(1), st.randoms())
+def test_the_hash_ignores_order_name_scores_and_provenance(
+    drawn: tuple[Any, list[ExpertPool]], random: Any
+) -> None:
+    _, (pool,) = drawn
+    layers = []
+    for layer in pool.layers:
+        shuffled = list(layer.experts) if layer else []
+        random.shuffle(shuffled)
+        layers.append(LayerExperts(tuple(shuffled)) if layer else None)
+    other = ExpertPool("other", tuple(layers), pool.router_temperature)
+    assert other.content_hash == pool.content_hash
+
+
+@settings(max_examples=50)
+@given(model_and_pools(2))
+def test_the_hash_is_equal_exactly_when_the_experts_are(
+    drawn: tuple[Any, list[ExpertPool]],
+) -> None:
+    _, (one, two) = drawn
+    assert (one.content_hash == two.content_hash) == (one.expert_ids == two.expert_ids)
+
+
+@given(temperatures, temperatures)
+def test_the_hash_tells_temperatures_apart(one: float, two: float) -> None:
+    hashes = {a_pool(router_temperature=value).content_hash for value in (one, two)}
+    assert len(hashes) == len({one, two})
+
+
+def test_the_hash_is_a_fixed_function_of_the_content() -> None:
+    """Prefix caches may outlive a process; a change here must be deliberate."""
+    hashed = b'["emo-pool/1",[null,[1,3],[0,9]],1.0]'
+    assert a_pool(router_temperature=1).content_hash == hashlib.sha256(hashed).hexdigest()
+
+
+def test_the_hash_tells_a_dense_layer_from_an_empty_one() -> None:
+    empty = ExpertPool("p", (LayerExperts(()),))
+    assert empty.content_hash != ExpertPool("p", (None,)).content_hash
+
+
+# -- complete, union, cut, base --
+
+
+@given(model_and_pools(1))
+def test_completing_adds_what_the_model_implies_and_no_more(
+    drawn: tuple[tuple[MoeLayer | None, ...], list[ExpertPool]],
+) -> None:
+    model, (pool,) = drawn
+    complete = pool.complete(model)
+    implied = [layer.implied if layer else frozenset() for layer in model]
+    assert layer_sets(complete) == [a | b for a, b in zip(layer_sets(pool), implied, strict=True)]
+    assert complete.complete(model) == complete
+    assert (complete.name, complete.model) == (pool.name, pool.model)
+
+
+@settings(max_examples=50)
+@given(model_and_pools(3))
+def test_union_is_idempotent_commutative_and_associative(
+    drawn: tuple[Any, list[ExpertPool]],
+) -> None:
+    _, (a, b, c) = drawn
+    a, b, c = replace(a, name="a"), replace(b, name="b"), replace(c, name="c")
+    union = a.union(b)
+    assert layer_sets(union) == [x | y for x, y in zip(layer_sets(a), layer_sets(b), strict=True)]
+    assert union == b.union(a)
+    assert union.name == "a+b"
+    assert a.union(a).content_hash == a.content_hash
+    assert a.union(a).name == "a"
+    assert a.union(b.union(c)).content_hash == a.union(b).union(c).content_hash
+    assert a.union(b.union(c)).name == "a+b+c"
+
+
+@settings(max_examples=50)
+@given(model_and_pools(2))
+def test_union_and_completion_commute(drawn: tuple[Any, list[ExpertPool]]) -> None:
+    model, (a, b) = drawn
+    late = a.union(b).complete(model)
+    assert a.complete(model).union(b.complete(model)).content_hash == late.content_hash
+
+
+def test_pools_of_different_temperatures_do_not_unite() -> None:
+    with pytest.raises(RequestError, match=r"'math' and 'hot' cannot be united.*1\.0 and 2\.0"):
+        a_pool().union(a_pool("hot", router_temperature=2))
+
+
+def test_pools_of_different_models_do_not_unite() -> None:
+    with pytest.raises(RequestError, match="models of different layers"):
+        a_pool().union(ExpertPool("other", (LayerExperts((1,)),)))
+
+
+@given(model_and_pools(1, scored=True), st.integers(1, 14))
+def test_a_cut_keeps_the_implied_and_the_best_scored(
+    drawn: tuple[tuple[MoeLayer | None, ...], list[ExpertPool]], k: int
+) -> None:
+    model, (pool,) = drawn
+    if any(layer and len(layer.implied) > k for layer in model):
+        with pytest.raises(ConfigError, match="needs at least"):
+            pool.cut(k, model)
+        return
+    cut = pool.cut(k, model)
+    for mine, layer in zip(cut.layers, model, strict=True):
+        if layer is None or mine is None:
+            assert mine is None
+            continue
+        assert mine.scores is not None
+        assert len(mine.experts) == min(k, layer.num_experts)
+        assert layer.implied <= set(mine.experts)
+        left_out = set(range(layer.num_experts)) - set(mine.experts)
+        chosen = set(mine.experts) - layer.implied
+        worst = min((mine.scores[expert] for expert in chosen), default=float("inf"))
+        assert all(mine.scores[expert] <= worst for expert in left_out)
+    assert cut.cut(k, model) == cut
+    assert pool.cut(14, model).cut(k, model) == cut
+
+
+def test_equal_scores_go_to_the_lower_id() -> None:
+    model = (MoeLayer(6, 1, (), 2),)
+    pool = ExpertPool("p", (LayerExperts((4,), (1.0, 2.0, 2.0, 1.0, 2.0, 0.0)),))
+    assert pool.cut(3, model).expert_ids == ((1, 2, 5),)
+    assert pool.cut(5, model).expert_ids == ((0, 1, 2, 4, 5),)
+
+
+def test_a_pool_without_scores_cannot_be_cut() -> None:
+    with pytest.raises(PoolFileError, match="layer 2: scores is None; expected 16 numbers"):
+        a_pool().cut(4, MODEL)
+
+
+def test_the_base_pool_has_every_expert() -> None:
+    base = ExpertPool.base(MODEL)
+    assert base.expert_ids == ((), tuple(range(8)), tuple(range(16)))
+    assert base.name == "base"
+    assert base.complete(MODEL) == base
+
+
+# -- fit --
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        (ExpertPool("p", (None,)), "the number of layers is 1; expected one a layer of the model"),
+        (
+            ExpertPool("p", (LayerExperts((1,)), LayerExperts((1,)), LayerExperts((1,)))),
+            r"layer 0: experts is \[1\]; expected null: the layer is dense",
+        ),
+        (
+            ExpertPool("p", (None, None, LayerExperts((1,)))),
+            "layer 1: the entry is None; expected experts: the layer has 8",
+        ),
+        (
+            ExpertPool("p", (None, LayerExperts((8,)), LayerExperts((1,)))),
+            "layer 1: an expert is 8; expected an id from 0 to 7",
+        ),
+        (
+            ExpertPool("p", (None, LayerExperts((1,), (0.0,) * 9), LayerExperts((1,)))),
+            "layer 1: the number of scores is 9; expected one for each expert of the layer, 8",
+        ),
+        (a_pool(model=PoolModel("m", "abc")), "model.fingerprint is 'abc'; expected .*'fed'"),
+    ],
+)
+def test_a_pool_of_another_model_is_refused(pool: ExpertPool, message: str) -> None:
+    with pytest.raises(PoolFileError, match=f"^file.json: {message}"):
+        pool.check_fits(MODEL, "fed", "file.json")
+
+
+def test_a_layer_may_be_left_to_the_implied_experts_but_not_empty() -> None:
+    pool = ExpertPool("p", (LayerExperts(()),))
+    shared = (MoeLayer(8, 1, (), 4),)
+    pool.check_fits(shared, None, "file.json")
+    assert pool.complete(shared).expert_ids == ((7,),)
+    with pytest.raises(PoolFileError, match=r"layer 0: experts is \[\]; expected at least one"):
+        pool.check_fits((MoeLayer(8, 0, (), 4),), None, "file.json")
+
+
+def test_a_fingerprint_is_checked_only_where_both_sides_have_one() -> None:
+    a_pool().check_fits(MODEL, "fed", "file.json")
+    a_pool(model=PoolModel("m", "fed")).check_fits(MODEL, "fed", "file.json")
+    a_pool(model=PoolModel("m", "abc")).check_fits(MODEL, None, "file.json")
+
+
+def test_maths_refuses_a_pool_that_does_not_fit() -> None:
+    with pytest.raises(PoolFileError, match="pool 'math': the number of layers"):
+        a_pool().complete(MODEL[:2])
