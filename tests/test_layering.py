@@ -37,6 +37,7 @@ ARROWS = {
         "emo_serve.vllm_plugin!",
         "emo_serve.residency",
         "emo_serve.pools",
+        "emo_serve.emo",
         "emo_serve.metrics",
         "emo_serve.config",
         "emo_serve.errors",
@@ -56,7 +57,13 @@ ARROWS = {
 # The only places that may import these packages.
 OWNERS = {
     "vllm": ("emo_serve.vllm_plugin", "emo_serve.server.vllm_openai"),
-    "torch": ("emo_serve.emo", "emo_serve.vllm_plugin", "emo_serve.demo", "emo_kernels"),
+    "torch": (
+        "emo_serve.emo",
+        "emo_serve.pools.calibration",
+        "emo_serve.vllm_plugin",
+        "emo_serve.demo",
+        "emo_kernels",
+    ),
     "triton": ("emo_kernels",),
     "transformers": ("emo_serve.emo", "emo_serve.vllm_plugin", "emo_serve.demo"),
     "prometheus_client": ("emo_serve.metrics",),

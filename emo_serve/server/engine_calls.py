@@ -20,7 +20,7 @@ from emo_serve.residency.slots import Copy, ExpertIds
 
 __all__ = ["EngineFacts", "WorkerCalls"]
 
-Reply = Mapping[str, Any]
+_Reply = Mapping[str, Any]
 _POLL_SECONDS = 0.5
 _COPIES_PER_CALL = 64  # a call blocks the engine's steps, and progress is seen between two
 
@@ -47,14 +47,14 @@ class EngineFacts:
 class WorkerCalls:
     """Call the methods of EmoWorkerExtension on every rank.
 
-    `rpc` is `AsyncLLM.collective_rpc` as (method, args) -> one reply a rank; `is_dead` tells that no
-    reply can come any more; `on_copied` hears, after each part of a load, how many copies are done
-    and how many there are. Raises EngineDead for a dead engine and for a reply that is not ok.
+    `rpc` is `AsyncLLM.collective_rpc` as (method, args) -> one reply a rank; `is_dead` tells that
+    no reply can come any more; `on_copied` hears, after each part of a load, how many copies are
+    done and how many there are. Raises EngineDead for a dead engine and a reply that is not ok.
     """
 
     def __init__(
         self,
-        rpc: Callable[[str, tuple[Any, ...]], Awaitable[Sequence[Reply]]],
+        rpc: Callable[[str, tuple[Any, ...]], Awaitable[Sequence[_Reply]]],
         is_dead: Callable[[], bool],
         on_copied: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
@@ -62,7 +62,7 @@ class WorkerCalls:
         self._is_dead = is_dead
         self._on_copied = on_copied
         self._call_ids = itertools.count(1)
-        self._calls: set[asyncio.Future[Sequence[Reply]]] = set()  # asyncio keeps weak references
+        self._calls: set[asyncio.Future[Sequence[_Reply]]] = set()  # asyncio keeps weak references
 
     async def load_experts(self, copies: Sequence[Copy]) -> LoadReport:
         """Copy experts into slots, part by part."""
@@ -95,7 +95,7 @@ class WorkerCalls:
             routes_by_pool=all(reply["routes_by_pool"] for reply in replies),
         )
 
-    async def _call(self, method: str, *args: Any) -> Sequence[Reply]:
+    async def _call(self, method: str, *args: Any) -> Sequence[_Reply]:
         call_id = next(self._call_ids)
         call = asyncio.ensure_future(self._rpc(method, (call_id, *args)))
         self._calls.add(call)
@@ -113,7 +113,7 @@ class WorkerCalls:
                 raise EngineDead(f"{method} failed on rank {rank}: {reply.get('error')}")
         return replies
 
-    def _forget(self, call: asyncio.Future[Sequence[Reply]]) -> None:
+    def _forget(self, call: asyncio.Future[Sequence[_Reply]]) -> None:
         """Drop a finished call, whose caller may have gone, without a complaint from asyncio."""
         self._calls.discard(call)
         if not call.cancelled():

@@ -18,7 +18,16 @@ from typing import Any
 
 from emo_serve.server.pool_choice import POOL_HEADER
 
-__all__ = ["RequestContext", "RequestGate", "current_request"]
+__all__ = [
+    "AsgiApp",
+    "Message",
+    "Receive",
+    "RequestContext",
+    "RequestGate",
+    "Scope",
+    "Send",
+    "current_request",
+]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -68,7 +68,7 @@ def create_router(
     async def list_pools() -> PoolList:
         stats = service.manager.statistics()
         return PoolList(
-            data=[PoolCard(**_fields(service.status(pool))) for pool in service.pools],
+            data=[PoolCard.model_validate(_fields(service.status(pool))) for pool in service.pools],
             refused=[str(error) for error in service.catalog.refused],
             slots=SlotAccount(
                 total=stats.total_slots, used=stats.used_slots, bytes_per_slot=stats.slot_bytes
@@ -82,7 +82,7 @@ def create_router(
         except EmoServeError as error:
             raise to_http_error(error) from error
         experts = [list(ids) for ids in pool.expert_ids]
-        return PoolDetails(**_fields(service.status(pool)), experts=experts)
+        return PoolDetails.model_validate(_fields(service.status(pool)) | {"experts": experts})
 
     return router
 

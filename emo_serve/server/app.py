@@ -1,0 +1,341 @@
+"""The server's life: plan, start the engine, load pools, answer, drain, stop.
+
+One process answers HTTP and decides about pools; the engine's processes are vLLM's. SIGTERM starts
+the drain: readiness turns 503, new work is refused, what runs or waits is finished, and the process
+ends with status 0. A second signal ends the wait. (Ctrl-C in a terminal reaches the engine's
+processes too, which end their requests at once.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import uvicorn
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import JSONResponse
+
+from emo_serve.config import ServeSettings, refuse_unsupported
+from emo_serve.errors import EngineDead, PoolTooLarge, Unavailable
+from emo_serve.metrics import PoolMetrics
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.manager import ResidencyManager
+from emo_serve.residency.slots import SlotTable
+from emo_serve.server import pools_api
+from emo_serve.server.checkpoint_dir import resolve_checkpoint
+from emo_serve.server.engine_calls import EngineFacts, WorkerCalls
+from emo_serve.server.gate import RequestGate
+from emo_serve.server.plan import StartPlan, make_plan
+from emo_serve.server.pool_service import PoolService
+from emo_serve.server.summary import PoolLine, ServerAddress, Summary, format_summary
+from emo_serve.server.vllm_openai import (
+    REFUSAL_REASONS,
+    PooledLLM,
+    bind_socket,
+    build_http_app,
+    create_http_server,
+    dtype_bytes,
+    metrics_registry,
+    parse_serve_args,
+    run_beside_server,
+    start_engine,
+    to_http_error,
+)
+
+__all__ = ["DefaultModel", "drain", "run"]
+
+logger = logging.getLogger(__name__)
+
+_SHUTDOWN_SECONDS = 5.0
+_PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class DefaultModel:
+    """What is served when no MODEL is given."""
+
+    name: str
+    directory: Path
+    pools_dir: Path
+
+
+def run(argv: Sequence[str], announce: Callable[[str], None], default_model: DefaultModel) -> int:
+    """Serve until a signal; return the exit status. `announce` gets the start-up summary.
+
+    Raises ConfigError, before anything heavy is started, for flags that cannot work.
+    """
+    import uvloop
+
+    args = parse_serve_args(argv)
+    settings = ServeSettings.from_args(args)
+    refuse_unsupported(args)
+    settings = _resolve_model(args, settings, default_model)
+    plan = make_plan(
+        settings,
+        Path(args.model),
+        args.served_model_name,
+        dtype_bytes(args),
+        args.tensor_parallel_size,
+    )
+    return uvloop.run(_serve(args, settings, plan, announce))
+
+
+def _resolve_model(
+    args: argparse.Namespace, settings: ServeSettings, default_model: DefaultModel
+) -> ServeSettings:
+    """Point `args.model` at a directory and name the model as the user did."""
+    name = settings.model or default_model.name
+    if settings.model is None:
+        args.model = str(default_model.directory)
+        pools_dir = settings.pools_dir or default_model.pools_dir
+        settings = replace(settings, pools_dir=pools_dir)
+    else:
+        token = args.hf_token
+        directory = resolve_checkpoint(name, args.revision, args.download_dir, token)
+        args.model = str(directory)
+    args.model_tag = args.model
+    args.served_model_name = args.served_model_name or [name]
+    return settings
+
+
+async def _serve(
+    args: argparse.Namespace,
+    settings: ServeSettings,
+    plan: StartPlan,
+    announce: Callable[[str], None],
+) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)  # until the drain takes over
+    with closing(bind_socket(args)) as sock:
+        llm = start_engine(args, settings, plan.num_slots)
+        try:
+            return await _Server(args, settings, plan, llm).serve(sock, announce)
+        finally:
+            llm.shutdown(timeout=_SHUTDOWN_SECONDS)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+class _Server:
+    """One server on one running engine."""
+
+    def __init__(
+        self, args: argparse.Namespace, settings: ServeSettings, plan: StartPlan, llm: PooledLLM
+    ) -> None:
+        self.args = args
+        self.settings = settings
+        self.plan = plan
+        self.llm = llm
+
+    async def serve(self, sock: socket.socket, announce: Callable[[str], None]) -> int:
+        """Load the pools, answer requests, drain; return the exit status."""
+        signals = _Signals(asyncio.get_running_loop())
+        calls = WorkerCalls(self._rpc, lambda: bool(self.llm.errored), _log_progress())
+        facts = await calls.describe()
+        _check_facts(facts, self.plan)
+        slots = SlotTable(self.plan.experts_per_layer, self.plan.num_slots)
+        manager = ResidencyManager(
+            slots, self.settings.max_pools, calls, slot_bytes=facts.slot_bytes_all_ranks
+        )
+        service = PoolService(self.plan.names, self.plan.base_pool, self.plan.catalog, manager)
+        names = [pool.name for pool in service.pools]
+        metrics = PoolMetrics(metrics_registry(), names, REFUSAL_REASONS, service.snapshot)
+        reasons = await _load_pools(manager, self.plan.load_order)
+        app = await build_http_app(self.llm, self.args, service, metrics)
+        gate = RequestGate(app)
+        _add_routes(app, gate, service, self.llm)
+        server = create_http_server(gate, app, self.args)
+        summary = self._summarise(facts, service, reasons)
+        return await self._answer(server, sock, gate, manager, signals, announce, summary)
+
+    async def _rpc(self, method: str, call_args: tuple[object, ...]) -> Sequence[dict[str, object]]:
+        replies: Sequence[dict[str, object]]
+        replies = await self.llm.collective_rpc(method, args=call_args)  # never timeout=: it kills
+        return replies
+
+    async def _answer(
+        self,
+        server: uvicorn.Server,
+        sock: socket.socket,
+        gate: RequestGate,
+        manager: ResidencyManager,
+        signals: _Signals,
+        announce: Callable[[str], None],
+        summary: Summary,
+    ) -> int:
+        beside = run_beside_server(server, self.llm, self.args)
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        stopping = asyncio.create_task(signals.first.wait())
+        try:
+            while not server.started and not serving.done():
+                await asyncio.sleep(0.02)
+            if not serving.done():
+                announce(format_summary(summary))
+            await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not serving.done():
+                await self._drain_until_second(gate, manager, signals)
+            server.should_exit = True
+            await serving
+        finally:
+            for task in (*beside, stopping):
+                task.cancel()
+        return 0 if signals.first.is_set() else 1
+
+    async def _drain_until_second(
+        self, gate: RequestGate, manager: ResidencyManager, signals: _Signals
+    ) -> None:
+        timeout = self.settings.drain_timeout_seconds
+        logger.info(
+            "draining: %d requests under way, up to %.0f s; a second signal ends the wait",
+            gate.num_running,
+            timeout,
+        )
+        draining = asyncio.create_task(drain(gate, manager, timeout))
+        second = asyncio.create_task(signals.second.wait())
+        await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
+        if not (draining.done() and draining.result()):
+            logger.warning("stopping with %d requests under way", gate.num_running)
+        for task in (draining, second):
+            task.cancel()
+
+    def _summarise(
+        self, facts: EngineFacts, service: PoolService, reasons: dict[str, str]
+    ) -> Summary:
+        statuses = [service.status(pool) for pool in service.pools]
+        lines = tuple(
+            PoolLine(
+                name=status.pool.name,
+                experts_per_layer=tuple(map(len, status.pool.expert_ids)),
+                state="resident"
+                if status.is_resident
+                else reasons.get(status.pool.name, "not resident"),
+                is_default=status.is_default,
+            )
+            for status in statuses
+        )
+        return Summary(
+            model=self.args.served_model_name[0],
+            facts=facts,
+            experts_per_layer=self.plan.experts_per_layer,
+            slots_per_layer=self.plan.num_slots,
+            pools_source=self.settings.pools_dir,
+            pools=lines,
+            refused=tuple(map(str, self.plan.catalog.refused)),
+            address=_address(self.args),
+            try_model=_model_to_try(statuses, service),
+        )
+
+
+# -- start-up --
+
+
+def _check_facts(facts: EngineFacts, plan: StartPlan) -> None:
+    """Refuse an engine that is not what the plan asked for."""
+    expected = tuple(min(plan.num_slots, count) for count in plan.experts_per_layer if count)
+    if facts.num_slots != expected:
+        raise EngineDead(f"the engine has {facts.num_slots} slots; {expected} were asked for")
+    if not facts.routes_by_pool:
+        raise EngineDead("the engine's model runner does not hand pool rows to the model")
+
+
+async def _load_pools(manager: ResidencyManager, order: Sequence[ExpertPool]) -> dict[str, str]:
+    """Make pools resident as long as they fit; return why the others are not, by name."""
+    reasons: dict[str, str] = {}
+    for pool in order:
+        try:
+            await manager.load(pool)
+        except (PoolTooLarge, Unavailable) as error:
+            logger.warning("pool %s is not made resident: %s", pool.name, error)
+            reasons[pool.name] = _short_reason(error)
+    return reasons
+
+
+def _short_reason(error: Exception) -> str:
+    return "too large for the slab" if isinstance(error, PoolTooLarge) else "no room beside these"
+
+
+def _log_progress() -> Callable[[int, int], None]:
+    """Return a listener that logs long loads every few seconds."""
+    last = time.monotonic()
+
+    def on_copied(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PROGRESS_SECONDS:
+            last = time.monotonic()
+            logger.info("loading experts: %d of %d (%.0f %%)", done, total, 100 * done / total)
+
+    return on_copied
+
+
+def _address(args: argparse.Namespace) -> ServerAddress:
+    variable = None
+    if args.api_key:
+        variable = "EMO_SERVE_API_KEY"
+    elif os.environ.get("VLLM_API_KEY"):
+        variable = "VLLM_API_KEY"
+    return ServerAddress(
+        host=args.host,
+        port=args.port,
+        uds=args.uds,
+        is_tls=bool(args.ssl_keyfile and args.ssl_certfile),
+        key_variable=variable,
+    )
+
+
+def _model_to_try(statuses: Sequence[object], service: PoolService) -> str:
+    """Return a model name that can be answered now: a pool's, else the model's own."""
+    resident = [pool for pool in service.pools if service.manager.is_resident(pool)]
+    named = [pool.name for pool in resident if pool.name in service.catalog.pools]
+    return named[0] if named else service.names.base[0]
+
+
+# -- routes and shutdown --
+
+
+def _add_routes(app: FastAPI, gate: RequestGate, service: PoolService, llm: PooledLLM) -> None:
+    router = APIRouter()
+
+    @router.get("/ready")
+    async def ready() -> JSONResponse:
+        """Answer 200 while new requests are taken, 503 when draining or when the engine died."""
+        is_ready = not gate.is_closed and not llm.errored
+        return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
+
+    app.include_router(router)
+    app.include_router(pools_api.create_router(service, to_http_error))
+
+
+async def drain(gate: RequestGate, manager: ResidencyManager, timeout_seconds: float) -> bool:
+    """Refuse new work and wait for what is under way; False when that took too long.
+
+    HTTP requests first: one of them may take several leases in turn. Then leases, which outlive the
+    request of a background response.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    gate.close()
+    is_idle = await gate.idle(timeout_seconds)
+    manager.start_draining()
+    return await manager.drained(max(0.0, deadline - time.monotonic())) and is_idle
+
+
+class _Signals:
+    """Turn the first SIGTERM or SIGINT, and the second, into events."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._note)
+
+    def _note(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()

@@ -1,0 +1,46 @@
+"""MODEL on the command line -> a local directory, as vLLM itself would find it.
+
+The expert store reads safetensors files from a directory, so a Hub id is resolved to a snapshot
+before the engine starts. huggingface_hub shows progress and honours HF_HUB_OFFLINE and HF_HOME.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from emo_serve.errors import ConfigError
+
+__all__ = ["resolve_checkpoint"]
+
+_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+
+
+def resolve_checkpoint(
+    model: str, revision: str | None, download_dir: str | None, token: bool | str | None
+) -> Path:
+    """Return the directory of a checkpoint, downloading it from the Hub if it must be.
+
+    Raises ConfigError when there is neither a directory nor a repository of that name.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory.resolve()
+    if model.startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"MODEL {model!r} is not a directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot = snapshot_download(
+            model,
+            revision=revision,
+            cache_dir=download_dir,
+            token=token,
+            allow_patterns=list(_PATTERNS),
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"MODEL {model!r} is neither a directory nor a model that can be fetched: {reason}"
+        ) from error
+    return Path(snapshot)

@@ -1,0 +1,162 @@
+"""What start-up will do, decided before the engine starts: slots, pools and their order.
+
+A start takes a minute; a flag that cannot work is refused here, in a second. The plan loads
+nothing: it rehearses the loads on a SlotTable of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from emo_serve.config import (
+    BASE_POOL,
+    ServeSettings,
+    expert_bytes,
+    format_gib,
+    slots_for_memory,
+)
+from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.errors import ConfigError, RequestError
+from emo_serve.pools.catalog import PoolCatalog
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.slots import SlotTable
+from emo_serve.server.pool_choice import UNION, ModelNames
+
+__all__ = ["StartPlan", "choose_slots", "make_plan"]
+
+
+@dataclass(frozen=True)
+class StartPlan:
+    """The model, its pools and what to make resident, in this order, as long as it fits.
+
+    `experts_per_layer` has 0 for a dense layer; `num_slots` counts a layer's.
+    """
+
+    experts_per_layer: tuple[int, ...]
+    num_slots: int
+    catalog: PoolCatalog
+    base_pool: ExpertPool
+    names: ModelNames
+    load_order: tuple[ExpertPool, ...]
+
+
+def make_plan(
+    settings: ServeSettings,
+    directory: Path,
+    base_names: Sequence[str],
+    dtype_bytes: int,
+    tensor_parallel_size: int,
+) -> StartPlan:
+    """Read config and pools of a checkpoint directory and plan the start; raises ConfigError."""
+    checkpoint = Checkpoint.open(directory)
+    config = checkpoint.config
+    moe_layers = config.moe_layers
+    experts_per_layer = tuple(layer.num_experts if layer else 0 for layer in moe_layers)
+    slot_bytes = expert_bytes(
+        config.hidden_size, config.intermediate_size, dtype_bytes, tensor_parallel_size
+    )
+    num_slots = choose_slots(settings, experts_per_layer, slot_bytes)
+    catalog = PoolCatalog()
+    if settings.pools_dir is not None:
+        fingerprint = checkpoint.fingerprint()
+        catalog = PoolCatalog.read(settings.pools_dir, moe_layers, fingerprint)
+    names = ModelNames(tuple(base_names), settings.default_pool or BASE_POOL)
+    names.check_free(tuple(catalog.pools))
+    base_pool = ExpertPool.base(moe_layers, name=BASE_POOL)
+    order = _load_order(settings, catalog, base_pool, num_slots >= max(experts_per_layer))
+    plan = StartPlan(experts_per_layer, num_slots, catalog, base_pool, names, order)
+    _rehearse(settings, plan, slot_bytes)
+    return plan
+
+
+def choose_slots(settings: ServeSettings, experts_per_layer: Sequence[int], slot_bytes: int) -> int:
+    """Return the slots a layer; without a limit, all experts."""
+    counts = [count for count in experts_per_layer if count]
+    if not counts:
+        raise ConfigError("the model has no MoE layer, so there is nothing to choose pools from")
+    if settings.expert_slots is not None:
+        if settings.expert_slots > max(counts):
+            raise ConfigError(
+                f"--expert-slots is {settings.expert_slots}; a layer has at most {max(counts)}"
+                " experts; lower it, or leave it out to hold all"
+            )
+        return settings.expert_slots
+    if settings.expert_memory_bytes is not None:
+        return slots_for_memory(settings.expert_memory_bytes, slot_bytes, counts)
+    return max(counts)
+
+
+def _load_order(
+    settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool, holds_all: bool
+) -> tuple[ExpertPool, ...]:
+    """Return the base pool first if it fits, then --preload's or all, the default pool leading."""
+    known = {**catalog.pools, base_pool.name: base_pool}
+    preload, default = settings.preload, settings.default_pool
+    for flag, asked in (("--preload", preload or ()), ("--default-pool", [default or BASE_POOL])):
+        for name in _single_names(asked):
+            if name not in known:
+                there_are = ", ".join(known)
+                raise ConfigError(f"{flag}: there is no pool {name!r}; the pools are: {there_are}")
+    wanted: list[str] = [base_pool.name] if holds_all else []
+    if preload is None or holds_all:
+        # With every expert in its slot a pool costs a row, so none is left out.
+        wanted += [*_single_names([default] if default else []), *(preload or ()), *catalog.pools]
+    else:
+        wanted += preload
+    return tuple(_named(name, catalog, base_pool) for name in dict.fromkeys(wanted))
+
+
+def _named(name: str, catalog: PoolCatalog, base_pool: ExpertPool) -> ExpertPool:
+    """Return a pool of the command line, whose names are known."""
+    if base_pool.name in name.split(UNION):
+        return base_pool  # it holds what it is united with
+    try:
+        return catalog.resolve(name)
+    except RequestError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _single_names(names: Iterable[str]) -> list[str]:
+    return [part for name in names for part in name.split(UNION)]
+
+
+def _rehearse(settings: ServeSettings, plan: StartPlan, slot_bytes: int) -> None:
+    """Refuse a start after which no pool, or not the default pool, could be served."""
+    table = SlotTable(plan.experts_per_layer, plan.num_slots)
+    for pool in plan.load_order:
+        needs = table.needs(pool.expert_ids)
+        if pool.content_hash not in table.keys and all(n.missing <= n.free for n in needs):
+            table.begin(table.plan_load(pool.content_hash, pool.expert_ids))
+            table.finish(pool.content_hash)
+    if not table.keys:
+        raise ConfigError(_nothing_fits(plan, slot_bytes))
+    if settings.default_pool is None:
+        return
+    pool = _named(settings.default_pool, plan.catalog, plan.base_pool)
+    if not table.covers(pool.expert_ids):
+        raise ConfigError(
+            f"--default-pool {settings.default_pool} would not be resident beside what is loaded"
+            f" before it; put it first in --preload, or raise --expert-memory or --expert-slots"
+        )
+
+
+def _nothing_fits(plan: StartPlan, slot_bytes: int) -> str:
+    if not plan.catalog.pools:
+        total = sum(plan.experts_per_layer)
+        refused = "".join(f"; refused: {error}" for error in plan.catalog.refused)
+        return (
+            f"{plan.num_slots} slots a layer do not hold the base pool, whose {total} experts take"
+            f" {format_gib(total * slot_bytes)} a device, and there is no other pool: give --pools,"
+            f" or raise --expert-memory or --expert-slots{refused}"
+        )
+    if not plan.load_order:
+        return "--preload names no pool, so none would be resident; name one or leave it out"
+    smallest = min(plan.load_order, key=lambda pool: max(map(len, pool.expert_ids)))
+    needed = max(map(len, smallest.expert_ids))
+    return (
+        f"no pool fits {plan.num_slots} slots a layer: the smallest, {smallest.name!r}, needs"
+        f" {needed}; raise --expert-slots, or --expert-memory to"
+        f" {format_gib(slot_bytes * sum(min(needed, count) for count in plan.experts_per_layer))}"
+    )

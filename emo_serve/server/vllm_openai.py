@@ -1,0 +1,470 @@
+"""The one adapter to vLLM's serving layer; a vLLM upgrade breaks this module or nothing.
+
+The OpenAI protocol is vLLM's own: `build_app` and `init_app_state` around an engine client. Three
+things are replaced, each named in tests/server/test_vllm_contract.py.
+
+- `AsyncLLM.generate`, which chat, completions, responses, messages and beam search all pass. Ours
+  is a plain function: it finds the pool and raises while an HTTP status can still be sent, then
+  returns a generator whose request runs in a task of its own. That task holds the lease, so the
+  lease lasts as long as the engine works and not as long as a client takes to read.
+- `OpenAIServingModels.lora_requests`. vLLM asks it whether it knows a model name; ours answers for
+  every pool and union, and carries the name the client wrote to `generate` as a LoRARequest, which
+  goes no further. It lists nothing: vLLM also searches it for names of message types.
+- `OpenAIServingModels.show_available_models`, which lists pools beside the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import socket
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from vllm import envs
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server, watchdog_loop
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
+from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
+from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineGenerateError
+from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from emo_serve.config import ServeSettings, add_serve_flags
+from emo_serve.errors import (
+    ConfigError,
+    Draining,
+    EmoServeError,
+    EngineDead,
+    NoFreePoolRow,
+    PoolConflict,
+    PoolNotResident,
+    PoolTooLarge,
+    RequestError,
+    Unavailable,
+    UnknownPool,
+)
+from emo_serve.metrics import PoolMetrics
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.server.gate import AsgiApp, current_request
+from emo_serve.server.pool_service import PoolService
+from emo_serve.vllm_plugin import (
+    ADDITIONAL_CONFIG_KEY,
+    LOAD_FORMAT,
+    POOL_ROW_ARG,
+    WORKER_EXTENSION_CLS,
+    worker_cls_for,
+)
+
+__all__ = [
+    "REFUSAL_REASONS",
+    "PooledLLM",
+    "bind_socket",
+    "build_http_app",
+    "create_http_server",
+    "dtype_bytes",
+    "metrics_registry",
+    "parse_serve_args",
+    "place_in_row",
+    "run_beside_server",
+    "salt_prompt",
+    "start_engine",
+    "to_http_error",
+]
+
+# -- errors --
+
+_RETRY_AFTER_SECONDS = 1
+_STATUS: tuple[tuple[type[EmoServeError], HTTPStatus, str], ...] = (
+    (UnknownPool, HTTPStatus.NOT_FOUND, "unknown_pool"),
+    (PoolConflict, HTTPStatus.BAD_REQUEST, "pool_conflict"),
+    (PoolTooLarge, HTTPStatus.BAD_REQUEST, "pool_too_large"),
+    (RequestError, HTTPStatus.BAD_REQUEST, "bad_request"),
+    (PoolNotResident, HTTPStatus.SERVICE_UNAVAILABLE, "pool_not_resident"),
+    (NoFreePoolRow, HTTPStatus.SERVICE_UNAVAILABLE, "no_free_pool_row"),
+    (Draining, HTTPStatus.SERVICE_UNAVAILABLE, "draining"),
+    (Unavailable, HTTPStatus.SERVICE_UNAVAILABLE, "unavailable"),
+    (EngineDead, HTTPStatus.INTERNAL_SERVER_ERROR, "engine_dead"),
+    (EmoServeError, HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error"),
+)
+"""Our errors, the special before the general: HTTP status, and `reason` in the metrics."""
+
+REFUSAL_REASONS = tuple(reason for _, _, reason in _STATUS)
+
+
+def to_http_error(error: EmoServeError) -> Exception:
+    """Return the vLLM exception whose handler answers with our error's status and message.
+
+    A 503 also leaves how long to wait for the gate to send as Retry-After.
+    """
+    status, _ = _entry(error)
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        current_request().retry_after_seconds = _RETRY_AFTER_SECONDS
+    if status == HTTPStatus.NOT_FOUND:
+        return VLLMNotFoundError(str(error))  # type: ignore[no-any-return]
+    if status == HTTPStatus.BAD_REQUEST:
+        return VLLMValidationError(str(error), parameter="model")  # type: ignore[no-any-return]
+    return GracefulHTTPError(str(error), status)  # type: ignore[no-any-return]
+
+
+def _entry(error: EmoServeError) -> tuple[HTTPStatus, str]:
+    return next((status, reason) for cls, status, reason in _STATUS if isinstance(error, cls))
+
+
+# -- command line --
+
+
+def parse_serve_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of `vllm serve` and ours; vLLM's quick checks raise ConfigError here.
+
+    A positional MODEL and `--model` mean the same; the result has it in `model_tag`.
+    """
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="emo-serve serve", conflict_handler="resolve")
+    make_arg_parser(parser)
+    default_model = parser.get_default("model")
+    add_serve_flags(parser)
+    args: argparse.Namespace = parser.parse_args(list(argv))
+    args.moe_backend = "auto"  # vLLM's flag of this name gave way to ours
+    if args.model_tag is None and args.model != default_model:
+        args.model_tag = args.model
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    return args
+
+
+def bind_socket(args: argparse.Namespace) -> socket.socket:
+    """Take the port before the engine starts, as vLLM does; nobody is answered yet."""
+    try:
+        _, sock = setup_server(args, reuse_port=False)
+    except OSError as error:
+        where = args.uds or f"{args.host or ''}:{args.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}") from error
+    except (KeyError, ValueError) as error:
+        raise ConfigError(str(error.args[0] if error.args else error)) from error
+    return sock  # type: ignore[no-any-return]
+
+
+# -- engine --
+
+
+class PooledLLM(AsyncLLM):
+    """The engine client vLLM's serving layer talks to; every request is led through a pool."""
+
+    _service: PoolService | None = None
+    _metrics: PoolMetrics | None = None
+
+    def attach_pools(self, service: PoolService, metrics: PoolMetrics) -> None:
+        """Give the client what requests need; before that none can be served."""
+        self._service, self._metrics = service, metrics
+        self._pumps: set[asyncio.Task[None]] = set()  # asyncio keeps weak references
+
+    def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        lora_request: LoRARequest | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Find the pool now, raising what becomes an HTTP status; generate when iterated.
+
+        `lora_request` carries the model name the client wrote and never reaches the engine.
+        """
+        model = None if lora_request is None else lora_request.lora_name
+        service, metrics = self._pools()
+        try:
+            pool = service.admit(model, current_request().pool_headers)
+        except EmoServeError as error:
+            metrics.count_refusal(_entry(error)[1])
+            raise to_http_error(error) from error
+        return self._generate_in(pool, prompt, sampling_params, request_id, options)
+
+    def encode(self, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
+        """Refuse pooling requests: they would pass no pool."""
+        raise VLLMValidationError("this server generates text; it has no pooling models")
+
+    async def warm_up(self, pool: ExpertPool) -> None:
+        """Run one token with log-probabilities, which vLLM compiles at their first use."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, detokenize=False)
+        stream = self._generate_in(pool, tokens_input([0]), params, "emo-serve-warm-up", {})
+        async for _ in stream:
+            pass
+
+    async def _generate_in(
+        self,
+        pool: ExpertPool,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        options: Mapping[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield what the pump collects; a slow reader finds outputs merged, never dropped."""
+        collector = RequestOutputCollector(params.output_kind, request_id)
+        salted = salt_prompt(prompt, pool.content_hash)
+        pump = asyncio.create_task(self._pump(collector, pool, salted, params, request_id, options))
+        self._pumps.add(pump)
+        pump.add_done_callback(self._pumps.discard)
+        is_finished = False
+        try:
+            while not is_finished:
+                output = collector.get_nowait() or await collector.get()
+                is_finished = output.finished
+                yield output
+        finally:
+            pump.cancel()
+
+    async def _pump(
+        self,
+        collector: RequestOutputCollector,
+        pool: ExpertPool,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Hold the lease while the engine works; errors go to the reader, cancelling aborts."""
+        service, metrics = self._pools()
+        count = _TokenCount(is_delta=params.output_kind == RequestOutputKind.DELTA)
+        outcome = "failed"
+        try:
+            async with service.lease(pool) as lease:
+                placed = place_in_row(params, lease.row)
+                stream = super().generate(prompt, placed, request_id, **options)
+                async with aclosing(stream):  # an abort is sent before the lease ends
+                    async for output in stream:
+                        count.add(output)
+                        collector.put(output)
+                        outcome = "finished" if output.finished else outcome
+            if outcome != "finished":
+                collector.put(EngineGenerateError("the engine ended the request without a result"))
+        except asyncio.CancelledError:
+            outcome = outcome if outcome == "finished" else "aborted"
+            raise
+        except EmoServeError as error:
+            metrics.count_refusal(_entry(error)[1])
+            collector.put(to_http_error(error))
+        except Exception as error:
+            collector.put(error)
+        finally:
+            metrics.count_request(pool.name, outcome)
+            metrics.count_tokens(pool.name, count.prompt_tokens, count.generation_tokens)
+
+    def _pools(self) -> tuple[PoolService, PoolMetrics]:
+        assert self._service is not None and self._metrics is not None, "attach_pools comes first"
+        return self._service, self._metrics
+
+
+def salt_prompt(prompt: Any, content_hash: str) -> dict[str, Any]:
+    """Return a copy of a prompt whose prefix cache is the pool's alone.
+
+    A client's own salt is kept inside; the hash has a fixed length, so no two pairs of them meet.
+    """
+    if not isinstance(prompt, dict):
+        raise VLLMValidationError(f"prompts of type {type(prompt).__name__} name no pool")
+    return {**prompt, "cache_salt": f"emo:{content_hash}:{prompt.get('cache_salt') or ''}"}
+
+
+def place_in_row(params: SamplingParams, row: int) -> SamplingParams:
+    """Return a copy that routes in `row`, whatever the client put there; callers share params."""
+    placed = copy.copy(params)
+    placed.extra_args = {**(params.extra_args or {}), POOL_ROW_ARG: row}
+    return placed
+
+
+class _TokenCount:
+    """Count the tokens of one request; its outputs are increments or everything so far."""
+
+    def __init__(self, *, is_delta: bool) -> None:
+        self._is_delta = is_delta
+        self._by_index: dict[int, int] = {}
+        self.prompt_tokens = 0
+
+    @property
+    def generation_tokens(self) -> int:
+        return sum(self._by_index.values())
+
+    def add(self, output: RequestOutput) -> None:
+        self.prompt_tokens = len(output.prompt_token_ids or ())
+        for completion in output.outputs:
+            before = self._by_index.get(completion.index, 0) if self._is_delta else 0
+            self._by_index[completion.index] = before + len(completion.token_ids)
+
+
+def dtype_bytes(args: argparse.Namespace) -> int:
+    """Return the bytes of one weight in the dtype vLLM resolves these flags to."""
+    return int(_resolved(lambda: _engine_args(args).create_model_config()).dtype.itemsize)
+
+
+def start_engine(args: argparse.Namespace, settings: ServeSettings, num_slots: int) -> PooledLLM:
+    """Start vLLM's engine with empty expert slots; `args.model` is a local directory."""
+    args.load_format = LOAD_FORMAT
+    args.worker_cls = worker_cls_for(current_platform.device_type)
+    args.worker_extension_cls = WORKER_EXTENSION_CLS
+    ours = {
+        "num_slots": num_slots,
+        "num_pools": settings.max_pools,
+        "moe_backend": settings.moe_backend,
+    }
+    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: ours}
+    engine_args, usage = _engine_args(args), UsageContext.OPENAI_API_SERVER
+    config = _resolved(lambda: engine_args.create_engine_config(usage_context=usage))
+    return PooledLLM.from_vllm_config(  # type: ignore[no-any-return]
+        vllm_config=config,
+        usage_context=usage,
+        enable_log_requests=engine_args.enable_log_requests,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
+
+
+def _engine_args(args: argparse.Namespace) -> Any:
+    return _resolved(lambda: AsyncEngineArgs.from_cli_args(args))
+
+
+def _resolved(build: Any) -> Any:
+    """Build a config of vLLM's; what it refuses becomes one line of ConfigError."""
+    try:
+        return build()
+    except EmoServeError:
+        raise
+    except (KeyError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM refuses these flags: {' '.join(str(error).split())}") from error
+
+
+# -- app --
+
+
+class _PoolNames(Mapping[str, LoRARequest]):
+    """Stand where vLLM looks up adapters by model name: every pool is known, none is listed."""
+
+    def __init__(self, service: PoolService, metrics: PoolMetrics) -> None:
+        self._service = service
+        self._metrics = metrics
+
+    def __contains__(self, model: object) -> bool:
+        """Tell a pool's name from the base model's; raise for a name that is neither."""
+        if not isinstance(model, str) or not model or model in self._service.names.base:
+            return False
+        try:
+            self._service.find(model, current_request().pool_headers)
+        except EmoServeError as error:
+            self._metrics.count_refusal(_entry(error)[1])
+            raise to_http_error(error) from error
+        return True
+
+    def __getitem__(self, model: str) -> LoRARequest:
+        return LoRARequest(lora_name=model, lora_int_id=1, lora_path="emo-serve:pool")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+async def _list_models(registry: Any, service: PoolService) -> ModelList:
+    listed: ModelList = await registry.show_available_models()
+    base = service.names.base[0]
+    for card in listed.data:
+        card.default_pool = service.names.default_pool
+    for pool in service.catalog.pools.values():
+        listed.data.append(
+            ModelCard(
+                id=pool.name,
+                root=f"{base}:{pool.name}",
+                parent=base,
+                owned_by="emo-serve",
+                max_model_len=listed.data[0].max_model_len,
+                permission=[ModelPermission()],
+            )
+        )
+    return listed
+
+
+async def build_http_app(
+    llm: PooledLLM, args: argparse.Namespace, service: PoolService, metrics: PoolMetrics
+) -> FastAPI:
+    """Build vLLM's app around the engine and teach it the pools' names."""
+    tasks = await llm.get_supported_tasks()
+    app: FastAPI = build_app(args, tasks, llm.model_config)
+    await init_app_state(llm, app.state, args, tasks)
+    models = app.state.openai_serving_models
+    models.lora_requests = _PoolNames(service, metrics)
+    models.show_available_models = partial(_list_models, models.registry, service)
+    llm.attach_pools(service, metrics)
+    return app
+
+
+def metrics_registry() -> Any:
+    """Return the registry that vLLM's /metrics shows."""
+    return get_prometheus_registry()
+
+
+# -- HTTP server --
+
+
+def create_http_server(wrapped: AsgiApp, app: FastAPI, args: argparse.Namespace) -> uvicorn.Server:
+    """Create uvicorn's server for `wrapped`, with vLLM's flags; signals are left to the caller."""
+    options: dict[str, Any] = {
+        "host": args.host,
+        "port": args.port,
+        "log_level": args.uvicorn_log_level,
+        "access_log": not args.disable_uvicorn_access_log,
+        "timeout_keep_alive": envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        "timeout_graceful_shutdown": 2,  # what is left then has had the drain's time
+        "ssl_keyfile": args.ssl_keyfile,
+        "ssl_certfile": args.ssl_certfile,
+        "ssl_ca_certs": args.ssl_ca_certs,
+        "ssl_cert_reqs": args.ssl_cert_reqs,
+        "h11_max_incomplete_event_size": args.h11_max_incomplete_event_size,
+    }
+    if args.ssl_ciphers:
+        options["ssl_ciphers"] = args.ssl_ciphers
+    if (log_config := get_uvicorn_log_config(args)) is not None:
+        options["log_config"] = log_config
+    config = uvicorn.Config(wrapped, **options)
+    config.h11_max_header_count = args.h11_max_header_count  # type: ignore[attr-defined]
+    config.load()
+    server: uvicorn.Server = NoSignalServer(config)
+    app.state.server = server  # vLLM's error handler stops it when the engine is dead
+    return server
+
+
+def run_beside_server(
+    server: uvicorn.Server, llm: PooledLLM, args: argparse.Namespace
+) -> list[asyncio.Task[None]]:
+    """Start what vLLM runs beside its server: the watchdog, and certificates read again."""
+    tasks = [asyncio.create_task(watchdog_loop(server, llm))]
+    if args.enable_ssl_refresh:
+        refresher = SSLCertRefresher(
+            ssl_context=server.config.ssl,
+            key_path=args.ssl_keyfile,
+            cert_path=args.ssl_certfile,
+            ca_path=args.ssl_ca_certs,
+        )
+        tasks[0].add_done_callback(lambda _: refresher.stop())
+    return tasks
