@@ -1,0 +1,38 @@
+"""The tiny EMO that ships: models, pools and held-out texts, as files inside the package.
+
+These functions give the files' places and read the texts; they import nothing heavy. How the files
+were made is README.md's subject beside this file; `emo-serve demo train` makes them again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+__all__ = ["DEMO_MODEL", "MODELS", "TWIN_MODEL", "domains", "heldout", "model_dir", "pools_dir"]
+
+DEMO_MODEL = "emo-demo"
+TWIN_MODEL = "standard-moe-demo"  # the same model, trained without EMO's rule
+MODELS = (DEMO_MODEL, TWIN_MODEL)
+_ROOT = Path(__file__).resolve().parent
+
+
+def model_dir(name: str = DEMO_MODEL) -> Path:
+    """Return the directory of a shipped checkpoint."""
+    return _ROOT / "models" / name
+
+
+def pools_dir(name: str = DEMO_MODEL) -> Path:
+    """Return the directory of the pool files made for a shipped checkpoint."""
+    return _ROOT / "pools" / name
+
+
+def domains() -> list[str]:
+    """Return the domains in alphabetic order; each has a pool and held-out texts of its name."""
+    return sorted(path.stem for path in (_ROOT / "heldout").glob("*.jsonl"))
+
+
+def heldout(domain: str) -> list[str]:
+    """Return the domain's held-out texts, none of which the models or pools were made from."""
+    lines = (_ROOT / "heldout" / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
