@@ -26,7 +26,7 @@ COPY requirements/cpu.lock /tmp/cpu.lock
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --no-deps --extra-index-url "${TORCH_INDEX}" -r /tmp/cpu.lock
 COPY --from=wheel /dist /tmp/dist
-RUN pip install --no-cache-dir --no-deps /tmp/dist/*.whl && rm -r /tmp/dist
+RUN pip install --no-cache-dir --no-deps /tmp/dist/*.whl && rm -r /tmp/dist && emo-serve --version
 RUN useradd --create-home --uid 10001 emo
 USER emo
 WORKDIR /home/emo
@@ -39,7 +39,7 @@ ENTRYPOINT ["emo-serve", "serve", "--host", "0.0.0.0", "--port", "8000"]
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS cuda
 COPY --from=wheel /dist /tmp/dist
 RUN python3 -m pip install --no-cache-dir --no-deps --break-system-packages /tmp/dist/*.whl \
-    && rm -r /tmp/dist
+    && rm -r /tmp/dist && emo-serve --version
 RUN useradd --create-home --uid 10001 emo
 USER emo
 WORKDIR /home/emo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import os
 import re
@@ -49,7 +50,9 @@ def read_lock(name: str) -> dict[str, str]:
 def test_a_lock_holds_every_package_the_project_names(name: str) -> None:
     project = read_project()
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras[name], *extras["dev"], *extras["bench"]]
+    wanted = list(project["dependencies"])
+    for extra in (name, "dev", "bench", "demo"):
+        wanted += extras[extra]
     pins = read_lock(name)
     for requirement in map(Requirement, wanted):
         version = pins.get(canonicalize_name(requirement.name))
@@ -65,6 +68,27 @@ def test_both_locks_pin_the_same_tools() -> None:
     cpu, cuda = read_lock("cpu"), read_lock("cuda")
     for package in ("mypy", "pytest", "pytest-asyncio", "ruff", "transformers", "fastapi"):
         assert cpu[package] == cuda[package]
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    project = read_project()
+    declared = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    names = {canonicalize_name(Requirement(line).name) for line in declared} | {"vllm"}
+    paths = [*(ROOT / "emo_serve").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    tops = {
+        module.partition(".")[0]
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        for module in _imported(node)
+    }
+    ours = {"emo_serve", "emo_kernels", *sys.stdlib_module_names}
+    assert {canonicalize_name(top) for top in tops - ours} - names == set()
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
 
 
 # -- make --
