@@ -41,11 +41,11 @@ lint: install ## Check style and types: ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ## Run the benchmarks (BENCH=benchmarks/bench_serving.py for one, ARGS= for its flags)
+bench: install ## Run the benchmarks (BENCH=benchmarks/demo_loss.py for one, ARGS= for its flags)
 	@set -e; for bench in $(BENCH); do \
 		echo "$(BIN)/python $$bench $(ARGS)"; $(BIN)/python $$bench $(ARGS); done
 
-BENCH = $(sort $(wildcard benchmarks/bench_*.py))
+BENCH = $(filter-out %/common.py %/plot.py,$(sort $(wildcard benchmarks/*.py)))
 
 clean: ## Remove .venv and every cache
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
