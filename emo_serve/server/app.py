@@ -55,7 +55,7 @@ __all__ = ["DefaultModel", "drain", "run"]
 
 logger = logging.getLogger(__name__)
 
-_SHUTDOWN_SECONDS = 5.0
+_SHUTDOWN_SECONDS = 10.0  # then the engine's processes are killed
 _PROGRESS_SECONDS = 5.0
 
 
@@ -232,7 +232,7 @@ class _Server:
             pools=lines,
             refused=tuple(map(str, self.plan.catalog.refused)),
             address=_address(self.args),
-            try_model=_model_to_try(statuses, service),
+            try_model=_model_to_try(service),
         )
 
 
@@ -292,7 +292,7 @@ def _address(args: argparse.Namespace) -> ServerAddress:
     )
 
 
-def _model_to_try(statuses: Sequence[object], service: PoolService) -> str:
+def _model_to_try(service: PoolService) -> str:
     """Return a model name that can be answered now: a pool's, else the model's own."""
     resident = [pool for pool in service.pools if service.manager.is_resident(pool)]
     named = [pool.name for pool in resident if pool.name in service.catalog.pools]

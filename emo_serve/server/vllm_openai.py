@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
+import os
 import socket
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -140,6 +141,8 @@ def parse_serve_args(argv: Sequence[str]) -> argparse.Namespace:
     A positional MODEL and `--model` mean the same; the result has it in `model_tag`.
     """
     cli_env_setup()
+    # Workers wait this long before they are told to end; a drained server has nothing to wait for.
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
     parser = FlexibleArgumentParser(prog="emo-serve serve", conflict_handler="resolve")
     make_arg_parser(parser)
     default_model = parser.get_default("model")
