@@ -28,7 +28,9 @@ _CALIBRATION_TOKENS = 384
 _CALIBRATION_SEED = 1
 
 
-def release_model(name: str, model: EmoForCausalLM, corpus: Path, directory: Path) -> None:
+def release_model(
+    name: str, model: EmoForCausalLM, corpus: Path, directory: Path, pool_size: int = POOL_SIZE
+) -> None:
     """Write `models/<name>`, `pools/<name>` and `heldout` under `directory`.
 
     `corpus` is the directory `build_corpus` filled.
@@ -47,8 +49,8 @@ def release_model(name: str, model: EmoForCausalLM, corpus: Path, directory: Pat
             domain,
             shipped,
             documents,
-            POOL_SIZE,
-            description=f"{POOL_SIZE} of {model.config.num_experts} experts a layer for {domain}",
+            pool_size,
+            description=f"{pool_size} of {model.config.num_experts} experts a layer for {domain}",
             made_for=made_for,
         )
         pool.write(pools / f"{domain}.json")
