@@ -36,6 +36,7 @@ from emo_serve.server.engine_calls import EngineFacts, WorkerCalls
 from emo_serve.server.gate import RequestGate
 from emo_serve.server.plan import StartPlan, make_plan
 from emo_serve.server.pool_service import PoolService
+from emo_serve.server.shutdown import StopSignals, drain
 from emo_serve.server.summary import PoolLine, ServerAddress, Summary, format_summary
 from emo_serve.server.vllm_openai import (
     REFUSAL_REASONS,
@@ -51,7 +52,7 @@ from emo_serve.server.vllm_openai import (
     to_http_error,
 )
 
-__all__ = ["DefaultModel", "drain", "run"]
+__all__ = ["DefaultModel", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class _Server:
 
     async def serve(self, sock: socket.socket, announce: Callable[[str], None]) -> int:
         """Load the pools, answer requests, drain; return the exit status."""
-        signals = _Signals(asyncio.get_running_loop())
+        signals = StopSignals(asyncio.get_running_loop())
         calls = WorkerCalls(self._rpc, lambda: bool(self.llm.errored), _log_progress())
         facts = await calls.describe()
         _check_facts(facts, self.plan)
@@ -169,7 +170,7 @@ class _Server:
         sock: socket.socket,
         gate: RequestGate,
         manager: ResidencyManager,
-        signals: _Signals,
+        signals: StopSignals,
         announce: Callable[[str], None],
         summary: Summary,
     ) -> int:
@@ -192,7 +193,7 @@ class _Server:
         return 0 if signals.first.is_set() else 1
 
     async def _drain_until_second(
-        self, gate: RequestGate, manager: ResidencyManager, signals: _Signals
+        self, gate: RequestGate, manager: ResidencyManager, signals: StopSignals
     ) -> None:
         timeout = self.settings.drain_timeout_seconds
         logger.info(
@@ -299,7 +300,7 @@ def _model_to_try(service: PoolService) -> str:
     return named[0] if named else service.names.base[0]
 
 
-# -- routes and shutdown --
+# -- routes --
 
 
 def _add_routes(app: FastAPI, gate: RequestGate, service: PoolService, llm: PooledLLM) -> None:
@@ -313,29 +314,3 @@ def _add_routes(app: FastAPI, gate: RequestGate, service: PoolService, llm: Pool
 
     app.include_router(router)
     app.include_router(pools_api.create_router(service, to_http_error))
-
-
-async def drain(gate: RequestGate, manager: ResidencyManager, timeout_seconds: float) -> bool:
-    """Refuse new work and wait for what is under way; False when that took too long.
-
-    HTTP requests first: one of them may take several leases in turn. Then leases, which outlive the
-    request of a background response.
-    """
-    deadline = time.monotonic() + timeout_seconds
-    gate.close()
-    is_idle = await gate.idle(timeout_seconds)
-    manager.start_draining()
-    return await manager.drained(max(0.0, deadline - time.monotonic())) and is_idle
-
-
-class _Signals:
-    """Turn the first SIGTERM or SIGINT, and the second, into events."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.first = asyncio.Event()
-        self.second = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._note)
-
-    def _note(self) -> None:
-        (self.second if self.first.is_set() else self.first).set()

@@ -73,7 +73,9 @@ class RequestGate:
     async def idle(self, timeout_seconds: float) -> bool:
         """Wait until nothing is under way; False when that took longer."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                while self.num_running:
+                    await self._idle.wait()
         except TimeoutError:
             return False
         return True
