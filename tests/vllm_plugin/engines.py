@@ -1,0 +1,109 @@
+"""Real vLLM engines for the tests, fed with pools the way the front end feeds them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+from emo_serve.emo.config import load_config
+from emo_serve.vllm_plugin import (
+    ADDITIONAL_CONFIG_KEY,
+    LOAD_FORMAT,
+    POOL_ROW_ARG,
+    WORKER_EXTENSION_CLS,
+    worker_cls_for,
+)
+
+
+class PooledEngine:
+    """An offline engine with pools by name; rows follow the order of `pools`."""
+
+    def __init__(self, llm: LLM, pools: dict[str, list[list[int]]]) -> None:
+        self.llm = llm
+        self.rows = {name: row for row, name in enumerate(pools)}
+        self._calls = 0
+
+    def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Call every rank; fail unless each says ok and echoes the call id."""
+        self._calls += 1
+        answers = self.llm.collective_rpc(method, args=(self._calls, *args))
+        assert all(a["ok"] and a["call_id"] == self._calls for a in answers), answers
+        return answers
+
+    def params(self, pool: str, **kwargs: Any) -> SamplingParams:
+        """Return sampling parameters of a request of `pool`, greedy unless told otherwise."""
+        settings = {"temperature": 0.0, "max_tokens": 1, **kwargs}
+        return SamplingParams(extra_args={POOL_ROW_ARG: self.rows[pool]}, **settings)
+
+    def prompt_logprobs(self, requests: Sequence[tuple[str, list[int]]]) -> list[list[float]]:
+        """Return, for each (pool, prompt), the log-probability of each token after the first."""
+        prompts = [{"prompt_token_ids": ids} for _, ids in requests]
+        params = [self.params(pool, prompt_logprobs=0) for pool, _ in requests]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [
+            chosen_logprobs(output.prompt_logprobs[1:], ids[1:])
+            for output, (_, ids) in zip(outputs, requests, strict=True)
+        ]
+
+
+def chosen_logprobs(entries: Sequence[Any], tokens: Sequence[int]) -> list[float]:
+    """Return the log-probability of each token from vLLM's entry for its position."""
+    return [entry[token].logprob for entry, token in zip(entries, tokens, strict=True)]
+
+
+@contextmanager
+def pooled_engine(
+    directory: Path,
+    pools: dict[str, list[list[int]]],
+    *,
+    num_slots: int | None = None,
+    moe_backend: str = "auto",
+    **engine_args: Any,
+) -> Iterator[PooledEngine]:
+    """Start an engine, put every expert the pools need into a random slot, publish the pools.
+
+    `num_slots` None gives exactly as many slots as the neediest layer uses.
+    """
+    layers = load_config(directory).moe_layers
+    experts_of_layer = [moe.num_experts if moe else 0 for moe in layers]
+    wanted = [sorted({e for p in pools.values() for e in p[i]}) for i in range(len(layers))]
+    num_slots = num_slots or max(len(experts) for experts in wanted)
+    settings = {"num_slots": num_slots, "num_pools": len(pools), "moe_backend": moe_backend}
+    llm = LLM(
+        str(directory),
+        load_format=LOAD_FORMAT,
+        worker_cls=worker_cls_for("cpu"),
+        worker_extension_cls=WORKER_EXTENSION_CLS,
+        additional_config={ADDITIONAL_CONFIG_KEY: settings},
+        **{**SMALL, **engine_args},
+    )
+    try:
+        engine = PooledEngine(llm, pools)
+        rng = random.Random(0)
+        copies = []
+        for layer, experts in enumerate(wanted):
+            slots = rng.sample(range(min(num_slots, experts_of_layer[layer])), len(experts))
+            copies += [[layer, e, slot] for e, slot in zip(experts, slots, strict=True)]
+        engine.call("emo_load_experts", copies)
+        for name, experts_kept in pools.items():
+            engine.call("emo_publish_pool", engine.rows[name], experts_kept, 1.0)
+        yield engine
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 512,
+    "kv_cache_memory_bytes": 64 << 20,
+    "enable_prefix_caching": False,
+    "disable_log_stats": True,
+}

@@ -1,0 +1,55 @@
+"""Golden values on engines that need a process of their own: the V2 runner, tensor parallelism."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.golden.checkpoints import write_checkpoint
+
+pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-3
+
+
+def run_golden(directory: Path, engine_args: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
+    write_checkpoint("shared1", directory)
+    command = [sys.executable, "-m", "tests.vllm_plugin.golden_run", str(directory)]
+    run = subprocess.run(
+        [*command, json.dumps(engine_args)],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    answers = [line for line in run.stdout.splitlines() if line.startswith('{"worst"')]
+    result: dict[str, Any] = json.loads(answers[-1])
+    return result
+
+
+def test_v2_model_runner_under_the_interpreter(tmp_path: Path) -> None:
+    site = str(Path(__file__).parent / "v2_on_cpu")
+    env = {"PYTHONPATH": site, "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    result = run_golden(tmp_path, {}, env)
+    assert [rank["model_runner"] for rank in result["ranks"]] == ["v2"]
+    assert result["ranks"][0]["routes_by_pool"]
+    assert result["worst"] < TOLERANCE
+
+
+def test_tensor_parallel_over_two_processes(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    env = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+    result = run_golden(tmp_path, {"tensor_parallel_size": 2}, env)
+    assert [rank["rank"] for rank in result["ranks"]] == [0, 1]
+    assert {rank["model_runner"] for rank in result["ranks"]} == {"v1"}
+    slot_bytes = 3 * 64 * 128 * 4 // 2  # float32, half the width on each rank
+    assert [rank["slot_bytes"] for rank in result["ranks"]] == [slot_bytes] * 2
+    assert result["worst"] < TOLERANCE
