@@ -7,27 +7,22 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from emo_serve import demo
-from emo_serve.errors import EmoServeError
 
 __all__ = ["add_demo_parser"]
 
-_REFUSED = 2
-
 
 def add_demo_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `demo` and its commands; each sets `run`, a function from the arguments to a status."""
+    """Add `demo` and its commands; each sets `run`, a function of the arguments."""
     parser = subparsers.add_parser("demo", help="train or measure the tiny EMO that ships")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     corpus = commands.add_parser("corpus", help="fetch, clean and tokenize the training text")
     corpus.add_argument("directory", type=Path, metavar="DIR", help="working directory")
-    corpus.set_defaults(run=_reporting(_run_corpus))
+    corpus.set_defaults(run=_run_corpus)
 
     train = commands.add_parser(
         "train",
@@ -49,27 +44,15 @@ def add_demo_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
         choices=(demo.DEMO_MODEL, demo.TWIN_MODEL),
         help="train only this one, so that two processes can share the work",
     )
-    train.set_defaults(run=_reporting(_run_train))
+    train.set_defaults(run=_run_train)
 
     evaluate = commands.add_parser("eval", help="print held-out loss of the shipped models by pool")
     evaluate.add_argument("--texts", type=int, default=8, help="held-out texts a domain [8]")
-    evaluate.set_defaults(run=_reporting(_run_eval))
-
-
-def _reporting(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
-    def report(arguments: argparse.Namespace) -> int:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        try:
-            run(arguments)
-        except EmoServeError as error:
-            print(f"emo-serve: {error}", file=sys.stderr)
-            return _REFUSED
-        return 0
-
-    return report
+    evaluate.set_defaults(run=_run_eval)
 
 
 def _run_corpus(arguments: argparse.Namespace) -> None:
+    _show_progress()
     from emo_serve.demo.corpus import build_corpus
 
     print(f"{'domain':12}{'documents':>10}{'tokens':>11}{'held out':>10}{'seen before cut':>17}")
@@ -81,6 +64,7 @@ def _run_corpus(arguments: argparse.Namespace) -> None:
 
 
 def _run_train(arguments: argparse.Namespace) -> None:
+    _show_progress()
     import torch
 
     from emo_serve.demo.corpus import build_corpus
@@ -111,3 +95,7 @@ def _run_eval(arguments: argparse.Namespace) -> None:
         print(f"{name}: held-out nats a token, mean of {len(experiment.texts)} domains")
         for k in (32, 16, 8, 4):
             print(f"  {k:2} experts kept  {experiment.mean_loss(k):.3f}")
+
+
+def _show_progress() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from emo_serve.cli import main
 from emo_serve.demo.commands import add_demo_parser
 from emo_serve.errors import ConfigError
 
@@ -34,6 +35,5 @@ def test_a_corpus_that_cannot_be_had_is_an_exit_status(
         raise ConfigError("npm is not installed")
 
     monkeypatch.setattr("emo_serve.demo.corpus.build_corpus", refuse)
-    arguments = _parse("corpus", str(tmp_path))
-    assert arguments.run(arguments) == 2
+    assert main(["demo", "corpus", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "emo-serve: npm is not installed\n"
