@@ -348,7 +348,8 @@ class ResidencyManager:
                 )
             await self._engine.publish_pool(entry.row, pool.expert_ids, pool.router_temperature)
         except BaseException as error:
-            logger.error("pool %s could not be made resident: %s", pool.name, error)
+            if isinstance(error, Exception):  # a cancellation is the event loop's end
+                logger.error("pool %s could not be made resident: %s", pool.name, error)
             self._slots.abandon(plan.key)
             self._drop(entry)
             raise

@@ -1,0 +1,266 @@
+"""SlotTable: examples for each promise, and a state machine against a naive dictionary."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from emo_serve.errors import ConfigError
+from emo_serve.residency.slots import Copy, ExpertIds, LayerSlots, SlotTable
+
+EXPERTS = (6, 0, 4)  # the second layer is dense
+SLOTS = 5  # so the third layer holds everything
+
+
+def load(table: SlotTable, key: str, expert_ids: ExpertIds) -> tuple[Copy, ...]:
+    plan = table.plan_load(key, expert_ids)
+    table.begin(plan)
+    table.finish(key)
+    table.check_integrity()
+    return plan.copies
+
+
+@pytest.fixture
+def table() -> SlotTable:
+    return SlotTable(EXPERTS, SLOTS)
+
+
+# -- examples --
+
+
+def test_a_load_copies_only_what_is_missing(table: SlotTable) -> None:
+    first = load(table, "a", [[0, 4], [], [1]])
+    assert first == (Copy(0, 0, 0), Copy(0, 4, 1), Copy(2, 1, 0))
+    assert load(table, "b", [[4, 5], [], [1, 2]]) == (Copy(0, 5, 2), Copy(2, 2, 1))
+    assert load(table, "c", [[0, 5], [], [1]]) == ()
+
+
+def test_an_eviction_frees_only_what_no_other_pool_uses(table: SlotTable) -> None:
+    load(table, "a", [[0, 4], [], [1]])
+    load(table, "b", [[4, 5], [], [1]])
+    assert table.evict("a") == (Copy(0, 0, 0),)
+    assert table.covers([[4, 5], [], [1]])
+    assert not table.covers([[0], [], []])
+    assert table.evict("b") == (Copy(0, 4, 1), Copy(0, 5, 2), Copy(2, 1, 0))
+    table.check_integrity()
+    assert table.usage() == SlotTable(EXPERTS, SLOTS).usage()
+
+
+def test_planning_changes_nothing(table: SlotTable) -> None:
+    before = table.usage()
+    table.plan_load("a", [[0], [], [0]])
+    assert table.usage() == before
+    assert table.keys == frozenset()
+
+
+def test_what_is_loading_is_neither_free_nor_resident(table: SlotTable) -> None:
+    table.begin(table.plan_load("a", [[2, 3], [], []]))
+    assert table.usage()[0] == LayerSlots(slots=5, free=3, resident=0, loading=2)
+    assert table.slot_of(0, 2) is None
+    assert not table.covers([[2], [], []])
+    assert table.num_absent([[2, 5], [], []]) == 2
+    table.finish("a")
+    assert table.usage()[0] == LayerSlots(slots=5, free=3, resident=2, loading=0)
+    assert table.slot_of(0, 2) == 0
+
+
+def test_an_abandoned_load_never_happened(table: SlotTable) -> None:
+    load(table, "a", [[0, 1], [], []])
+    before = table.usage()
+    table.begin(table.plan_load("b", [[1, 2, 3], [], [0]]))
+    table.abandon("b")
+    table.check_integrity()
+    assert table.usage() == before
+    assert table.keys == {"a"}
+    assert table.covers([[0, 1], [], []])
+    assert load(table, "c", [[5], [], []]) == (Copy(0, 5, 2),)
+
+
+def test_a_load_keeps_what_it_shares_when_the_other_pool_goes(table: SlotTable) -> None:
+    load(table, "a", [[0, 1], [], []])
+    table.begin(table.plan_load("b", [[1, 2], [], []]))
+    assert table.evict("a") == (Copy(0, 0, 0),)
+    table.finish("b")
+    assert table.covers([[1, 2], [], []])
+    table.check_integrity()
+
+
+def test_needs_are_counted_by_layer(table: SlotTable) -> None:
+    load(table, "a", [[0, 1, 2], [], []])
+    first, dense, _ = table.needs([[2, 3, 4, 5], [], [0]])
+    assert (first.needed, first.missing, first.free, first.slots) == (4, 3, 2, 5)
+    assert (dense.needed, dense.missing, dense.free, dense.slots) == (0, 0, 0, 0)
+
+
+def test_a_layer_has_no_more_slots_than_experts(table: SlotTable) -> None:
+    assert [layer.slots for layer in table.usage()] == [5, 0, 4]
+    assert table.experts_per_layer == EXPERTS
+
+
+def test_a_table_without_slots_is_refused() -> None:
+    with pytest.raises(ConfigError, match="slots a layer is 0; expected at least 1"):
+        SlotTable(EXPERTS, 0)
+
+
+def test_misuse_is_caught(table: SlotTable) -> None:
+    plan = table.plan_load("a", [[0], [], []])
+    load(table, "b", [[0], [], []])
+    with pytest.raises(AssertionError, match="changed since"):
+        table.begin(plan)
+    with pytest.raises(AssertionError, match="holds its slots already"):
+        table.plan_load("b", [[0], [], []])
+    with pytest.raises(AssertionError, match="too few free slots"):
+        table.plan_load("c", [range(6), [], []])
+    table.begin(table.plan_load("d", [[1], [], []]))
+    with pytest.raises(AssertionError, match="still loading"):
+        table.plan_load("e", [[1], [], []])
+    with pytest.raises(AssertionError, match="is loading"):
+        table.evict("d")
+
+
+def test_the_self_check_sees_a_wrong_account(table: SlotTable) -> None:
+    load(table, "a", [[0, 1], [], []])
+    table._layers[0].holders[1] += 1
+    with pytest.raises(AssertionError):
+        table.check_integrity()
+
+
+# -- against a naive model --
+
+id_lists = st.tuples(
+    *(
+        st.lists(st.integers(0, num_experts - 1), unique=True, max_size=num_experts)
+        if num_experts
+        else st.just([])
+        for num_experts in EXPERTS
+    )
+)
+
+
+class Tables(RuleBasedStateMachine):
+    """Drive a table and, beside it, one flat dictionary of which expert should be where."""
+
+    resident = Bundle("resident")
+    under_way = Bundle("under_way")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = SlotTable(EXPERTS, SLOTS)
+        self.where: dict[tuple[int, int], int] = {}
+        self.pools: dict[str, set[tuple[int, int]]] = {}
+        self.loading: dict[str, set[tuple[int, int]]] = {}
+        self.names = map(str, itertools.count())
+
+    def start(self, expert_ids: ExpertIds) -> str | None:
+        """Begin a load if the model says it fits, and check that the table agrees."""
+        wanted = {(layer, e) for layer, ids in enumerate(expert_ids) for e in ids}
+        if wanted & self.on_the_way():
+            return None
+        held = [sum(place[0] == layer for place in self.where) for layer in range(len(EXPERTS))]
+        new = wanted - self.where.keys()
+        room = [min(SLOTS, count) for count in EXPERTS]
+        fits = all(
+            held[layer] + sum(place[0] == layer for place in new) <= room[layer]
+            for layer in range(len(EXPERTS))
+        )
+        assert fits == all(need.missing <= need.free for need in self.table.needs(expert_ids))
+        if not fits:
+            return None
+        key = next(self.names)
+        plan = self.table.plan_load(key, expert_ids)
+        assert {(copy.layer, copy.expert) for copy in plan.copies} == new
+        taken = {(layer, slot) for (layer, _), slot in self.where.items()}
+        assert not taken & {(copy.layer, copy.slot) for copy in plan.copies}
+        self.table.begin(plan)
+        self.where |= {(copy.layer, copy.expert): copy.slot for copy in plan.copies}
+        self.pools[key], self.loading[key] = wanted, new
+        return key
+
+    def undo(self, key: str) -> None:
+        self.table.abandon(key)
+        del self.loading[key]
+        self.drop(key)
+
+    def drop(self, key: str) -> set[tuple[int, int]]:
+        gone = self.pools.pop(key) - {place for held in self.pools.values() for place in held}
+        for place in gone:
+            del self.where[place]
+        return gone
+
+    def on_the_way(self) -> set[tuple[int, int]]:
+        return {place for held in self.loading.values() for place in held}
+
+    @rule(target=under_way, expert_ids=id_lists)
+    def begin(self, expert_ids: ExpertIds) -> object:
+        key = self.start(expert_ids)
+        return multiple() if key is None else key
+
+    @rule(target=resident, key=consumes(under_way))
+    def finish(self, key: str) -> str:
+        self.table.finish(key)
+        del self.loading[key]
+        return key
+
+    @rule(key=consumes(under_way))
+    def abandon(self, key: str) -> None:
+        self.undo(key)
+
+    @rule(expert_ids=id_lists)
+    def fail_at_once(self, expert_ids: ExpertIds) -> None:
+        before = self.table.usage(), dict(self.where), self.table.keys
+        key = self.start(expert_ids)
+        if key is not None:
+            self.undo(key)
+        assert (self.table.usage(), self.where, self.table.keys) == before
+
+    @rule(key=consumes(resident))
+    def evict(self, key: str) -> None:
+        freed = {(copy.layer, copy.expert): copy.slot for copy in self.table.evict(key)}
+        expected = dict(self.where)
+        assert freed == {place: expected[place] for place in self.drop(key)}
+
+    @precondition(lambda self: self.pools)
+    @rule(target=resident, data=st.data())
+    def unite(self, data: st.DataObject) -> object:
+        """Hold a union of resident pools: nothing to copy."""
+        settled = sorted(self.pools.keys() - self.loading.keys())
+        if not settled:
+            return multiple()
+        chosen = data.draw(st.sets(st.sampled_from(settled), min_size=1, max_size=3))
+        places = {place for key in chosen for place in self.pools[key]}
+        ids = [sorted(e for at, e in places if at == layer) for layer in range(len(EXPERTS))]
+        assert self.table.covers(ids)
+        key = self.start(ids)
+        assert key is not None
+        assert not self.loading.pop(key)
+        return key
+
+    @invariant()
+    def agrees_with_the_model(self) -> None:
+        self.table.check_integrity()
+        assert self.table.keys == self.pools.keys()
+        loading = self.on_the_way()
+        for layer, num_experts in enumerate(EXPERTS):
+            for expert in range(num_experts):
+                expected = None if (layer, expert) in loading else self.where.get((layer, expert))
+                assert self.table.slot_of(layer, expert) == expected
+        for layer, usage in enumerate(self.table.usage()):
+            assert usage.slots == usage.free + usage.resident + usage.loading
+            assert usage.loading == sum(place[0] == layer for place in loading)
+            assert usage.resident + usage.loading == sum(at == layer for at, _ in self.where)
+
+
+TestTables = Tables.TestCase
+TestTables.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
