@@ -1,0 +1,260 @@
+"""What the adapter relies on in vLLM, name by name: the first thing to run after an upgrade.
+
+`vllm_openai` imports everything of vLLM that the front end uses. Here each of those names is
+checked for the shape the adapter takes for granted, so that a change is a failed line here and not
+a request served in the wrong pool.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import envs
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server, watchdog_loop
+from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ModelCard
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMNotFoundError, VLLMValidationError
+from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector
+
+from emo_serve.config import _UNSUPPORTED
+from emo_serve.errors import (
+    Draining,
+    EmoServeError,
+    EngineDead,
+    NoFreePoolRow,
+    PoolConflict,
+    PoolNotResident,
+    PoolTooLarge,
+    RequestError,
+    UnknownPool,
+)
+from emo_serve.server import vllm_openai
+
+SITE = Path(inspect.getfile(AsyncLLM)).parents[2]
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def source(function: Any) -> str:
+    return inspect.getsource(function)
+
+
+# -- the generation hook --
+
+
+def test_generate_and_encode_have_the_parameters_ours_replaces() -> None:
+    assert parameters(AsyncLLM.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"]
+    assert "lora_request" in parameters(AsyncLLM.generate)
+    assert inspect.isasyncgenfunction(AsyncLLM.generate)
+    assert inspect.isasyncgenfunction(AsyncLLM.encode)
+    assert not inspect.iscoroutinefunction(vllm_openai.PooledLLM.generate)
+    assert not inspect.isasyncgenfunction(vllm_openai.PooledLLM.generate)
+
+
+def test_every_entry_point_generates_through_the_client_and_hands_on_the_adapter() -> None:
+    """A route that called the engine in another way, or without the model's name, would slip by."""
+    calls: dict[str, list[ast.Call]] = {}
+    for path in (SITE / "entrypoints").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner, method = ast.unparse(node.func.value), node.func.attr
+            if owner.endswith("engine_client") and method in ("generate", "encode", "add_request"):
+                name = path.relative_to(SITE / "entrypoints").as_posix()
+                calls.setdefault(name, []).append(node)
+    generating = {
+        name
+        for name, nodes in calls.items()
+        for node in nodes
+        if ast.unparse(node.func).endswith("generate")
+    }
+    assert {
+        "openai/chat_completion/serving.py",
+        "openai/chat_completion/batch_serving.py",
+        "openai/completion/serving.py",
+        "openai/responses/serving.py",
+        "generate/beam_search/online.py",
+        "generate/label_reads.py",
+        "scale_out/token_in_token_out/serving.py",
+    } <= generating
+    speech = {"speech_to_text/base/serving.py", "speech_to_text/realtime/connection.py"}
+    for name in generating - speech:
+        for node in calls[name]:
+            assert "lora_request" in {keyword.arg for keyword in node.keywords}, name
+    assert not any("add_request" in ast.unparse(n.func) for nodes in calls.values() for n in nodes)
+
+
+def test_sampling_params_can_be_copied_and_carry_extra_args() -> None:
+    params = SamplingParams(extra_args={"emo_pool_row": 9, "k": 1}, max_tokens=3)
+    placed = vllm_openai.place_in_row(params, 2)
+    assert placed.extra_args == {"emo_pool_row": 2, "k": 1}
+    assert params.extra_args == {"emo_pool_row": 9, "k": 1}
+    assert (placed.max_tokens, placed.output_kind) == (3, params.output_kind)
+    assert vllm_openai.place_in_row(SamplingParams(), 0).extra_args == {"emo_pool_row": 0}
+
+
+def test_prompts_carry_a_cache_salt() -> None:
+    assert tokens_input([1], cache_salt="s")["cache_salt"] == "s"
+    prompt = tokens_input([1, 2], cache_salt="mine")
+    salted = vllm_openai.salt_prompt(prompt, "0" * 64)
+    assert salted == {**prompt, "cache_salt": f"emo:{'0' * 64}:mine"}
+    assert vllm_openai.salt_prompt({"prompt_token_ids": [1]}, "ab")["cache_salt"] == "emo:ab:"
+    with pytest.raises(VLLMValidationError):
+        vllm_openai.salt_prompt("raw text", "ab")
+
+
+def test_outputs_are_collected_merged_and_raised() -> None:
+    assert parameters(RequestOutputCollector.__init__)[1:3] == ["output_kind", "request_id"]
+    collector = RequestOutputCollector(RequestOutputKind.DELTA, "id")
+    assert collector.get_nowait() is None
+    collector.put(ValueError("late"))
+    with pytest.raises(ValueError, match="late"):
+        collector.get_nowait()
+
+
+def test_the_client_has_what_the_worker_calls_need() -> None:
+    assert parameters(AsyncLLM.collective_rpc)[1:4] == ["method", "timeout", "args"]
+    assert isinstance(AsyncLLM.errored, property)
+    assert "timeout" in parameters(AsyncLLM.shutdown)
+    assert {"vllm_config", "usage_context", "enable_log_requests", "disable_log_stats"} <= set(
+        parameters(AsyncLLM.from_vllm_config)
+    )
+
+
+# -- names of models --
+
+
+def test_model_names_are_looked_up_where_ours_stands() -> None:
+    assert "request.model in self.models.lora_requests" in source(BaseServing._check_model)
+    adapters = source(BaseServing._maybe_get_adapters)
+    assert "request.model in self.models.lora_requests" in adapters
+    assert "return self.models.lora_requests[request.model]" in adapters
+    # why ours lists nothing: any adapter named like a message's type would be chosen
+    assert "lora_requests.values()" in source(BaseServing._get_active_default_mm_loras)
+
+
+def test_the_adapters_name_is_echoed_as_model() -> None:
+    assert "lora_request.lora_name" in source(OpenAIServingModels.model_name)
+    adapter = LoRARequest(lora_name="math", lora_int_id=1, lora_path="x")
+    assert adapter.lora_name == "math"
+
+
+def test_models_are_listed_where_ours_stands() -> None:
+    assert inspect.iscoroutinefunction(OpenAIServingModels.show_available_models)
+    assert inspect.iscoroutinefunction(OpenAIModelRegistry.show_available_models)
+    assert "self.registry = OpenAIModelRegistry" in source(OpenAIServingModels.__init__)
+    card = ModelCard(id="emo")
+    card.default_pool = "base"
+    assert card.model_dump()["default_pool"] == "base"
+
+
+# -- errors --
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind", "param"),
+    [
+        (VLLMNotFoundError("x"), 404, "NotFoundError", None),
+        (VLLMValidationError("x", parameter="model"), 400, "BadRequestError", "model"),
+        (GracefulHTTPError("x", HTTPStatus.SERVICE_UNAVAILABLE), 503, "Service Unavailable", None),
+        (GracefulHTTPError("x", HTTPStatus.INTERNAL_SERVER_ERROR), 500, "Internal Server", None),
+    ],
+)
+def test_errors_have_the_statuses_the_table_counts_on(
+    error: VLLMError, code: int, kind: str, param: str | None
+) -> None:
+    answer = create_error_response(error).error
+    assert (answer.code, answer.param) == (code, param)
+    assert answer.type.startswith(kind)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UnknownPool("x"), 404),
+        (PoolConflict("x"), 400),
+        (PoolTooLarge("x"), 400),
+        (RequestError("x"), 400),
+        (PoolNotResident("x"), 503),
+        (NoFreePoolRow("x"), 503),
+        (Draining("x"), 503),
+        (EngineDead("x"), 500),
+        (EmoServeError("x"), 500),
+    ],
+)
+def test_the_table_gives_each_of_our_errors_its_status(error: EmoServeError, status: int) -> None:
+    answer = create_error_response(vllm_openai.to_http_error(error)).error
+    assert answer.code == status
+    assert answer.message.startswith("x")
+
+
+# -- start-up and serving --
+
+
+def test_the_builders_take_what_they_are_given() -> None:
+    assert parameters(build_app) == ["args", "supported_tasks", "model_config"]
+    assert parameters(init_app_state) == ["engine_client", "state", "args", "supported_tasks"]
+    assert parameters(setup_server) == ["args", "reuse_port"]
+    assert parameters(watchdog_loop) == ["server", "engine"]
+    assert isinstance(envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE, int)
+    with NoSignalServer.capture_signals(object()):  # type: ignore[arg-type]
+        pass  # leaves signals alone
+
+
+def test_the_api_key_guards_our_listing() -> None:
+    assert "/v1" in GUARDED_PREFIX
+
+
+def test_engine_args_have_the_fields_that_are_set() -> None:
+    fields = set(AsyncEngineArgs.__dataclass_fields__)
+    assert {"model", "load_format", "worker_cls", "worker_extension_cls"} <= fields
+    assert {"additional_config", "served_model_name", "tensor_parallel_size"} <= fields
+    assert "create_model_config" in dir(AsyncEngineArgs)
+    assert "usage_context" in parameters(AsyncEngineArgs.create_engine_config)
+
+
+def test_every_refused_flag_is_one_of_vllms_and_off_by_default() -> None:
+    parser = make_arg_parser(FlexibleArgumentParser())
+    defaults = vars(parser.parse_args([]))
+    for option in _UNSUPPORTED:
+        name = option.flag.removeprefix("--").replace("-", "_")
+        assert name in defaults, option.flag
+        assert defaults[name] in option.off, option.flag
+
+
+def test_our_flags_take_no_other_of_vllms_names() -> None:
+    args = vllm_openai.parse_serve_args(["M", "--moe-backend", "reference", "--port", "81"])
+    assert (args.model_tag, args.port) == ("M", 81)
+    assert (args.emo_moe_backend, args.moe_backend) == ("reference", "auto")
+    vllm = {
+        option
+        for action in make_arg_parser(FlexibleArgumentParser())._actions
+        for option in action.option_strings
+    }
+    ours = {"--pools", "--default-pool", "--expert-memory", "--expert-slots", "--preload"}
+    assert not vllm & (ours | {"--max-pools", "--drain-timeout"})
+
+
+def test_the_model_may_be_given_as_a_flag() -> None:
+    assert vllm_openai.parse_serve_args(["--model", "M"]).model_tag == "M"
+    assert vllm_openai.parse_serve_args([]).model_tag is None
