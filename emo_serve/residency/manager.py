@@ -37,7 +37,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-BASE_ROW = 0
+_BASE_ROW = 0
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class ResidencyManager:
         self._slot_bytes = slot_bytes
         self._base_ids = tuple(tuple(range(count)) for count in slots.experts_per_layer)
         self._entries: dict[str, _Entry] = {}  # by content hash
-        self._free_rows = list(range(BASE_ROW + 1, num_rows))  # a heap
+        self._free_rows = list(range(_BASE_ROW + 1, num_rows))  # a heap
         self._idle: OrderedDict[str, _Entry] = OrderedDict()  # rows to reuse, oldest first
         self._loads: set[asyncio.Task[None]] = set()
         self._running = 0
@@ -249,9 +249,9 @@ class ResidencyManager:
         self._slots.check_integrity()
         assert self._slots.keys == self._entries.keys()
         rows = [entry.row for entry in self._entries.values()]
-        taken = [row for row in rows if row != BASE_ROW]
+        taken = [row for row in rows if row != _BASE_ROW]
         assert len(set(rows)) == len(rows)
-        assert sorted(taken + self._free_rows) == list(range(BASE_ROW + 1, self._num_rows))
+        assert sorted(taken + self._free_rows) == list(range(_BASE_ROW + 1, self._num_rows))
         idle = {key for key, entry in self._entries.items() if _is_reusable(entry)}
         assert self._idle.keys() == idle
         assert self._running >= sum(entry.leases for entry in self._entries.values())
@@ -323,7 +323,7 @@ class ResidencyManager:
         plan = self._slots.plan_load(pool.content_hash, pool.expert_ids)
         self._slots.begin(plan)  # first: what it refers to must outlive the row's last owner
         is_base = self._is_base(pool)
-        entry = _Entry(pool, BASE_ROW if is_base else self._take_row(), is_kept or is_base)
+        entry = _Entry(pool, _BASE_ROW if is_base else self._take_row(), is_kept or is_base)
         self._entries[plan.key] = entry
         entry.settling = asyncio.create_task(self._settle(entry, plan))
         if plan.copies:
@@ -368,7 +368,7 @@ class ResidencyManager:
         key = entry.pool.content_hash
         del self._entries[key]
         self._idle.pop(key, None)
-        if entry.row != BASE_ROW:
+        if entry.row != _BASE_ROW:
             heapq.heappush(self._free_rows, entry.row)
 
     def _note_idle(self, entry: _Entry) -> None:

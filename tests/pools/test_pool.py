@@ -376,6 +376,13 @@ def test_union_and_completion_commute(drawn: tuple[Any, list[ExpertPool]]) -> No
     assert a.complete(model).union(b.complete(model)).content_hash == late.content_hash
 
 
+def test_a_unions_name_is_sorted() -> None:
+    union = a_pool("h")
+    for name in "cgaebdf":
+        union = a_pool(name).union(union)
+    assert union.name == "a+b+c+d+e+f+g+h"
+
+
 def test_pools_of_different_temperatures_do_not_unite() -> None:
     with pytest.raises(RequestError, match=r"'math' and 'hot' cannot be united.*1\.0 and 2\.0"):
         a_pool().union(a_pool("hot", router_temperature=2))

@@ -118,6 +118,21 @@ async def test_the_base_pool_has_row_0_and_nothing_else_has() -> None:
     assert engine.table[2] == (BASE.expert_ids, 2.0)
 
 
+async def test_row_0_stays_the_base_pools_when_it_was_never_loaded_or_failed_to() -> None:
+    engine = FakeEngine()
+    hot = a_pool("hot", *range(NUM_EXPERTS), temperature=2.0)
+    manager = await loaded(engine, hot, slots=NUM_EXPERTS, rows=3)
+    engine.failure = EngineDead("by chance")
+    with pytest.raises(EngineDead):
+        async with manager.lease(BASE):
+            pass
+    engine.failure = None
+    for pool, row in ((BASE, 0), (A, 2), (B, 2), (BASE, 0)):
+        async with manager.lease(pool) as lease:
+            assert lease.row == row
+        manager.check_integrity()
+
+
 async def test_a_pool_that_can_never_fit_is_refused_with_the_memory_it_needs() -> None:
     manager = await loaded(FakeEngine(), A, C, slots=6)
     for refuse in (manager.check_available, manager.load):
