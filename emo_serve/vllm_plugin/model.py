@@ -11,13 +11,12 @@ Shapes: T tokens of the step (padding included), D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
@@ -39,45 +38,20 @@ from vllm.sequence import IntermediateTensors
 
 from emo_serve.emo.checkpoint import ExpertWeights, parse_expert_name
 from emo_serve.emo.config import EmoConfig, MoeLayer
-from emo_serve.errors import CheckpointError, ConfigError
-from emo_serve.vllm_plugin import ADDITIONAL_CONFIG_KEY, MOE_BACKENDS
-from emo_serve.vllm_plugin.backends import MoeBackend, choose_backend
+from emo_serve.errors import CheckpointError
+from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.batch_pools import BASE_POOL_ROW, EmoModelState
 from emo_serve.vllm_plugin.expert_store import ExpertStore, shard_of
 from emo_serve.vllm_plugin.moe import PooledMoE
+from emo_serve.vllm_plugin.settings import (
+    PluginSettings,
+    backend_for,
+    emo_config,
+    refuse_what_cannot_work,
+    rope_for_vllm,
+)
 
-__all__ = ["EmoForCausalLM", "PluginSettings"]
-
-
-@dataclass(frozen=True)
-class PluginSettings:
-    """What the front end decided for the workers.
-
-    `holds_all` is plain `vllm serve`: no front end, so every expert is loaded with the model and
-    the base pool is published.
-    """
-
-    num_slots: int
-    num_pools: int
-    moe_backend: str
-    holds_all: bool
-
-    @classmethod
-    def read(cls, vllm_config: VllmConfig) -> PluginSettings:
-        """Read additional_config; raises ConfigError on unknown or missing keys."""
-        given = (vllm_config.additional_config or {}).get(ADDITIONAL_CONFIG_KEY)
-        if given is None:
-            most = max((m.num_experts for m in _config(vllm_config).moe_layers if m), default=0)
-            return cls(num_slots=most, num_pools=1, moe_backend="auto", holds_all=True)
-        expected = {"num_slots", "num_pools", "moe_backend"}
-        if set(given) != expected:
-            raise ConfigError(f"additional_config {ADDITIONAL_CONFIG_KEY!r} has {sorted(given)}")
-        if (
-            given["moe_backend"] not in MOE_BACKENDS
-            or min(given["num_slots"], given["num_pools"]) < 1
-        ):
-            raise ConfigError(f"additional_config {ADDITIONAL_CONFIG_KEY!r} is {given}")
-        return cls(**given, holds_all=False)
+__all__ = ["EmoForCausalLM"]
 
 
 class EmoForCausalLM(nn.Module):
@@ -92,10 +66,10 @@ class EmoForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.config = _config(vllm_config)
+        self.config = emo_config(vllm_config)
         self.settings = PluginSettings.read(vllm_config)
-        _refuse_what_cannot_work(vllm_config, self.config)
-        self.backend = _backend(vllm_config, self.config, self.settings)
+        refuse_what_cannot_work(vllm_config)
+        self.backend = backend_for(vllm_config, self.settings, torch.get_default_device())
         self.model = _EmoModel(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), backend=self.backend
         )
@@ -201,7 +175,7 @@ class EmoForCausalLM(nn.Module):
 class _EmoModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str, backend: MoeBackend) -> None:
         super().__init__()
-        config = _config(vllm_config)
+        config = emo_config(vllm_config)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             _DecoderLayer(vllm_config, moe, f"{prefix}.layers.{index}", backend)
@@ -232,7 +206,7 @@ class _DecoderLayer(nn.Module):
         self, vllm_config: VllmConfig, moe: MoeLayer | None, prefix: str, backend: MoeBackend
     ) -> None:
         super().__init__()
-        config, settings = _config(vllm_config), PluginSettings.read(vllm_config)
+        config, settings = emo_config(vllm_config), PluginSettings.read(vllm_config)
         self.pre_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = _Attention(vllm_config, f"{prefix}.self_attn")
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -259,7 +233,7 @@ class _DecoderLayer(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        config = _config(vllm_config)
+        config = emo_config(vllm_config)
         ranks = get_tensor_model_parallel_world_size()
         heads, kv_heads, width = config.num_attention_heads, config.num_kv_heads, config.head_dim
         self.qkv_proj = QKVParallelLinear(
@@ -279,7 +253,7 @@ class _Attention(nn.Module):
         self.rotary_emb = get_rope(
             width,
             max_position=config.max_position_embeddings,
-            rope_parameters=_rope(config),
+            rope_parameters=rope_for_vllm(config),
             is_neox_style=True,
         )
         local_heads, local_kv_heads = heads // ranks, max(1, kv_heads // ranks)
@@ -321,60 +295,16 @@ class _DenseMlp(nn.Module):
         return y_TD  # type: ignore[no-any-return]
 
 
-# -- set-up --
+# -- trunk --
 
-
-def _config(vllm_config: VllmConfig) -> EmoConfig:
-    config = vllm_config.model_config.hf_config
-    assert isinstance(config, EmoConfig), type(config)
-    return config
-
-
-def _rope(config: EmoConfig) -> dict[str, Any]:
-    """Return RoPE's parameters for vLLM; `dynamic` changes nothing within the context length."""
-    rope = dict(config.rope_parameters or {})
-    if rope["rope_type"] == "dynamic":
-        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    return rope
-
-
-def _refuse_what_cannot_work(vllm_config: VllmConfig, config: EmoConfig) -> None:
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    ranks = parallel.tensor_parallel_size
-    if parallel.pipeline_parallel_size > 1:
-        raise ConfigError("pipeline parallelism is not supported: all slabs are planned as one")
-    if parallel.enable_expert_parallel:
-        raise ConfigError("expert parallelism is not supported: use --tensor-parallel-size")
-    if vllm_config.quant_config is not None:
-        raise ConfigError("quantized checkpoints are not supported yet: serve bf16 or fp16 weights")
-    if config.intermediate_size % ranks:
-        raise ConfigError(
-            f"tensor_parallel_size {ranks} does not divide intermediate_size"
-            f" {config.intermediate_size}"
-        )
-    context = config.max_position_embeddings
-    if _rope_type(config) == "dynamic" and model.max_model_len > context:
-        raise ConfigError(
-            f"--max-model-len {model.max_model_len} is over {context}: dynamic RoPE scaling is"
-            " served only within max_position_embeddings"
-        )
-
-
-def _rope_type(config: EmoConfig) -> str:
-    return str((config.rope_parameters or {})["rope_type"])
-
-
-def _backend(vllm_config: VllmConfig, config: EmoConfig, settings: PluginSettings) -> MoeBackend:
-    device = torch.get_default_device()
-    width = config.intermediate_size // vllm_config.parallel_config.tensor_parallel_size
-    backend = choose_backend(settings.moe_backend, device, config.hidden_size, width)
-    graphs = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
-    if backend.name == "reference" and device.type == "cuda" and graphs:
-        raise ConfigError(
-            "--moe-backend reference synchronises with the host, which CUDA graphs cannot capture;"
-            " add --enforce-eager"
-        )
-    return backend
+_MERGED = {
+    ".q_proj.": (".qkv_proj.", "q"),
+    ".k_proj.": (".qkv_proj.", "k"),
+    ".v_proj.": (".qkv_proj.", "v"),
+    ".gate_proj.": (".gate_up_proj.", 0),
+    ".up_proj.": (".gate_up_proj.", 1),
+}
+"""Tensors that vLLM's layers hold merged: part of the name -> merged name and place in it."""
 
 
 class _TrunkWeights:
@@ -382,17 +312,12 @@ class _TrunkWeights:
 
     def __init__(self, model: EmoForCausalLM) -> None:
         self._parameters = dict(model.named_parameters())
-        self._merged = {
-            f".{part}.": (f".{whole}.", {"q": "q", "k": "k", "v": "v"}.get(part[0], index))
-            for whole, parts in model.packed_modules_mapping.items()
-            for index, part in enumerate(parts)
-        }
         self.names: set[str] = set()
 
     def load(self, name: str, weight: Tensor) -> None:
         """Load one tensor of the checkpoint; raises CheckpointError if it has no place."""
         shard: tuple[Any, ...] = ()
-        for part, (whole, shard_id) in self._merged.items():
+        for part, (whole, shard_id) in _MERGED.items():
             if part in name:
                 name, shard = name.replace(part, whole), (shard_id,)
         if name not in self._parameters:

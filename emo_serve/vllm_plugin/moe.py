@@ -122,7 +122,7 @@ def _pooled_moe_fake(x: Tensor, logits: Tensor, pool_rows: Tensor, layer_name: s
     return torch.empty_like(x)
 
 
-_LIBRARY = Library("emo_serve", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY = Library("emo_serve", "FRAGMENT")
 direct_register_custom_op(
     "pooled_moe", _pooled_moe, fake_impl=_pooled_moe_fake, target_lib=_LIBRARY
 )

@@ -1,0 +1,111 @@
+"""What the plugin refuses, with which words, on stand-ins for vLLM's configuration."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+
+from emo_serve.emo.config import EmoConfig
+from emo_serve.errors import ConfigError
+from emo_serve.vllm_plugin.settings import (
+    PluginSettings,
+    backend_for,
+    refuse_what_cannot_work,
+    rope_for_vllm,
+)
+from tests.golden.checkpoints import config_of
+
+GOOD = {"num_slots": 4, "num_pools": 8, "moe_backend": "auto"}
+
+
+def vllm_config(config: EmoConfig | None = None, **changes: Any) -> SimpleNamespace:
+    parallel = {
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "enable_expert_parallel": False,
+    }
+    fields: dict[str, Any] = {
+        "model_config": SimpleNamespace(
+            hf_config=config or EmoConfig(), max_model_len=changes.pop("max_model_len", 4096)
+        ),
+        "parallel_config": SimpleNamespace(
+            **{key: changes.pop(key, value) for key, value in parallel.items()}
+        ),
+        "compilation_config": SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
+        "quant_config": None,
+        "lora_config": None,
+        "speculative_config": None,
+        "additional_config": {},
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def test_plain_vllm_holds_everything() -> None:
+    assert PluginSettings.read(vllm_config()) == PluginSettings(128, 1, "auto", holds_all=True)
+
+
+def test_a_front_end_decides() -> None:
+    given = vllm_config(additional_config={"emo_serve": GOOD})
+    assert PluginSettings.read(given) == PluginSettings(4, 8, "auto", holds_all=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"num_slots": 4}, r"has \['num_slots'\], expected"),
+        ({**GOOD, "pools": 3}, "pools"),
+        ({**GOOD, "moe_backend": "fast"}, "not one of auto, cpu, reference"),
+        ({**GOOD, "num_slots": 0}, "at least 1"),
+    ],
+)
+def test_bad_settings(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        PluginSettings.read(vllm_config(additional_config={"emo_serve": given}))
+
+
+def test_a_plain_configuration_is_accepted() -> None:
+    refuse_what_cannot_work(vllm_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"enable_expert_parallel": True}, "--enable-expert-parallel"),
+        ({"quant_config": object()}, "--quantization"),
+        ({"lora_config": object()}, "--enable-lora"),
+        ({"speculative_config": object()}, "--speculative-config"),
+        ({"tensor_parallel_size": 3}, "3 does not divide intermediate_size 1024"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        refuse_what_cannot_work(vllm_config(**changes))
+
+
+def test_dynamic_rope_is_served_within_the_context_only() -> None:
+    config = EmoConfig(**config_of("dynamic"))
+    assert rope_for_vllm(config) == {"rope_type": "default", "rope_theta": 500000.0}
+    refuse_what_cannot_work(vllm_config(config, max_model_len=512))
+    with pytest.raises(ConfigError, match="--max-model-len 1024 is over 512"):
+        refuse_what_cannot_work(vllm_config(config, max_model_len=1024))
+
+
+def test_reference_maths_and_cuda_graphs_exclude_each_other() -> None:
+    settings = PluginSettings(4, 8, "reference", holds_all=False)
+    graphs = SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL)
+    cuda = torch.device("cuda")
+    assert backend_for(vllm_config(), settings, cuda).name == "reference"
+    with pytest.raises(ConfigError, match="add --enforce-eager"):
+        backend_for(vllm_config(compilation_config=graphs), settings, cuda)
+
+
+def test_another_config_class() -> None:
+    config = vllm_config()
+    config.model_config.hf_config = SimpleNamespace()
+    with pytest.raises(ConfigError, match="without --trust-remote-code"):
+        refuse_what_cannot_work(config)
