@@ -45,7 +45,7 @@ bench: install ## Run the benchmarks (BENCH=benchmarks/demo_loss.py for one, ARG
 	@set -e; for bench in $(BENCH); do \
 		echo "$(BIN)/python $$bench $(ARGS)"; $(BIN)/python $$bench $(ARGS); done
 
-BENCH = $(filter-out %/common.py %/plot.py,$(sort $(wildcard benchmarks/*.py)))
+BENCH = $(sort $(wildcard benchmarks/bench_*.py))
 
 clean: ## Remove .venv and every cache
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
