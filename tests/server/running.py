@@ -1,0 +1,107 @@
+"""A real `emo-serve serve` in a process of its own, and what tests ask of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+START_SECONDS = 300.0
+
+
+class RunningServer:
+    """One server process; `output` and `log` are its stdout and stderr so far."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, directory: Path) -> None:
+        self.process = process
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self._directory = directory
+
+    @property
+    def output(self) -> str:
+        return (self._directory / "out").read_text(errors="replace")
+
+    @property
+    def log(self) -> str:
+        return (self._directory / "err").read_text(errors="replace")
+
+    @property
+    def summary(self) -> str:
+        """Return the start-up summary."""
+        start = self.output.index("emo-serve: ")
+        return self.output[start:]
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120, **options)
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def async_client(self, key: str = "none") -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120
+        )
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+
+@contextmanager
+def serve(
+    directory: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[RunningServer]:
+    """Start `emo-serve serve` and wait for its summary; stop it on exit, whatever happened."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "emo_serve.cli", "serve", *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})}
+    with (directory / "out").open("wb") as out, (directory / "err").open("wb") as err:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=err, env={**os.environ, **settings}, start_new_session=True
+        )
+    server = RunningServer(process, port, directory)
+    try:
+        wait_for(lambda: "  try " in server.output or process.poll() is not None, START_SECONDS)
+        assert process.poll() is None, f"{server.output[-4000:]}\n{server.log[-4000:]}"
+        yield server
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        try:
+            process.wait(60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(claim: Callable[[], bool], seconds: float = 10.0) -> float:
+    """Return how long it took for the claim to hold; fail if it takes longer than that."""
+    start = time.monotonic()
+    while not claim():
+        assert time.monotonic() - start < seconds, f"not within {seconds} s"
+        time.sleep(0.01)  # another process; nothing here can be awaited
+    return time.monotonic() - start
+
+
+def error_of(error: openai.APIStatusError) -> dict[str, Any]:
+    """Return the body of an error, checked to have OpenAI's shape."""
+    body = json.loads(error.response.content)
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["code"] == error.status_code
+    found: dict[str, Any] = body["error"]
+    return found
