@@ -18,8 +18,8 @@ import statistics
 import time
 
 import torch
-from common import append_result
 
+from common import append_result
 from emo_serve import demo
 from emo_serve.demo.evaluate import Experiment, encode_texts, heldout_loss, random_pool
 from emo_serve.pools.calibration import router_pool

@@ -46,7 +46,7 @@ class Recipe:
     """
 
     emo: bool
-    stages: tuple[tuple[int, int], ...] = ((256, 12000), (512, 2000))
+    stages: tuple[tuple[int, int], ...] = ((256, 4800), (512, 2000))
     documents_per_step: int = 5
     learning_rate: float = 2e-3
     final_share: float = 0.02  # of the learning rate, at the end
