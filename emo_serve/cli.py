@@ -19,6 +19,12 @@ __all__ = ["main"]
 
 _USAGE_STATUS = 2
 _INTERRUPTED_STATUS = 130
+_DEMO_FLAG_DEFAULTS = {
+    # vLLM would take 92 % of the machine's memory for the KV cache, and refuse to start with less.
+    "kv_cache_memory_bytes": 512 * 2**20,
+}
+"""Defaults of vLLM's flags for the model that ships, which must start on any machine."""
+
 _SERVE_EPILOG = """\
 Any flag of `vllm serve` may follow, with its name and default: --port, --host, --dtype, --api-key,
 --max-model-len, --served-model-name, --tensor-parallel-size, ...
@@ -85,7 +91,9 @@ def _serve(arguments: list[str]) -> int:
     from emo_serve import demo
     from emo_serve.server.app import DefaultModel, run
 
-    default_model = DefaultModel("emo-demo", demo.model_dir(), demo.pools_dir())
+    default_model = DefaultModel(
+        demo.DEMO_MODEL, demo.model_dir(), demo.pools_dir(), _DEMO_FLAG_DEFAULTS
+    )
     return run(arguments, lambda text: print(text, flush=True), default_model)
 
 

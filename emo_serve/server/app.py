@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,11 +62,12 @@ _PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class DefaultModel:
-    """What is served when no MODEL is given."""
+    """What is served when no MODEL is given, and the vLLM flags' defaults for it alone."""
 
     name: str
     directory: Path
     pools_dir: Path
+    flag_defaults: Mapping[str, object]
 
 
 def run(argv: Sequence[str], announce: Callable[[str], None], default_model: DefaultModel) -> int:
@@ -76,7 +77,7 @@ def run(argv: Sequence[str], announce: Callable[[str], None], default_model: Def
     """
     import uvloop
 
-    args = parse_serve_args(argv)
+    args = parse_serve_args(argv, default_model.flag_defaults)
     settings = ServeSettings.from_args(args)
     refuse_unsupported(args)
     settings = _resolve_model(args, settings, default_model)
@@ -151,12 +152,12 @@ class _Server:
         service = PoolService(self.plan.names, self.plan.base_pool, self.plan.catalog, manager)
         names = [pool.name for pool in service.pools]
         metrics = PoolMetrics(metrics_registry(), names, REFUSAL_REASONS, service.snapshot)
-        reasons = await _load_pools(manager, self.plan.load_order)
+        await _load_pools(manager, self.plan.load_order)
         app = await build_http_app(self.llm, self.args, service, metrics)
         gate = RequestGate(app)
         _add_routes(app, gate, service, self.llm)
         server = create_http_server(gate, app, self.args)
-        summary = self._summarise(facts, service, reasons)
+        summary = self._summarise(facts, service)
         return await self._answer(server, sock, gate, manager, signals, announce, summary)
 
     async def _rpc(self, method: str, call_args: tuple[object, ...]) -> Sequence[dict[str, object]]:
@@ -209,17 +210,13 @@ class _Server:
         for task in (draining, second):
             task.cancel()
 
-    def _summarise(
-        self, facts: EngineFacts, service: PoolService, reasons: dict[str, str]
-    ) -> Summary:
+    def _summarise(self, facts: EngineFacts, service: PoolService) -> Summary:
         statuses = [service.status(pool) for pool in service.pools]
         lines = tuple(
             PoolLine(
                 name=status.pool.name,
                 experts_per_layer=tuple(map(len, status.pool.expert_ids)),
-                state="resident"
-                if status.is_resident
-                else reasons.get(status.pool.name, "not resident"),
+                state=_state(service.manager, status.pool),
                 is_default=status.is_default,
             )
             for status in statuses
@@ -249,20 +246,23 @@ def _check_facts(facts: EngineFacts, plan: StartPlan) -> None:
         raise EngineDead("the engine's model runner does not hand pool rows to the model")
 
 
-async def _load_pools(manager: ResidencyManager, order: Sequence[ExpertPool]) -> dict[str, str]:
-    """Make pools resident as long as they fit; return why the others are not, by name."""
-    reasons: dict[str, str] = {}
+async def _load_pools(manager: ResidencyManager, order: Sequence[ExpertPool]) -> None:
+    """Make pools resident as long as they fit; what does not is logged and left out."""
     for pool in order:
         try:
             await manager.load(pool)
         except (PoolTooLarge, Unavailable) as error:
             logger.warning("pool %s is not made resident: %s", pool.name, error)
-            reasons[pool.name] = _short_reason(error)
-    return reasons
 
 
-def _short_reason(error: Exception) -> str:
-    return "too large for the slab" if isinstance(error, PoolTooLarge) else "no room beside these"
+def _state(manager: ResidencyManager, pool: ExpertPool) -> str:
+    try:
+        manager.check_available(pool)
+    except PoolTooLarge:
+        return "too large for the slab"
+    except Unavailable:
+        return "not resident"
+    return "resident"
 
 
 def _log_progress() -> Callable[[int, int], None]:

@@ -135,10 +135,13 @@ def _entry(error: EmoServeError) -> tuple[HTTPStatus, str]:
 # -- command line --
 
 
-def parse_serve_args(argv: Sequence[str]) -> argparse.Namespace:
+def parse_serve_args(
+    argv: Sequence[str], defaults_without_model: Mapping[str, object]
+) -> argparse.Namespace:
     """Parse the flags of `vllm serve` and ours; vLLM's quick checks raise ConfigError here.
 
-    A positional MODEL and `--model` mean the same; the result has it in `model_tag`.
+    A positional MODEL and `--model` mean the same; the result has it in `model_tag`. With neither,
+    `defaults_without_model` takes the place of vLLM's defaults, by the names in the namespace.
     """
     cli_env_setup()
     # Workers wait this long before they are told to end; a drained server has nothing to wait for.
@@ -148,9 +151,12 @@ def parse_serve_args(argv: Sequence[str]) -> argparse.Namespace:
     default_model = parser.get_default("model")
     add_serve_flags(parser)
     args: argparse.Namespace = parser.parse_args(list(argv))
-    args.moe_backend = "auto"  # vLLM's flag of this name gave way to ours
     if args.model_tag is None and args.model != default_model:
         args.model_tag = args.model
+    if args.model_tag is None:
+        parser.set_defaults(**defaults_without_model)
+        args = parser.parse_args(list(argv))
+    args.moe_backend = "auto"  # vLLM's flag of this name gave way to ours
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
@@ -335,13 +341,19 @@ def start_engine(args: argparse.Namespace, settings: ServeSettings, num_slots: i
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: ours}
     engine_args, usage = _engine_args(args), UsageContext.OPENAI_API_SERVER
     config = _resolved(lambda: engine_args.create_engine_config(usage_context=usage))
-    return PooledLLM.from_vllm_config(  # type: ignore[no-any-return]
-        vllm_config=config,
-        usage_context=usage,
-        enable_log_requests=engine_args.enable_log_requests,
-        aggregate_engine_logging=engine_args.aggregate_engine_logging,
-        disable_log_stats=engine_args.disable_log_stats,
-    )
+    try:
+        return PooledLLM.from_vllm_config(  # type: ignore[no-any-return]
+            vllm_config=config,
+            usage_context=usage,
+            enable_log_requests=engine_args.enable_log_requests,
+            aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
+    except RuntimeError as error:  # its processes have logged why
+        raise EngineDead(
+            "vLLM's engine did not start; the first ERROR above says why (on a CPU often memory:"
+            " see --kv-cache-memory-bytes)"
+        ) from error
 
 
 def _engine_args(args: argparse.Namespace) -> Any:

@@ -243,7 +243,9 @@ def test_every_refused_flag_is_one_of_vllms_and_off_by_default() -> None:
 
 
 def test_our_flags_take_no_other_of_vllms_names() -> None:
-    args = vllm_openai.parse_serve_args(["M", "--moe-backend", "reference", "--port", "81"])
+    args = vllm_openai.parse_serve_args(
+        ["M", "--moe-backend", "reference", "--port", "81"], {"port": 99}
+    )
     assert (args.model_tag, args.port) == ("M", 81)
     assert (args.emo_moe_backend, args.moe_backend) == ("reference", "auto")
     vllm = {
@@ -256,5 +258,16 @@ def test_our_flags_take_no_other_of_vllms_names() -> None:
 
 
 def test_the_model_may_be_given_as_a_flag() -> None:
-    assert vllm_openai.parse_serve_args(["--model", "M"]).model_tag == "M"
-    assert vllm_openai.parse_serve_args([]).model_tag is None
+    assert vllm_openai.parse_serve_args(["--model", "M"], {}).model_tag == "M"
+    assert vllm_openai.parse_serve_args([], {}).model_tag is None
+
+
+def test_without_a_model_some_defaults_are_others() -> None:
+    others = {"kv_cache_memory_bytes": 7, "enforce_eager": True}
+    with_model = vllm_openai.parse_serve_args(["M"], others)
+    assert (with_model.kv_cache_memory_bytes, with_model.enforce_eager) == (None, False)
+    without = vllm_openai.parse_serve_args([], others)
+    assert (without.kv_cache_memory_bytes, without.enforce_eager) == (7, True)
+    given = ["--kv-cache-memory-bytes", "1M", "--no-enforce-eager"]
+    asked = vllm_openai.parse_serve_args(given, others)
+    assert (asked.kv_cache_memory_bytes, asked.enforce_eager) == (2**20, False)
