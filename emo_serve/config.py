@@ -193,8 +193,10 @@ def parse_size(flag: str, text: str) -> int:
 
 
 def format_gib(num_bytes: int) -> str:
-    """Return a size as people read it, always in GiB."""
+    """Return a size in GiB, with figures enough to say something; very small ones in bytes."""
     gib = num_bytes / GIB
+    if gib < 0.0001:
+        return f"{num_bytes} bytes"
     return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib:.4f} GiB"
 
 

@@ -68,6 +68,7 @@ def test_another_size_is_refused_with_a_remedy(text: str, remedy: str) -> None:
 def test_gib_are_shown_with_figures_that_say_something() -> None:
     assert format_gib(25 * GIB) == "25.00 GiB"
     assert format_gib(GIB // 100) == "0.0100 GiB"
+    assert format_gib(1024) == "1024 bytes"
 
 
 # -- settings --

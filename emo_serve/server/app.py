@@ -25,6 +25,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 
 from emo_serve.config import ServeSettings, refuse_unsupported
+from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.errors import EngineDead, PoolTooLarge, Unavailable
 from emo_serve.metrics import PoolMetrics
 from emo_serve.pools.pool import ExpertPool
@@ -81,9 +82,10 @@ def run(argv: Sequence[str], announce: Callable[[str], None], default_model: Def
     settings = ServeSettings.from_args(args)
     refuse_unsupported(args)
     settings = _resolve_model(args, settings, default_model)
+    checkpoint = Checkpoint.open(Path(args.model))  # first: it knows best what is not an EMO
     plan = make_plan(
         settings,
-        Path(args.model),
+        checkpoint,
         args.served_model_name,
         dtype_bytes(args),
         args.tensor_parallel_size,

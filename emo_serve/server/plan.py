@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from emo_serve.config import (
     BASE_POOL,
@@ -44,13 +43,12 @@ class StartPlan:
 
 def make_plan(
     settings: ServeSettings,
-    directory: Path,
+    checkpoint: Checkpoint,
     base_names: Sequence[str],
     dtype_bytes: int,
     tensor_parallel_size: int,
 ) -> StartPlan:
-    """Read config and pools of a checkpoint directory and plan the start; raises ConfigError."""
-    checkpoint = Checkpoint.open(directory)
+    """Read the pools of a checkpoint and plan the start; raises ConfigError."""
     config = checkpoint.config
     moe_layers = config.moe_layers
     experts_per_layer = tuple(layer.num_experts if layer else 0 for layer in moe_layers)

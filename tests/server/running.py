@@ -88,6 +88,37 @@ def serve(
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+class RawRequest:
+    """A completion request over a bare socket, whose reader does what the test says."""
+
+    def __init__(self, server: RunningServer, key: str = "none", **body: Any) -> None:
+        text = json.dumps({"stream": True, "max_tokens": 480, "ignore_eos": True, **body}).encode()
+        self.socket = socket.create_connection(("127.0.0.1", server.port))
+        self.received = b""
+        self.socket.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            + f"Authorization: Bearer {key}\r\nConnection: close\r\n".encode()
+            + f"Content-Length: {len(text)}\r\n\r\n".encode()
+            + text
+        )
+
+    def read_events(self, count: int) -> None:
+        """Read until that many events of the stream have come in all."""
+        while self.received.count(b"data:") < count:
+            self.received += self.socket.recv(4096)
+
+    def read_to_end(self) -> None:
+        """Read until the server closes the connection."""
+        while more := self.socket.recv(65536):
+            self.received += more
+
+    def __enter__(self) -> RawRequest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
 def wait_for(claim: Callable[[], bool], seconds: float = 10.0) -> float:
     """Return how long it took for the claim to hold; fail if it takes longer than that."""
     start = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from emo_serve.config import ServeSettings
-from emo_serve.emo.config import load_config
+from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.errors import ConfigError
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.plan import StartPlan, make_plan
@@ -19,8 +19,8 @@ SLOT_BYTES = 3 * 128 * 64 * 4  # float32
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint("shared1", tmp_path_factory.mktemp("shared1"))
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(write_checkpoint("shared1", tmp_path_factory.mktemp("shared1")))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def pools_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def plan_of(checkpoint: Path, settings: ServeSettings, **changes: Any) -> StartPlan:
+def plan_of(checkpoint: Checkpoint, settings: ServeSettings, **changes: Any) -> StartPlan:
     return make_plan(replace(settings, **changes), checkpoint, ["emo"], 4, 1)
 
 
@@ -47,7 +47,7 @@ def order(plan: StartPlan) -> list[str]:
 
 
 def test_without_limits_the_base_pool_leads_and_every_pool_follows(
-    checkpoint: Path, settings: ServeSettings
+    checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:
     plan = plan_of(checkpoint, settings)
     assert plan.num_slots == 32
@@ -55,17 +55,19 @@ def test_without_limits_the_base_pool_leads_and_every_pool_follows(
     assert plan.experts_per_layer == (32, 32, 32)
 
 
-def test_without_pools_the_model_is_served_whole(checkpoint: Path) -> None:
+def test_without_pools_the_model_is_served_whole(checkpoint: Checkpoint) -> None:
     assert order(plan_of(checkpoint, ServeSettings())) == ["base"]
 
 
-def test_fewer_slots_leave_the_base_pool_out(checkpoint: Path, settings: ServeSettings) -> None:
+def test_fewer_slots_leave_the_base_pool_out(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
     plan = plan_of(checkpoint, settings, expert_slots=20)
     assert (plan.num_slots, order(plan)) == (20, ["code", "law", "math"])
 
 
 def test_memory_is_turned_into_slots_of_the_dtype_and_the_device(
-    checkpoint: Path, settings: ServeSettings
+    checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:
     memory = replace(settings, expert_memory_bytes=3 * 20 * SLOT_BYTES)
     assert make_plan(memory, checkpoint, ["emo"], 4, 1).num_slots == 20
@@ -74,20 +76,20 @@ def test_memory_is_turned_into_slots_of_the_dtype_and_the_device(
 
 
 def test_preload_decides_which_pools_and_in_which_order(
-    checkpoint: Path, settings: ServeSettings
+    checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:
     plan = plan_of(checkpoint, settings, expert_slots=20, preload=("math", "law"))
     assert order(plan) == ["math", "law"]
 
 
 def test_with_room_for_all_preload_leaves_no_pool_out(
-    checkpoint: Path, settings: ServeSettings
+    checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:
     plan = plan_of(checkpoint, settings, preload=("math",))
     assert order(plan) == ["base", "math", "code", "law"]
 
 
-def test_the_default_pool_is_loaded_first(checkpoint: Path, settings: ServeSettings) -> None:
+def test_the_default_pool_is_loaded_first(checkpoint: Checkpoint, settings: ServeSettings) -> None:
     plan = plan_of(checkpoint, settings, expert_slots=16, default_pool="law")
     assert order(plan)[0] == "law"
     assert plan.names.default_pool == "law"
@@ -113,20 +115,22 @@ def test_the_default_pool_is_loaded_first(checkpoint: Path, settings: ServeSetti
     ],
 )
 def test_a_start_that_could_serve_nothing_asked_for_is_refused(
-    checkpoint: Path, settings: ServeSettings, changes: dict[str, Any], message: str
+    checkpoint: Checkpoint, settings: ServeSettings, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
         plan_of(checkpoint, settings, **changes)
     assert message in str(refusal.value)
 
 
-def test_a_pool_called_like_the_model_is_refused(checkpoint: Path, settings: ServeSettings) -> None:
+def test_a_pool_called_like_the_model_is_refused(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
     with pytest.raises(ConfigError, match="--served-model-name"):
         make_plan(settings, checkpoint, ["math"], 4, 1)
 
 
 def test_a_bad_pool_file_costs_only_its_own_pool(
-    checkpoint: Path, settings: ServeSettings, tmp_path: Path
+    checkpoint: Checkpoint, settings: ServeSettings, tmp_path: Path
 ) -> None:
     assert settings.pools_dir is not None
     for file in settings.pools_dir.iterdir():
@@ -137,6 +141,6 @@ def test_a_bad_pool_file_costs_only_its_own_pool(
     assert "broken.json" in str(plan.catalog.refused[0])
 
 
-def test_the_golden_checkpoint_is_what_the_tests_assume(checkpoint: Path) -> None:
-    config = load_config(checkpoint)
+def test_the_golden_checkpoint_is_what_the_tests_assume(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
     assert 3 * config.hidden_size * config.intermediate_size * 4 == SLOT_BYTES
