@@ -156,11 +156,17 @@ class _Server:
         metrics = PoolMetrics(metrics_registry(), names, REFUSAL_REASONS, service.snapshot)
         await _load_pools(manager, self.plan.load_order)
         app = await build_http_app(self.llm, self.args, service, metrics)
+        await self._warm_up(service)
         gate = RequestGate(app)
         _add_routes(app, gate, service, self.llm)
         server = create_http_server(gate, app, self.args)
         summary = self._summarise(facts, service)
         return await self._answer(server, sock, gate, manager, signals, announce, summary)
+
+    async def _warm_up(self, service: PoolService) -> None:
+        logger.info("warming up")
+        resident = (pool for pool in service.pools if service.manager.is_resident(pool))
+        await self.llm.warm_up(next(resident))
 
     async def _rpc(self, method: str, call_args: tuple[object, ...]) -> Sequence[dict[str, object]]:
         replies: Sequence[dict[str, object]]

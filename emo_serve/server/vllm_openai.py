@@ -217,11 +217,17 @@ class PooledLLM(AsyncLLM):
         raise VLLMValidationError("this server generates text; it has no pooling models")
 
     async def warm_up(self, pool: ExpertPool) -> None:
-        """Run one token with log-probabilities, which vLLM compiles at their first use."""
+        """Run one token with log-probabilities: vLLM compiles them at their first use.
+
+        That takes one second, or fourteen where nothing is cached yet, and holds up every request.
+        """
+        service, _ = self._pools()
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, detokenize=False)
-        stream = self._generate_in(pool, tokens_input([0]), params, "emo-serve-warm-up", {})
-        async for _ in stream:
-            pass
+        prompt = salt_prompt(tokens_input([0]), pool.content_hash)
+        async with service.lease(pool) as lease:
+            placed = place_in_row(params, lease.row)
+            async for _ in super().generate(prompt, placed, "emo-serve-warm-up"):
+                pass
 
     async def _generate_in(
         self,
