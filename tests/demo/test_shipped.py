@@ -83,7 +83,8 @@ def test_size_of_everything_that_ships() -> None:
     assert size <= 40 * MIB
 
 
-# Measured over these texts, see README.md; margins leave room for other machines' rounding only.
+# Rise over the full model, mean of these domains, 3 texts each, as measured when the models shipped:
+# EMO own pool -0.004, wrong pool +2.12; the twin's own pool +1.00.
 DOMAINS = ("c", "spanish", "math", "arithmetic")
 WRONG = {"c": "spanish", "spanish": "math", "math": "arithmetic", "arithmetic": "c"}
 
@@ -98,6 +99,6 @@ def test_a_pool_keeps_its_domain_and_only_its_domain() -> None:
             wrong = experiment.loss(domain, 8, pool_of=WRONG[domain]) - full
             rises.setdefault(f"{name} wrong", []).append(wrong)
     means = {key: sum(values) / len(values) for key, values in rises.items()}
-    assert means["emo-demo own"] < 0.10
-    assert means["emo-demo wrong"] > means["emo-demo own"] + 0.5
-    assert means["standard-moe-demo own"] > means["emo-demo own"] + 0.25
+    assert means["emo-demo own"] < 0.05
+    assert means["emo-demo wrong"] > 1.5
+    assert means["standard-moe-demo own"] > 0.7
