@@ -83,7 +83,7 @@ def test_size_of_everything_that_ships() -> None:
     assert size <= 40 * MIB
 
 
-# Rise over the full model, mean of these domains, 3 texts each, as measured when the models shipped:
+# Rise over the full model, mean of these domains, 3 texts each, as measured at shipping:
 # EMO own pool -0.004, wrong pool +2.12; the twin's own pool +1.00.
 DOMAINS = ("c", "spanish", "math", "arithmetic")
 WRONG = {"c": "spanish", "spanish": "math", "math": "arithmetic", "arithmetic": "c"}
