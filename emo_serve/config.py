@@ -115,13 +115,13 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--default-pool",
         metavar="NAME",
-        help="pool of a request that names only the model (default: base, all experts)",
+        help="pool of a request that names only the model; without it base, all experts",
     )
     group.add_argument(
         "--expert-memory",
         metavar="SIZE",
-        help="device memory for experts, e.g. 8GiB; a device under tensor parallelism"
-        " (default: enough for all experts, so that the base pool is served too)",
+        help="device memory for experts, e.g. 8GiB; a device under tensor parallelism;"
+        " without it all experts are held, and the base pool is served too",
     )
     group.add_argument(
         "--expert-slots", metavar="N", help="the same as a number of experts held a layer"
@@ -129,28 +129,29 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preload",
         metavar="NAME,...",
-        help="pools to make resident at start, in this order, as long as they fit"
-        " (default: all, in order of name)",
+        help="pools to make resident at start, in this order, as long as they fit;"
+        " without it all, in order of name",
     )
     group.add_argument(
         "--moe-backend",
         dest="emo_moe_backend",
         metavar="|".join(MOE_BACKENDS),
         default="auto",
-        help="expert maths: vLLM's CPU kernel, or plain torch anywhere (default: auto);"
-        " replaces vLLM's flag of this name, which EMO's layers do not read",
+        help="expert maths: vLLM's CPU kernel, or plain torch anywhere; replaces vLLM's flag of"
+        " this name, which EMO's layers do not read (default: %(default)s)",
     )
     group.add_argument(
         "--max-pools",
         metavar="N",
         default="64",
-        help="rows of the pool table: pools and unions that can be in use at once (default: 64)",
+        help="rows of the pool table: pools and unions that can be in use at once"
+        " (default: %(default)s)",
     )
     group.add_argument(
         "--drain-timeout",
         metavar="SECONDS",
         default="30",
-        help="how long SIGTERM waits for running requests (default: 30)",
+        help="how long SIGTERM waits for running requests (default: %(default)s)",
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -117,7 +118,7 @@ async def _serve(
     plan: StartPlan,
     announce: Callable[[str], None],
 ) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)  # until the drain takes over
+    signal.signal(signal.SIGTERM, _abandon_start)  # until the drain takes over
     with closing(bind_socket(args)) as sock:
         llm = start_engine(args, settings, plan.num_slots)
         try:
@@ -126,8 +127,11 @@ async def _serve(
             llm.shutdown(timeout=_SHUTDOWN_SECONDS)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _abandon_start(number: int, _: object) -> None:
+    """End at once, engine included: an exception raised here is lost in the engine's start-up."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(128 + number)
 
 
 class _Server:

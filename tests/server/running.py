@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ class RunningServer:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self._directory = directory
+
+    @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
 
     @property
     def output(self) -> str:
@@ -59,25 +63,23 @@ class RunningServer:
 
 
 @contextmanager
-def serve(
-    directory: Path, *arguments: str, environment: Mapping[str, str] | None = None
-) -> Iterator[RunningServer]:
-    """Start `emo-serve serve` and wait for its summary; stop it on exit, whatever happened."""
+def start(directory: Path, *arguments: str) -> Iterator[RunningServer]:
+    """Start `emo-serve serve` on a free port; stop it on exit, whatever happened."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "emo_serve.cli", "serve", *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})}
     with (directory / "out").open("wb") as out, (directory / "err").open("wb") as err:
         process = subprocess.Popen(
-            command, stdout=out, stderr=err, env={**os.environ, **settings}, start_new_session=True
+            command,
+            stdout=out,
+            stderr=err,
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            start_new_session=True,
         )
-    server = RunningServer(process, port, directory)
     try:
-        wait_for(lambda: "  try " in server.output or process.poll() is not None, START_SECONDS)
-        assert process.poll() is None, f"{server.output[-4000:]}\n{server.log[-4000:]}"
-        yield server
+        yield RunningServer(process, port, directory)
     finally:
         if process.poll() is None:
             process.terminate()
@@ -86,6 +88,15 @@ def serve(
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def serve(directory: Path, *arguments: str) -> Iterator[RunningServer]:
+    """Start `emo-serve serve` and wait for its summary."""
+    with start(directory, *arguments) as server:
+        wait_for(lambda: "  try " in server.output or server.has_ended, START_SECONDS)
+        assert not server.has_ended, f"{server.output[-4000:]}\n{server.log[-4000:]}"
+        yield server
 
 
 class RawRequest:

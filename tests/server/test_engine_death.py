@@ -1,4 +1,4 @@
-"""The engine's process is killed: nobody waits for ever, and the server ends by itself."""
+"""Ends out of turn: the engine's process is killed, or a start is given up."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.server.running import RawRequest, serve, wait_for
+from tests.server.running import RawRequest, RunningServer, serve, start, wait_for
 
 pytestmark = pytest.mark.vllm
+
+
+def engines_of(server: RunningServer) -> list[psutil.Process]:
+    children = psutil.Process(server.process.pid).children()
+    return [child for child in children if "EngineCore" in " ".join(child.cmdline())]
 
 
 def test_a_dead_engine_ends_streams_and_the_server(
@@ -17,15 +22,23 @@ def test_a_dead_engine_ends_streams_and_the_server(
 ) -> None:
     flags = ("--pools", str(golden_pools), "--enforce-eager")
     with serve(tmp_path, str(golden_checkpoint), *flags) as server:
-        (engine,) = (
-            child
-            for child in psutil.Process(server.process.pid).children()
-            if "EngineCore" in " ".join(child.cmdline())
-        )
+        (engine,) = engines_of(server)
         with RawRequest(server, model="math", prompt=["a"] * 100) as request:
             request.read_events(1)
             engine.kill()
             request.read_to_end()
         assert b'"code": 500' in request.received
-        wait_for(lambda: server.process.poll() is not None, 60)
+        wait_for(lambda: server.has_ended, 60)
         assert server.process.returncode == 1
+
+
+def test_sigterm_gives_up_a_start_and_leaves_no_engine(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    with start(tmp_path, str(golden_checkpoint), "--enforce-eager") as server:
+        wait_for(lambda: bool(engines_of(server)), 120)
+        (engine,) = engines_of(server)
+        server.terminate()
+        wait_for(lambda: server.has_ended)
+        assert server.process.returncode == 128 + 15
+        wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)

@@ -156,5 +156,5 @@ def test_sigterm_drains(server: RunningServer, http: httpx.Client) -> None:
         request.read_to_end()
     assert request.received.count(b'"finish_reason":"length"') == len(prompts)
     assert b"data: [DONE]" in request.received
-    wait_for(lambda: server.process.poll() is not None, 60)
+    wait_for(lambda: server.has_ended, 60)
     assert server.process.returncode == 0
