@@ -1,9 +1,11 @@
 """Paired serving benchmark: two servers on one checkpoint, loaded in turn, compared by round.
 
-Both servers run for the whole time; only one is loaded at any moment. A round sends the same
-requests to A, then to B: prompts from the held-out texts of four domains, mixed, `--tokens` tokens
-each, greedy, streamed. Rates count generated tokens; the ratio B/A of each round is robust against
-a machine whose speed drifts, a single rate is not.
+Both servers live for the whole time, but the one that is not measured is stopped (SIGSTOP): an idle
+vLLM worker polls, and both are bound to the same cores. A round sends the same requests to A, then
+to B: N clients at once, each `--requests` of them one after the other, prompts from the held-out
+texts of four domains, mixed, `--tokens` tokens each, greedy, streamed. Rates count generated
+tokens; the ratio B/A of each round is robust against a machine whose speed drifts, a single rate is
+not.
 
 Kinds of server (`--a`, `--b`):
     stock       vLLM's own API server with the plugin, all experts, no pools (the base pool)
@@ -22,7 +24,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import socket
 import statistics
 import subprocess
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import psutil
 
 from common import append_result
 from emo_serve import demo
@@ -72,7 +74,6 @@ class Server:
             [*self._command(), *flags],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
             env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
         )
 
@@ -103,12 +104,28 @@ class Server:
             return self
         raise SystemExit(f"{self.kind} did not start in {_START_TIMEOUT_SECONDS} s")
 
+    def pause(self) -> None:
+        """Take every process of this server off the cores; workers are not in its group."""
+        for process in self._processes():
+            process.suspend()
+
+    def resume(self) -> None:
+        """Let the server run again."""
+        for process in self._processes():
+            process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        server = psutil.Process(self._process.pid)
+        return [server, *server.children(recursive=True)]
+
     def __exit__(self, *_: object) -> None:
-        os.killpg(self._process.pid, signal.SIGTERM)
+        self.resume()
+        self._process.terminate()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            for process in reversed(self._processes()):
+                process.kill()
 
     @property
     def url(self) -> str:
@@ -134,26 +151,33 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-async def load(server: Server, concurrency: int, tokens: int) -> Sample:
-    """Send `concurrency` requests at once, each over a connection of its own."""
+async def load(server: Server, concurrency: int, requests: int, tokens: int) -> Sample:
+    """Let `concurrency` clients send `requests` each; one request before them is not counted."""
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
+        await request(client, server, 0, tokens)
+
+        async def one_client(number: int) -> list[list[float]]:
+            numbers = range(number, concurrency * requests, concurrency)
+            return [await request(client, server, index, tokens) for index in numbers]
+
         start = time.perf_counter()
-        requests = [request(client, server, index, tokens) for index in range(concurrency)]
-        arrivals = await asyncio.gather(*requests)
+        answers = await asyncio.gather(*map(one_client, range(concurrency)))
         seconds = time.perf_counter() - start
-    gaps = [b - a for times in arrivals for a, b in zip(times, times[1:], strict=False)]
+    times = [answer for client_answers in answers for answer in client_answers]
     return Sample(
-        tokens_per_second=concurrency * tokens / seconds,
-        ttft_seconds=statistics.median(times[0] - start for times in arrivals),
-        gap_seconds=statistics.median(gaps),
+        tokens_per_second=concurrency * requests * tokens / seconds,
+        ttft_seconds=statistics.median(arrivals[1] - arrivals[0] for arrivals in times),
+        gap_seconds=statistics.mean(
+            (arrivals[-1] - arrivals[1]) / (tokens - 1) for arrivals in times
+        ),
     )
 
 
 async def request(
     client: httpx.AsyncClient, server: Server, index: int, tokens: int
 ) -> list[float]:
-    """Stream one completion and return when each chunk came."""
+    """Stream one completion; return when it was sent and then when each chunk came."""
     domain = server.pools[index % len(server.pools)]
     texts = demo.heldout(domain)
     body: dict[str, Any] = {
@@ -164,7 +188,7 @@ async def request(
         "ignore_eos": True,
         "stream": True,
     }
-    arrivals = []
+    arrivals = [time.perf_counter()]
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise SystemExit(f"{server.kind}: {(await response.aread()).decode()}")
@@ -179,7 +203,9 @@ def compare(a: Server, b: Server, concurrency: int, args: argparse.Namespace) ->
     samples: dict[str, list[Sample]] = {"a": [], "b": []}
     for round_number in range(args.rounds + 1):
         for key, server in (("a", a), ("b", b)):
-            sample = asyncio.run(load(server, concurrency, args.tokens))
+            server.resume()
+            sample = asyncio.run(load(server, concurrency, args.requests, args.tokens))
+            server.pause()
             if round_number:  # the first warms up
                 samples[key].append(sample)
     pairs = zip(samples["a"], samples["b"], strict=True)
@@ -204,13 +230,16 @@ def main() -> None:
     parser.add_argument("--b", default="emo", help="second server [emo]")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds [7]")
+    parser.add_argument("--requests", type=int, default=8, help="requests a client and round [8]")
     parser.add_argument("--tokens", type=int, default=64, help="tokens a request [64]")
     parser.add_argument("--pools", nargs="+", default=demo.domains()[:4], help="pools mixed")
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:
         a = stack.enter_context(Server(args.a, args.pools))
+        a.pause()
         b = stack.enter_context(Server(args.b, args.pools))
+        b.pause()
         print(f"A = {a.kind}, up in {a.start_seconds:.0f} s; B = {b.kind}, {b.start_seconds:.0f} s")
         print("| concurrent | A tok/s | B tok/s | B/A (min-max) | TTFT ms A, B | gap ms A, B |")
         print("|---|---|---|---|---|---|")
