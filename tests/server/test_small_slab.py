@@ -1,17 +1,17 @@
-"""A server whose slab holds one pool of several, with an API key; its last test ends it."""
+"""The shipped model, a slab that holds one of its pools, an API key; the last test ends it."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from emo_serve import demo
 from tests.server.running import RawRequest, RunningServer, error_of, serve, wait_for
 
 pytestmark = pytest.mark.vllm
@@ -20,19 +20,13 @@ KEY = "correct-horse"
 
 
 @pytest.fixture(scope="module")
-def server(
-    golden_checkpoint: Path, golden_pools: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    """A server with room for `math` (12 experts a layer) and not for `code` beside it."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server without MODEL: pools of 8 experts a layer, and room for 9."""
     with serve(
         tmp_path_factory.mktemp("small"),
-        str(golden_checkpoint),
-        *("--pools", str(golden_pools)),
-        *("--expert-slots", "14"),
-        *("--preload", "math,code,tiny"),
-        *("--default-pool", "math"),
-        *("--served-model-name", "emo"),
-        *("--max-model-len", "512"),
+        *("--expert-slots", "9"),
+        *("--preload", "python,math"),
+        *("--default-pool", "python"),
         *("--api-key", KEY),
         *("--drain-timeout", "120"),
         "--enforce-eager",
@@ -63,25 +57,27 @@ def test_pools_are_resident_in_the_order_given_as_long_as_they_fit(
 ) -> None:
     cards = {card["name"]: card for card in http.get("/v1/pools").json()["data"]}
     resident = {name for name, card in cards.items() if card["resident"]}
-    assert resident == {"math", "tiny"}
-    assert cards["math"]["default"]
-    assert "14 slots a layer" in server.summary
+    assert resident == {"python"}
+    assert cards["python"]["default"]
+    assert {"base", *demo.domains()} == set(cards)
+    assert "emo-demo is ready" in server.summary
+    assert "9 slots a layer" in server.summary
     for name, size, state in (
-        ("math", 12, r"resident  \(default\)"),
-        ("code", 12, "not resident"),
-        ("law", 16, "too large for the slab"),
+        ("python", 8, r"resident  \(default\)"),
+        ("math", 8, "not resident"),
+        ("spanish", 8, "not resident"),
         ("base", 32, "too large for the slab"),
     ):
         assert re.search(rf"{name} +{size} experts a layer  {state}\n", server.summary), name
-    assert "pool code is not made resident" in server.log
+    assert "pool math is not made resident" in server.log
 
 
 def test_the_models_name_means_the_default_pool(client: openai.OpenAI) -> None:
-    answer = ask(client, "emo")
-    assert answer.model == "emo"
-    assert answer.choices[0].text == ask(client, "math").choices[0].text
+    answer = ask(client, "emo-demo")
+    assert answer.model == "emo-demo"
+    assert answer.choices[0].text == ask(client, "python").choices[0].text
     models = {model.id: model.model_extra or {} for model in client.models.list().data}
-    assert models["emo"]["default_pool"] == "math"
+    assert models["emo-demo"]["default_pool"] == "python"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -89,15 +85,15 @@ def test_a_pool_that_is_not_resident_is_a_503_that_says_when_to_come_back(
     client: openai.OpenAI, stream: bool
 ) -> None:
     with pytest.raises(openai.InternalServerError) as refusal:
-        ask(client, "code", stream=stream)
+        ask(client, "math", stream=stream)
     assert refusal.value.status_code == 503
     assert refusal.value.response.headers["retry-after"] == "1"
     message = error_of(refusal.value)["message"]
-    assert "pool 'code' is not resident" in message
-    assert "resident pools: math, tiny" in message
+    assert "pool 'math' is not resident" in message
+    assert "resident pools: python" in message
 
 
-@pytest.mark.parametrize("model", ["base", "emo:base", "law"])
+@pytest.mark.parametrize("model", ["base", "emo-demo:base", "python+math"])
 def test_a_pool_the_slab_can_never_hold_is_a_400_with_figures(
     client: openai.OpenAI, model: str
 ) -> None:
@@ -105,20 +101,28 @@ def test_a_pool_the_slab_can_never_hold_is_a_400_with_figures(
         ask(client, model)
     message = error_of(refusal.value)["message"]
     assert "GiB" in message
-    assert "slots and has 14" in message
-    assert "resident pools: math, tiny" in message
+    assert "slots and has 9" in message
+    assert "resident pools: python" in message
     assert "--expert-memory" in message
 
 
-def test_a_union_needs_every_expert_resident(client: openai.OpenAI) -> None:
-    assert ask(client, "math+tiny").model == "math+tiny"
-    with pytest.raises(openai.BadRequestError):
-        ask(client, "math+code")
+def test_a_union_that_fits_is_still_not_resident(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError) as refusal:
+        ask(client, "c+html")  # nine experts a layer between them
+    assert refusal.value.status_code == 503
+
+
+def test_the_shipped_model_writes_and_chats(client: openai.OpenAI) -> None:
+    assert len(ask(client, "python", logprobs=1).choices[0].logprobs.tokens) == 8
+    chat = client.chat.completions.create(
+        model="emo-demo:python", messages=[{"role": "user", "content": "def f(x):"}], max_tokens=8
+    )
+    assert chat.choices[0].message.content
 
 
 def test_the_key_guards_pools_as_it_guards_models(server: RunningServer) -> None:
     with server.http() as nobody:
-        for path in ("/v1/models", "/v1/pools", "/v1/pools/math"):
+        for path in ("/v1/models", "/v1/pools", "/v1/pools/python"):
             assert nobody.get(path).status_code == 401, path
         assert nobody.post("/v1/completions", json={"prompt": "a"}).status_code == 401
         for path in ("/health", "/ready", "/metrics"):
@@ -142,17 +146,17 @@ def test_the_curl_line_works_when_pasted(server: RunningServer) -> None:
 
 def test_sigterm_drains(server: RunningServer, http: httpx.Client) -> None:
     """Running requests finish, new ones get 503, then the process ends with status 0."""
-    prompts = ["a"] * 100
-    with RawRequest(server, KEY, model="math", prompt=prompts, max_tokens=400) as request:
+    prompts = ["a"] * 32
+    with RawRequest(server, KEY, model="python", prompt=prompts, max_tokens=200) as request:
         request.read_events(1)
         server.terminate()
         wait_for(lambda: http.get("/ready").status_code == 503)
         assert http.get("/health").status_code == 200
-        refused = http.post("/v1/completions", json={"model": "math", "prompt": "a"})
+        refused = http.post("/v1/completions", json={"model": "python", "prompt": "a"})
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "1"
         assert "shutting down" in refused.json()["error"]["message"]
-        assert http.get("/v1/pools/math").json()["running_requests"] > 0
+        assert http.get("/v1/pools/python").json()["running_requests"] > 0
         request.read_to_end()
     assert request.received.count(b'"finish_reason":"length"') == len(prompts)
     assert b"data: [DONE]" in request.received
