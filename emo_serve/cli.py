@@ -22,6 +22,9 @@ _INTERRUPTED_STATUS = 130
 _DEMO_FLAG_DEFAULTS = {
     # vLLM would take 92 % of the machine's memory for the KV cache, and refuse to start with less.
     "kv_cache_memory_bytes": 512 * 2**20,
+    # Compilation needs a C++ compiler and takes most of the start-up; for a model this small it
+    # buys little (benchmarks/bench_start.py, bench_serving.py --a emo --b emo-eager).
+    "enforce_eager": True,
 }
 """Defaults of vLLM's flags for the model that ships, which must start on any machine."""
 

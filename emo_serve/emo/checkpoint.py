@@ -262,7 +262,9 @@ def save_checkpoint(
                 tensors[expert_tensor_name(index, expert, "up")] = up_FD
                 tensors[expert_tensor_name(index, expert, "down")] = moe.w2[expert].detach()
     tensors = {name: tensor.to(dtype).clone().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    path = directory / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes it readable by its owner only
     config = model.config.to_dict()
     config.update(architectures=["EmoForCausalLM"], dtype=str(dtype).removeprefix("torch."))
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
