@@ -116,7 +116,9 @@ class RawRequest:
     def read_events(self, count: int) -> None:
         """Read until that many events of the stream have come in all."""
         while self.received.count(b"data:") < count:
-            self.received += self.socket.recv(4096)
+            more = self.socket.recv(4096)
+            assert more, f"the stream ended: {self.received[-500:]!r}"
+            self.received += more
 
     def read_to_end(self) -> None:
         """Read until the server closes the connection."""

@@ -146,8 +146,8 @@ def test_the_curl_line_works_when_pasted(server: RunningServer) -> None:
 
 def test_sigterm_drains(server: RunningServer, http: httpx.Client) -> None:
     """Running requests finish, new ones get 503, then the process ends with status 0."""
-    prompts = ["a"] * 32
-    with RawRequest(server, KEY, model="python", prompt=prompts, max_tokens=200) as request:
+    prompts = ["a"] * 64
+    with RawRequest(server, KEY, model="python", prompt=prompts, max_tokens=450) as request:
         request.read_events(1)
         server.terminate()
         wait_for(lambda: http.get("/ready").status_code == 503)
