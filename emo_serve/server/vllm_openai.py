@@ -345,6 +345,10 @@ def start_engine(args: argparse.Namespace, settings: ServeSettings, num_slots: i
         "moe_backend": settings.moe_backend,
     }
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: ours}
+    if args.enforce_eager and current_platform.is_cpu():
+        # Eager leaves vLLM's small compiled helpers, of log-probabilities for one: on a CPU they
+        # need a C++ compiler and 14 s at first use.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     engine_args, usage = _engine_args(args), UsageContext.OPENAI_API_SERVER
     config = _resolved(lambda: engine_args.create_engine_config(usage_context=usage))
     try:

@@ -132,7 +132,7 @@ class RawRequest:
         self.socket.close()
 
 
-def wait_for(claim: Callable[[], bool], seconds: float = 10.0) -> float:
+def wait_for(claim: Callable[[], bool], seconds: float = 60.0) -> float:
     """Return how long it took for the claim to hold; fail if it takes longer than that."""
     start = time.monotonic()
     while not claim():
