@@ -46,6 +46,9 @@ def append_result(benchmark: str, arguments: Mapping[str, object], result: objec
 
 
 def _plain(value: object) -> object:
+    """Return what JSON can hold; a path inside the repository is given from its root."""
+    if isinstance(value, Path) and value.resolve().is_relative_to(ROOT):
+        return str(value.resolve().relative_to(ROOT))
     return value if isinstance(value, str | int | float | list | None) else str(value)
 
 
