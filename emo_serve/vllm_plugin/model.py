@@ -71,7 +71,10 @@ class EmoForCausalLM(nn.Module):
         refuse_what_cannot_work(vllm_config)
         self.backend = backend_for(vllm_config, self.settings, torch.get_default_device())
         self.model = _EmoModel(
-            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), backend=self.backend
+            vllm_config=vllm_config,
+            prefix=maybe_prefix(prefix, "model"),
+            settings=self.settings,
+            backend=self.backend,
         )
         self.lm_head = ParallelLMHead(
             self.config.vocab_size,
@@ -83,6 +86,10 @@ class EmoForCausalLM(nn.Module):
         self.register_buffer(
             "base_rows", torch.full((max_tokens,), BASE_POOL_ROW), persistent=False
         )
+        blocks = [layer.mlp for layer in self.model.layers]
+        self.moe_layers = {
+            i: block for i, block in enumerate(blocks) if isinstance(block, PooledMoE)
+        }
         self.store: ExpertStore | None = None
         self.trunk_bytes = 0
 
@@ -90,12 +97,6 @@ class EmoForCausalLM(nn.Module):
     def get_model_state_cls() -> type[EmoModelState]:
         """Tell vLLM's V2 runner how requests' pools reach `forward`."""
         return EmoModelState
-
-    @property
-    def moe_layers(self) -> dict[int, PooledMoE]:
-        """Return the MoE layers by layer index."""
-        blocks = [layer.mlp for layer in self.model.layers]
-        return {index: block for index, block in enumerate(blocks) if isinstance(block, PooledMoE)}
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings of token ids."""
@@ -173,12 +174,14 @@ class EmoForCausalLM(nn.Module):
     dynamic_arg_dims={"input_ids": 0, "positions": -1, "pool_rows": 0, "inputs_embeds": 0}
 )
 class _EmoModel(nn.Module):
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str, backend: MoeBackend) -> None:
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str, settings: PluginSettings, backend: MoeBackend
+    ) -> None:
         super().__init__()
         config = emo_config(vllm_config)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            _DecoderLayer(vllm_config, moe, f"{prefix}.layers.{index}", backend)
+            _DecoderLayer(vllm_config, moe, f"{prefix}.layers.{index}", settings, backend)
             for index, moe in enumerate(config.moe_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -203,10 +206,15 @@ class _EmoModel(nn.Module):
 
 class _DecoderLayer(nn.Module):
     def __init__(
-        self, vllm_config: VllmConfig, moe: MoeLayer | None, prefix: str, backend: MoeBackend
+        self,
+        vllm_config: VllmConfig,
+        moe: MoeLayer | None,
+        prefix: str,
+        settings: PluginSettings,
+        backend: MoeBackend,
     ) -> None:
         super().__init__()
-        config, settings = emo_config(vllm_config), PluginSettings.read(vllm_config)
+        config = emo_config(vllm_config)
         self.pre_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = _Attention(vllm_config, f"{prefix}.self_attn")
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
