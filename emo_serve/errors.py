@@ -8,13 +8,19 @@
         UnknownPool             no pool of that name (HTTP 404)
         PoolConflict            two parts of one request name different pools
         PoolTooLarge            the slab can never hold this pool
+      StateConflict             true of the request, but not of the server's state now (HTTP 409)
+        PoolExists              a pool of that name is defined already
+        PoolInUse               running requests, a load or a pin keep the pool where it is
       Unavailable               the same request may succeed later (HTTP 503)
-        PoolNotResident         known, but its experts are not in device memory
-        NoFreePoolRow           every row of the pool table belongs to a pool in use
+        PoolBlocked             pinned pools leave too few slots or rows
+        TooManyWaiting          the line of requests waiting for loads is full
+        LoadDeadlineExceeded    the pool was not loaded in time
         Draining                the server is shutting down
+      PoolLoadFailed            one pool's experts could not be read (HTTP 500); the server goes on
+      PoolStoreError            the directory of pool files cannot be written (HTTP 500)
       EngineDead                the engine process is gone or a worker call failed (HTTP 500)
 
-Messages name the value, the limit and the remedy; `server.vllm_openai` owns the one table from
+Messages name the value, the limit and the remedy; `server.http_errors` owns the one table from
 these classes to HTTP statuses.
 """
 
@@ -26,12 +32,18 @@ __all__ = [
     "Draining",
     "EmoServeError",
     "EngineDead",
-    "NoFreePoolRow",
+    "LoadDeadlineExceeded",
+    "PoolBlocked",
     "PoolConflict",
+    "PoolExists",
     "PoolFileError",
-    "PoolNotResident",
+    "PoolInUse",
+    "PoolLoadFailed",
+    "PoolStoreError",
     "PoolTooLarge",
     "RequestError",
+    "StateConflict",
+    "TooManyWaiting",
     "Unavailable",
     "UnknownPool",
 ]
@@ -69,20 +81,48 @@ class PoolTooLarge(RequestError):
     """Refuse a pool that needs more slots than the slab has."""
 
 
+class StateConflict(EmoServeError):
+    """Refuse what the state of the pools does not allow now; the operator must change that."""
+
+
+class PoolExists(StateConflict):
+    """Refuse to define a pool twice without being told to replace it."""
+
+
+class PoolInUse(StateConflict):
+    """Refuse to evict a pool that is leased, loading or pinned."""
+
+
 class Unavailable(EmoServeError):
-    """Refuse a request that may succeed later, unchanged."""
+    """Refuse a request that may succeed later, unchanged, after about `retry_after_seconds`."""
+
+    def __init__(self, message: str, retry_after_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
-class PoolNotResident(Unavailable):
-    """Refuse a pool whose experts are not all in device memory."""
+class PoolBlocked(Unavailable):
+    """Refuse a pool that does not fit beside the pinned ones."""
 
 
-class NoFreePoolRow(Unavailable):
-    """Refuse a new union while every row of the pool table is in use."""
+class TooManyWaiting(Unavailable):
+    """Refuse a request that would make the line of waiting requests too long."""
+
+
+class LoadDeadlineExceeded(Unavailable):
+    """Give up on a request whose pool was not loaded in time."""
 
 
 class Draining(Unavailable):
     """Refuse new work during shutdown."""
+
+
+class PoolLoadFailed(EmoServeError):
+    """Report that one pool's experts cannot be read; other pools are served."""
+
+
+class PoolStoreError(EmoServeError):
+    """Report that a pool file cannot be written or removed; nothing has changed."""
 
 
 class EngineDead(EmoServeError):
