@@ -1,18 +1,41 @@
 """Every Prometheus name of emo-serve, with its help and unit; shown beside vLLM's on /metrics.
 
-Counters are fed by explicit calls. Gauges are never set: a collector asks for a frozen snapshot
-when it is scraped, so that an idle server shows every pool and nothing drifts.
+Counters and histograms are fed by explicit calls. Gauges are never set: a collector asks for a
+frozen snapshot when it is scraped, so that an idle server shows every pool and nothing drifts.
 
-    emo_serve_requests_total{pool,outcome}     engine requests: finished, aborted or failed
-    emo_serve_prompt_tokens_total{pool}        prompt tokens of requests that began to answer
-    emo_serve_generation_tokens_total{pool}    tokens generated
-    emo_serve_refused_requests_total{reason}   requests refused before generation
-    emo_serve_running_requests{pool}           engine requests that hold the pool
-    emo_serve_pool_resident{pool}              1 when all experts of the pool are in slots
-    emo_serve_slots                            expert slots, all layers together
-    emo_serve_slots_in_use                     of those, slots that hold an expert
+Requests
+    emo_serve_requests_total{pool,outcome}       engine requests: finished, aborted or failed
+    emo_serve_prompt_tokens_total{pool}          prompt tokens of requests that began to answer
+    emo_serve_generation_tokens_total{pool}      tokens generated
+    emo_serve_refused_requests_total{reason}     requests refused before generation
+    emo_serve_running_requests{pool}             engine requests that hold the pool
+    emo_serve_waiting_requests{pool}             requests that wait for the pool to be loaded
+    emo_serve_waiting_seconds{outcome}           histogram: how long requests waited, and what
+                                                 ended it: granted, deadline, failed or left
+Residency
+    emo_serve_slots                              expert slots, all layers together
+    emo_serve_slots_in_use                       of those, slots that hold an expert or will soon
+    emo_serve_slots_free                         the others
+    emo_serve_slots_leased                       slots that running requests keep in place
+    emo_serve_slab_bytes                         device memory of all slots, all ranks together
+    emo_serve_resident_bytes                     of that, the slots in use
+    emo_serve_pool_resident{pool}                1 when all experts of the pool are in slots
+    emo_serve_pool_pinned{pool}                  1 when the operator has said it must stay
+Loads
+    emo_serve_pool_hits_total{pool}              requests that found their pool resident
+    emo_serve_pool_misses_total{pool}            requests that did not
+    emo_serve_pool_loads_total{pool,outcome}     loads that ended: loaded or failed
+    emo_serve_pool_load_seconds                  histogram: start of a load to published
+    emo_serve_pool_load_bytes_total              bytes copied into slots, all ranks
+    emo_serve_file_read_bytes_total              bytes read from the checkpoint's files, all ranks
+    emo_serve_expert_reads_total{tier}           experts that loads needed, by where they were
+                                                 found: slab (nothing to copy), host or disk
+    emo_serve_pool_evictions_total{pool,reason}  pools that gave up their slots: to make room, by
+                                                 the operator, or retired (the definition is gone)
 
-All unions share the label `(union)`: their number is not bounded by the operator.
+A pool added at run time is shown at once, with zeros; one that is removed disappears. All unions
+share the label `(union)`: their number is not bounded by the operator. What still ends of a pool
+that was removed counts as `(removed)`.
 """
 
 from __future__ import annotations
@@ -20,14 +43,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-__all__ = ["OUTCOMES", "MetricsSnapshot", "PoolMetrics", "PoolSnapshot", "pool_label"]
+__all__ = [
+    "EVICTION_REASONS",
+    "LOAD_OUTCOMES",
+    "OUTCOMES",
+    "TIERS",
+    "WAIT_OUTCOMES",
+    "MetricsSnapshot",
+    "PoolMetrics",
+    "PoolSnapshot",
+    "pool_label",
+]
 
 OUTCOMES = ("finished", "aborted", "failed")
+WAIT_OUTCOMES = ("granted", "deadline", "failed", "left")
+LOAD_OUTCOMES = ("loaded", "failed")
+EVICTION_REASONS = ("room", "operator", "retired")
+TIERS = ("slab", "host", "disk")
+
 _UNION_LABEL = "(union)"
+_REMOVED_LABEL = "(removed)"
+# From a copy inside host memory to the default deadline; 1-2.5-5 keeps quantiles within a factor.
+_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0),
+)
 
 
 @dataclass(frozen=True)
@@ -36,16 +80,25 @@ class PoolSnapshot:
 
     name: str
     is_resident: bool
+    is_pinned: bool
     running_requests: int
+    waiting_requests: int
 
 
 @dataclass(frozen=True)
 class MetricsSnapshot:
-    """Everything the gauges show."""
+    """Everything the gauges show; `slot_bytes` is one expert of one layer, over all ranks.
+
+    A name may occur again, for an old definition with running requests: its requests are added,
+    and the first one tells what is resident and pinned.
+    """
 
     pools: tuple[PoolSnapshot, ...]
     slots: int
     slots_in_use: int
+    slots_free: int
+    slots_leased: int
+    slot_bytes: int
 
 
 def pool_label(name: str) -> str:
@@ -54,7 +107,10 @@ def pool_label(name: str) -> str:
 
 
 class PoolMetrics:
-    """Hold the counters and register the gauges; one object a registry."""
+    """Hold the counters and register the gauges; one object a registry.
+
+    A `ResidencyObserver`, too: what the manager counts, it counts here.
+    """
 
     def __init__(
         self,
@@ -63,46 +119,133 @@ class PoolMetrics:
         refusal_reasons: Iterable[str],
         snapshot: Callable[[], MetricsSnapshot],
     ) -> None:
-        self._requests = Counter(
-            "emo_serve_requests", "Engine requests", ["pool", "outcome"], registry=registry
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(f"emo_serve_{name}", help_text, labels, registry=registry)
+
+        def seconds(name: str, help_text: str, *labels: str) -> Histogram:
+            name = f"emo_serve_{name}_seconds"
+            return Histogram(name, help_text, labels, registry=registry, buckets=_SECONDS)
+
+        self._requests = counter("requests", "Engine requests", "pool", "outcome")
+        self._prompt_tokens = counter(
+            "prompt_tokens", "Prompt tokens of requests that began to answer", "pool"
         )
-        self._prompt_tokens = Counter(
-            "emo_serve_prompt_tokens",
-            "Prompt tokens of requests that began to answer",
-            ["pool"],
-            registry=registry,
+        self._generation_tokens = counter("generation_tokens", "Tokens generated", "pool")
+        self._refused = counter("refused_requests", "Requests refused before generation", "reason")
+        self._waits = seconds("waiting", "Time requests waited for a pool to be loaded", "outcome")
+        self._hits = counter("pool_hits", "Requests that found their pool resident", "pool")
+        self._misses = counter("pool_misses", "Requests whose pool was not resident", "pool")
+        self._loads = counter("pool_loads", "Loads of pools that ended", "pool", "outcome")
+        self._load_seconds = seconds("pool_load", "Time from a load's start to published")
+        self._copied = counter("pool_load_bytes", "Bytes copied into expert slots, all ranks")
+        self._read = counter("file_read_bytes", "Bytes read from checkpoint files, all ranks")
+        self._experts = counter(
+            "expert_reads", "Experts that loads needed, by where they were found", "tier"
         )
-        self._generation_tokens = Counter(
-            "emo_serve_generation_tokens", "Tokens generated", ["pool"], registry=registry
-        )
-        self._refused = Counter(
-            "emo_serve_refused_requests",
-            "Requests refused before generation",
-            ["reason"],
-            registry=registry,
+        self._evictions = counter(
+            "pool_evictions", "Pools that gave up their slots", "pool", "reason"
         )
         registry.register(_GaugeCollector(snapshot))
-        for pool in (*map(pool_label, pools), _UNION_LABEL):
-            for outcome in OUTCOMES:
-                self._requests.labels(pool, outcome)
-            self._prompt_tokens.labels(pool)
-            self._generation_tokens.labels(pool)
+        self._by_pool: tuple[tuple[Counter, tuple[str, ...]], ...] = (
+            (self._requests, OUTCOMES),
+            (self._loads, LOAD_OUTCOMES),
+            (self._evictions, EVICTION_REASONS),
+            *((c, ()) for c in (self._prompt_tokens, self._generation_tokens)),
+            *((c, ()) for c in (self._hits, self._misses)),
+        )
+        self._known: set[str] = set()
+        for pool in (*pools, _UNION_LABEL):
+            self.add_pool(pool)
         for reason in refusal_reasons:
             self._refused.labels(reason)
+        for outcome in WAIT_OUTCOMES:
+            self._waits.labels(outcome)
+        for tier in TIERS:
+            self._experts.labels(tier)
+
+    # -- which pools there are --
+
+    def add_pool(self, name: str) -> None:
+        """Show a pool's counters, at zero; a no-op for one that is shown already."""
+        label = pool_label(name)
+        self._known.add(label)
+        for counter, values in self._by_pool:
+            for child in ((label, value) for value in values) if values else ((label,),):
+                counter.labels(*child)
+
+    def remove_pool(self, name: str) -> None:
+        """Show a pool's counters no more; a no-op for one not shown and for unions."""
+        label = pool_label(name)
+        if label == _UNION_LABEL or label not in self._known:
+            return
+        self._known.remove(label)
+        for counter, values in self._by_pool:
+            for child in ((label, value) for value in values) if values else ((label,),):
+                counter.remove(*child)
+
+    def _label(self, pool: str) -> str:
+        label = pool_label(pool)
+        return label if label in self._known else _REMOVED_LABEL
+
+    # -- requests --
 
     def count_request(self, pool: str, outcome: str) -> None:
         """Count an engine request that ended; `outcome` is one of OUTCOMES."""
         assert outcome in OUTCOMES, outcome
-        self._requests.labels(pool_label(pool), outcome).inc()
+        self._requests.labels(self._label(pool), outcome).inc()
 
     def count_tokens(self, pool: str, prompt_tokens: int, generation_tokens: int) -> None:
         """Add the tokens of one engine request."""
-        self._prompt_tokens.labels(pool_label(pool)).inc(prompt_tokens)
-        self._generation_tokens.labels(pool_label(pool)).inc(generation_tokens)
+        self._prompt_tokens.labels(self._label(pool)).inc(prompt_tokens)
+        self._generation_tokens.labels(self._label(pool)).inc(generation_tokens)
 
     def count_refusal(self, reason: str) -> None:
         """Count a request refused before generation."""
         self._refused.labels(reason).inc()
+
+    def count_ask(self, pool: str, *, is_hit: bool) -> None:
+        """Count a request for a pool that was resident, or was not."""
+        (self._hits if is_hit else self._misses).labels(self._label(pool)).inc()
+
+    def count_wait(self, pool: str, outcome: str, seconds: float) -> None:
+        """Count a request whose wait for a load is over; `outcome` is one of WAIT_OUTCOMES."""
+        assert outcome in WAIT_OUTCOMES, outcome
+        self._waits.labels(outcome).observe(seconds)
+
+    # -- loads --
+
+    def count_load(
+        self,
+        pool: str,
+        outcome: str,
+        *,
+        slab_hits: int,
+        host_hits: int,
+        disk_reads: int,
+        bytes_copied: int,
+        bytes_read: int,
+        seconds: float,
+    ) -> None:
+        """Count a load that ended; `outcome` is one of LOAD_OUTCOMES.
+
+        The three tiers count experts. A failed load's time is not in the histogram.
+        """
+        assert outcome in LOAD_OUTCOMES, outcome
+        self._loads.labels(self._label(pool), outcome).inc()
+        if outcome == "loaded":
+            self._load_seconds.observe(seconds)
+        for tier, count in zip(TIERS, (slab_hits, host_hits, disk_reads), strict=True):
+            self._experts.labels(tier).inc(count)
+        self._copied.inc(bytes_copied)
+        self._read.inc(bytes_read)
+
+    def count_eviction(self, pool: str, reason: str) -> None:
+        """Count a pool that gave up its slots; `reason` is one of EVICTION_REASONS."""
+        assert reason in EVICTION_REASONS, reason
+        self._evictions.labels(self._label(pool), reason).inc()
+
+
+# -- gauges --
 
 
 class _GaugeCollector(Collector):
@@ -113,35 +256,42 @@ class _GaugeCollector(Collector):
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Name the gauges without taking a snapshot, which registration must not need."""
-        yield from _families()
+        yield from _gauges(MetricsSnapshot((), 0, 0, 0, 0, 0))
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the gauges of this moment."""
-        snapshot = self._snapshot()
-        running, resident, slots, in_use = _families()
-        totals = dict.fromkeys((_UNION_LABEL,), 0)
-        for pool in snapshot.pools:
-            label = pool_label(pool.name)
-            totals[label] = totals.get(label, 0) + pool.running_requests
-            if label != _UNION_LABEL:
-                resident.add_metric([label], float(pool.is_resident))
-        for label, count in totals.items():
-            running.add_metric([label], count)
-        slots.add_metric([], snapshot.slots)
-        in_use.add_metric([], snapshot.slots_in_use)
-        yield from (running, resident, slots, in_use)
+        yield from _gauges(self._snapshot())
 
 
-def _families() -> tuple[GaugeMetricFamily, ...]:
-    return (
-        GaugeMetricFamily(
-            "emo_serve_running_requests", "Engine requests that hold the pool", labels=["pool"]
-        ),
-        GaugeMetricFamily(
-            "emo_serve_pool_resident",
-            "1 when all experts of the pool are in slots",
-            labels=["pool"],
-        ),
-        GaugeMetricFamily("emo_serve_slots", "Expert slots, all layers together", labels=[]),
-        GaugeMetricFamily("emo_serve_slots_in_use", "Slots that hold an expert", labels=[]),
-    )
+def _gauges(snapshot: MetricsSnapshot) -> Iterator[GaugeMetricFamily]:
+    running, waiting = {_UNION_LABEL: 0}, {_UNION_LABEL: 0}
+    resident: dict[str, int] = {}
+    pinned: dict[str, int] = {}
+    for pool in snapshot.pools:
+        label = pool_label(pool.name)
+        running[label] = running.get(label, 0) + pool.running_requests
+        waiting[label] = waiting.get(label, 0) + pool.waiting_requests
+        if label != _UNION_LABEL:
+            resident.setdefault(label, pool.is_resident)
+            pinned.setdefault(label, pool.is_pinned)
+    yield _by_pool("running_requests", "Engine requests that hold the pool", running)
+    yield _by_pool("waiting_requests", "Requests that wait for the pool to be loaded", waiting)
+    yield _by_pool("pool_resident", "1 when all experts of the pool are in slots", resident)
+    yield _by_pool("pool_pinned", "1 when the operator has said the pool must stay", pinned)
+    size = snapshot.slot_bytes
+    for name, help_text, value in (
+        ("slots", "Expert slots, all layers together", snapshot.slots),
+        ("slots_in_use", "Slots that hold an expert or will soon", snapshot.slots_in_use),
+        ("slots_free", "Slots that hold no expert", snapshot.slots_free),
+        ("slots_leased", "Slots that running requests keep in place", snapshot.slots_leased),
+        ("slab_bytes", "Device memory of all slots, all ranks", snapshot.slots * size),
+        ("resident_bytes", "Device memory of slots in use", snapshot.slots_in_use * size),
+    ):
+        yield GaugeMetricFamily(f"emo_serve_{name}", help_text, value=value)
+
+
+def _by_pool(name: str, help_text: str, values: dict[str, int]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(f"emo_serve_{name}", help_text, labels=["pool"])
+    for label, value in values.items():
+        family.add_metric([label], float(value))
+    return family

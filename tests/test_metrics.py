@@ -2,21 +2,68 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest
 
+from emo_serve import metrics as metrics_module
 from emo_serve.metrics import MetricsSnapshot, PoolMetrics, PoolSnapshot
+
+
+def pool(
+    name: str, resident: bool, running: int, waiting: int = 0, pinned: bool = False
+) -> PoolSnapshot:
+    return PoolSnapshot(
+        name,
+        is_resident=resident,
+        is_pinned=pinned,
+        running_requests=running,
+        waiting_requests=waiting,
+    )
+
 
 SNAPSHOT = MetricsSnapshot(
     pools=(
-        PoolSnapshot("base", is_resident=False, running_requests=0),
-        PoolSnapshot("math", is_resident=True, running_requests=2),
-        PoolSnapshot("code+math", is_resident=True, running_requests=3),
-        PoolSnapshot("law+math", is_resident=True, running_requests=1),
+        pool("base", False, 0),
+        pool("math", True, 2, pinned=True),
+        pool("law", False, 0, waiting=5),
+        pool("code+math", True, 3),
+        pool("law+math", False, 1, waiting=2),
+        pool("law", True, 4),  # an old definition, still in use
     ),
     slots=64,
     slots_in_use=12,
+    slots_free=52,
+    slots_leased=8,
+    slot_bytes=100,
 )
+NAMES = {
+    "emo_serve_requests",
+    "emo_serve_prompt_tokens",
+    "emo_serve_generation_tokens",
+    "emo_serve_refused_requests",
+    "emo_serve_running_requests",
+    "emo_serve_waiting_requests",
+    "emo_serve_waiting_seconds",
+    "emo_serve_slots",
+    "emo_serve_slots_in_use",
+    "emo_serve_slots_free",
+    "emo_serve_slots_leased",
+    "emo_serve_slab_bytes",
+    "emo_serve_resident_bytes",
+    "emo_serve_pool_resident",
+    "emo_serve_pool_pinned",
+    "emo_serve_pool_hits",
+    "emo_serve_pool_misses",
+    "emo_serve_pool_loads",
+    "emo_serve_pool_load_seconds",
+    "emo_serve_pool_load_bytes",
+    "emo_serve_file_read_bytes",
+    "emo_serve_expert_reads",
+    "emo_serve_pool_evictions",
+}
 
 
 @pytest.fixture
@@ -29,23 +76,53 @@ def metrics(registry: CollectorRegistry) -> PoolMetrics:
     return PoolMetrics(registry, ["base", "math"], ["unknown_pool"], lambda: SNAPSHOT)
 
 
+def load(metrics: PoolMetrics, name: str, outcome: str, seconds: float = 0.2) -> None:
+    metrics.count_load(
+        name,
+        outcome,
+        slab_hits=5,
+        host_hits=2,
+        disk_reads=1,
+        bytes_copied=300,
+        bytes_read=100,
+        seconds=seconds,
+    )
+
+
+def shown(registry: CollectorRegistry, label: str) -> set[str]:
+    """Return the samples that carry a pool's label."""
+    return {
+        sample.name
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.labels.get("pool") == label
+    }
+
+
 def test_everything_is_shown_before_the_first_request(
     registry: CollectorRegistry, metrics: PoolMetrics
 ) -> None:
-    names = {metric.name for metric in registry.collect()}
-    assert names == {
-        "emo_serve_requests",
-        "emo_serve_prompt_tokens",
-        "emo_serve_generation_tokens",
-        "emo_serve_refused_requests",
-        "emo_serve_running_requests",
-        "emo_serve_pool_resident",
-        "emo_serve_slots",
-        "emo_serve_slots_in_use",
-    }
-    for pool in ("base", "math", "(union)"):
-        labels = {"pool": pool, "outcome": "finished"}
+    families = list(registry.collect())
+    assert {family.name for family in families} == NAMES
+    assert all(family.samples for family in families)
+    for name in ("base", "math", "(union)"):
+        labels = {"pool": name, "outcome": "finished"}
         assert registry.get_sample_value("emo_serve_requests_total", labels) == 0
+
+
+def test_the_module_lists_every_name_with_its_labels(
+    registry: CollectorRegistry, metrics: PoolMetrics
+) -> None:
+    listed = {}
+    for name, labels in re.findall(
+        r"^    (emo_serve_\w+)(?:\{(.*?)\})?", metrics_module.__doc__ or "", re.M
+    ):
+        listed[name] = set(labels.split(",")) - {""}
+    real = {}
+    for family in registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        real[name] = {label for s in family.samples for label in s.labels} - {"le"}
+    assert listed == real
 
 
 def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> None:
@@ -53,14 +130,49 @@ def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> No
     metrics.count_request("code+math", "aborted")
     metrics.count_tokens("math", prompt_tokens=7, generation_tokens=3)
     metrics.count_refusal("unknown_pool")
+    metrics.count_ask("math", is_hit=True)
+    metrics.count_ask("a+b", is_hit=False)
+    metrics.count_wait("math", "granted", 0.3)
+    load(metrics, "math", "loaded")
+    load(metrics, "base", "failed")
+    metrics.count_eviction("math", "room")
     for name, labels, value in (
         ("requests_total", {"pool": "math", "outcome": "finished"}, 1),
         ("requests_total", {"pool": "(union)", "outcome": "aborted"}, 1),
         ("prompt_tokens_total", {"pool": "math"}, 7),
         ("generation_tokens_total", {"pool": "math"}, 3),
         ("refused_requests_total", {"reason": "unknown_pool"}, 1),
+        ("pool_hits_total", {"pool": "math"}, 1),
+        ("pool_misses_total", {"pool": "math"}, 0),
+        ("pool_misses_total", {"pool": "(union)"}, 1),
+        ("waiting_seconds_count", {"outcome": "granted"}, 1),
+        ("waiting_seconds_count", {"outcome": "deadline"}, 0),
+        ("waiting_seconds_bucket", {"outcome": "granted", "le": "0.5"}, 1),
+        ("waiting_seconds_bucket", {"outcome": "granted", "le": "0.25"}, 0),
+        ("pool_loads_total", {"pool": "math", "outcome": "loaded"}, 1),
+        ("pool_loads_total", {"pool": "base", "outcome": "failed"}, 1),
+        ("pool_load_seconds_count", {}, 1),
+        ("pool_load_seconds_sum", {}, 0.2),
+        ("pool_load_bytes_total", {}, 600),
+        ("file_read_bytes_total", {}, 200),
+        ("expert_reads_total", {"tier": "slab"}, 10),
+        ("expert_reads_total", {"tier": "host"}, 4),
+        ("expert_reads_total", {"tier": "disk"}, 2),
+        ("pool_evictions_total", {"pool": "math", "reason": "room"}, 1),
+        ("pool_evictions_total", {"pool": "math", "reason": "operator"}, 0),
     ):
-        assert registry.get_sample_value(f"emo_serve_{name}", labels) == value
+        assert registry.get_sample_value(f"emo_serve_{name}", labels) == value, (name, labels)
+
+
+def test_a_word_that_is_no_outcome_is_a_bug(metrics: PoolMetrics) -> None:
+    for count in (
+        lambda: metrics.count_request("math", "done"),
+        lambda: metrics.count_wait("math", "done", 1.0),
+        lambda: metrics.count_eviction("math", "done"),
+        lambda: load(metrics, "math", "done"),
+    ):
+        with pytest.raises(AssertionError):
+            count()
 
 
 def test_gauges_are_the_snapshot_and_unions_share_a_label(
@@ -68,14 +180,75 @@ def test_gauges_are_the_snapshot_and_unions_share_a_label(
 ) -> None:
     for name, labels, value in (
         ("running_requests", {"pool": "math"}, 2),
+        ("running_requests", {"pool": "law"}, 4),
         ("running_requests", {"pool": "(union)"}, 4),
+        ("waiting_requests", {"pool": "math"}, 0),
+        ("waiting_requests", {"pool": "law"}, 5),
+        ("waiting_requests", {"pool": "(union)"}, 2),
         ("pool_resident", {"pool": "math"}, 1),
         ("pool_resident", {"pool": "base"}, 0),
+        ("pool_resident", {"pool": "law"}, 0),
+        ("pool_resident", {"pool": "(union)"}, None),
+        ("pool_pinned", {"pool": "math"}, 1),
+        ("pool_pinned", {"pool": "law"}, 0),
         ("slots", {}, 64),
         ("slots_in_use", {}, 12),
+        ("slots_free", {}, 52),
+        ("slots_leased", {}, 8),
+        ("slab_bytes", {}, 6400),
+        ("resident_bytes", {}, 1200),
     ):
-        assert registry.get_sample_value(f"emo_serve_{name}", labels) == value
-    assert registry.get_sample_value("emo_serve_pool_resident", {"pool": "(union)"}) is None
+        assert registry.get_sample_value(f"emo_serve_{name}", labels) == value, (name, labels)
+
+
+# -- pools that come and go --
+
+
+def test_an_added_pool_is_shown_at_once_and_adding_again_keeps_its_counts(
+    registry: CollectorRegistry, metrics: PoolMetrics
+) -> None:
+    metrics.add_pool("law")
+    assert shown(registry, "law") >= shown(registry, "math")
+    labels = {"pool": "law", "outcome": "finished"}
+    assert registry.get_sample_value("emo_serve_requests_total", labels) == 0
+    metrics.count_request("law", "finished")
+    metrics.add_pool("law")
+    assert registry.get_sample_value("emo_serve_requests_total", labels) == 1
+
+
+def test_a_removed_pool_disappears_and_what_still_ends_of_it_is_not_lost(
+    registry: CollectorRegistry,
+) -> None:
+    empty = MetricsSnapshot((), 0, 0, 0, 0, 0)
+    metrics = PoolMetrics(registry, ["base", "math"], [], lambda: empty)
+    metrics.count_request("math", "finished")
+    metrics.remove_pool("math")
+    metrics.remove_pool("math")
+    assert shown(registry, "math") == set()
+    assert shown(registry, "(removed)") == set()
+    metrics.count_request("math", "finished")
+    metrics.count_eviction("math", "retired")
+    assert shown(registry, "math") == set()
+    labels = {"pool": "(removed)", "outcome": "finished"}
+    assert registry.get_sample_value("emo_serve_requests_total", labels) == 1
+    metrics.add_pool("math")
+    labels = {"pool": "math", "outcome": "finished"}
+    assert registry.get_sample_value("emo_serve_requests_total", labels) == 0
+
+
+def test_unions_stay_whatever_is_removed(registry: CollectorRegistry, metrics: PoolMetrics) -> None:
+    metrics.remove_pool("code+math")
+    metrics.count_request("code+math", "finished")
+    labels = {"pool": "(union)", "outcome": "finished"}
+    assert registry.get_sample_value("emo_serve_requests_total", labels) == 1
+
+
+def test_no_series_is_shown_twice(registry: CollectorRegistry, metrics: PoolMetrics) -> None:
+    for name in ("law", "code+math"):
+        metrics.add_pool(name)
+    lines = [line for line in generate_latest(registry).decode().splitlines() if line[0] != "#"]
+    series = [line.rpartition(" ")[0] for line in lines]
+    assert len(series) == len(set(series))
 
 
 def test_the_registry_is_the_callers() -> None:
