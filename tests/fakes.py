@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from emo_serve.residency.manager import LoadReport
+from emo_serve.errors import PoolLoadFailed
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.ports import LoadReport
 from emo_serve.residency.slots import Copy, ExpertIds
 
 SLOT_BYTES = 64
@@ -16,11 +18,10 @@ SLOT_BYTES = 64
 class Operation:
     """One call of the manager's; held until `release` or `fail`."""
 
-    kind: str
-    copies: tuple[Copy, ...] = ()
-    row: int | None = None
-    expert_ids: tuple[tuple[int, ...], ...] = ()
-    temperature: float = 1.0
+    row: int
+    expert_ids: tuple[tuple[int, ...], ...]
+    temperature: float
+    copies: tuple[Copy, ...]
     done: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -38,36 +39,56 @@ class FakeEngine:
     """A PoolEngine that remembers what it was told.
 
     With `is_holding` every operation stays in `held` until the test releases it; otherwise it ends
-    at once, or raises `failure` if that is set. `slab` and `table` are what a worker would hold.
+    after `load_seconds` (on the loop's clock) if it copies, or raises `failure` if that is set.
+    `slab` and `table` are what a worker would hold: a slot that is being written holds None.
     """
 
-    def __init__(self, *, is_holding: bool = False) -> None:
+    def __init__(self, *, is_holding: bool = False, load_seconds: float = 0.0) -> None:
         self.is_holding = is_holding
+        self.load_seconds = load_seconds
         self.failure: Exception | None = None
+        self.unreadable: set[tuple[int, int]] = set()  # (layer, expert)
         self.operations: list[Operation] = []
         self.held: list[Operation] = []
-        self.slab: dict[tuple[int, int], int] = {}  # (layer, slot) -> expert
+        self.slab: dict[tuple[int, int], int | None] = {}  # (layer, slot) -> expert
+        self.slot_of: dict[tuple[int, int], int] = {}  # (layer, expert) -> slot, as published
         self.table: dict[int, tuple[ExpertIds, float]] = {}
-        self.on_publish: Callable[[int], None] = lambda row: None
 
-    async def load_experts(self, copies: Sequence[Copy]) -> LoadReport:
-        """Record the copies; the slab changes when the operation is released."""
-        await self._run(Operation("load", copies=tuple(copies)))
+    def check_readable(self, copies: Sequence[Copy]) -> None:
+        """Refuse the experts the test named."""
+        for copy in copies:
+            if (copy.layer, copy.expert) in self.unreadable:
+                raise PoolLoadFailed(f"expert {copy.expert} of layer {copy.layer} is unreadable")
+
+    async def make_resident(
+        self, row: int, expert_ids: ExpertIds, temperature: float, copies: Sequence[Copy]
+    ) -> LoadReport:
+        """Record the copies and the row; slab and table change when the operation is released."""
+        ids = tuple(map(tuple, expert_ids))
+        for copy in copies:
+            self.slab[copy.layer, copy.slot] = None
+        await self._run(Operation(row, ids, temperature, tuple(copies)))
         for copy in copies:
             self.slab[copy.layer, copy.slot] = copy.expert
-        return LoadReport(bytes_read=SLOT_BYTES * len(copies), seconds=0.0)
-
-    async def publish_pool(self, row: int, expert_ids: ExpertIds, temperature: float) -> None:
-        """Record the row; the table changes when the operation is released."""
-        ids = tuple(map(tuple, expert_ids))
-        self.on_publish(row)
-        await self._run(Operation("publish", row=row, expert_ids=ids, temperature=temperature))
+            self.slot_of[copy.layer, copy.expert] = copy.slot
         self.table[row] = (ids, temperature)
+        size = SLOT_BYTES * len(copies)
+        return LoadReport(len(copies), size, size, 0, self.load_seconds)
+
+    def serves(self, row: int, pool: ExpertPool) -> bool:
+        """Tell whether a request on this row would be computed with just this pool's experts."""
+        if self.table.get(row) != (pool.expert_ids, pool.router_temperature):
+            return False
+        return all(
+            self.slab.get((layer, self.slot_of.get((layer, expert), -1))) == expert
+            for layer, experts in enumerate(pool.expert_ids)
+            for expert in experts
+        )
 
     @property
-    def num_published(self) -> int:
-        """Return how many rows were ever asked for."""
-        return sum(operation.kind == "publish" for operation in self.operations)
+    def copied(self) -> list[int]:
+        """Return the experts copied, in the order of the loads."""
+        return [copy.expert for operation in self.operations for copy in operation.copies]
 
     async def next_held(self) -> Operation:
         """Return the oldest operation still held, once there is one."""
@@ -78,6 +99,8 @@ class FakeEngine:
     async def _run(self, operation: Operation) -> None:
         self.operations.append(operation)
         if not self.is_holding:
+            if operation.copies and self.load_seconds:
+                await asyncio.sleep(self.load_seconds)
             if self.failure is not None:
                 raise self.failure
             return

@@ -3,22 +3,26 @@
 Pure bookkeeping: no weights, no clock, no awaiting. A load has three steps, because the copies take
 time and may fail:
 
-    plan = table.plan_load(key, expert_ids)   # decides, changes nothing
-    table.begin(plan)                         # takes slots and references; new experts are loading
-    table.finish(key)  or  table.abandon(key) # they are resident, or nothing ever happened
+    table.fits(expert_ids, without=victims)           # would there be slots enough
+    plan = table.plan_load(key, expert_ids, victims)  # decides, changes nothing
+    table.begin(plan)    # evicts, takes slots and references; new experts are loading
+    table.finish(key)  or  table.abandon(key)         # they are resident, or they never came
 
 Pools share experts. A plan copies only what is missing, and an eviction frees only the slots that
-no other pool refers to. Any number of loads may be under way as long as none needs an expert that
-another is still loading; plans that copy nothing are resident as soon as they begin. Slots are
-handed out lowest first, so equal histories give equal tables.
+no other pool refers to: an expert of a victim that the new pool needs stays where it is. Any number
+of loads may be under way as long as none needs an expert that another is still loading; plans that
+copy nothing are resident as soon as they begin. Slots are handed out lowest first, so equal
+histories give equal tables.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 
 from emo_serve.errors import ConfigError
 
@@ -39,10 +43,14 @@ class Copy:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What it takes to make one pool resident; valid until the table next changes."""
+    """What it takes to make one pool resident; valid until the table next changes.
+
+    `evictions` are the pools to drop first, by key.
+    """
 
     key: str
     expert_ids: tuple[tuple[int, ...], ...]
+    evictions: tuple[str, ...]
     copies: tuple[Copy, ...]
     version: int
 
@@ -93,6 +101,7 @@ class SlotTable:
             slots = min(slots_per_layer, num_experts)
             self._layers.append(_Layer(num_experts, [None] * slots, free=list(range(slots))))
         self._pools: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self._masks: dict[str, tuple[int, ...]] = {}  # the same as bits, for set arithmetic
         self._copying: dict[str, tuple[Copy, ...]] = {}
         self._version = 0
 
@@ -138,6 +147,38 @@ class SlotTable:
             for index, (held, experts) in enumerate(zip(self._layers, expert_ids, strict=True))
         )
 
+    def fits(self, *wanted: ExpertIds, without: Collection[str] = ()) -> bool:
+        """Tell whether all of these could be resident together with every pool but `without`.
+
+        Pools are sets, so that is a question of each layer's union, whatever the order of loads.
+        """
+        unions = [_mask(experts) for experts in zip(*wanted, strict=True)]
+        kept = [masks for key, masks in self._masks.items() if key not in without]
+        for index, held in enumerate(self._layers):
+            union = unions[index]
+            for masks in kept:
+                union |= masks[index]
+            if union.bit_count() > len(held.expert_in):
+                return False
+        return True
+
+    def slots_of(self, keys: Iterable[str]) -> int:
+        """Count the slots, of all layers, that these pools hold; a shared one counts once."""
+        layers = zip(*(self._masks[key] for key in keys), strict=True)
+        return sum(reduce(or_, masks).bit_count() for masks in layers)
+
+    def holds_any_alone(self, key: str) -> bool:
+        """Tell whether some slot would be free without this pool."""
+        return any(
+            held.holders[expert] == 1
+            for held, experts in zip(self._layers, self._pools[key], strict=True)
+            for expert in experts
+        )
+
+    def slots_held_alone(self, key: str) -> int:
+        """Count the slots, of all layers, that would be free without this pool."""
+        return sum(map(len, self._freed_by((key,))))
+
     def usage(self) -> tuple[LayerSlots, ...]:
         """Return the account of each layer's slots; a dense layer has none."""
         return tuple(
@@ -152,23 +193,30 @@ class SlotTable:
 
     # -- changes --
 
-    def plan_load(self, key: str, expert_ids: ExpertIds) -> LoadPlan:
-        """Choose a slot for every missing expert; the caller has asked `needs` that they fit."""
+    def plan_load(self, key: str, expert_ids: ExpertIds, evictions: Sequence[str] = ()) -> LoadPlan:
+        """Choose a slot for every missing expert; the caller has asked `fits` that they fit."""
         assert key not in self._pools, f"{key} holds its slots already"
+        freed = self._freed_by(evictions)
         copies: list[Copy] = []
         for index, (held, experts) in enumerate(zip(self._layers, expert_ids, strict=True)):
             assert not held.loading.intersection(experts), "an expert needed is still loading"
             missing = [expert for expert in sorted(experts) if expert not in held.slot_of]
-            slots = heapq.nsmallest(len(missing), held.free)
+            given_up = (held.slot_of[expert] for expert in freed[index] - set(experts))
+            slots = heapq.nsmallest(len(missing), [*held.free, *given_up])
             assert len(slots) == len(missing), f"layer {index} has too few free slots"
             pairs = zip(missing, slots, strict=True)
             copies += (Copy(index, expert, slot) for expert, slot in pairs)
-        return LoadPlan(key, tuple(map(tuple, expert_ids)), tuple(copies), self._version)
+        ids = tuple(map(tuple, expert_ids))
+        return LoadPlan(key, ids, tuple(evictions), tuple(copies), self._version)
 
     def begin(self, plan: LoadPlan) -> None:
-        """Take the plan's slots and references; nothing it refers to can be freed from now on."""
+        """Evict, and take the plan's slots and references, which nothing can free from now on."""
         assert plan.version == self._version, "the table changed since the plan was made"
         self._version += 1
+        for held, experts in zip(self._layers, plan.expert_ids, strict=True):
+            held.holders.update(experts)  # before the evictions: what both need stays
+        for key in plan.evictions:
+            self.evict(key)
         for copy in plan.copies:
             held = self._layers[copy.layer]
             slot = heapq.heappop(held.free)
@@ -176,9 +224,8 @@ class SlotTable:
             held.slot_of[copy.expert] = copy.slot
             held.expert_in[copy.slot] = copy.expert
             held.loading.add(copy.expert)
-        for held, experts in zip(self._layers, plan.expert_ids, strict=True):
-            held.holders.update(experts)
         self._pools[plan.key] = plan.expert_ids
+        self._masks[plan.key] = tuple(_mask((experts,)) for experts in plan.expert_ids)
         if plan.copies:
             self._copying[plan.key] = plan.copies
 
@@ -199,6 +246,7 @@ class SlotTable:
         assert key not in self._copying, f"{key} is loading"
         self._version += 1
         freed: list[Copy] = []
+        del self._masks[key]
         for index, experts in enumerate(self._pools.pop(key)):
             held = self._layers[index]
             for expert in experts:
@@ -212,6 +260,16 @@ class SlotTable:
                 freed.append(Copy(index, expert, slot))
         return tuple(freed)
 
+    def _freed_by(self, keys: Collection[str]) -> list[set[int]]:
+        """Return the experts of each layer that only these pools hold."""
+        freed: list[set[int]] = []
+        for index, held in enumerate(self._layers):
+            mine = Counter(expert for key in keys for expert in self._pools[key][index])
+            freed.append(
+                {expert for expert, count in mine.items() if held.holders[expert] == count}
+            )
+        return freed
+
     # -- self-check --
 
     def check_integrity(self) -> None:
@@ -220,6 +278,9 @@ class SlotTable:
         for expert_ids in self._pools.values():
             for count, experts in zip(expected, expert_ids, strict=True):
                 count.update(experts)
+        assert self._masks == {
+            key: tuple(_mask((experts,)) for experts in ids) for key, ids in self._pools.items()
+        }
         copying = {(c.layer, c.expert) for copies in self._copying.values() for c in copies}
         assert self._copying.keys() <= self._pools.keys()
         assert copying == {(i, e) for i, held in enumerate(self._layers) for e in held.loading}
@@ -230,6 +291,15 @@ class SlotTable:
             empty = [slot for slot, expert in enumerate(held.expert_in) if expert is None]
             assert sorted(held.free) == empty
             assert all(0 <= expert < held.num_experts for expert in held.slot_of)
+
+
+def _mask(sets: Iterable[Iterable[int]]) -> int:
+    """Return a layer's experts as bits of one number."""
+    mask = 0
+    for experts in sets:
+        for expert in experts:
+            mask |= 1 << expert
+    return mask
 
 
 def _occupied(held: _Layer) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,446 @@
+"""The line in which pools are waited for, and the loads and evictions that move it on.
+
+First come, first served, a pool a place:
+
+- A pool that needs nothing copied, a union above all, costs a row of the engine's pool table and is
+  let in past the line.
+- The first pool in line that needs copies may evict pools that are neither leased nor pinned, in
+  the policy's order. If those do not make room, the coldest leased ones are *closed*: their
+  requests run to the end, new ones wait behind, and when the last lease is back they are evicted.
+  So a wait is bounded by the line ahead, each place of which costs at most the longest running
+  request and a load.
+- A pool further back may pass when it can be loaded without taking what the first is waiting for.
+- When a load is done its waiters have their leases before anybody else can ask.
+
+One load at a time: they share one link to the device. Loads are tasks of the line's own, so that a
+client that goes away neither interrupts nor repeats them. Everything here belongs to one event
+loop; between two awaits the tables are consistent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from emo_serve.errors import LoadDeadlineExceeded, PoolBlocked, PoolLoadFailed, TooManyWaiting
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.policy import EvictionPolicy
+from emo_serve.residency.ports import LoadReport, PoolEngine, ResidencyObserver
+from emo_serve.residency.room import Room
+from emo_serve.residency.slots import LoadPlan
+
+__all__ = ["Counts", "Entry", "LoadLine", "Purpose", "Want"]
+
+logger = logging.getLogger(__name__)
+
+
+class Purpose(Enum):
+    """What somebody in the line wants of the pool once it is resident."""
+
+    LEASE = "lease"
+    PIN = "pin"
+    LOAD = "load"
+
+
+@dataclass(eq=False)
+class Entry:
+    """One pool that was given room. `drains` counts the operators who wait for it to go."""
+
+    pool: ExpertPool
+    row: int
+    is_published: bool = False
+    leases: int = 0
+    is_retired: bool = False
+    drains: int = 0
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(eq=False)
+class Want:
+    """One pool that is waited for; all who wait for it share its place in the line."""
+
+    pool: ExpertPool
+    waiters: dict[asyncio.Future[Entry], Purpose] = field(default_factory=dict)
+
+
+@dataclass
+class Counts:
+    """What has happened since the start."""
+
+    hits: int = 0
+    misses: int = 0
+    loads: int = 0
+    failed_loads: int = 0
+    evictions: int = 0
+
+
+class LoadLine:
+    """Own who has room and who waits for it; see the module for the rules.
+
+    `entries`, `wants` and `pinned` go by content hash and are for others to read.
+    """
+
+    def __init__(
+        self,
+        room: Room,
+        engine: PoolEngine,
+        policy: EvictionPolicy,
+        observer: ResidencyObserver,
+        clock: Callable[[], float],
+        max_waiting: int,
+        deadline_seconds: float,
+    ) -> None:
+        self.room = room
+        self.entries: dict[str, Entry] = {}
+        self.wants: dict[str, Want] = {}  # first come first
+        self.pinned: set[str] = set()
+        self.counts = Counts()
+        self.idle = asyncio.Event()
+        self._engine = engine
+        self._policy = policy
+        self._observer = observer
+        self._clock = clock
+        self._max_waiting = max_waiting
+        self._deadline_seconds = deadline_seconds
+        self._closing: set[str] = set()
+        self._closing_for: Want | None = None
+        self._tasks: dict[asyncio.Task[None], bool] = {}  # -> whether it copies
+        self._last_load_seconds = 0.0
+
+    # -- questions --
+
+    @property
+    def num_running(self) -> int:
+        """Return the leases held, of all pools."""
+        return sum(entry.leases for entry in self.entries.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Return how many requests and operators wait."""
+        return sum(len(want.waiters) for want in self.wants.values())
+
+    def open_entry(self, pool: ExpertPool) -> Entry | None:
+        """Return the pool's entry if a lease on it can be had at once."""
+        entry = self.entries.get(pool.content_hash)
+        if entry is None or not entry.is_published or entry.is_retired or entry.drains:
+            return None
+        return None if pool.content_hash in self._closing else entry
+
+    def check_integrity(self) -> None:
+        """Assert that slots, rows, entries, leases and the line agree."""
+        self.room.check_integrity()
+        assert self.room.slots.keys == self.entries.keys()
+        for key, entry in self.entries.items():
+            assert key == entry.pool.content_hash
+            assert entry.row == self.room.row_of(key)
+            assert entry.leases >= 0 and entry.drains >= 0
+            assert entry.is_published or not (entry.leases or key in self.pinned)
+        assert self.pinned <= self.entries.keys()
+        assert self._closing <= self.entries.keys() - self.pinned
+        assert self._closing_for is not None or not self._closing
+        for key, want in self.wants.items():
+            assert key == want.pool.content_hash
+            assert want.waiters, "a place in the line that nobody holds"
+            assert self.open_entry(want.pool) is None, "somebody waits for an open pool"
+        assert sum(self._tasks.values()) <= 1, "two loads at once"
+
+    # -- waiting --
+
+    async def obtain(self, pool: ExpertPool, purpose: Purpose) -> Entry:
+        """Return the pool's entry, resident, with what `purpose` asks for already done.
+
+        Waits in line if need be. Raises as `check_may_wait`, LoadDeadlineExceeded, and whatever
+        the load raised.
+        """
+        key = pool.content_hash
+        self._policy.note_asked(key, self._clock())
+        if (known := self.entries.get(key)) is not None:
+            known.is_retired = False  # it was defined again, with the same content
+            if purpose is Purpose.PIN:
+                self._closing.discard(key)
+        if (entry := self.open_entry(pool)) is not None:
+            self._grant(entry, purpose)
+            self.advance()  # a pin may leave too little for who waits
+            return entry
+        self.check_may_wait(pool)
+        want = self.wants.setdefault(key, Want(pool))
+        place: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
+        want.waiters[place] = purpose
+        start, outcome = self._clock(), "failed"
+        self.advance()
+        try:
+            async with asyncio.timeout(self._deadline_seconds):
+                entry = await place
+            outcome = "granted"
+            return entry
+        except TimeoutError:
+            outcome = "deadline"
+            raise self._too_late(want) from None
+        except asyncio.CancelledError:
+            outcome = "left"
+            raise
+        finally:
+            if outcome != "granted":
+                self._leave(want, place, purpose)
+            self._observer.count_wait(pool.name, outcome, self._clock() - start)
+
+    def _leave(self, want: Want, place: asyncio.Future[Entry], purpose: Purpose) -> None:
+        """Give up a place in the line, and the lease that may have come in the same moment."""
+        is_granted = place.done() and not place.cancelled() and place.exception() is None
+        if is_granted and purpose is Purpose.LEASE:
+            self.give_back(place.result())
+        want.waiters.pop(place, None)
+        if not want.waiters and self.wants.get(want.pool.content_hash) is want:
+            del self.wants[want.pool.content_hash]
+        self.advance()
+
+    def _let_in(self, want: Want, entry: Entry) -> None:
+        del self.wants[want.pool.content_hash]
+        for place, purpose in want.waiters.items():
+            if not place.done():
+                self._grant(entry, purpose)
+                place.set_result(entry)
+        want.waiters.clear()
+
+    def _turn_away(self, want: Want, error: Exception) -> None:
+        del self.wants[want.pool.content_hash]
+        for place in want.waiters:
+            if not place.done():
+                place.set_exception(error)
+        want.waiters.clear()
+
+    def _grant(self, entry: Entry, purpose: Purpose) -> None:
+        if purpose is Purpose.LEASE:
+            entry.leases += 1
+        elif purpose is Purpose.PIN:
+            self.pinned.add(entry.pool.content_hash)
+
+    def give_back(self, entry: Entry) -> None:
+        """End a lease."""
+        entry.leases -= 1
+        if not entry.leases:
+            self.advance()
+
+    # -- the line --
+
+    def advance(self) -> None:
+        """Do all that can be done now: evict, let in, start loads. Never awaits."""
+        while self._evict_leaving() or self._serve_line():
+            pass
+        if not self.num_running and not self.num_waiting:
+            self.idle.set()
+
+    def _evict_leaving(self) -> bool:
+        """Evict what is retired or drained and no lease holds; tell whether anything was."""
+        leaving = [
+            (key, entry)
+            for key, entry in self.entries.items()
+            if (entry.is_retired or entry.drains) and entry.is_published and not entry.leases
+        ]
+        for key, entry in leaving:
+            self.room.evict(key)
+            self._forget(key, "operator" if entry.drains else "retired")
+        return bool(leaving)
+
+    def _serve_line(self) -> bool:
+        """Walk the line once; True after a change that may let others in: walk it again."""
+        if self._closing_for is not None and self._closing_for not in self.wants.values():
+            self._closing_for = None
+            self._closing.clear()
+        first: Want | None = None  # in line, of those that wait for room or for the link
+        reserved: set[str] = set()  # what goes for it
+        for key, want in list(self.wants.items()):
+            if (entry := self.open_entry(want.pool)) is not None:
+                self._let_in(want, entry)
+                return True
+            if key in self.entries:  # loading, or on its way out
+                continue
+            idle = [
+                k for k in self._coldest_first() if not self.entries[k].leases and k not in reserved
+            ]
+            victims = self.room.choose(want.pool, idle)
+            if victims is not None and self._may_start(want, victims, first, reserved):
+                self._start(want, victims)
+                return True
+            if first is None:
+                first = want
+                if victims is None and self._close_for(want):
+                    return True
+                reserved = self._closing.union(victims or ())
+        return False
+
+    def _may_start(
+        self, want: Want, victims: list[str], first: Want | None, reserved: set[str]
+    ) -> bool:
+        """Tell whether the link is free, or not needed, and `first` loses nothing."""
+        if self._is_copying and not self.room.slots.covers(want.pool.expert_ids):
+            return False
+        return first is None or self.room.fits(
+            first.pool, want.pool, without=reserved.union(victims)
+        )
+
+    def _close_for(self, want: Want) -> bool:
+        """Stop admission to the coldest pools whose going makes room; True if `want` is refused.
+
+        What is closed already goes first, lest new leases on it outrun the choice.
+        """
+        if self._closing_for is not want:
+            self._closing_for = want
+            self._closing = set()
+        chosen = self.room.choose(want.pool, self._coldest_first())
+        self._closing = set(chosen or ())
+        if chosen is not None or any(not entry.is_published for entry in self.entries.values()):
+            return False  # what is on its way can be evicted once it has come
+        self._turn_away(want, self._blocked(want.pool))
+        return True
+
+    def _coldest_first(self) -> list[str]:
+        """Return the pools that may be evicted, the first to go first.
+
+        Those that are closed lead, then those that hold no slot alone: to bring one of these back
+        costs no copy.
+        """
+        evictable = [
+            key
+            for key, entry in self.entries.items()
+            if entry.is_published and key not in self.pinned
+        ]
+        holds_alone = self.room.slots.holds_any_alone
+        return sorted(
+            self._policy.coldest_first(evictable, self._clock()),
+            key=lambda key: (key not in self._closing, holds_alone(key)),
+        )
+
+    # -- loads --
+
+    @property
+    def _is_copying(self) -> bool:
+        return any(self._tasks.values())
+
+    def _start(self, want: Want, victims: list[str]) -> None:
+        """Evict the victims, take slots and a row, and set the pool's task going."""
+        pool = want.pool
+        plan = self.room.plan(pool, victims)
+        try:
+            self._engine.check_readable(plan.copies)
+        except PoolLoadFailed as error:
+            self._note_failure(pool, error)
+            return
+        row = self.room.take(pool, plan)
+        for victim in victims:
+            self._forget(victim, "room")
+        self.entries[plan.key] = entry = Entry(pool, row)
+        task = asyncio.create_task(self._settle(entry, plan))
+        self._tasks[task] = bool(plan.copies)
+        task.add_done_callback(self._note_done)
+
+    async def _settle(self, entry: Entry, plan: LoadPlan) -> None:
+        """Copy and publish, then let in who waits; a failure takes back slots, row and entry."""
+        pool = entry.pool
+        try:
+            report = await self._engine.make_resident(
+                entry.row, pool.expert_ids, pool.router_temperature, plan.copies
+            )
+        except BaseException as error:
+            self.room.settle(plan.key, is_loaded=False)
+            self._forget(plan.key, None)
+            if not isinstance(error, Exception):  # a cancellation is the event loop's end
+                raise
+            self._note_failure(pool, error)
+            return
+        self.room.settle(plan.key, is_loaded=True)
+        entry.is_published = True
+        if plan.copies:
+            self._note_load(pool, plan, report)
+        if (want := self.wants.get(plan.key)) is not None:
+            self._let_in(want, entry)  # before anything else may want it gone
+
+    def _note_done(self, task: asyncio.Task[None]) -> None:
+        """Go on with the line when a load has ended, however it did."""
+        del self._tasks[task]
+        if not task.cancelled() and task.exception() is None:
+            self.advance()
+
+    def _forget(self, key: str, reason: str | None) -> None:
+        """Drop the entry of a pool that has given back its slots and row."""
+        entry = self.entries.pop(key)
+        self._closing.discard(key)
+        entry.gone.set()
+        if reason is not None:
+            self.counts.evictions += 1
+            self._observer.count_eviction(entry.pool.name, reason)
+            logger.info("evicted pool %s (%s)", entry.pool.name, reason)
+
+    def _note_load(self, pool: ExpertPool, plan: LoadPlan, report: LoadReport) -> None:
+        experts, copied = sum(map(len, pool.expert_ids)), len(plan.copies)
+        self.counts.loads += 1
+        self._last_load_seconds = report.seconds
+        logger.info(
+            "loaded pool %s in %.3f s: %d of its %d experts copied, %d bytes read",
+            *(pool.name, report.seconds, copied, experts, report.bytes_read),
+        )
+        self._observer.count_load(
+            pool.name,
+            "loaded",
+            slab_hits=experts - copied,
+            host_hits=report.host_hits,
+            disk_reads=copied - report.host_hits,
+            bytes_copied=report.bytes_copied,
+            bytes_read=report.bytes_read,
+            seconds=report.seconds,
+        )
+
+    def _note_failure(self, pool: ExpertPool, error: Exception) -> None:
+        """Turn away who waits for a pool that could not be loaded."""
+        self.counts.failed_loads += 1
+        logger.error("pool %s could not be loaded: %s", pool.name, error)
+        nothing = {"slab_hits": 0, "host_hits": 0, "disk_reads": 0}
+        self._observer.count_load(
+            pool.name, "failed", **nothing, bytes_copied=0, bytes_read=0, seconds=0.0
+        )
+        if (want := self.wants.get(pool.content_hash)) is not None:
+            self._turn_away(want, error)
+
+    # -- refusals --
+
+    def check_may_wait(self, pool: ExpertPool) -> None:
+        """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless a place may be had."""
+        self.room.check_can_ever_fit(pool)
+        if not self.room.fits(pool, without=self.entries.keys() - self.pinned):
+            raise self._blocked(pool)
+        if self.num_waiting >= self._max_waiting:
+            raise TooManyWaiting(
+                f"pool {pool.name!r} is not resident, and {self.num_waiting} requests wait for"
+                f" loads already, as many as may; retry later, or raise --max-waiting",
+                self._retry_after_seconds(),
+            )
+
+    def _blocked(self, pool: ExpertPool) -> PoolBlocked:
+        names = sorted(self.entries[key].pool.name for key in self.pinned)
+        unpinned = self.entries.keys() - self.pinned
+        has_slots = self.room.slots.fits(pool.expert_ids, without=unpinned)
+        what, flags = (
+            ("rows", "--max-pools") if has_slots else ("slots", "--expert-memory or --expert-slots")
+        )
+        return PoolBlocked(
+            f"pool {pool.name!r} cannot be loaded: the pinned pools ({', '.join(names)}) leave too"
+            f" few {what} for it; unpin one, or raise {flags}",
+            self._retry_after_seconds(),
+        )
+
+    def _too_late(self, want: Want) -> LoadDeadlineExceeded:
+        busy = sum(self.entries[key].leases for key in self._closing)
+        return LoadDeadlineExceeded(
+            f"pool {want.pool.name!r} was not loaded within {self._deadline_seconds:g} s"
+            f" ({len(self.wants)} pools in line, {busy} requests still run in pools that must go"
+            f" first); retry later, raise --load-deadline, or give experts more room",
+            self._retry_after_seconds(),
+        )
+
+    def _retry_after_seconds(self) -> int:
+        """Estimate when the line is served, from its length and the last load."""
+        return max(1, math.ceil(self._last_load_seconds * (len(self.wants) + 1)))

@@ -1,0 +1,69 @@
+"""A snapshot of who is where: frozen values for routes, metrics and the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from emo_serve.residency.slots import LayerSlots
+
+__all__ = ["PoolResidency", "PoolState", "ResidencyStats"]
+
+PoolState = Literal["waiting", "loading", "resident", "closing"]
+"""Of a pool that somebody wants or has; in `closing` it is resident and lets nobody in."""
+
+
+@dataclass(frozen=True)
+class PoolResidency:
+    """One pool that has a row of the engine's pool table, or requests that wait for one.
+
+    Pools of equal content share a row and go by the name first used: look up by `content_hash`.
+    """
+
+    name: str
+    content_hash: str
+    row: int | None
+    state: PoolState
+    is_pinned: bool
+    running_requests: int
+    waiting_requests: int
+
+
+@dataclass(frozen=True)
+class ResidencyStats:
+    """A snapshot of slots, rows, leases and the line; counts run from the start of the server."""
+
+    layers: tuple[LayerSlots, ...]
+    pools: tuple[PoolResidency, ...]
+    num_rows: int
+    free_rows: int
+    running_requests: int
+    waiting_requests: int
+    slot_bytes: int
+    leased_slots: int
+    hits: int
+    misses: int
+    loads: int
+    failed_loads: int
+    evictions: int
+    is_draining: bool
+
+    @property
+    def total_slots(self) -> int:
+        """Return the slots of all layers."""
+        return sum(layer.slots for layer in self.layers)
+
+    @property
+    def free_slots(self) -> int:
+        """Return the free slots of all layers."""
+        return sum(layer.free for layer in self.layers)
+
+    @property
+    def used_slots(self) -> int:
+        """Return the slots, of all layers, that are not free: resident or loading."""
+        return self.total_slots - self.free_slots
+
+    @property
+    def used_bytes(self) -> int:
+        """Return the bytes of the used slots, on all devices together."""
+        return self.used_slots * self.slot_bytes
