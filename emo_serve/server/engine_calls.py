@@ -1,28 +1,34 @@
 """The calls into the engine's workers: numbered, checked on every rank, never left hanging.
 
-`WorkerCalls` is the residency manager's PoolEngine over vLLM's `collective_rpc`. That call gives no
-answer when the engine process dies and must not be given a timeout (a late reply would be taken for
-the next call's), so each one is raced with the engine's error state. Workers answer with a record
-instead of raising; one bad record of any rank fails the call.
+`WorkerCalls` is the residency manager's PoolEngine over vLLM's `collective_rpc`. A call runs
+between two steps of the engine and holds up every stream for as long as it lasts, so a load is
+started in one call, runs beside the engine's steps, and is asked after and published in short ones.
+Such a call gives no answer when the engine process dies and must not be given a timeout (a late
+reply would be taken for the next call's), so each one is raced with the engine's error state.
+Workers answer with a record instead of raising; one bad record of any rank fails the call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emo_serve.errors import EngineDead
-from emo_serve.residency.manager import LoadReport
+from emo_serve.errors import CheckpointError, EngineDead, PoolLoadFailed
+from emo_serve.residency.ports import LoadReport
 from emo_serve.residency.slots import Copy, ExpertIds
 
 __all__ = ["EngineFacts", "WorkerCalls"]
 
 _Reply = Mapping[str, Any]
-_POLL_SECONDS = 0.5
-_COPIES_PER_CALL = 64  # a call blocks the engine's steps, and progress is seen between two
+_DEATH_CHECK_SECONDS = 0.5
+# A poll costs the engine 1-2 ms between two steps: ask early after short loads, rarely during long.
+_FIRST_POLL_SECONDS = 0.005
+_LAST_POLL_SECONDS = 0.05
+_POLL_GROWTH = 1.5
 
 
 @dataclass(frozen=True)
@@ -48,37 +54,63 @@ class WorkerCalls:
     """Call the methods of EmoWorkerExtension on every rank.
 
     `rpc` is `AsyncLLM.collective_rpc` as (method, args) -> one reply a rank; `is_dead` tells that
-    no reply can come any more; `on_copied` hears, after each part of a load, how many copies are
-    done and how many there are. Raises EngineDead for a dead engine and a reply that is not ok.
+    no reply can come any more; `check_expert(layer, expert)` raises CheckpointError for an expert
+    whose files are not what they were; `on_copied` hears during a load how many copies are done
+    and how many there are. Raises EngineDead for a dead engine and a reply that is not ok.
     """
 
     def __init__(
         self,
         rpc: Callable[[str, tuple[Any, ...]], Awaitable[Sequence[_Reply]]],
         is_dead: Callable[[], bool],
+        check_expert: Callable[[int, int], None],
         on_copied: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._rpc = rpc
         self._is_dead = is_dead
+        self._check_expert = check_expert
         self._on_copied = on_copied
         self._call_ids = itertools.count(1)
+        self._load_ids = itertools.count(1)
         self._calls: set[asyncio.Future[Sequence[_Reply]]] = set()  # asyncio keeps weak references
 
-    async def load_experts(self, copies: Sequence[Copy]) -> LoadReport:
-        """Copy experts into slots, part by part."""
-        bytes_read, seconds = 0, 0.0
-        for start in range(0, len(copies), _COPIES_PER_CALL):
-            part = copies[start : start + _COPIES_PER_CALL]
-            rows = [[copy.layer, copy.expert, copy.slot] for copy in part]
-            replies = await self._call("emo_load_experts", rows)
-            bytes_read += max(reply["bytes_read"] for reply in replies)
-            seconds += max(reply["seconds"] for reply in replies)
-            self._on_copied(start + len(part), len(copies))
-        return LoadReport(bytes_read, seconds)
+    def check_readable(self, copies: Sequence[Copy]) -> None:
+        """Raise PoolLoadFailed unless these experts' files are there, whole and of the right shape.
 
-    async def publish_pool(self, row: int, expert_ids: ExpertIds, temperature: float) -> None:
-        """Make one row of the pool table stand for these experts."""
-        await self._call("emo_publish_pool", row, [list(ids) for ids in expert_ids], temperature)
+        Reads no weights and asks no worker: it is for the moment before anything is evicted.
+        """
+        for copy in copies:
+            try:
+                self._check_expert(copy.layer, copy.expert)
+            except CheckpointError as error:
+                raise PoolLoadFailed(str(error)) from error
+
+    async def make_resident(
+        self, row: int, expert_ids: ExpertIds, temperature: float, copies: Sequence[Copy]
+    ) -> LoadReport:
+        """Copy experts into slots beside decoding, then make one row of the pool table theirs.
+
+        Returns once every rank has published; raises PoolLoadFailed once none is copying any more.
+        """
+        start = time.monotonic()
+        table_row = (row, [list(ids) for ids in expert_ids], temperature)
+        if not copies:
+            await self._call("emo_publish_pool", *table_row)
+            return LoadReport(0, 0, 0, 0, time.monotonic() - start)
+        load_id = next(self._load_ids)
+        rows = [[copy.layer, copy.expert, copy.slot] for copy in copies]
+        await self._call("emo_start_load", load_id, rows)
+        replies = await self._settled(load_id, table_row, len(copies))
+        failures = [reply["failure"] for reply in replies if reply["state"] == "failed"]
+        if failures:
+            raise PoolLoadFailed(failures[0])
+        return LoadReport(
+            experts_copied=len(copies),
+            bytes_copied=sum(reply["bytes_copied"] for reply in replies),
+            bytes_read=sum(reply["bytes_read"] for reply in replies),
+            host_hits=min(reply["host_hits"] for reply in replies),
+            seconds=time.monotonic() - start,
+        )
 
     async def describe(self) -> EngineFacts:
         """Ask what the workers hold."""
@@ -95,6 +127,25 @@ class WorkerCalls:
             routes_by_pool=all(reply["routes_by_pool"] for reply in replies),
         )
 
+    async def _settled(
+        self, load_id: int, table_row: tuple[int, list[list[int]], float], total: int
+    ) -> Sequence[_Reply]:
+        """Poll until no rank is copying; each rank publishes in the first poll that finds it done.
+
+        A row that some ranks have published and others not is harmless: no request may name it yet.
+        """
+        pause = _FIRST_POLL_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            pause = min(pause * _POLL_GROWTH, _LAST_POLL_SECONDS)
+            replies = await self._call("emo_finish_load", load_id, *table_row)
+            states = {reply["state"] for reply in replies}
+            if not states <= {"loading", "published", "failed"}:
+                raise EngineDead(f"emo_finish_load answered with states {sorted(states)}")
+            self._on_copied(min(reply["experts_copied"] for reply in replies), total)
+            if "loading" not in states:
+                return replies
+
     async def _call(self, method: str, *args: Any) -> Sequence[_Reply]:
         call_id = next(self._call_ids)
         call = asyncio.ensure_future(self._rpc(method, (call_id, *args)))
@@ -104,7 +155,7 @@ class WorkerCalls:
             if self._is_dead():
                 call.cancel()
                 raise EngineDead(f"the engine process died during {method}")
-            await asyncio.wait((call,), timeout=_POLL_SECONDS)
+            await asyncio.wait((call,), timeout=_DEATH_CHECK_SECONDS)
         replies = call.result()
         for rank, reply in enumerate(replies):
             if reply.get("call_id") != call_id:
