@@ -27,10 +27,14 @@ __all__ = ["Lease", "ResidencyManager"]
 
 @dataclass(frozen=True)
 class Lease:
-    """A running request's hold on a pool: until it ends, row and slots stay what they are."""
+    """A running request's hold on a pool: until it ends, row and slots stay what they are.
+
+    `is_hit` tells that nothing had to be copied for it, nor a turn waited for.
+    """
 
     row: int
     pool: ExpertPool
+    is_hit: bool = True
 
 
 class ResidencyManager:
@@ -109,7 +113,7 @@ class ResidencyManager:
         self._observer.count_ask(pool.name, is_hit=is_hit)
         entry = await self._line.obtain(pool, Purpose.LEASE)
         try:
-            yield Lease(entry.row, pool)
+            yield Lease(entry.row, pool, is_hit)
         finally:
             self._line.give_back(entry)
 
