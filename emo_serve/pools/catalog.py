@@ -1,43 +1,110 @@
 """The pools of a directory, by name. One bad file costs its own pool and no other.
 
-The catalog is read once and then only answers: which pools there are, which files were refused and
-why, and what a name such as "math" or "math+code" stands for. A file may be called anything that
-ends in .json; the name inside counts. Two files with one name are both refused, for which of them
-is served must not hang on the order of a directory.
+The catalog answers which pools there are, which files were refused and why, and what a name such as
+"math" or "math+code" stands for. A file may be called anything that ends in .json; the name inside
+counts. Two files with one name are both refused, for which of them is served must not hang on the
+order of a directory.
+
+It changes at run time in three steps, so that files can be written beside an event loop:
+
+    change = catalog.plan_add(pool, replace=True)   # or plan_remove(name); decides, changes nothing
+    change.write()                                  # the file, atomically; may take its time
+    catalog.commit(change)                          # memory; cannot fail
+
+A write that fails thus leaves everything as it was, and whatever is in memory is in the file. With
+no directory to write to (`persists` is false) a change lasts as long as the process.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from emo_serve.errors import ConfigError, PoolFileError, UnknownPool
-from emo_serve.pools.pool import UNION, ExpertPool
+from emo_serve.errors import (
+    ConfigError,
+    PoolExists,
+    PoolFileError,
+    PoolStoreError,
+    RequestError,
+    StateConflict,
+    UnknownPool,
+)
+from emo_serve.pools.pool import UNION, ExpertPool, check_name
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
 
-__all__ = ["PoolCatalog"]
+__all__ = ["CatalogChange", "PoolCatalog"]
+
+logger = logging.getLogger(__name__)
 
 # Clients choose which unions exist; what they make us remember is bounded.
 _MAX_CACHED_UNIONS = 1024
 
 
+@dataclass(frozen=True)
+class CatalogChange:
+    """A pool to define, redefine or (`pool` is None) remove; valid until the catalog changes.
+
+    `written` is the pool as it was given, `pool` what is served: completed for the model.
+    """
+
+    name: str
+    pool: ExpertPool | None
+    written: ExpertPool | None
+    file: Path | None
+    revision: int
+
+    def write(self) -> None:
+        """Write or remove the pool's file, if it has one; raises PoolStoreError."""
+        if self.file is None:
+            return
+        try:
+            if self.written is not None:
+                self.written.write(self.file)
+            else:
+                self.file.unlink(missing_ok=True)
+        except PoolFileError as error:
+            raise PoolStoreError(f"pool {self.name!r} is not stored: {error}") from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise PoolStoreError(
+                f"pool {self.name!r} is not removed: {self.file} cannot be deleted: {reason}"
+            ) from error
+
+
 class PoolCatalog:
-    """Hold the pools of one model, sorted by name; `refused` says which files were left out."""
+    """Hold the pools of one model, sorted by name; `refused` says which files were left out.
+
+    With `moe_layers` every pool added later is checked against the model and completed.
+    """
 
     def __init__(
-        self, pools: Sequence[ExpertPool] = (), refused: Sequence[PoolFileError] = ()
+        self,
+        pools: Sequence[ExpertPool] = (),
+        moe_layers: Sequence[MoeLayer | None] | None = None,
+        fingerprint: str | None = None,
     ) -> None:
-        by_name = {pool.name: pool for pool in sorted(pools, key=lambda pool: pool.name)}
-        assert len(by_name) == len(pools), "names are unique"
-        self.pools: Mapping[str, ExpertPool] = MappingProxyType(by_name)
-        self.refused = tuple(refused)
+        self.moe_layers = moe_layers
+        self.fingerprint = fingerprint
+        self.pools: Mapping[str, ExpertPool] = MappingProxyType({})
+        self._directory: Path | None = None
+        self._files: dict[str, Path] = {}  # of pools that a restart brings back
+        self._refused: dict[Path, PoolFileError] = {}
+        self._contested: dict[str, list[Path]] = {}  # names that several files carry
+        self._versions: dict[str, int] = {}
+        self._revision = 0
         self._unions: OrderedDict[str, ExpertPool] = OrderedDict()
+        for pool in pools:
+            assert pool.name not in self.pools, "names are unique"
+            self._set(pool.name, pool)
 
     @classmethod
     def read(
@@ -45,36 +112,55 @@ class PoolCatalog:
         path: Path,
         moe_layers: Sequence[MoeLayer | None] | None = None,
         fingerprint: str | None = None,
+        *,
+        persists: bool = False,
     ) -> PoolCatalog:
         """Read every *.json of a directory, or the one file that `path` is.
 
         With `moe_layers` each pool is checked against the model and completed with the experts the
         model implies; without, it is only checked against itself. Refused files are reported, never
-        raised. Raises ConfigError when there is no such directory or file.
+        raised. With `persists` later changes are written to the directory, where that can be
+        written. Raises ConfigError when there is no such directory or file.
         """
+        catalog = cls((), moe_layers, fingerprint)
         read: dict[Path, ExpertPool] = {}
-        refused: list[PoolFileError] = []
         for file in _pool_files(path):
             try:
-                pool = ExpertPool.read(file)
-                if moe_layers is not None:
-                    pool.check_fits(moe_layers, fingerprint, str(file))
-                    pool = pool.complete(moe_layers)
-                read[file] = pool
+                read[file] = catalog._fitted(ExpertPool.read(file), str(file))
             except PoolFileError as error:
-                refused.append(error)
+                catalog._refused[file] = error
         files_of: dict[str, list[Path]] = {}
         for file, pool in read.items():
             files_of.setdefault(pool.name, []).append(file)
         for name, files in files_of.items():
-            for file in files if len(files) > 1 else ():
-                others = ", ".join(str(other) for other in files if other != file)
-                refused.append(
-                    PoolFileError(
-                        f"{file}: name is {name!r}; expected one no other file has: {others}"
-                    )
-                )
-        return cls([read[files[0]] for files in files_of.values() if len(files) == 1], refused)
+            if len(files) == 1:
+                catalog._set(name, read[files[0]])
+                catalog._files[name] = files[0]
+            else:
+                catalog._contest(name, files)
+        if persists and path.is_dir():
+            catalog._persist_in(path)
+        return catalog
+
+    # -- questions --
+
+    @property
+    def persists(self) -> bool:
+        """Tell whether pools added and removed at run time stay so over a restart."""
+        return self._directory is not None
+
+    @property
+    def refused(self) -> tuple[PoolFileError, ...]:
+        """Return why each refused file was left out."""
+        return tuple(self._refused.values())
+
+    def version(self, name: str) -> int:
+        """Return how often a pool of that name was defined since the start, 0 if never."""
+        return self._versions.get(name, 0)
+
+    def is_stored(self, name: str) -> bool:
+        """Tell whether a restart brings this definition back."""
+        return name in self._files
 
     def resolve(self, name: str) -> ExpertPool:
         """Return the pool of that name, or the union "a+b+..." in whatever order it is written.
@@ -85,8 +171,7 @@ class PoolCatalog:
         parts = sorted(set(name.split(UNION)))
         for part in parts:
             if part not in self.pools:
-                there_are = ", ".join(self.pools) or "none"
-                raise UnknownPool(f"there is no pool {part[:80]!r}; the pools are: {there_are}")
+                raise self._unknown(part)
         canonical = UNION.join(parts)
         if len(parts) == 1:
             return self.pools[canonical]
@@ -97,6 +182,113 @@ class PoolCatalog:
                 self._unions.popitem(last=False)
         self._unions.move_to_end(canonical)
         return self._unions[canonical]
+
+    # -- changes --
+
+    def plan_add(self, pool: ExpertPool, *, replace: bool = False) -> CatalogChange:
+        """Decide how to define a pool, or with `replace` to define it anew.
+
+        Raises PoolFileError for a pool that does not fit the model, PoolExists for a name (or a
+        refused file of that name) that only `replace` may take, StateConflict for one it may not.
+        """
+        name = check_name(f"pool {pool.name[:80]!r}", pool.name)
+        fitted = self._fitted(pool, f"pool {name!r}")
+        if name in self.pools and not replace:
+            raise PoolExists(f"pool {name!r} is defined already; give replace=true to redefine it")
+        file = self._file_for(name, replace=replace) if self._directory else None
+        return CatalogChange(name, fitted, pool, file, self._revision)
+
+    def plan_remove(self, name: str) -> CatalogChange:
+        """Decide how to forget a pool; raises UnknownPool."""
+        if name not in self.pools:
+            raise self._unknown(name)
+        file = self._files.get(name) if self._directory else None
+        return CatalogChange(name, None, None, file, self._revision)
+
+    def commit(self, change: CatalogChange) -> None:
+        """Take a written change into memory; nothing else may have changed since its plan."""
+        assert change.revision == self._revision, "the catalog changed since the plan was made"
+        self._set(change.name, change.pool)
+        self._files.pop(change.name, None)
+        if change.file is not None:
+            self._refused.pop(change.file, None)
+            if change.pool is not None:
+                self._files[change.name] = change.file
+
+    def add(self, pool: ExpertPool, *, replace: bool = False) -> None:
+        """Define a pool, file first; raises as `plan_add` does, and PoolStoreError."""
+        change = self.plan_add(pool, replace=replace)
+        change.write()
+        self.commit(change)
+
+    def remove(self, name: str) -> None:
+        """Forget a pool, file first; raises UnknownPool and PoolStoreError."""
+        change = self.plan_remove(name)
+        change.write()
+        self.commit(change)
+
+    # -- parts --
+
+    def _set(self, name: str, pool: ExpertPool | None) -> None:
+        """Define or forget one name; readers hold the old mapping or the new one."""
+        pools = {key: held for key, held in self.pools.items() if key != name}
+        if pool is not None:
+            pools[name] = pool
+            self._versions[name] = self.version(name) + 1
+        self.pools = MappingProxyType(dict(sorted(pools.items())))
+        self._revision += 1
+        for union in [union for union in self._unions if name in union.split(UNION)]:
+            del self._unions[union]
+
+    def _fitted(self, pool: ExpertPool, source: str) -> ExpertPool:
+        if self.moe_layers is None:
+            return pool
+        pool.check_fits(self.moe_layers, self.fingerprint, source)
+        return pool.complete(self.moe_layers)
+
+    def _contest(self, name: str, files: Sequence[Path]) -> None:
+        self._contested[name] = list(files)
+        for file in files:
+            others = ", ".join(str(other) for other in files if other != file)
+            self._refused[file] = PoolFileError(
+                f"{file}: name is {name!r}; expected one no other file has: {others}"
+            )
+
+    def _persist_in(self, directory: Path) -> None:
+        if os.access(directory, os.W_OK | os.X_OK):
+            self._directory = directory
+        else:
+            logger.warning("%s cannot be written: changes of pools end with the server", directory)
+
+    def _file_for(self, name: str, *, replace: bool) -> Path:
+        """Return the file to write a pool to: its own, or one that costs no other pool its file."""
+        assert self._directory is not None
+        if name in self._files:
+            return self._files[name]
+        contested = [file.name for file in self._contested.get(name, ()) if os.path.lexists(file)]
+        if contested:
+            raise StateConflict(
+                f"pool {name!r} cannot be stored: {', '.join(contested)} carry its name and are"
+                " refused; remove them first"
+            )
+        if name.startswith("."):
+            raise RequestError(f"pool name {name!r} begins with a dot: its file would not be read")
+        file = self._directory / f"{name}.json"
+        owner = next((owner for owner, theirs in self._files.items() if theirs == file), None)
+        if owner is not None:
+            raise StateConflict(
+                f"pool {name!r} cannot be stored: {file.name} holds pool {owner!r}; rename the file"
+                " and restart"
+            )
+        if not replace and os.path.lexists(file):
+            raise PoolExists(
+                f"{file.name} is there already and not served; give replace=true to overwrite it"
+            )
+        return file
+
+    def _unknown(self, name: str) -> UnknownPool:
+        there_are = ", ".join(self.pools) or "none"
+        return UnknownPool(f"there is no pool {name[:80]!r}; the pools are: {there_are}")
 
 
 def _pool_files(path: Path) -> list[Path]:

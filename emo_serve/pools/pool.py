@@ -234,7 +234,12 @@ class ExpertPool:
     @classmethod
     def read(cls, path: Path) -> ExpertPool:
         """Read one pool file; PoolFileError names file, layer, value and what was expected."""
-        return _parse(str(path), read_json(path))
+        return cls.parse(str(path), read_json(path))
+
+    @classmethod
+    def parse(cls, source: str, document: object) -> ExpertPool:
+        """Build a pool from the JSON value of a file, with the same refusals, naming `source`."""
+        return _parse(source, document)
 
     def write(self, path: Path) -> None:
         """Write the pool as one file; readers see the old file or the new one, never a part.

@@ -16,6 +16,7 @@ from emo_serve.errors import PoolFileError
 
 __all__ = [
     "optional_text",
+    "parse_json",
     "read_json",
     "refusal",
     "require_key",
@@ -39,22 +40,28 @@ def refusal(
 
 def read_json(path: Path) -> object:
     """Parse one UTF-8 JSON file; raises PoolFileError for anything short of that."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise PoolFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return parse_json(str(path), text)
+
+
+def parse_json(source: str, text: bytes) -> object:
+    """Parse UTF-8 JSON that came from `source`; raises PoolFileError."""
 
     def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise PoolFileError(f"{path}: key {twice!r} is given twice in one object")
+            raise PoolFileError(f"{source}: key {twice!r} is given twice in one object")
         return fields
 
     try:
-        text = path.read_text(encoding="utf-8")
-        document: object = json.loads(text, object_pairs_hook=unique_keys)
-    except OSError as error:
-        raise PoolFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+        document: object = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise PoolFileError(f"{path}: is not UTF-8 JSON: {error}") from error
+        raise PoolFileError(f"{source}: is not UTF-8 JSON: {error}") from error
     return document
 
 

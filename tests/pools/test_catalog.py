@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from functools import reduce
 from itertools import permutations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from emo_serve.emo.config import MoeLayer
-from emo_serve.errors import ConfigError, RequestError, UnknownPool
+from emo_serve.errors import (
+    ConfigError,
+    PoolExists,
+    PoolFileError,
+    PoolStoreError,
+    RequestError,
+    StateConflict,
+    UnknownPool,
+)
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolModel
 
@@ -111,3 +126,272 @@ def test_remembered_unions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert catalog.resolve("a+b") is kept
     assert catalog.resolve("a+c") is not dropped
     assert catalog.resolve("a+c") == dropped
+
+
+# -- changes at run time --
+
+
+def files_in(directory: Path) -> dict[str, str]:
+    """Return every file there, hidden ones included, with its text."""
+    return {file.name: file.read_text() for file in directory.iterdir()}
+
+
+@pytest.fixture
+def stored(directory: Path) -> PoolCatalog:
+    return PoolCatalog.read(directory, MODEL, "fed", persists=True)
+
+
+def reread(directory: Path) -> PoolCatalog:
+    return PoolCatalog.read(directory, MODEL, "fed", persists=True)
+
+
+def test_an_added_pool_is_completed_in_memory_and_stored_as_given(
+    stored: PoolCatalog, directory: Path
+) -> None:
+    stored.add(a_pool("law", 4))
+    assert list(stored.pools) == ["code", "hot", "law", "math"]
+    assert stored.resolve("law").expert_ids == ((4, 7), ())
+    assert ExpertPool.read(directory / "law.json") == a_pool("law", 4)
+    assert reread(directory).pools == stored.pools
+    assert (stored.persists, stored.is_stored("law"), stored.version("law")) == (True, True, 1)
+
+
+def test_a_redefinition_goes_to_the_file_the_pool_came_from(
+    stored: PoolCatalog, directory: Path
+) -> None:
+    before = set(files_in(directory))
+    with pytest.raises(PoolExists, match="'math' is defined already; give replace=true"):
+        stored.add(a_pool("math", 5))
+    stored.add(a_pool("math", 5), replace=True)
+    assert ExpertPool.read(directory / "zzz.json") == a_pool("math", 5)
+    assert set(files_in(directory)) == before
+    assert stored.version("math") == 2
+
+
+def test_a_removed_pool_takes_its_file_along_and_may_come_back(
+    stored: PoolCatalog, directory: Path
+) -> None:
+    stored.remove("math")
+    assert not (directory / "zzz.json").exists()
+    assert list(reread(directory).pools) == list(stored.pools) == ["code", "hot"]
+    with pytest.raises(UnknownPool, match="the pools are: code, hot"):
+        stored.remove("math")
+    stored.add(a_pool("math", 1))
+    assert (directory / "math.json").exists()
+    assert stored.version("math") == 2
+    (directory / "math.json").unlink()
+    stored.remove("math")  # what was to go is gone
+    assert "math" not in stored.pools
+
+
+def test_unions_of_a_changed_pool_are_formed_anew(stored: PoolCatalog) -> None:
+    before, kept = stored.resolve("code+math"), a_pool("law", 4)
+    stored.add(kept)
+    other = stored.resolve("code+law")
+    stored.add(a_pool("math", 6), replace=True)
+    assert stored.resolve("code+math").expert_ids == ((2, 3, 6, 7), ())
+    assert stored.resolve("code+math") is not before
+    assert stored.resolve("code+law") is other
+    stored.remove("math")
+    with pytest.raises(UnknownPool):
+        stored.resolve("code+math")
+
+
+@pytest.mark.parametrize("shipped", [True, False])
+def test_without_a_directory_of_its_own_nothing_is_written(directory: Path, shipped: bool) -> None:
+    before = files_in(directory)
+    path = directory if shipped else directory / "zzz.json"
+    catalog = PoolCatalog.read(path, MODEL, None, persists=not shipped)
+    assert not catalog.persists
+    assert catalog.is_stored("math")  # a restart reads it again
+    catalog.add(a_pool("law", 4))
+    catalog.add(a_pool("math", 5), replace=True)
+    assert not catalog.is_stored("law") and not catalog.is_stored("math")
+    catalog.remove("math")
+    assert "law" in catalog.pools and "math" not in catalog.pools
+    assert files_in(directory) == before
+
+
+def test_a_directory_that_cannot_be_written_is_read_all_the_same(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr("emo_serve.pools.catalog.logger.propagate", True)
+    catalog = reread(directory)
+    assert len(catalog.pools) == 3 and not catalog.persists
+    assert "cannot be written" in caplog.text
+
+
+def test_a_failed_write_leaves_everything_as_it_was(
+    stored: PoolCatalog, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    union, before, pools = stored.resolve("code+math"), files_in(directory), dict(stored.pools)
+
+    monkeypatch.setattr(os, "fsync", _fail)
+    for name, replace in (("law", False), ("math", True)):
+        with pytest.raises(PoolStoreError, match=f"{name}.*Input/output error"):
+            stored.add(a_pool(name, 4), replace=replace)
+    monkeypatch.setattr(Path, "unlink", _fail)
+    with pytest.raises(PoolStoreError, match="'math' is not removed.*Input/output error"):
+        stored.remove("math")
+    assert stored.pools == pools
+    assert files_in(directory) == before
+    assert stored.version("math") == 1 and stored.resolve("code+math") is union
+
+
+def test_a_pool_that_does_not_fit_the_model_changes_nothing(
+    stored: PoolCatalog, directory: Path
+) -> None:
+    before = files_in(directory)
+    foreign = ExpertPool("law", (LayerExperts((1,)), None), model=PoolModel(fingerprint="other"))
+    for bad, message in (
+        (a_pool("law", 8), "pool 'law': layer 0: an expert is 8; expected an id from 0 to 7"),
+        (ExpertPool("law", (LayerExperts((1,)),)), "pool 'law': the number of layers is 1"),
+        (foreign, "pool 'law': model.fingerprint is 'other'"),
+    ):
+        with pytest.raises(PoolFileError, match=message):
+            stored.add(bad)
+    assert files_in(directory) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["a+b", "base:math", "../up", "/etc/x", "a/b", "", "UP", "x" * 65, "a\nb", "a\x00"]
+)
+def test_no_name_leads_out_of_the_directory(
+    stored: PoolCatalog, directory: Path, name: str
+) -> None:
+    before = files_in(directory)
+    with pytest.raises(PoolFileError, match="name is"):
+        stored.add(a_pool(name, 1), replace=True)
+    assert files_in(directory) == before
+
+
+@pytest.mark.parametrize("name", [".", "..", ".hidden"])
+def test_a_file_that_would_not_be_read_again_is_not_written(
+    stored: PoolCatalog, directory: Path, name: str
+) -> None:
+    before = files_in(directory)
+    with pytest.raises(RequestError, match="begins with a dot"):
+        stored.add(a_pool(name, 1))
+    assert files_in(directory) == before
+
+
+def test_a_refused_file_is_overwritten_only_when_told_to(directory: Path) -> None:
+    (directory / "law.json").write_text("{")
+    catalog = reread(directory)
+    with pytest.raises(PoolExists, match="law.json is there already and not served"):
+        catalog.add(a_pool("law", 4))
+    assert (directory / "law.json").read_text() == "{"
+    catalog.add(a_pool("law", 4), replace=True)
+    assert catalog.refused == ()
+    assert reread(directory).pools == catalog.pools
+
+
+def test_a_pool_never_takes_another_ones_file(directory: Path) -> None:
+    a_pool("law", 4).write(directory / "poems.json")
+    catalog = reread(directory)
+    with pytest.raises(StateConflict, match="poems.json holds pool 'law'"):
+        catalog.add(a_pool("poems", 5), replace=True)
+    assert reread(directory).pools["law"].expert_ids == ((4, 7), ())
+
+
+def test_a_name_two_refused_files_carry_is_not_stored_beside_them(directory: Path) -> None:
+    for file in ("one.json", "two.json"):
+        a_pool("law", 4).write(directory / file)
+    catalog = reread(directory)
+    with pytest.raises(StateConflict, match="one.json, two.json carry its name"):
+        catalog.add(a_pool("law", 5), replace=True)
+    for file in ("one.json", "two.json"):
+        (directory / file).unlink()
+    catalog.add(a_pool("law", 5))
+    assert reread(directory).pools == catalog.pools
+
+
+def test_a_change_is_carried_out_on_the_catalog_it_was_planned_for(stored: PoolCatalog) -> None:
+    change = stored.plan_add(a_pool("law", 4))
+    stored.add(a_pool("poems", 5))
+    with pytest.raises(AssertionError):
+        stored.commit(change)
+
+
+NAMES = st.sampled_from(["a", "b", "c.d", "math"])
+EXPERTS = st.sets(st.integers(0, 7), min_size=1, max_size=4)
+
+
+class ChangingCatalog(RuleBasedStateMachine):
+    """Any changes, some of which fail, against a dict; and what a restart would find."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp())
+        a_pool("math", 1).write(self.directory / "other-name.json")
+        (self.directory / "a.json").write_text("not JSON")
+        self.catalog = reread(self.directory)
+        self.model = {"math": a_pool("math", 1)}
+        self.versions = {"math": 1}
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.directory)
+
+    @rule(name=NAMES, experts=EXPERTS, replace=st.booleans(), fails=st.booleans())
+    def add(self, name: str, experts: set[int], replace: bool, fails: bool) -> None:
+        given = a_pool(name, *experts)
+        taken = name in self.model or (self.directory / f"{name}.json").exists()
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                if fails:
+                    patch.setattr(os, "fsync", _fail)
+                self.catalog.add(given, replace=replace)
+        except PoolExists:
+            assert taken and not replace
+        except PoolStoreError:
+            assert fails
+        else:
+            assert not fails and (replace or not taken)
+            self.model[name] = given
+            self.versions[name] = self.versions.get(name, 0) + 1
+
+    @rule(name=NAMES, fails=st.booleans())
+    def remove(self, name: str, fails: bool) -> None:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                if fails:
+                    patch.setattr(Path, "unlink", _fail)
+                self.catalog.remove(name)
+        except UnknownPool:
+            assert name not in self.model
+        except PoolStoreError:
+            assert fails
+        else:
+            assert not fails
+            del self.model[name]
+
+    @precondition(lambda self: len(self.model) > 1)
+    @rule(data=st.data())
+    def unite(self, data: st.DataObject) -> None:
+        parts = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=2, unique=True))
+        expected = reduce(ExpertPool.union, (self.model[part].complete(MODEL) for part in parts))
+        assert self.catalog.resolve("+".join(parts)).content_hash == expected.content_hash
+
+    @rule()
+    def restart(self) -> None:
+        self.catalog = reread(self.directory)
+        self.versions = dict.fromkeys(self.model, 1)
+
+    @invariant()
+    def memory_is_the_model_and_the_directory(self) -> None:
+        expected = {name: pool.complete(MODEL) for name, pool in sorted(self.model.items())}
+        assert list(self.catalog.pools.items()) == list(expected.items())
+        assert reread(self.directory).pools == expected
+        assert {name: self.catalog.version(name) for name in expected} == {
+            name: self.versions[name] for name in expected
+        }
+        assert not list(self.directory.glob(".*"))
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise OSError(5, "Input/output error")
+
+
+TestChangingCatalog = ChangingCatalog.TestCase
+TestChangingCatalog.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
