@@ -1,22 +1,21 @@
 """The server's own settings, frozen and checked before anything heavy is imported.
 
-Two kinds of refusal live here. `ServeSettings` holds the flags that are ours and raises ConfigError
-for a value that makes no sense. `refuse_unsupported` looks at vLLM's flags, which otherwise pass
-through untouched, and names those whose feature this design cannot carry yet, with the reason.
+`ServeSettings` holds the flags that are ours and raises ConfigError for a value that makes no
+sense. vLLM's flags pass through untouched, but for those that server.unsupported_flags refuses.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import ADDITIONAL_CONFIG_KEY, LOAD_FORMAT, MOE_BACKENDS
+from emo_serve.residency.policy import POLICIES
+from emo_serve.vllm_plugin import MOE_BACKENDS
 
 __all__ = [
     "BASE_POOL",
@@ -26,7 +25,6 @@ __all__ = [
     "expert_bytes",
     "format_gib",
     "parse_size",
-    "refuse_unsupported",
     "slots_for_memory",
 ]
 
@@ -35,6 +33,7 @@ BASE_POOL = "base"
 
 GIB = 2**30
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
+_OPEN_PATHS = "/health,/ready,/ping,/version,/metrics"
 _POOL_NAME = re.compile(r"[a-z0-9._-]{1,64}(\+[a-z0-9._-]{1,64})*")
 
 
@@ -47,8 +46,8 @@ class ServeSettings:
 
     `model` is what the user named, a directory or a Hub id; None stands for the shipped demo. At
     most one of `expert_memory_bytes` (a device) and `expert_slots` (a layer) is set; with neither
-    the slab holds all experts. `preload` None means every pool, in the catalog's order. Raises
-    ConfigError.
+    the slab holds all experts. `host_expert_bytes` is host memory a device, 0 for none. `preload`
+    None means every pool, in the catalog's order. Raises ConfigError.
     """
 
     model: str | None = None
@@ -56,52 +55,89 @@ class ServeSettings:
     default_pool: str | None = None
     expert_memory_bytes: int | None = None
     expert_slots: int | None = None
+    host_expert_bytes: int = 0
     preload: tuple[str, ...] | None = None
+    pin: tuple[str, ...] = ()
+    eviction_policy: str = POLICIES[0]
+    max_waiting: int = 256
+    load_deadline_seconds: float = 60.0
     moe_backend: str = "auto"
     max_pools: int = 64
     drain_timeout_seconds: float = 30.0
+    admin_api_keys: tuple[str, ...] = ()
+    open_paths: tuple[str, ...] = tuple(_OPEN_PATHS.split(","))
+    request_log: Path | None = None
 
     def __post_init__(self) -> None:
+        self._check_memory()
+        if self.pools_dir is not None and not self.pools_dir.is_dir():
+            raise ConfigError(f"--pools {self.pools_dir} is not a directory")
+        for flag, value, known in (
+            ("--moe-backend", self.moe_backend, MOE_BACKENDS),
+            ("--eviction-policy", self.eviction_policy, POLICIES),
+        ):
+            if value not in known:
+                raise ConfigError(f"{flag} is {value!r}; one of {', '.join(known)} is served")
+        if self.max_pools < 2:
+            raise ConfigError(
+                f"--max-pools is {self.max_pools}; the base pool takes one row, so at least 2"
+            )
+        if self.max_waiting < 0:
+            raise ConfigError(f"--max-waiting is {self.max_waiting}; give 0 or more requests")
+        if not (0 < self.load_deadline_seconds < math.inf):
+            raise ConfigError(
+                f"--load-deadline is {self.load_deadline_seconds}; give seconds, more than 0"
+            )
+        if not (0 <= self.drain_timeout_seconds < math.inf):
+            raise ConfigError(
+                f"--drain-timeout is {self.drain_timeout_seconds}; give seconds, 0 or more"
+            )
+        self._check_names()
+        if not all(self.admin_api_keys):
+            raise ConfigError("--admin-api-key is empty; give a key, or leave it out")
+        for path in self.open_paths:
+            if not path.startswith("/"):
+                raise ConfigError(f"--open-paths: {path!r} is no path; write /metrics, for one")
+
+    def _check_memory(self) -> None:
         if self.expert_memory_bytes is not None and self.expert_slots is not None:
             raise ConfigError("--expert-memory and --expert-slots say the same thing; give one")
         if self.expert_slots is not None and self.expert_slots < 1:
             raise ConfigError(f"--expert-slots is {self.expert_slots}; a layer needs at least 1")
         if self.expert_memory_bytes is not None and self.expert_memory_bytes < 1:
             raise ConfigError(f"--expert-memory is {self.expert_memory_bytes} bytes; raise it")
-        if self.pools_dir is not None and not self.pools_dir.is_dir():
-            raise ConfigError(f"--pools {self.pools_dir} is not a directory")
-        if self.moe_backend not in MOE_BACKENDS:
-            known = ", ".join(MOE_BACKENDS)
-            raise ConfigError(f"--moe-backend is {self.moe_backend!r}; one of {known} is served")
-        if self.max_pools < 2:
-            raise ConfigError(
-                f"--max-pools is {self.max_pools}; the base pool takes one row, so at least 2"
-            )
-        if not (0 <= self.drain_timeout_seconds < math.inf):
-            raise ConfigError(
-                f"--drain-timeout is {self.drain_timeout_seconds}; give seconds, 0 or more"
-            )
+
+    def _check_names(self) -> None:
         if self.default_pool is not None:
             _check_pool_name("--default-pool", self.default_pool)
-        for name in self.preload or ():
-            _check_pool_name("--preload", name)
-        if self.preload is not None and len(set(self.preload)) != len(self.preload):
-            raise ConfigError(f"--preload {','.join(self.preload)} names a pool twice")
+        for flag, names in (("--preload", self.preload or ()), ("--pin", self.pin)):
+            for name in names:
+                _check_pool_name(flag, name)
+            if len(set(names)) != len(names):
+                raise ConfigError(f"{flag} {','.join(names)} names a pool twice")
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ServeSettings:
         """Build the settings from a namespace that `add_serve_flags` filled."""
-        memory, preload = args.expert_memory, args.preload
+        memory, host, preload = args.expert_memory, args.host_expert_memory, args.preload
         return cls(
             model=args.model_tag,
             pools_dir=None if args.pools is None else Path(args.pools),
             default_pool=args.default_pool,
             expert_memory_bytes=None if memory is None else parse_size("--expert-memory", memory),
             expert_slots=_parse_int("--expert-slots", args.expert_slots),
-            preload=None if preload is None else tuple(filter(None, preload.split(","))),
+            host_expert_bytes=0 if host is None else parse_size("--host-expert-memory", host),
+            preload=None if preload is None else _split(preload),
+            pin=_split(args.pin),
+            eviction_policy=args.eviction_policy,
+            max_waiting=_parse_int("--max-waiting", args.max_waiting) or 0,
+            load_deadline_seconds=_parse_seconds("--load-deadline", args.load_deadline),
             moe_backend=args.emo_moe_backend,
             max_pools=_parse_int("--max-pools", args.max_pools) or 0,
             drain_timeout_seconds=_parse_seconds("--drain-timeout", args.drain_timeout),
+            admin_api_keys=tuple(args.admin_api_key or ()),
+            open_paths=_split(args.open_paths),
+            request_log=None if args.request_log is None else Path(args.request_log),
         )
 
 
@@ -133,6 +169,37 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         " without it all, in order of name",
     )
     group.add_argument(
+        "--pin",
+        metavar="NAME,...",
+        default="",
+        help="pools to make resident before all others, and never to evict until unpinned",
+    )
+    group.add_argument(
+        "--host-expert-memory",
+        metavar="SIZE",
+        help="host memory a device in which experts read once are kept ready to copy"
+        " (default: none, they are read from the checkpoint's files)",
+    )
+    group.add_argument(
+        "--eviction-policy",
+        metavar="|".join(POLICIES),
+        default=POLICIES[0],
+        help="which pool goes when another needs its slots: the one least recently asked for, the"
+        " least often, or one that --preload does not name (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-waiting",
+        metavar="N",
+        default="256",
+        help="requests that may wait for a pool to be loaded; more get 503 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--load-deadline",
+        metavar="SECONDS",
+        default="60",
+        help="how long a request waits for its pool before it gets 503 (default: %(default)s)",
+    )
+    group.add_argument(
         "--moe-backend",
         dest="emo_moe_backend",
         metavar="|".join(MOE_BACKENDS),
@@ -153,6 +220,24 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         default="30",
         help="how long SIGTERM waits for running requests (default: %(default)s)",
     )
+    group.add_argument(
+        "--admin-api-key",
+        metavar="KEY",
+        action="append",
+        help="key that may add, remove, load, evict and pin pools, and opens all that --api-key"
+        " does; may be given several times. Without it --api-key may, and without either anybody",
+    )
+    group.add_argument(
+        "--open-paths",
+        metavar="PATH,...",
+        default=_OPEN_PATHS,
+        help="what answers without a key when --api-key is set (default: %(default)s)",
+    )
+    group.add_argument(
+        "--request-log",
+        metavar="FILE",
+        help="append one JSON line a request: pool, waiting, seconds, tokens; no text",
+    )
 
 
 def _check_pool_name(flag: str, name: str) -> None:
@@ -161,6 +246,10 @@ def _check_pool_name(flag: str, name: str) -> None:
             f"{flag}: {name!r} cannot be a pool; names are 1 to 64 of a-z 0-9 . _ -,"
             " a union joins them with +"
         )
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 def _parse_int(flag: str, text: str | None) -> int | None:
@@ -232,107 +321,3 @@ def slots_for_memory(budget_bytes: int, slot_bytes: int, experts_per_layer: Sequ
             f" {format_gib(len(experts_per_layer) * slot_bytes)}; raise it"
         )
     return slots
-
-
-# -- vLLM's flags we cannot carry --
-
-
-@dataclass(frozen=True)
-class _Unsupported:
-    """One vLLM option, the values under which its feature is off, and why on is refused."""
-
-    flag: str
-    off: tuple[object, ...]
-    reason: str
-
-    def value(self, args: argparse.Namespace) -> object:
-        return getattr(args, self.flag.removeprefix("--").replace("-", "_"), None)
-
-
-_LORA = "LoRA adapters of experts would need slots of their own"
-_DATA_PARALLEL = "each engine would need an expert slab and a pool table of its own"
-_SPECULATIVE = "the draft model knows no pools"
-_QUANTIZED = "slots hold bfloat16, float16 or float32 experts"
-_OFFLOAD = "expert slots are the offloading; the trunk stays on the device"
-_ONE_PROCESS = "leases are kept in one API-server process"
-_OTHER_FRONT_END = "pools are resolved in this HTTP front end only"
-_SPLIT_BATCH = "a batch split among devices or micro-batches loses its pool rows"
-_KV_TRANSFER = "KV blocks from elsewhere do not say which pool computed them"
-_NOT_GENERATION = "EMO models generate text; embedding and scoring heads are not served"
-_OFF: tuple[object, ...] = (None, False, 0, "", [], {}, set())
-
-_UNSUPPORTED: tuple[_Unsupported, ...] = (
-    _Unsupported("--enable-lora", _OFF, _LORA),
-    _Unsupported("--lora-modules", _OFF, _LORA),
-    _Unsupported("--default-mm-loras", _OFF, _LORA),
-    _Unsupported("--api-server-count", (None, 1), _ONE_PROCESS),
-    _Unsupported("--headless", _OFF, _ONE_PROCESS),
-    _Unsupported("--nnodes", (None, 1), "engines over several machines have not been tried"),
-    _Unsupported("--grpc", _OFF, _OTHER_FRONT_END),
-    _Unsupported("--grpc-port", (None,), _OTHER_FRONT_END),
-    _Unsupported("--data-parallel-size", (None, 1), _DATA_PARALLEL),
-    _Unsupported("--data-parallel-size-local", (None, 1), _DATA_PARALLEL),
-    _Unsupported("--data-parallel-rank", (None,), _DATA_PARALLEL),
-    _Unsupported("--data-parallel-start-rank", (None,), _DATA_PARALLEL),
-    _Unsupported("--data-parallel-hybrid-lb", _OFF, _DATA_PARALLEL),
-    _Unsupported("--data-parallel-external-lb", _OFF, _DATA_PARALLEL),
-    _Unsupported("--data-parallel-multi-port-external-lb", _OFF, _DATA_PARALLEL),
-    _Unsupported("--enable-elastic-ep", _OFF, _DATA_PARALLEL),
-    _Unsupported("--enable-expert-parallel", _OFF, "each device holds a share of EVERY expert"),
-    _Unsupported("--enable-eplb", _OFF, "emo-serve places experts itself"),
-    _Unsupported("--pipeline-parallel-size", (None, 1), "pool rows reach the first stage only"),
-    _Unsupported("--decode-context-parallel-size", (None, 1), _SPLIT_BATCH),
-    _Unsupported("--prefill-context-parallel-size", (None, 1), _SPLIT_BATCH),
-    _Unsupported("--enable-dbo", _OFF, _SPLIT_BATCH),
-    _Unsupported("--ubatch-size", _OFF, _SPLIT_BATCH),
-    _Unsupported("--speculative-config", _OFF, _SPECULATIVE),
-    _Unsupported("--spec-method", _OFF, _SPECULATIVE),
-    _Unsupported("--spec-model", _OFF, _SPECULATIVE),
-    _Unsupported("--spec-tokens", _OFF, _SPECULATIVE),
-    _Unsupported("--diffusion-config", _OFF, "EMO decodes one token at a time"),
-    _Unsupported("--quantization", _OFF, _QUANTIZED),
-    _Unsupported("--quantization-config", _OFF, _QUANTIZED),
-    _Unsupported("--cpu-offload-gb", _OFF, _OFFLOAD),
-    _Unsupported("--offload-group-size", _OFF, _OFFLOAD),
-    _Unsupported("--enable-sleep-mode", _OFF, "waking up would not restore the expert slots"),
-    _Unsupported("--weight-transfer-config", _OFF, "new weights would not reach the slots"),
-    _Unsupported("--kv-transfer-config", _OFF, _KV_TRANSFER),
-    _Unsupported("--enable-return-routed-experts", _OFF, "the layers do not record their choices"),
-    _Unsupported("--runner", (None, "auto", "generate"), _NOT_GENERATION),
-    _Unsupported("--convert", (None, "auto", "none"), _NOT_GENERATION),
-    _Unsupported("--pooler-config", _OFF, _NOT_GENERATION),
-    _Unsupported("--model-impl", (None, "auto", "vllm"), "only emo-serve's own model has slots"),
-    _Unsupported("--model-class-overrides", _OFF, "only emo-serve's own model has slots"),
-    _Unsupported("--hf-config-path", _OFF, "the config is read from the model's directory"),
-    _Unsupported("--load-format", (None, "auto", LOAD_FORMAT), "experts are read on demand"),
-    _Unsupported("--worker-cls", (None, "auto"), "emo-serve brings its own worker"),
-    _Unsupported("--worker-extension-cls", _OFF, "emo-serve brings its own worker extension"),
-)
-
-_UNSUPPORTED_VARIABLES = {
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": _LORA,
-    "VLLM_USE_RUST_FRONTEND": _OTHER_FRONT_END,
-}
-
-
-def refuse_unsupported(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> None:
-    """Raise ConfigError for the first vLLM option this server cannot honour.
-
-    `args` is the namespace of vLLM's serve parser; `environ` defaults to this process's.
-    """
-    for option in _UNSUPPORTED:
-        value = option.value(args)
-        if value not in option.off:
-            raise ConfigError(
-                f"{option.flag} is {value!r}, which emo-serve does not serve yet:"
-                f" {option.reason}; leave it out"
-            )
-    for variable, reason in _UNSUPPORTED_VARIABLES.items():
-        if (os.environ if environ is None else environ).get(variable, "0").lower() in ("1", "true"):
-            raise ConfigError(f"{variable} is set, which emo-serve does not serve yet: {reason}")
-    additional = getattr(args, "additional_config", None) or {}
-    if ADDITIONAL_CONFIG_KEY in additional:
-        raise ConfigError(
-            f"--additional-config: the key {ADDITIONAL_CONFIG_KEY!r} is emo-serve's own;"
-            " use --expert-memory, --expert-slots, --max-pools and --moe-backend"
-        )

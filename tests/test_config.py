@@ -16,10 +16,10 @@ from emo_serve.config import (
     expert_bytes,
     format_gib,
     parse_size,
-    refuse_unsupported,
     slots_for_memory,
 )
 from emo_serve.errors import ConfigError
+from emo_serve.server.unsupported_flags import refuse_unsupported
 
 
 def settings_of(*flags: str) -> ServeSettings:

@@ -21,7 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ARROWS = {
     "emo_serve": (),
     "emo_serve.errors": (),
-    "emo_serve.config": ("emo_serve.vllm_plugin!", "emo_serve.errors"),
+    "emo_serve.config": (
+        "emo_serve.vllm_plugin!",
+        "emo_serve.residency.policy",
+        "emo_serve.errors",
+    ),
     "emo_serve.metrics": (),
     "emo_serve.emo": ("emo_serve.errors",),
     "emo_serve.pools": ("emo_serve.emo", "emo_serve.errors"),

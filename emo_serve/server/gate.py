@@ -1,21 +1,26 @@
-"""The gate every HTTP request passes: pool header in, Retry-After out, and the way out at shutdown.
+"""The gate every HTTP request passes: pool header in, refusals out, and the way out at shutdown.
 
 Pure ASGI around vLLM's app, which takes no middleware once it is built. A request carries one
-mutable `RequestContext` through its tasks; the generation hook reads the header there and leaves
-how long a refused client should wait. While the gate is closed only reading is allowed: health,
-metrics, listings. What was let in before is counted until its response ends.
+mutable `RequestContext` through its tasks; the generation hook reads the header there, and leaves
+how long a refused client should wait and what the request still waits for. A stream's status is
+sent before its first token is asked for, so it is held back here until the pool is leased: a client
+whose pool could not be loaded in time gets a 503 and not a stream that begins with an error.
+
+While the gate is closed only reading is allowed: health, metrics, listings. What was let in before
+is counted until its response ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+from emo_serve.errors import Draining, EmoServeError
+from emo_serve.server.http_errors import error_body, retry_after_of, status_of
 from emo_serve.server.pool_choice import POOL_HEADER
 
 __all__ = [
@@ -41,10 +46,21 @@ _HEADER = POOL_HEADER.encode()
 
 @dataclass
 class RequestContext:
-    """What the gate and the generation hook tell each other about one HTTP request."""
+    """What the gate and the generation hook tell each other about one HTTP request.
+
+    `admissions` has one future an engine request: None once its pool is leased, or the refusal.
+    """
 
     pool_headers: tuple[str, ...] = ()
     retry_after_seconds: int | None = None
+    admissions: list[asyncio.Future[EmoServeError | None]] = field(default_factory=list)
+
+    async def refusal(self) -> EmoServeError | None:
+        """Wait until every engine request has its pool, or one cannot have it; return why."""
+        for admission in self.admissions:
+            if (error := await asyncio.shield(admission)) is not None:
+                return error
+        return None
 
 
 _CURRENT: ContextVar[RequestContext | None] = ContextVar("emo_serve_request", default=None)
@@ -58,11 +74,10 @@ def current_request() -> RequestContext:
 class RequestGate:
     """Wrap an ASGI app; count what is under way, and refuse new work once closed."""
 
-    def __init__(self, app: AsgiApp, retry_after_seconds: int = 1) -> None:
+    def __init__(self, app: AsgiApp) -> None:
         self.app = app
         self.is_closed = False
         self.num_running = 0
-        self._retry_after_seconds = retry_after_seconds
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -87,7 +102,10 @@ class RequestGate:
             return
         counted = scope["method"] not in _READING
         if counted and self.is_closed:
-            await _refuse(send, self._retry_after_seconds)
+            error = Draining(
+                "the server is shutting down; send the request to another or try again later"
+            )
+            await _refuse(send, error, closes=True)
             return
         headers = tuple(
             value.decode("latin-1") for key, value in scope["headers"] if key == _HEADER
@@ -96,7 +114,7 @@ class RequestGate:
         token = _CURRENT.set(context)
         self._enter(counted)
         try:
-            await self.app(scope, receive, _with_retry_after(send, context))
+            await self.app(scope, receive, _guarded(send, context))
         finally:
             self._leave(counted)
             _CURRENT.reset(token)
@@ -113,35 +131,44 @@ class RequestGate:
                 self._idle.set()
 
 
-def _with_retry_after(send: Send, context: RequestContext) -> Send:
+def _guarded(send: Send, context: RequestContext) -> Send:
+    """Return a `send` that turns a stream nobody can be given a pool for into a refusal."""
+    is_refused = False
+
     async def send_message(message: Message) -> None:
-        if (
-            message["type"] == "http.response.start"
-            and message["status"] == HTTPStatus.SERVICE_UNAVAILABLE
-            and context.retry_after_seconds is not None
-        ):
-            value = str(context.retry_after_seconds).encode()
-            message = {**message, "headers": [*message["headers"], (b"retry-after", value)]}
+        nonlocal is_refused
+        if is_refused:  # the rest of a stream that was never begun
+            return
+        if message["type"] == "http.response.start":
+            if message["status"] == HTTPStatus.OK:
+                error = await context.refusal()
+                if error is not None:
+                    is_refused = True
+                    await _refuse(send, error)
+                    return
+            if message["status"] == HTTPStatus.SERVICE_UNAVAILABLE:
+                message = _with_retry_after(message, context.retry_after_seconds)
         await send(message)
 
     return send_message
 
 
-async def _refuse(send: Send, retry_after_seconds: int) -> None:
-    """Answer 503 in the shape of vLLM's own errors."""
-    status = HTTPStatus.SERVICE_UNAVAILABLE
-    error = {
-        "message": "The server is shutting down; send the request to another or try again later.",
-        "type": status.phrase,
-        "param": None,
-        "code": status.value,
-    }
-    body = json.dumps({"error": error}).encode()
+def _with_retry_after(message: Message, seconds: int | None) -> Message:
+    if seconds is None:
+        return message
+    return {**message, "headers": [*message["headers"], (b"retry-after", str(seconds).encode())]}
+
+
+async def _refuse(send: Send, error: EmoServeError, *, closes: bool = False) -> None:
+    """Answer with an error of ours before the app does."""
+    status = status_of(error)
+    body = error_body(str(error), status)
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        (b"retry-after", str(retry_after_seconds).encode()),
-        (b"connection", b"close"),
     ]
-    await send({"type": "http.response.start", "status": status.value, "headers": headers})
+    if closes:
+        headers.append((b"connection", b"close"))
+    start: Message = {"type": "http.response.start", "status": status.value, "headers": headers}
+    await send(_with_retry_after(start, retry_after_of(error)))
     await send({"type": "http.response.body", "body": body})

@@ -4,9 +4,10 @@ The OpenAI protocol is vLLM's own: `build_app` and `init_app_state` around an en
 things are replaced, each named in tests/server/test_vllm_contract.py.
 
 - `AsyncLLM.generate`, which chat, completions, responses, messages and beam search all pass. Ours
-  is a plain function: it finds the pool and raises while an HTTP status can still be sent, then
-  returns a generator whose request runs in a task of its own. That task holds the lease, so the
-  lease lasts as long as the engine works and not as long as a client takes to read.
+  is a plain function: it finds the pool and raises while an HTTP status can still be sent, starts
+  a task that waits for the pool and runs the request, and returns a generator of what comes. That
+  task holds the lease, so the lease lasts as long as the engine works and not as long as a client
+  takes to read; the gate knows from it when a stream may begin.
 - `OpenAIServingModels.lora_requests`. vLLM asks it whether it knows a model name; ours answers for
   every pool and union, and carries the name the client wrote to `generate` as a LoRARequest, which
   goes no further. It lists nothing: vLLM also searches it for names of message types.
@@ -20,6 +21,7 @@ import asyncio
 import copy
 import os
 import socket
+import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -52,23 +54,14 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from emo_serve.config import ServeSettings, add_serve_flags
-from emo_serve.errors import (
-    ConfigError,
-    Draining,
-    EmoServeError,
-    EngineDead,
-    NoFreePoolRow,
-    PoolConflict,
-    PoolNotResident,
-    PoolTooLarge,
-    RequestError,
-    Unavailable,
-    UnknownPool,
-)
+from emo_serve.errors import ConfigError, EmoServeError, EngineDead
 from emo_serve.metrics import PoolMetrics
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.gate import AsgiApp, current_request
+from emo_serve.server.http_errors import reason_of, retry_after_of, status_of
 from emo_serve.server.pool_service import PoolService
+from emo_serve.server.request_account import RequestAccount
+from emo_serve.server.request_log import RequestLog
 from emo_serve.vllm_plugin import (
     ADDITIONAL_CONFIG_KEY,
     LOAD_FORMAT,
@@ -78,7 +71,6 @@ from emo_serve.vllm_plugin import (
 )
 
 __all__ = [
-    "REFUSAL_REASONS",
     "PooledLLM",
     "bind_socket",
     "build_http_app",
@@ -95,41 +87,19 @@ __all__ = [
 
 # -- errors --
 
-_RETRY_AFTER_SECONDS = 1
-_STATUS: tuple[tuple[type[EmoServeError], HTTPStatus, str], ...] = (
-    (UnknownPool, HTTPStatus.NOT_FOUND, "unknown_pool"),
-    (PoolConflict, HTTPStatus.BAD_REQUEST, "pool_conflict"),
-    (PoolTooLarge, HTTPStatus.BAD_REQUEST, "pool_too_large"),
-    (RequestError, HTTPStatus.BAD_REQUEST, "bad_request"),
-    (PoolNotResident, HTTPStatus.SERVICE_UNAVAILABLE, "pool_not_resident"),
-    (NoFreePoolRow, HTTPStatus.SERVICE_UNAVAILABLE, "no_free_pool_row"),
-    (Draining, HTTPStatus.SERVICE_UNAVAILABLE, "draining"),
-    (Unavailable, HTTPStatus.SERVICE_UNAVAILABLE, "unavailable"),
-    (EngineDead, HTTPStatus.INTERNAL_SERVER_ERROR, "engine_dead"),
-    (EmoServeError, HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error"),
-)
-"""Our errors, the special before the general: HTTP status, and `reason` in the metrics."""
-
-REFUSAL_REASONS = tuple(reason for _, _, reason in _STATUS)
-
 
 def to_http_error(error: EmoServeError) -> Exception:
     """Return the vLLM exception whose handler answers with our error's status and message.
 
     A 503 also leaves how long to wait for the gate to send as Retry-After.
     """
-    status, _ = _entry(error)
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        current_request().retry_after_seconds = _RETRY_AFTER_SECONDS
+    status = status_of(error)
+    current_request().retry_after_seconds = retry_after_of(error)
     if status == HTTPStatus.NOT_FOUND:
         return VLLMNotFoundError(str(error))  # type: ignore[no-any-return]
     if status == HTTPStatus.BAD_REQUEST:
         return VLLMValidationError(str(error), parameter="model")  # type: ignore[no-any-return]
     return GracefulHTTPError(str(error), status)  # type: ignore[no-any-return]
-
-
-def _entry(error: EmoServeError) -> tuple[HTTPStatus, str]:
-    return next((status, reason) for cls, status, reason in _STATUS if isinstance(error, cls))
 
 
 # -- command line --
@@ -185,9 +155,11 @@ class PooledLLM(AsyncLLM):
     _service: PoolService | None = None
     _metrics: PoolMetrics | None = None
 
-    def attach_pools(self, service: PoolService, metrics: PoolMetrics) -> None:
+    def attach_pools(
+        self, service: PoolService, metrics: PoolMetrics, request_log: RequestLog | None = None
+    ) -> None:
         """Give the client what requests need; before that none can be served."""
-        self._service, self._metrics = service, metrics
+        self._service, self._metrics, self._request_log = service, metrics, request_log
         self._pumps: set[asyncio.Task[None]] = set()  # asyncio keeps weak references
 
     def generate(
@@ -208,9 +180,21 @@ class PooledLLM(AsyncLLM):
         try:
             pool = service.admit(model, current_request().pool_headers)
         except EmoServeError as error:
-            metrics.count_refusal(_entry(error)[1])
+            metrics.count_refusal(reason_of(error))
             raise to_http_error(error) from error
-        return self._generate_in(pool, prompt, sampling_params, request_id, options)
+        salted = salt_prompt(prompt, pool.content_hash)
+        collector = RequestOutputCollector(sampling_params.output_kind, request_id)
+        admission: asyncio.Future[EmoServeError | None]
+        admission = asyncio.get_running_loop().create_future()
+        current_request().admissions.append(admission)
+        request = (salted, sampling_params, request_id, options)
+        pump = asyncio.create_task(self._pump(collector, admission, pool, *request))
+        self._pumps.add(pump)
+        pump.add_done_callback(self._pumps.discard)
+        stream = _collected(collector, pump)
+        # One that is never begun runs no `finally`: its client left while it waited.
+        weakref.finalize(stream, pump.cancel).atexit = False
+        return stream
 
     def encode(self, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
         """Refuse pooling requests: they would pass no pool."""
@@ -229,32 +213,10 @@ class PooledLLM(AsyncLLM):
             async for _ in super().generate(prompt, placed, "emo-serve-warm-up"):
                 pass
 
-    async def _generate_in(
-        self,
-        pool: ExpertPool,
-        prompt: Any,
-        params: SamplingParams,
-        request_id: str,
-        options: Mapping[str, Any],
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield what the pump collects; a slow reader finds outputs merged, never dropped."""
-        collector = RequestOutputCollector(params.output_kind, request_id)
-        salted = salt_prompt(prompt, pool.content_hash)
-        pump = asyncio.create_task(self._pump(collector, pool, salted, params, request_id, options))
-        self._pumps.add(pump)
-        pump.add_done_callback(self._pumps.discard)
-        is_finished = False
-        try:
-            while not is_finished:
-                output = collector.get_nowait() or await collector.get()
-                is_finished = output.finished
-                yield output
-        finally:
-            pump.cancel()
-
     async def _pump(
         self,
         collector: RequestOutputCollector,
+        admission: asyncio.Future[EmoServeError | None],
         pool: ExpertPool,
         prompt: Any,
         params: SamplingParams,
@@ -263,15 +225,17 @@ class PooledLLM(AsyncLLM):
     ) -> None:
         """Hold the lease while the engine works; errors go to the reader, cancelling aborts."""
         service, metrics = self._pools()
-        count = _TokenCount(is_delta=params.output_kind == RequestOutputKind.DELTA)
+        account = RequestAccount(pool.name, is_delta=params.output_kind == RequestOutputKind.DELTA)
         outcome = "failed"
         try:
             async with service.lease(pool) as lease:
+                account.note_granted(is_hit=lease.is_hit)
+                admission.set_result(None)
                 placed = place_in_row(params, lease.row)
                 stream = super().generate(prompt, placed, request_id, **options)
                 async with aclosing(stream):  # an abort is sent before the lease ends
                     async for output in stream:
-                        count.add(output)
+                        account.add(output)
                         collector.put(output)
                         outcome = "finished" if output.finished else outcome
             if outcome != "finished":
@@ -280,17 +244,37 @@ class PooledLLM(AsyncLLM):
             outcome = outcome if outcome == "finished" else "aborted"
             raise
         except EmoServeError as error:
-            metrics.count_refusal(_entry(error)[1])
+            metrics.count_refusal(reason_of(error))
             collector.put(to_http_error(error))
+            if not admission.done():
+                admission.set_result(error)
         except Exception as error:
             collector.put(error)
         finally:
+            if not admission.done():
+                admission.set_result(None)
             metrics.count_request(pool.name, outcome)
-            metrics.count_tokens(pool.name, count.prompt_tokens, count.generation_tokens)
+            metrics.count_tokens(pool.name, account.prompt_tokens, account.generation_tokens)
+            if self._request_log is not None:
+                self._request_log.append(account.record(outcome))
 
     def _pools(self) -> tuple[PoolService, PoolMetrics]:
         assert self._service is not None and self._metrics is not None, "attach_pools comes first"
         return self._service, self._metrics
+
+
+async def _collected(
+    collector: RequestOutputCollector, pump: asyncio.Task[None]
+) -> AsyncGenerator[RequestOutput, None]:
+    """Yield what the pump collects; a slow reader finds outputs merged, never dropped."""
+    is_finished = False
+    try:
+        while not is_finished:
+            output = collector.get_nowait() or await collector.get()
+            is_finished = output.finished
+            yield output
+    finally:
+        pump.cancel()
 
 
 def salt_prompt(prompt: Any, content_hash: str) -> dict[str, Any]:
@@ -310,25 +294,6 @@ def place_in_row(params: SamplingParams, row: int) -> SamplingParams:
     return placed
 
 
-class _TokenCount:
-    """Count the tokens of one request; its outputs are increments or everything so far."""
-
-    def __init__(self, *, is_delta: bool) -> None:
-        self._is_delta = is_delta
-        self._by_index: dict[int, int] = {}
-        self.prompt_tokens = 0
-
-    @property
-    def generation_tokens(self) -> int:
-        return sum(self._by_index.values())
-
-    def add(self, output: RequestOutput) -> None:
-        self.prompt_tokens = len(output.prompt_token_ids or ())
-        for completion in output.outputs:
-            before = self._by_index.get(completion.index, 0) if self._is_delta else 0
-            self._by_index[completion.index] = before + len(completion.token_ids)
-
-
 def dtype_bytes(args: argparse.Namespace) -> int:
     """Return the bytes of one weight in the dtype vLLM resolves these flags to."""
     return int(_resolved(lambda: _engine_args(args).create_model_config()).dtype.itemsize)
@@ -342,6 +307,7 @@ def start_engine(args: argparse.Namespace, settings: ServeSettings, num_slots: i
     ours = {
         "num_slots": num_slots,
         "num_pools": settings.max_pools,
+        "host_expert_bytes": settings.host_expert_bytes,
         "moe_backend": settings.moe_backend,
     }
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: ours}
@@ -397,7 +363,7 @@ class _PoolNames(Mapping[str, LoRARequest]):
         try:
             self._service.find(model, current_request().pool_headers)
         except EmoServeError as error:
-            self._metrics.count_refusal(_entry(error)[1])
+            self._metrics.count_refusal(reason_of(error))
             raise to_http_error(error) from error
         return True
 
@@ -431,7 +397,11 @@ async def _list_models(registry: Any, service: PoolService) -> ModelList:
 
 
 async def build_http_app(
-    llm: PooledLLM, args: argparse.Namespace, service: PoolService, metrics: PoolMetrics
+    llm: PooledLLM,
+    args: argparse.Namespace,
+    service: PoolService,
+    metrics: PoolMetrics,
+    request_log: RequestLog | None = None,
 ) -> FastAPI:
     """Build vLLM's app around the engine and teach it the pools' names."""
     tasks = await llm.get_supported_tasks()
@@ -440,7 +410,7 @@ async def build_http_app(
     models = app.state.openai_serving_models
     models.lora_requests = _PoolNames(service, metrics)
     models.show_available_models = partial(_list_models, models.registry, service)
-    llm.attach_pools(service, metrics)
+    llm.attach_pools(service, metrics, request_log)
     return app
 
 

@@ -34,7 +34,6 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from emo_serve.config import _UNSUPPORTED
 from emo_serve.errors import (
     Draining,
     EmoServeError,
@@ -47,6 +46,7 @@ from emo_serve.errors import (
     UnknownPool,
 )
 from emo_serve.server import vllm_openai
+from emo_serve.server.unsupported_flags import _UNSUPPORTED
 
 SITE = Path(inspect.getfile(AsyncLLM)).parents[2]
 

@@ -1,0 +1,72 @@
+"""The one table from our errors to HTTP: status, and the reason that metrics count refusals by."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+
+from emo_serve.errors import (
+    Draining,
+    EmoServeError,
+    EngineDead,
+    LoadDeadlineExceeded,
+    PoolBlocked,
+    PoolConflict,
+    PoolExists,
+    PoolFileError,
+    PoolInUse,
+    PoolLoadFailed,
+    PoolStoreError,
+    PoolTooLarge,
+    RequestError,
+    StateConflict,
+    TooManyWaiting,
+    Unavailable,
+    UnknownPool,
+)
+
+__all__ = ["REFUSAL_REASONS", "error_body", "reason_of", "retry_after_of", "status_of"]
+
+_TABLE: tuple[tuple[type[EmoServeError], HTTPStatus, str], ...] = (
+    (UnknownPool, HTTPStatus.NOT_FOUND, "unknown_pool"),
+    (PoolConflict, HTTPStatus.BAD_REQUEST, "pool_conflict"),
+    (PoolTooLarge, HTTPStatus.BAD_REQUEST, "pool_too_large"),
+    (RequestError, HTTPStatus.BAD_REQUEST, "bad_request"),
+    (PoolFileError, HTTPStatus.BAD_REQUEST, "bad_pool"),
+    (PoolExists, HTTPStatus.CONFLICT, "pool_exists"),
+    (PoolInUse, HTTPStatus.CONFLICT, "pool_in_use"),
+    (StateConflict, HTTPStatus.CONFLICT, "state_conflict"),
+    (PoolBlocked, HTTPStatus.SERVICE_UNAVAILABLE, "pool_blocked"),
+    (TooManyWaiting, HTTPStatus.SERVICE_UNAVAILABLE, "too_many_waiting"),
+    (LoadDeadlineExceeded, HTTPStatus.SERVICE_UNAVAILABLE, "load_deadline"),
+    (Draining, HTTPStatus.SERVICE_UNAVAILABLE, "draining"),
+    (Unavailable, HTTPStatus.SERVICE_UNAVAILABLE, "unavailable"),
+    (PoolLoadFailed, HTTPStatus.INTERNAL_SERVER_ERROR, "pool_load_failed"),
+    (PoolStoreError, HTTPStatus.INTERNAL_SERVER_ERROR, "pool_store"),
+    (EngineDead, HTTPStatus.INTERNAL_SERVER_ERROR, "engine_dead"),
+    (EmoServeError, HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error"),
+)
+"""The special before the general."""
+
+REFUSAL_REASONS = tuple(reason for _, _, reason in _TABLE)
+
+
+def status_of(error: EmoServeError) -> HTTPStatus:
+    """Return the HTTP status an error is answered with."""
+    return next(status for cls, status, _ in _TABLE if isinstance(error, cls))
+
+
+def reason_of(error: EmoServeError) -> str:
+    """Return what the metrics call this refusal."""
+    return next(reason for cls, _, reason in _TABLE if isinstance(error, cls))
+
+
+def retry_after_of(error: EmoServeError) -> int | None:
+    """Return the seconds to send as Retry-After, for errors that may pass."""
+    return error.retry_after_seconds if isinstance(error, Unavailable) else None
+
+
+def error_body(message: str, status: HTTPStatus, param: str | None = None) -> bytes:
+    """Return an error in OpenAI's shape, as vLLM's own handlers write it."""
+    error = {"message": message, "type": status.phrase, "param": param, "code": status.value}
+    return json.dumps({"error": error}).encode()

@@ -1,0 +1,58 @@
+"""What one engine request used: tokens, waiting, service. For metrics and the request log."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from emo_serve.server.request_log import RequestRecord
+
+__all__ = ["RequestAccount"]
+
+
+class RequestAccount:
+    """Follow one request from its admission; `is_delta` outputs are increments, others the whole.
+
+    Outputs are vLLM's RequestOutput.
+    """
+
+    def __init__(self, pool: str, *, is_delta: bool) -> None:
+        self.prompt_tokens = 0
+        self._pool = pool
+        self._is_delta = is_delta
+        self._tokens_of: dict[int, int] = {}  # by index of the completion
+        self._is_hit = False
+        self._came_at = time.time()  # Unix time, for the log alone
+        self._start = time.monotonic()
+        self._granted: float | None = None
+
+    @property
+    def generation_tokens(self) -> int:
+        """Return the tokens generated so far, of all completions."""
+        return sum(self._tokens_of.values())
+
+    def note_granted(self, *, is_hit: bool) -> None:
+        """Note that the pool is leased now, after a load unless it was a hit."""
+        self._granted, self._is_hit = time.monotonic(), is_hit
+
+    def add(self, output: Any) -> None:
+        """Count the tokens of one output."""
+        self.prompt_tokens = len(output.prompt_token_ids or ())
+        for completion in output.outputs:
+            before = self._tokens_of.get(completion.index, 0) if self._is_delta else 0
+            self._tokens_of[completion.index] = before + len(completion.token_ids)
+
+    def record(self, outcome: str) -> RequestRecord:
+        """Return the account of a request that ends now."""
+        now = time.monotonic()
+        granted = now if self._granted is None else self._granted
+        return RequestRecord(
+            at_seconds=self._came_at,
+            pool=self._pool,
+            wait_seconds=granted - self._start,
+            service_seconds=now - granted,
+            is_hit=self._is_hit,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+            outcome=outcome,
+        )

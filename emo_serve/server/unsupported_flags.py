@@ -1,0 +1,114 @@
+"""vLLM's flags whose feature this design cannot carry yet, each refused with the reason."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from emo_serve.errors import ConfigError
+from emo_serve.vllm_plugin import ADDITIONAL_CONFIG_KEY, LOAD_FORMAT
+
+__all__ = ["refuse_unsupported"]
+
+
+@dataclass(frozen=True)
+class _Unsupported:
+    """One vLLM option, the values under which its feature is off, and why on is refused."""
+
+    flag: str
+    off: tuple[object, ...]
+    reason: str
+
+    def value(self, args: argparse.Namespace) -> object:
+        return getattr(args, self.flag.removeprefix("--").replace("-", "_"), None)
+
+
+_LORA = "LoRA adapters of experts would need slots of their own"
+_DATA_PARALLEL = "each engine would need an expert slab and a pool table of its own"
+_SPECULATIVE = "the draft model knows no pools"
+_QUANTIZED = "slots hold bfloat16, float16 or float32 experts"
+_OFFLOAD = "expert slots are the offloading; the trunk stays on the device"
+_ONE_PROCESS = "leases are kept in one API-server process"
+_OTHER_FRONT_END = "pools are resolved in this HTTP front end only"
+_SPLIT_BATCH = "a batch split among devices or micro-batches loses its pool rows"
+_KV_TRANSFER = "KV blocks from elsewhere do not say which pool computed them"
+_NOT_GENERATION = "EMO models generate text; embedding and scoring heads are not served"
+_OFF: tuple[object, ...] = (None, False, 0, "", [], {}, set())
+
+_UNSUPPORTED: tuple[_Unsupported, ...] = (
+    _Unsupported("--enable-lora", _OFF, _LORA),
+    _Unsupported("--lora-modules", _OFF, _LORA),
+    _Unsupported("--default-mm-loras", _OFF, _LORA),
+    _Unsupported("--api-server-count", (None, 1), _ONE_PROCESS),
+    _Unsupported("--headless", _OFF, _ONE_PROCESS),
+    _Unsupported("--nnodes", (None, 1), "engines over several machines have not been tried"),
+    _Unsupported("--grpc", _OFF, _OTHER_FRONT_END),
+    _Unsupported("--grpc-port", (None,), _OTHER_FRONT_END),
+    _Unsupported("--data-parallel-size", (None, 1), _DATA_PARALLEL),
+    _Unsupported("--data-parallel-size-local", (None, 1), _DATA_PARALLEL),
+    _Unsupported("--data-parallel-rank", (None,), _DATA_PARALLEL),
+    _Unsupported("--data-parallel-start-rank", (None,), _DATA_PARALLEL),
+    _Unsupported("--data-parallel-hybrid-lb", _OFF, _DATA_PARALLEL),
+    _Unsupported("--data-parallel-external-lb", _OFF, _DATA_PARALLEL),
+    _Unsupported("--data-parallel-multi-port-external-lb", _OFF, _DATA_PARALLEL),
+    _Unsupported("--enable-elastic-ep", _OFF, _DATA_PARALLEL),
+    _Unsupported("--enable-expert-parallel", _OFF, "each device holds a share of EVERY expert"),
+    _Unsupported("--enable-eplb", _OFF, "emo-serve places experts itself"),
+    _Unsupported("--pipeline-parallel-size", (None, 1), "pool rows reach the first stage only"),
+    _Unsupported("--decode-context-parallel-size", (None, 1), _SPLIT_BATCH),
+    _Unsupported("--prefill-context-parallel-size", (None, 1), _SPLIT_BATCH),
+    _Unsupported("--enable-dbo", _OFF, _SPLIT_BATCH),
+    _Unsupported("--ubatch-size", _OFF, _SPLIT_BATCH),
+    _Unsupported("--speculative-config", _OFF, _SPECULATIVE),
+    _Unsupported("--spec-method", _OFF, _SPECULATIVE),
+    _Unsupported("--spec-model", _OFF, _SPECULATIVE),
+    _Unsupported("--spec-tokens", _OFF, _SPECULATIVE),
+    _Unsupported("--diffusion-config", _OFF, "EMO decodes one token at a time"),
+    _Unsupported("--quantization", _OFF, _QUANTIZED),
+    _Unsupported("--quantization-config", _OFF, _QUANTIZED),
+    _Unsupported("--cpu-offload-gb", _OFF, _OFFLOAD),
+    _Unsupported("--offload-group-size", _OFF, _OFFLOAD),
+    _Unsupported("--enable-sleep-mode", _OFF, "waking up would not restore the expert slots"),
+    _Unsupported("--weight-transfer-config", _OFF, "new weights would not reach the slots"),
+    _Unsupported("--kv-transfer-config", _OFF, _KV_TRANSFER),
+    _Unsupported("--enable-return-routed-experts", _OFF, "the layers do not record their choices"),
+    _Unsupported("--runner", (None, "auto", "generate"), _NOT_GENERATION),
+    _Unsupported("--convert", (None, "auto", "none"), _NOT_GENERATION),
+    _Unsupported("--pooler-config", _OFF, _NOT_GENERATION),
+    _Unsupported("--model-impl", (None, "auto", "vllm"), "only emo-serve's own model has slots"),
+    _Unsupported("--model-class-overrides", _OFF, "only emo-serve's own model has slots"),
+    _Unsupported("--hf-config-path", _OFF, "the config is read from the model's directory"),
+    _Unsupported("--load-format", (None, "auto", LOAD_FORMAT), "experts are read on demand"),
+    _Unsupported("--worker-cls", (None, "auto"), "emo-serve brings its own worker"),
+    _Unsupported("--worker-extension-cls", _OFF, "emo-serve brings its own worker extension"),
+)
+
+_UNSUPPORTED_VARIABLES = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": _LORA,
+    "VLLM_USE_RUST_FRONTEND": _OTHER_FRONT_END,
+}
+
+
+def refuse_unsupported(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> None:
+    """Raise ConfigError for the first vLLM option this server cannot honour.
+
+    `args` is the namespace of vLLM's serve parser; `environ` defaults to this process's.
+    """
+    for option in _UNSUPPORTED:
+        value = option.value(args)
+        if value not in option.off:
+            raise ConfigError(
+                f"{option.flag} is {value!r}, which emo-serve does not serve yet:"
+                f" {option.reason}; leave it out"
+            )
+    for variable, reason in _UNSUPPORTED_VARIABLES.items():
+        if (os.environ if environ is None else environ).get(variable, "0").lower() in ("1", "true"):
+            raise ConfigError(f"{variable} is set, which emo-serve does not serve yet: {reason}")
+    additional = getattr(args, "additional_config", None) or {}
+    if ADDITIONAL_CONFIG_KEY in additional:
+        raise ConfigError(
+            f"--additional-config: the key {ADDITIONAL_CONFIG_KEY!r} is emo-serve's own;"
+            " use --expert-memory, --expert-slots, --max-pools and --moe-backend"
+        )
