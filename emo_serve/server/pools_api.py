@@ -1,61 +1,66 @@
-"""GET /v1/pools and GET /v1/pools/{name}: what exists, what is resident, what is running."""
+"""/v1/pools: what exists and who is resident; load, evict, pin; define, redefine and remove.
+
+    GET    /v1/pools                 every pool, the slab's slots, who waits
+    POST   /v1/pools                 define the pool in the body; ?replace=true redefines one
+    GET    /v1/pools/{name}          one pool or union, with its expert ids
+    DELETE /v1/pools/{name}          forget it, file included
+    POST   /v1/pools/{name}/load     make it resident; also evict, pin and unpin
+
+Bodies are read here and not by FastAPI: they are bounded before they are parsed, a client need not
+name their content type, and what is wrong with them is said like everything else, by field.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
+from fastapi import APIRouter, HTTPException, Query, Request, Response
+from pydantic import BaseModel, ValidationError
 
-from emo_serve.errors import EmoServeError
-from emo_serve.server.pool_service import PoolService, PoolStatus
+from emo_serve.errors import EmoServeError, PoolFileError, RequestError
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.strict_json import parse_json
+from emo_serve.server.pool_service import PoolService
+from emo_serve.server.pools_schema import (
+    DeletedPool,
+    EvictOptions,
+    ListOptions,
+    LoadOptions,
+    NoOptions,
+    PoolCard,
+    PoolDetails,
+    PoolDocument,
+    PoolList,
+    ReplaceOptions,
+    body_schema,
+    card_of,
+    details_of,
+    list_of,
+)
 
-__all__ = ["PoolCard", "PoolDetails", "PoolList", "SlotAccount", "create_router"]
+__all__ = ["MAX_DOCUMENT_BYTES", "create_router"]
 
+MAX_DOCUMENT_BYTES = 8 * 2**20
+"""64 layers of 1024 experts with a score each take 1.9 MB on one line a layer, 2.6 MB indented."""
 
-class PoolCard(BaseModel):
-    """One pool; bytes are those of its experts, on all devices together."""
+_MAX_OPTIONS_BYTES = 64 * 2**10
+_RESPONSES: dict[int, dict[str, Any]] = {
+    200: {"description": "redefined", "model": PoolCard},
+    400: {"description": "the request must change; the message names field, layer and value"},
+    401: {"description": "no key, or one the server does not know"},
+    403: {"description": "an API key where an admin key is needed"},
+    404: {"description": "no such pool; the message names those that exist"},
+    409: {"description": "the state of the pools does not allow it now"},
+    413: {"description": "the body is too large"},
+    500: {"description": "experts cannot be read, or the pool's file cannot be written"},
+    503: {"description": "may succeed later: see Retry-After"},
+}
 
-    model_config = ConfigDict(frozen=True)
-
-    object: str = "pool"
-    name: str
-    description: str
-    default: bool
-    resident: bool
-    row: int | None
-    running_requests: int
-    experts_per_layer: list[int]
-    bytes: int
-    router_temperature: float
-    content_hash: str
-
-
-class PoolDetails(PoolCard):
-    """One pool with its expert ids, an empty list for a dense layer."""
-
-    experts: list[list[int]]
-
-
-class SlotAccount(BaseModel):
-    """The slab's slots, all layers together."""
-
-    model_config = ConfigDict(frozen=True)
-
-    total: int
-    used: int
-    bytes_per_slot: int
-
-
-class PoolList(BaseModel):
-    """Every pool, the base pool first; files that were refused, with the reason."""
-
-    model_config = ConfigDict(frozen=True)
-
-    object: str = "list"
-    data: list[PoolCard]
-    refused: list[str]
-    slots: SlotAccount
+Options = TypeVar("Options", bound=BaseModel)
 
 
 def create_router(
@@ -63,41 +68,160 @@ def create_router(
 ) -> APIRouter:
     """Return the routes; `to_http_error` turns our errors into those the app's handlers answer."""
     router = APIRouter(prefix="/v1/pools", tags=["pools"])
-
-    @router.get("")
-    async def list_pools() -> PoolList:
-        stats = service.manager.statistics()
-        return PoolList(
-            data=[PoolCard.model_validate(_fields(service.status(pool))) for pool in service.pools],
-            refused=[str(error) for error in service.catalog.refused],
-            slots=SlotAccount(
-                total=stats.total_slots, used=stats.used_slots, bytes_per_slot=stats.slot_bytes
-            ),
-        )
-
-    @router.get("/{name}")
-    async def show_pool(name: str) -> PoolDetails:
-        try:
-            pool = service.find(name)
-        except EmoServeError as error:
-            raise to_http_error(error) from error
-        experts = [list(ids) for ids in pool.expert_ids]
-        return PoolDetails.model_validate(_fields(service.status(pool)) | {"experts": experts})
-
+    _add_reading(router, service, to_http_error)
+    _add_definitions(router, service, to_http_error)
+    _add_residency(router, service, to_http_error)
     return router
 
 
-def _fields(status: PoolStatus) -> dict[str, object]:
-    pool = status.pool
-    return {
-        "name": pool.name,
-        "description": pool.description,
-        "default": status.is_default,
-        "resident": status.is_resident,
-        "row": status.row,
-        "running_requests": status.running_requests,
-        "experts_per_layer": [len(ids) for ids in pool.expert_ids],
-        "bytes": status.num_bytes,
-        "router_temperature": pool.router_temperature,
-        "content_hash": pool.content_hash,
-    }
+def _add_reading(
+    router: APIRouter, service: PoolService, to_http_error: Callable[[EmoServeError], Exception]
+) -> None:
+    @router.get("", response_model_exclude_unset=True)
+    async def list_pools(options: Annotated[ListOptions, Query()]) -> PoolList:
+        """List every pool, the slab's slots, and pool files that were refused."""
+        return list_of(
+            service.overview(),
+            [str(error) for error in service.catalog.refused],
+            persists=service.catalog.persists,
+            experts=options.experts,
+        )
+
+    @router.get("/{name}", responses=_responses(404))
+    async def show_pool(name: str) -> PoolDetails:
+        """Show one pool or union with its expert ids."""
+        with _answering(to_http_error):
+            status = service.status(service.find(name))
+            return details_of(service.overview(), status)
+
+
+def _add_definitions(
+    router: APIRouter, service: PoolService, to_http_error: Callable[[EmoServeError], Exception]
+) -> None:
+    @router.post(
+        "",
+        response_model_exclude_unset=True,
+        status_code=HTTPStatus.CREATED,
+        responses=_responses(200, 400, 401, 403, 409, 413, 500, 503),
+        openapi_extra=body_schema(PoolDocument, required=True),
+    )
+    async def define_pool(
+        request: Request, response: Response, options: Annotated[ReplaceOptions, Query()]
+    ) -> PoolCard:
+        """Define a pool, or redefine it; running requests end with the old experts."""
+        with _answering(to_http_error):
+            body = await _read_body(request, MAX_DOCUMENT_BYTES)
+            pool = await asyncio.to_thread(_parse_pool, body)
+            status, is_new = await service.add(pool, replace=options.replace)
+        response.status_code = HTTPStatus.CREATED if is_new else HTTPStatus.OK
+        return card_of(status)
+
+    @router.delete("/{name}", responses=_responses(400, 401, 403, 404, 409, 500))
+    async def remove_pool(name: str) -> DeletedPool:
+        """Forget a pool, its file included; running requests end as they would have."""
+        with _answering(to_http_error):
+            await service.remove(name)
+        return DeletedPool(id=name, name=name)
+
+
+def _add_residency(
+    router: APIRouter, service: PoolService, to_http_error: Callable[[EmoServeError], Exception]
+) -> None:
+    refusals = _responses(400, 401, 403, 404, 409, 413, 500, 503)
+
+    @router.post(
+        "/{name}/load",
+        response_model_exclude_unset=True,
+        responses=refusals,
+        openapi_extra=body_schema(LoadOptions),
+    )
+    async def load_pool(name: str, request: Request) -> PoolCard:
+        """Make a pool or union resident, in the line that requests wait in."""
+        with _answering(to_http_error):
+            options = await _read_options(request, LoadOptions)
+            return card_of(await service.load(name, pin=options.pin))
+
+    @router.post(
+        "/{name}/evict",
+        response_model_exclude_unset=True,
+        responses=refusals,
+        openapi_extra=body_schema(EvictOptions),
+    )
+    async def evict_pool(name: str, request: Request) -> PoolCard:
+        """Free the slots that only this pool needs; nothing changes if it has none."""
+        with _answering(to_http_error):
+            options = await _read_options(request, EvictOptions)
+            return card_of(await service.evict(name, drain=options.drain))
+
+    @router.post(
+        "/{name}/pin",
+        response_model_exclude_unset=True,
+        responses=refusals,
+        openapi_extra=body_schema(NoOptions),
+    )
+    async def pin_pool(name: str, request: Request) -> PoolCard:
+        """Make a pool or union resident and have it stay."""
+        with _answering(to_http_error):
+            await _read_options(request, NoOptions)
+            return card_of(await service.pin(name))
+
+    @router.post(
+        "/{name}/unpin",
+        response_model_exclude_unset=True,
+        responses=refusals,
+        openapi_extra=body_schema(NoOptions),
+    )
+    async def unpin_pool(name: str, request: Request) -> PoolCard:
+        """Let a pool be evicted like any other."""
+        with _answering(to_http_error):
+            await _read_options(request, NoOptions)
+            return card_of(service.unpin(name))
+
+
+def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _RESPONSES[status] for status in statuses}
+
+
+@contextmanager
+def _answering(to_http_error: Callable[[EmoServeError], Exception]) -> Iterator[None]:
+    try:
+        yield
+    except EmoServeError as error:
+        raise to_http_error(error) from error
+
+
+# -- bodies --
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """Return the body, or stop reading it and answer 413 once it is longer than `limit`."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise HTTPException(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body is larger than {limit} bytes",
+                headers={"connection": "close"},
+            )
+    return bytes(body)
+
+
+def _parse_pool(body: bytes) -> ExpertPool:
+    try:
+        return ExpertPool.parse("body", parse_json("body", body))
+    except PoolFileError as error:
+        raise RequestError(str(error)) from error
+
+
+async def _read_options(request: Request, model: type[Options]) -> Options:
+    body = await _read_body(request, _MAX_OPTIONS_BYTES)
+    if not body.strip():
+        return model()
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the body"
+        known = ", ".join(model.model_fields) or "none"
+        raise RequestError(f"body: {field}: {first['msg']}; the fields are: {known}") from error

@@ -44,4 +44,4 @@ def service_of(
     )
     names = ModelNames(("emo",), default_pool)
     base = ExpertPool.base(MOE_LAYERS)
-    return PoolService(names, base, PoolCatalog(POOLS), manager)
+    return PoolService(names, base, PoolCatalog(POOLS, MOE_LAYERS), manager)
