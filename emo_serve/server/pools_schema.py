@@ -242,6 +242,7 @@ def list_of(overview: Overview, refused: list[str], *, persists: bool, experts: 
     maps = {"holders": _holders(overview)} if experts else {}
     return PoolList.model_validate(
         {
+            "object": "list",
             "data": [card_of(status, experts=experts) for status in overview.pools],
             "refused": refused,
             "persists": persists,
