@@ -436,8 +436,8 @@ class LoadLine:
         busy = sum(self.entries[key].leases for key in self._closing)
         return LoadDeadlineExceeded(
             f"pool {want.pool.name!r} was not loaded within {self._deadline_seconds:g} s"
-            f" ({len(self.wants)} pools in line, {busy} requests still run in pools that must go"
-            f" first); retry later, raise --load-deadline, or give experts more room",
+            f" (pools in line: {len(self.wants)}; requests still running in pools that must go"
+            f" first: {busy}); retry later, raise --load-deadline, or give experts more room",
             self._retry_after_seconds(),
         )
 

@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,23 +25,27 @@ import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 
-from emo_serve.config import ServeSettings, refuse_unsupported
+from emo_serve.config import BASE_POOL, ServeSettings
 from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.errors import EngineDead, PoolTooLarge, Unavailable
+from emo_serve.errors import EngineDead, PoolLoadFailed, PoolTooLarge, Unavailable
 from emo_serve.metrics import PoolMetrics
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
+from emo_serve.residency.policy import make_policy
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server import pools_api
 from emo_serve.server.checkpoint_dir import resolve_checkpoint
 from emo_serve.server.engine_calls import EngineFacts, WorkerCalls
 from emo_serve.server.gate import RequestGate
+from emo_serve.server.http_errors import REFUSAL_REASONS
+from emo_serve.server.key_guard import KeyGuard
 from emo_serve.server.plan import StartPlan, make_plan
 from emo_serve.server.pool_service import PoolService
+from emo_serve.server.request_log import RequestLog
 from emo_serve.server.shutdown import StopSignals, drain
 from emo_serve.server.summary import PoolLine, ServerAddress, Summary, format_summary
+from emo_serve.server.unsupported_flags import refuse_unsupported
 from emo_serve.server.vllm_openai import (
-    REFUSAL_REASONS,
     PooledLLM,
     bind_socket,
     build_http_app,
@@ -82,6 +86,7 @@ def run(argv: Sequence[str], announce: Callable[[str], None], default_model: Def
     args = parse_serve_args(argv, default_model.flag_defaults)
     settings = ServeSettings.from_args(args)
     refuse_unsupported(args)
+    persists = settings.pools_dir is not None  # the shipped pools are not ours to change
     settings = _resolve_model(args, settings, default_model)
     checkpoint = Checkpoint.open(Path(args.model))  # first: it knows best what is not an EMO
     plan = make_plan(
@@ -90,8 +95,42 @@ def run(argv: Sequence[str], announce: Callable[[str], None], default_model: Def
         args.served_model_name,
         dtype_bytes(args),
         args.tensor_parallel_size,
+        persists=persists,
     )
-    return uvloop.run(_serve(args, settings, plan, announce))
+    keys = _Keys.take(args, settings)
+    with ExitStack() as stack:
+        log = None
+        if settings.request_log is not None:
+            log = stack.enter_context(closing(RequestLog(settings.request_log)))
+        parts = _Parts(args, settings, plan, checkpoint, keys, log)
+        return uvloop.run(_serve(parts, announce))
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The keys clients and operators need; vLLM's own check gets all of them."""
+
+    api: tuple[str, ...]
+    admin: tuple[str, ...]
+
+    @classmethod
+    def take(cls, args: argparse.Namespace, settings: ServeSettings) -> _Keys:
+        given = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
+        keys = cls(tuple(filter(None, given)), settings.admin_api_keys)
+        args.api_key = [*keys.api, *keys.admin] if keys.api else None
+        return keys
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a start has decided before the engine is there."""
+
+    args: argparse.Namespace
+    settings: ServeSettings
+    plan: StartPlan
+    checkpoint: Checkpoint
+    keys: _Keys
+    request_log: RequestLog | None
 
 
 def _resolve_model(
@@ -112,17 +151,12 @@ def _resolve_model(
     return settings
 
 
-async def _serve(
-    args: argparse.Namespace,
-    settings: ServeSettings,
-    plan: StartPlan,
-    announce: Callable[[str], None],
-) -> int:
+async def _serve(parts: _Parts, announce: Callable[[str], None]) -> int:
     signal.signal(signal.SIGTERM, _abandon_start)  # until the drain takes over
-    with closing(bind_socket(args)) as sock:
-        llm = start_engine(args, settings, plan.num_slots)
+    with closing(bind_socket(parts.args)) as sock:
+        llm = start_engine(parts.args, parts.settings, parts.plan.num_slots)
         try:
-            return await _Server(args, settings, plan, llm).serve(sock, announce)
+            return await _Server(parts, llm).serve(sock, announce)
         finally:
             llm.shutdown(timeout=_SHUTDOWN_SECONDS)
 
@@ -137,40 +171,59 @@ def _abandon_start(number: int, _: object) -> None:
 class _Server:
     """One server on one running engine."""
 
-    def __init__(
-        self, args: argparse.Namespace, settings: ServeSettings, plan: StartPlan, llm: PooledLLM
-    ) -> None:
-        self.args = args
-        self.settings = settings
-        self.plan = plan
+    def __init__(self, parts: _Parts, llm: PooledLLM) -> None:
+        self.parts = parts
+        self.args, self.settings, self.plan = parts.args, parts.settings, parts.plan
         self.llm = llm
 
     async def serve(self, sock: socket.socket, announce: Callable[[str], None]) -> int:
         """Load the pools, answer requests, drain; return the exit status."""
         signals = StopSignals(asyncio.get_running_loop())
-        calls = WorkerCalls(self._rpc, lambda: bool(self.llm.errored), _log_progress())
+        check = self.parts.checkpoint.check_expert
+        calls = WorkerCalls(self._rpc, lambda: bool(self.llm.errored), check, _log_progress())
         facts = await calls.describe()
         _check_facts(facts, self.plan)
-        slots = SlotTable(self.plan.experts_per_layer, self.plan.num_slots)
-        manager = ResidencyManager(
-            slots, self.settings.max_pools, calls, slot_bytes=facts.slot_bytes_all_ranks
+        metrics = PoolMetrics(
+            metrics_registry(),
+            [BASE_POOL, *self.plan.catalog.pools],
+            REFUSAL_REASONS,
+            lambda: service.snapshot(),
         )
+        manager = self._manager(calls, facts, metrics)
         service = PoolService(self.plan.names, self.plan.base_pool, self.plan.catalog, manager)
-        names = [pool.name for pool in service.pools]
-        metrics = PoolMetrics(metrics_registry(), names, REFUSAL_REASONS, service.snapshot)
-        await _load_pools(manager, self.plan.load_order)
-        app = await build_http_app(self.llm, self.args, service, metrics)
+        await _load_pools(manager, self.plan)
+        app = await build_http_app(self.llm, self.args, service, metrics, self.parts.request_log)
         await self._warm_up(service)
         gate = RequestGate(app)
         _add_routes(app, gate, service, self.llm)
-        server = create_http_server(gate, app, self.args)
+        guard = KeyGuard(
+            gate,
+            self.parts.keys.api,
+            self.parts.keys.admin,
+            self.settings.open_paths,
+            root_path=self.args.root_path,
+        )
+        server = create_http_server(guard, app, self.args)
         summary = self._summarise(facts, service)
         return await self._answer(server, sock, gate, manager, signals, announce, summary)
 
+    def _manager(
+        self, calls: WorkerCalls, facts: EngineFacts, metrics: PoolMetrics
+    ) -> ResidencyManager:
+        return ResidencyManager(
+            SlotTable(self.plan.experts_per_layer, self.plan.num_slots),
+            self.settings.max_pools,
+            calls,
+            slot_bytes=facts.slot_bytes_all_ranks,
+            policy=make_policy(self.settings.eviction_policy, self.plan.preferred),
+            max_waiting=self.settings.max_waiting,
+            load_deadline_seconds=self.settings.load_deadline_seconds,
+            observer=metrics,
+        )
+
     async def _warm_up(self, service: PoolService) -> None:
         logger.info("warming up")
-        resident = (pool for pool in service.pools if service.manager.is_resident(pool))
-        await self.llm.warm_up(next(resident))
+        await self.llm.warm_up(min(service.pools, key=lambda pool: _readiness(service, pool)))
 
     async def _rpc(self, method: str, call_args: tuple[object, ...]) -> Sequence[dict[str, object]]:
         replies: Sequence[dict[str, object]]
@@ -228,7 +281,7 @@ class _Server:
             PoolLine(
                 name=status.pool.name,
                 experts_per_layer=tuple(map(len, status.pool.expert_ids)),
-                state=_state(service.manager, status.pool),
+                state=_STATES[_readiness(service, status.pool)],
                 is_default=status.is_default,
             )
             for status in statuses
@@ -258,23 +311,34 @@ def _check_facts(facts: EngineFacts, plan: StartPlan) -> None:
         raise EngineDead("the engine's model runner does not hand pool rows to the model")
 
 
-async def _load_pools(manager: ResidencyManager, order: Sequence[ExpertPool]) -> None:
-    """Make pools resident as long as they fit; what does not is logged and left out."""
-    for pool in order:
+async def _load_pools(manager: ResidencyManager, plan: StartPlan) -> None:
+    """Make the pinned pools resident, then others as long as there is room."""
+    for pool in plan.pinned:
+        await manager.load(pool, pin=True)
+    for pool in plan.load_order:
+        if not manager.fits_now(pool):
+            logger.info(
+                "pool %s is loaded when it is asked for: no room beside the others", pool.name
+            )
+            continue
         try:
             await manager.load(pool)
-        except (PoolTooLarge, Unavailable) as error:
-            logger.warning("pool %s is not made resident: %s", pool.name, error)
+        except PoolLoadFailed:  # logged by the line; its requests will hear of it too
+            continue
 
 
-def _state(manager: ResidencyManager, pool: ExpertPool) -> str:
+_STATES = ("resident", "loaded when asked for", "does not fit")
+
+
+def _readiness(service: PoolService, pool: ExpertPool) -> int:
+    """Return 0 for a resident pool, 1 for one that can be loaded, 2 for one that cannot."""
+    if service.manager.is_resident(pool):
+        return 0
     try:
-        manager.check_available(pool)
-    except PoolTooLarge:
-        return "too large for the slab"
-    except Unavailable:
-        return "not resident"
-    return "resident"
+        service.manager.check_admissible(pool)
+    except (PoolTooLarge, Unavailable):
+        return 2
+    return 1
 
 
 def _log_progress() -> Callable[[int, int], None]:
@@ -293,9 +357,7 @@ def _log_progress() -> Callable[[int, int], None]:
 def _address(args: argparse.Namespace) -> ServerAddress:
     variable = None
     if args.api_key:
-        variable = "EMO_SERVE_API_KEY"
-    elif os.environ.get("VLLM_API_KEY"):
-        variable = "VLLM_API_KEY"
+        variable = "VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else "EMO_SERVE_API_KEY"
     return ServerAddress(
         host=args.host,
         port=args.port,
@@ -306,10 +368,11 @@ def _address(args: argparse.Namespace) -> ServerAddress:
 
 
 def _model_to_try(service: PoolService) -> str:
-    """Return a model name that can be answered now: a pool's, else the model's own."""
-    resident = [pool for pool in service.pools if service.manager.is_resident(pool)]
-    named = [pool.name for pool in resident if pool.name in service.catalog.pools]
-    return named[0] if named else service.names.base[0]
+    """Return a model name that can be answered: a resident pool's, else the readiest."""
+    named = list(service.catalog.pools.values())
+    if not named:
+        return service.names.base[0]
+    return min(named, key=lambda pool: _readiness(service, pool)).name
 
 
 # -- routes --

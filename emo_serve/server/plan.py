@@ -1,7 +1,7 @@
 """What start-up will do, decided before the engine starts: slots, pools and their order.
 
 A start takes a minute; a flag that cannot work is refused here, in a second. The plan loads
-nothing: it rehearses the loads on a SlotTable of its own.
+nothing: it rehearses what must fit on a SlotTable of its own.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ __all__ = ["StartPlan", "choose_slots", "make_plan"]
 
 @dataclass(frozen=True)
 class StartPlan:
-    """The model, its pools and what to make resident, in this order, as long as it fits.
+    """The model, its pools and what to make resident at start.
 
-    `experts_per_layer` has 0 for a dense layer; `num_slots` counts a layer's.
+    `pinned` pools come first and all fit together; then those of `load_order`, as long as there is
+    room; every other pool is loaded when it is asked for. `preferred` are the content hashes of the
+    pools that --preload names. `experts_per_layer` has 0 for a dense layer; `num_slots` counts a
+    layer's.
     """
 
     experts_per_layer: tuple[int, ...]
@@ -38,7 +41,9 @@ class StartPlan:
     catalog: PoolCatalog
     base_pool: ExpertPool
     names: ModelNames
+    pinned: tuple[ExpertPool, ...]
     load_order: tuple[ExpertPool, ...]
+    preferred: frozenset[str]
 
 
 def make_plan(
@@ -47,8 +52,13 @@ def make_plan(
     base_names: Sequence[str],
     dtype_bytes: int,
     tensor_parallel_size: int,
+    *,
+    persists: bool,
 ) -> StartPlan:
-    """Read the pools of a checkpoint and plan the start; raises ConfigError."""
+    """Read the pools of a checkpoint and plan the start; raises ConfigError.
+
+    With `persists`, pools added and removed while serving are written to --pools.
+    """
     config = checkpoint.config
     moe_layers = config.moe_layers
     experts_per_layer = tuple(layer.num_experts if layer else 0 for layer in moe_layers)
@@ -56,15 +66,27 @@ def make_plan(
         config.hidden_size, config.intermediate_size, dtype_bytes, tensor_parallel_size
     )
     num_slots = choose_slots(settings, experts_per_layer, slot_bytes)
-    catalog = PoolCatalog()
+    _check_host_memory(settings, slot_bytes)
+    fingerprint = checkpoint.fingerprint()
+    catalog = PoolCatalog((), moe_layers, fingerprint)
     if settings.pools_dir is not None:
-        fingerprint = checkpoint.fingerprint()
-        catalog = PoolCatalog.read(settings.pools_dir, moe_layers, fingerprint)
+        catalog = PoolCatalog.read(settings.pools_dir, moe_layers, fingerprint, persists=persists)
     names = ModelNames(tuple(base_names), settings.default_pool or BASE_POOL)
     names.check_free(tuple(catalog.pools))
     base_pool = ExpertPool.base(moe_layers, name=BASE_POOL)
     order = _load_order(settings, catalog, base_pool, num_slots >= max(experts_per_layer))
-    plan = StartPlan(experts_per_layer, num_slots, catalog, base_pool, names, order)
+    plan = StartPlan(
+        experts_per_layer,
+        num_slots,
+        catalog,
+        base_pool,
+        names,
+        pinned=tuple(_named(name, catalog, base_pool) for name in settings.pin),
+        load_order=order,
+        preferred=frozenset(
+            _named(name, catalog, base_pool).content_hash for name in settings.preload or ()
+        ),
+    )
     _rehearse(settings, plan, slot_bytes)
     return plan
 
@@ -86,13 +108,25 @@ def choose_slots(settings: ServeSettings, experts_per_layer: Sequence[int], slot
     return max(counts)
 
 
+def _check_host_memory(settings: ServeSettings, slot_bytes: int) -> None:
+    if 0 < settings.host_expert_bytes < slot_bytes:
+        raise ConfigError(
+            f"--host-expert-memory {format_gib(settings.host_expert_bytes)} holds no expert: one"
+            f" takes {format_gib(slot_bytes)}; raise it, or leave it out to keep none"
+        )
+
+
 def _load_order(
     settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool, holds_all: bool
 ) -> tuple[ExpertPool, ...]:
     """Return the base pool first if it fits, then --preload's or all, the default pool leading."""
     known = {**catalog.pools, base_pool.name: base_pool}
     preload, default = settings.preload, settings.default_pool
-    for flag, asked in (("--preload", preload or ()), ("--default-pool", [default or BASE_POOL])):
+    for flag, asked in (
+        ("--pin", settings.pin),
+        ("--preload", preload or ()),
+        ("--default-pool", [default or BASE_POOL]),
+    ):
         for name in _single_names(asked):
             if name not in known:
                 there_are = ", ".join(known)
@@ -121,22 +155,30 @@ def _single_names(names: Iterable[str]) -> list[str]:
 
 
 def _rehearse(settings: ServeSettings, plan: StartPlan, slot_bytes: int) -> None:
-    """Refuse a start after which no pool, or not the default pool, could be served."""
+    """Refuse a start after which no pool, or not the default pool, could ever be served."""
     table = SlotTable(plan.experts_per_layer, plan.num_slots)
-    for pool in plan.load_order:
-        needs = table.needs(pool.expert_ids)
-        if pool.content_hash not in table.keys and all(n.missing <= n.free for n in needs):
-            table.begin(table.plan_load(pool.content_hash, pool.expert_ids))
-            table.finish(pool.content_hash)
-    if not table.keys:
+    for pool in plan.pinned:
+        if pool.content_hash in table.keys:
+            continue
+        if not table.fits(pool.expert_ids):
+            raise ConfigError(
+                f"--pin {','.join(settings.pin)}: these pools do not fit together in"
+                f" {plan.num_slots} slots a layer, {pool.name!r} is too much; pin fewer, or raise"
+                f" --expert-memory or --expert-slots"
+            )
+        table.begin(table.plan_load(pool.content_hash, pool.expert_ids))
+        table.finish(pool.content_hash)
+    pools = (plan.base_pool, *plan.catalog.pools.values())
+    if not any(table.fits(pool.expert_ids) for pool in pools):
         raise ConfigError(_nothing_fits(plan, slot_bytes))
     if settings.default_pool is None:
         return
     pool = _named(settings.default_pool, plan.catalog, plan.base_pool)
-    if not table.covers(pool.expert_ids):
+    if not table.fits(pool.expert_ids):
+        beside = " beside the pinned pools" if plan.pinned else ""
         raise ConfigError(
-            f"--default-pool {settings.default_pool} would not be resident beside what is loaded"
-            f" before it; put it first in --preload, or raise --expert-memory or --expert-slots"
+            f"--default-pool {settings.default_pool} does not fit in {plan.num_slots} slots a"
+            f" layer{beside}; raise --expert-memory or --expert-slots"
         )
 
 
@@ -149,9 +191,7 @@ def _nothing_fits(plan: StartPlan, slot_bytes: int) -> str:
             f" {format_gib(total * slot_bytes)} a device, and there is no other pool: give --pools,"
             f" or raise --expert-memory or --expert-slots{refused}"
         )
-    if not plan.load_order:
-        return "--preload names no pool, so none would be resident; name one or leave it out"
-    smallest = min(plan.load_order, key=lambda pool: max(map(len, pool.expert_ids)))
+    smallest = min(plan.catalog.pools.values(), key=lambda pool: max(map(len, pool.expert_ids)))
     needed = max(map(len, smallest.expert_ids))
     return (
         f"no pool fits {plan.num_slots} slots a layer: the smallest, {smallest.name!r}, needs"

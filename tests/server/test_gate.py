@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any
 
+from emo_serve.errors import EmoServeError, LoadDeadlineExceeded
 from emo_serve.server.gate import Message, RequestGate, Scope, Send, current_request
 from tests.fakes import settle
 
@@ -147,3 +148,55 @@ async def test_other_protocols_pass_untouched() -> None:
     gate.close()
     await gate({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
     assert seen == [{"type": "lifespan"}]
+
+
+class Stream:
+    """An app that begins a stream at once, as Starlette does, and then waits for its pool."""
+
+    def __init__(self) -> None:
+        self.admissions: list[asyncio.Future[EmoServeError | None]] = [
+            asyncio.get_running_loop().create_future() for _ in range(2)
+        ]
+
+    async def __call__(self, scope: Scope, receive: object, send: Send) -> None:
+        current_request().admissions += self.admissions
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"data: token", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def test_a_stream_begins_when_every_engine_request_has_its_pool() -> None:
+    app = Stream()
+    client = Client(RequestGate(app))
+    request = asyncio.create_task(client.request())
+    app.admissions[1].set_result(None)
+    await settle()
+    assert client.sent == []
+    app.admissions[0].set_result(None)
+    await request
+    assert client.status == 200
+    assert [message.get("body") for message in client.sent[1:]] == [b"data: token", b""]
+
+
+async def test_a_stream_whose_pool_cannot_be_had_is_an_error_and_never_begins() -> None:
+    app = Stream()
+    client = Client(RequestGate(app))
+    request = asyncio.create_task(client.request())
+    app.admissions[0].set_result(None)
+    app.admissions[1].set_result(LoadDeadlineExceeded("too late", retry_after_seconds=9))
+    await request
+    assert (client.status, client.headers[b"retry-after"]) == (503, b"9")
+    assert len(client.sent) == 2
+    assert json.loads(client.sent[1]["body"])["error"]["message"] == "too late"
+
+
+async def test_a_client_that_leaves_before_its_stream_begins_is_let_go() -> None:
+    app = Stream()
+    gate = RequestGate(app)
+    client = Client(gate)
+    request = asyncio.create_task(client.request())
+    await settle()
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
+    assert (client.sent, gate.num_running) == ([], 0)
+    assert not app.admissions[0].cancelled()  # others may look at it

@@ -15,9 +15,12 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from emo_serve.errors import EngineDead, LoadDeadlineExceeded
 from emo_serve.metrics import PoolMetrics
+from emo_serve.server.gate import RequestContext
+from emo_serve.server.http_errors import REFUSAL_REASONS
 from emo_serve.server.pool_service import PoolService
-from emo_serve.server.vllm_openai import REFUSAL_REASONS, PooledLLM
+from emo_serve.server.vllm_openai import PooledLLM
 from tests.fakes import FakeEngine, settle
 from tests.server.pools import service_of
 
@@ -95,6 +98,14 @@ async def bench(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> Bench:
     return Bench(service, script)
 
 
+@pytest.fixture
+def context(monkeypatch: pytest.MonkeyPatch) -> RequestContext:
+    """The HTTP request that all of a test's generation belongs to."""
+    context = RequestContext()
+    monkeypatch.setattr("emo_serve.server.vllm_openai.current_request", lambda: context)
+    return context
+
+
 async def read(stream: AsyncIterator[RequestOutput]) -> list[RequestOutput]:
     return [item async for item in stream]
 
@@ -120,7 +131,6 @@ async def test_a_request_is_placed_in_its_pools_row_with_its_pools_salt(bench: B
         ("math+hot", VLLMValidationError, "bad_request"),
         ("emo", VLLMValidationError, "pool_too_large"),
         (None, VLLMValidationError, "pool_too_large"),
-        ("law", GracefulHTTPError, "pool_not_resident"),
     ],
 )
 async def test_refusals_are_raised_before_anything_is_returned(
@@ -137,11 +147,15 @@ async def test_pooling_requests_are_refused(bench: Bench) -> None:
         bench.llm.encode("prompt", None, "id")
 
 
-async def test_a_generator_that_is_never_read_takes_no_lease(bench: Bench) -> None:
+async def test_a_generator_that_is_dropped_unread_leaves_no_lease_behind(bench: Bench) -> None:
     stream = bench.generate("math")
     await settle()
+    assert bench.running("math") == 1  # it is under way before it is read
+    del stream
+    await settle()
     assert bench.running("math") == 0
-    await stream.aclose()
+    assert bench.script.num_aborted == 1
+    assert bench.sample("requests_total", pool="math", outcome="aborted") == 1
 
 
 async def test_the_lease_lasts_as_long_as_the_engine_works_not_as_the_client_reads(
@@ -197,11 +211,11 @@ async def test_an_error_of_the_engine_reaches_the_reader(bench: Bench) -> None:
 async def test_a_union_is_published_once_and_read_in_its_own_row(
     bench: Bench, engine: FakeEngine
 ) -> None:
-    before = engine.num_published
+    before = len(engine.operations)
     for _ in range(2):
         bench.script.feed(output("a", [1], finished=True))
         await read(bench.generate("code+math"))
-    assert engine.num_published == before + 1
+    assert len(engine.operations) == before + 1
     rows = {params.extra_args["emo_pool_row"] for _, params, _, _ in bench.script.calls}
     assert rows == {3}
 
@@ -209,13 +223,41 @@ async def test_a_union_is_published_once_and_read_in_its_own_row(
 async def test_a_union_that_cannot_be_published_is_the_requests_error(
     bench: Bench, engine: FakeEngine
 ) -> None:
-    from emo_serve.errors import EngineDead
-
     engine.failure = EngineDead("rank 0 failed")
     with pytest.raises(GracefulHTTPError, match="rank 0 failed") as error:
         await read(bench.generate("code+math"))
     assert error.value.http_status == 500
     assert bench.script.calls == []
+
+
+async def test_a_request_whose_pool_must_be_loaded_waits_and_no_other_does(
+    bench: Bench, engine: FakeEngine, context: RequestContext
+) -> None:
+    engine.is_holding = True
+    law = bench.generate("law")
+    load = await engine.next_held()
+    bench.script.feed(output("a", [1], finished=True))
+    assert (await read(bench.generate("code")))[-1].finished  # math went: asked for longer ago
+    first, second = context.admissions
+    assert (first.done(), second.result()) == (False, None)
+    load.release()
+    bench.script.feed(output("b", [1], finished=True))
+    assert (await read(law))[-1].outputs[0].text == "b"
+    assert first.result() is None
+
+
+async def test_a_wait_that_is_too_long_is_told_to_the_gate_and_to_the_reader(
+    bench: Bench, engine: FakeEngine, context: RequestContext
+) -> None:
+    engine.is_holding = True
+    bench.service.manager._line._deadline_seconds = 0.0  # rather than a minute of waiting
+    stream = bench.generate("law")
+    with pytest.raises(GracefulHTTPError, match="pool 'law' was not loaded within 0 s") as error:
+        await read(stream)
+    assert error.value.http_status == 503
+    assert isinstance(await context.refusal(), LoadDeadlineExceeded)
+    assert context.retry_after_seconds == 1
+    assert bench.sample("refused_requests_total", reason="load_deadline") == 1
 
 
 async def test_requests_and_tokens_are_counted_by_pool(bench: Bench) -> None:

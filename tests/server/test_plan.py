@@ -34,7 +34,7 @@ def pools_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(checkpoint: Checkpoint, settings: ServeSettings, **changes: Any) -> StartPlan:
-    return make_plan(replace(settings, **changes), checkpoint, ["emo"], 4, 1)
+    return make_plan(replace(settings, **changes), checkpoint, ["emo"], 4, 1, persists=True)
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def test_memory_is_turned_into_slots_of_the_dtype_and_the_device(
     checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:
     memory = replace(settings, expert_memory_bytes=3 * 20 * SLOT_BYTES)
-    assert make_plan(memory, checkpoint, ["emo"], 4, 1).num_slots == 20
-    assert make_plan(memory, checkpoint, ["emo"], 2, 1).num_slots == 32
-    assert make_plan(memory, checkpoint, ["emo"], 4, 2).num_slots == 32
+    assert make_plan(memory, checkpoint, ["emo"], 4, 1, persists=True).num_slots == 20
+    assert make_plan(memory, checkpoint, ["emo"], 2, 1, persists=True).num_slots == 32
+    assert make_plan(memory, checkpoint, ["emo"], 4, 2, persists=True).num_slots == 32
 
 
 def test_preload_decides_which_pools_and_in_which_order(
@@ -80,6 +80,29 @@ def test_preload_decides_which_pools_and_in_which_order(
 ) -> None:
     plan = plan_of(checkpoint, settings, expert_slots=20, preload=("math", "law"))
     assert order(plan) == ["math", "law"]
+
+
+def test_nothing_need_be_loaded_at_start(checkpoint: Checkpoint, settings: ServeSettings) -> None:
+    plan = plan_of(checkpoint, settings, expert_slots=16, preload=(), default_pool="law")
+    assert order(plan) == []
+
+
+def test_pinned_and_preferred_pools_are_named_by_their_flags(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    plan = plan_of(checkpoint, settings, pin=("law",), preload=("math", "code"))
+    assert [pool.name for pool in plan.pinned] == ["law"]
+    hashes = {plan.catalog.resolve(name).content_hash for name in ("math", "code")}
+    assert plan.preferred == hashes
+    assert plan_of(checkpoint, settings).preferred == frozenset()
+
+
+def test_only_the_operators_own_directory_is_written_to(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    assert plan_of(checkpoint, settings).catalog.persists
+    shipped = make_plan(settings, checkpoint, ["emo"], 4, 1, persists=False)
+    assert not shipped.catalog.persists
 
 
 def test_with_room_for_all_preload_leaves_no_pool_out(
@@ -105,12 +128,14 @@ def test_the_default_pool_is_loaded_first(checkpoint: Checkpoint, settings: Serv
         ({"default_pool": "math+nope"}, "--default-pool: there is no pool 'nope'"),
         ({"expert_slots": 33}, "--expert-slots is 33; a layer has at most 32"),
         ({"expert_slots": 4}, "no pool fits 4 slots a layer: the smallest, 'code', needs"),
-        ({"expert_slots": 20, "preload": ()}, "--preload names no pool"),
+        ({"expert_slots": 20, "default_pool": "base"}, "--default-pool base does not fit in 20"),
+        ({"pin": ("nope",)}, "--pin: there is no pool 'nope'"),
+        ({"expert_slots": 16, "pin": ("math", "law")}, "--pin math,law: these pools do not fit"),
         (
-            {"expert_slots": 16, "default_pool": "law", "preload": ("math", "law")},
-            "--default-pool law would not be resident",
+            {"expert_slots": 16, "default_pool": "law", "pin": ("math",)},
+            "--default-pool law does not fit in 16 slots a layer beside the pinned pools",
         ),
-        ({"expert_slots": 20, "default_pool": "base"}, "--default-pool base would not be resident"),
+        ({"host_expert_bytes": SLOT_BYTES - 1}, "--host-expert-memory"),
         ({"pools_dir": None, "expert_slots": 20}, "20 slots a layer do not hold the base pool"),
     ],
 )
@@ -126,7 +151,7 @@ def test_a_pool_called_like_the_model_is_refused(
     checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:
     with pytest.raises(ConfigError, match="--served-model-name"):
-        make_plan(settings, checkpoint, ["math"], 4, 1)
+        make_plan(settings, checkpoint, ["math"], 4, 1, persists=True)
 
 
 def test_a_bad_pool_file_costs_only_its_own_pool(
