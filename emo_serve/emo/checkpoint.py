@@ -1,8 +1,10 @@
 """Checkpoints in the released layout: names, the safetensors index, lazy reads and checks.
 
 An expert is three tensors, `model.layers.L.mlp.experts.E.{gate,up,down}_proj.weight`; everything
-else is trunk. Files are mapped, not read: a tensor costs I/O when it is asked for, a slice of it
-only that slice. Shapes are checked against the config before any byte of the tensor is read.
+else is trunk. A tensor costs I/O when it is asked for, rows of it only those rows (`tensor_file`).
+Shapes are checked against the config before any byte of the tensor is read.
+
+Shapes: D hidden size, F expert width.
 """
 
 from __future__ import annotations
@@ -10,18 +12,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from emo_serve.emo.config import EmoConfig, MoeLayer, load_config
 from emo_serve.emo.model import EmoForCausalLM, EmoMoe, inverse_frequencies
+from emo_serve.emo.tensor_file import TensorFile
 from emo_serve.errors import CheckpointError
 
 __all__ = [
@@ -36,7 +38,7 @@ __all__ = [
 
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 _INDEX = "model.safetensors.index.json"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_MATRICES = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,17 @@ def gate_name(layer: int) -> str:
 class Checkpoint:
     """A checkpoint directory, opened for lazy reads.
 
-    Not safe for concurrent use from several threads; each reader opens its own. Raises
-    CheckpointError naming file, tensor, value and what was expected.
+    Safe for use by several threads. A file is opened when it is first needed and then held; what
+    happens to it afterwards is an error. Raises CheckpointError naming file, tensor, value and
+    what was expected.
     """
 
     def __init__(self, directory: Path, config: EmoConfig, files: dict[str, Path]) -> None:
         self.directory = directory
         self.config = config
         self._files = files
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, TensorFile] = {}
+        self._opening = threading.Lock()
 
     @classmethod
     def open(cls, directory: Path | str) -> Checkpoint:
@@ -99,8 +103,9 @@ class Checkpoint:
     def expert_bytes(self) -> int:
         """Return the bytes of one expert in the checkpoint's dtype."""
         layer = next(i for i, moe in enumerate(self.config.moe_layers) if moe is not None)
-        dtype = self._slice(expert_tensor_name(layer, 0, "gate")).get_dtype()
-        return 3 * self.config.hidden_size * self.config.intermediate_size * _DTYPES[dtype].itemsize
+        name = expert_tensor_name(layer, 0, "gate")
+        itemsize = self.file_of(name).dtype(name).itemsize
+        return 3 * self.config.hidden_size * self.config.intermediate_size * itemsize
 
     def trunk_names(self) -> Iterator[str]:
         """Yield the names of all tensors that are not an expert's."""
@@ -108,22 +113,31 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Read one whole tensor."""
-        return self._read(name, slice(None), dim=0)
+        return self.file_of(name).read(name)
 
-    def expert(self, layer: int, expert: int, shard: int = 0, num_shards: int = 1) -> ExpertWeights:
-        """Read one expert, or the `shard`-th of `num_shards` equal parts of its width F."""
-        width = self.config.intermediate_size
-        if width % num_shards:
-            raise CheckpointError(f"intermediate_size {width} does not divide by {num_shards}")
-        part = slice(width * shard // num_shards, width * (shard + 1) // num_shards)
-        shapes = {"gate": (width, self.config.hidden_size), "up": (width, self.config.hidden_size)}
-        shapes["down"] = (self.config.hidden_size, width)
-        weights = []
-        for matrix, shape in shapes.items():
+    def expert(self, layer: int, expert: int) -> ExpertWeights:
+        """Read one whole expert."""
+        self.check_expert(layer, expert)
+        names = [expert_tensor_name(layer, expert, matrix) for matrix in _MATRICES]
+        return ExpertWeights(*(self.tensor(name) for name in names))
+
+    def check_expert(self, layer: int, expert: int) -> None:
+        """Raise unless an expert's files are whole, as they were, and hold it; reads no weights."""
+        width, hidden = self.config.intermediate_size, self.config.hidden_size
+        files = set()
+        for matrix in _MATRICES:
             name = expert_tensor_name(layer, expert, matrix)
-            self._check_shape(name, shape)
-            weights.append(self._read(name, part, dim=1 if matrix == "down" else 0))
-        return ExpertWeights(*weights)
+            file = self.file_of(name)
+            expected = (hidden, width) if matrix == "down" else (width, hidden)
+            shape = file.info(name).shape
+            if shape != expected:
+                raise CheckpointError(
+                    f"{file.path}: {name} has shape {shape}, the config says {expected}"
+                )
+            file.dtype(name)
+            files.add(file)
+        for file in files:
+            file.check()
 
     def fingerprint(self) -> str:
         """Return a hex digest of what a pool depends on: layers, routing rules and gates."""
@@ -139,34 +153,15 @@ class Checkpoint:
 
     # -- files --
 
-    def _slice(self, name: str) -> Any:
+    def file_of(self, name: str) -> TensorFile:
+        """Return the open file that holds a tensor."""
         if name not in self._files:
             raise CheckpointError(f"{self.directory}: tensor {name} is missing")
         path = self._files[name]
-        try:
+        with self._opening:
             if path not in self._open:
-                self._open[path] = safe_open(path, framework="pt", device="cpu")
-            return self._open[path].get_slice(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
-
-    def _read(self, name: str, part: slice, dim: int) -> Tensor:
-        view = self._slice(name)
-        if view.get_dtype() not in _DTYPES:
-            raise CheckpointError(
-                f"{self._files[name]}: {name} is {view.get_dtype()}, expected {', '.join(_DTYPES)}"
-            )
-        try:
-            return view[part] if dim == 0 else view[:, part]  # type: ignore[no-any-return]
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self._files[name]}: {name} is unreadable: {error}") from error
-
-    def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
-        shape = tuple(self._slice(name).get_shape())
-        if shape != expected:
-            raise CheckpointError(
-                f"{self._files[name]}: {name} has shape {shape}, the config says {expected}"
-            )
+                self._open[path] = TensorFile(path)
+            return self._open[path]
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -184,11 +179,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         return files
     files = {}
     for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as opened:
-                files.update(dict.fromkeys(opened.keys(), path))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        files.update(dict.fromkeys(TensorFile(path).names, path))
     if not files:
         raise CheckpointError(f"{directory} has no *.safetensors files")
     return files
@@ -216,7 +207,7 @@ def _expected_names(config: EmoConfig) -> Iterator[str]:
 
 def _expert_names(index: int, moe: MoeLayer) -> Iterator[str]:
     for expert in range(moe.num_experts):
-        for matrix in ("gate", "up", "down"):
+        for matrix in _MATRICES:
             yield expert_tensor_name(index, expert, matrix)
 
 

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 ADDITIONAL_CONFIG_KEY = "emo_serve"
-"""Key of EngineArgs.additional_config; its value holds num_slots, num_pools and moe_backend."""
+"""Key of EngineArgs.additional_config; its value holds the fields of settings.PluginSettings."""
 
 LOAD_FORMAT = "emo"
 """Load format that reads the trunk only; experts come by worker calls."""

@@ -1,7 +1,7 @@
 """Expert maths over a slab of slots: the kernels behind `PooledMoE`.
 
-A backend owns how weights lie in the slab (`pack`) and computes with slot ids only; which expert
-sits in which slot is not its business.
+A backend owns how weights lie in the slab (`pack_into`) and computes with slot ids only; which
+expert sits in which slot is not its business.
 
 Shapes: T tokens, D hidden size, F expert width on this rank, S slots, K experts a token.
 """
@@ -20,12 +20,18 @@ __all__ = ["CpuBackend", "MoeBackend", "ReferenceBackend", "choose_backend"]
 
 
 class MoeBackend(Protocol):
-    """Compute experts from slots."""
+    """Compute experts from slots.
+
+    A matrix can be packed in parts of `row_block` rows, or a multiple: each gives the bytes that it
+    has in the whole. `keeps_layout` tells that packing is copying.
+    """
 
     name: str
+    row_block: int
+    keeps_layout: bool
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """Return one expert's matrix as the slab stores it: same shape, dtype and bytes."""
+    def pack_into(self, out: Tensor, weight: Tensor) -> None:
+        """Write rows of an expert's matrix as the slab stores them; both contiguous, alike."""
 
     def __call__(
         self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, w13: Tensor, w2: Tensor
@@ -40,9 +46,11 @@ class ReferenceBackend:
     """Plain torch, any device and shape; one host sync a call, so no CUDA graphs."""
 
     name = "reference"
+    row_block = 1
+    keeps_layout = True
 
-    def pack(self, weight: Tensor) -> Tensor:
-        return weight
+    def pack_into(self, out: Tensor, weight: Tensor) -> None:
+        out.copy_(weight)
 
     def __call__(
         self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, w13: Tensor, w2: Tensor
@@ -61,15 +69,17 @@ class CpuBackend:
 
     name = "cpu"
     alignment = 32  # vllm 0.32.0, fused_moe/experts/cpu_moe.py: output_alignment
+    row_block = alignment
+    keeps_layout = False
 
     def __init__(self) -> None:
         from vllm import _custom_ops
 
         self._ops = _custom_ops
 
-    def pack(self, weight: Tensor) -> Tensor:
-        packed: Tensor = self._ops.cpu_prepack_moe_weight(weight[None].contiguous(), "vec")
-        return packed[0]
+    def pack_into(self, out: Tensor, weight: Tensor) -> None:
+        # vLLM's cpu_prepack_moe_weight, but into memory that is there.
+        torch.ops._C.prepack_moe_weight(weight[None], out[None], "vec")
 
     def __call__(
         self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, w13: Tensor, w2: Tensor

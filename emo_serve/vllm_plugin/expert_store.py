@@ -1,40 +1,234 @@
-"""Where experts live when they hold no slot: the checkpoint's files, mapped and read on demand.
+"""Where experts live when they hold no slot: host memory, and below it the checkpoint's files.
 
-Each rank reads only its own part of an expert's width. The store counts what it reads, which is how
-we show that start-up does not read the whole checkpoint.
+What comes out is packed: in the slab's dtype and layout, ready to be copied. Host memory is one
+arena of places for one expert each, taken whole at start-up and never more; the least recently used
+expert makes room. With CUDA the arena is pinned. It is registered rather than allocated as pinned:
+torch's pinned allocator rounds up to a power of two. Without host memory an expert is packed where
+the caller says.
+
+Each rank holds its own part of an expert's width. Reading and packing go in pieces, one for each
+step of a generator, so that a background load can stand aside between two.
 
 Shapes: D hidden size, F expert width on this rank.
 """
 
 from __future__ import annotations
 
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from collections import OrderedDict
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 
-from emo_serve.emo.checkpoint import Checkpoint, ExpertWeights
+import torch
+from torch import Tensor
 
-__all__ = ["ExpertStore", "shard_of"]
+from emo_serve.emo.checkpoint import Checkpoint, expert_tensor_name
+from emo_serve.emo.tensor_file import TensorFile
+from emo_serve.vllm_plugin.backends import MoeBackend
+
+__all__ = [
+    "PIECE_BYTES",
+    "ExpertShape",
+    "ExpertStore",
+    "HostMemory",
+    "PackedExpert",
+    "StoreCounts",
+]
+
+PIECE_BYTES = 256 << 10
+"""What is read, packed or copied in one step."""
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """One rank's part of an expert: sizes, dtype in the slab, and which part it is."""
+
+    hidden_size: int
+    width: int
+    dtype: torch.dtype
+    rank: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of this part of an expert."""
+        return 3 * self.hidden_size * self.width * self.dtype.itemsize
+
+    def view(self, memory: Tensor) -> PackedExpert:
+        """Return `num_bytes` of memory as an expert's matrices."""
+        flat = memory.view(self.dtype)
+        w13, w2 = flat.split([2 * self.width * self.hidden_size, self.hidden_size * self.width])
+        return PackedExpert(
+            w13.view(2 * self.width, self.hidden_size), w2.view(self.hidden_size, self.width)
+        )
+
+
+@dataclass(eq=False)
+class PackedExpert:
+    """Memory for one packed expert, w13 [2F, D] and w2 [D, F].
+
+    `in_flight` is the event behind a copy that still reads it; set by who copies from it.
+    """
+
+    w13: Tensor
+    w2: Tensor
+    in_flight: torch.cuda.Event | None = None
+
+    def wait_until_free(self) -> None:
+        """Wait for a copy that still reads this memory."""
+        if self.in_flight is not None:
+            self.in_flight.synchronize()
+            self.in_flight = None
+
+
+@dataclass(frozen=True)
+class StoreCounts:
+    """What a store has done so far: bytes read from files, and experts found in each tier."""
+
+    bytes_read: int = 0
+    disk_reads: int = 0
+    host_hits: int = 0
+
+    def since(self, before: StoreCounts) -> StoreCounts:
+        """Return what was added after `before`."""
+        return StoreCounts(
+            self.bytes_read - before.bytes_read,
+            self.disk_reads - before.disk_reads,
+            self.host_hits - before.host_hits,
+        )
+
+
+class HostMemory:
+    """Packed experts by (layer, expert), the least recently used first to go; one thread's."""
+
+    def __init__(self, num_bytes: int, shape: ExpertShape, *, is_pinned: bool) -> None:
+        count = num_bytes // shape.num_bytes
+        self._arena = torch.empty((count, shape.num_bytes), dtype=torch.uint8, device="cpu")
+        if is_pinned and count:
+            status = torch.cuda.cudart().cudaHostRegister(
+                self._arena.data_ptr(), self._arena.nbytes, 0
+            )
+            torch.cuda.check_error(status)
+        self._free = [shape.view(part) for part in self._arena]
+        self._held: OrderedDict[tuple[int, int], PackedExpert] = OrderedDict()
+        self.num_bytes = self._arena.nbytes
+
+    def get(self, key: tuple[int, int]) -> PackedExpert | None:
+        """Return an expert that is here, which is then the last to go."""
+        found = self._held.get(key)
+        if found is not None:
+            self._held.move_to_end(key)
+        return found
+
+    def take(self) -> PackedExpert | None:
+        """Return memory to fill, the oldest expert's if need be; None if there is none at all."""
+        if self._free:
+            return self._free.pop()
+        return self._held.popitem(last=False)[1] if self._held else None
+
+    def put(self, key: tuple[int, int], filled: PackedExpert) -> None:
+        """Remember an expert in memory that `take` returned."""
+        assert key not in self._held
+        self._held[key] = filled
+
+    def give_back(self, memory: PackedExpert) -> None:
+        """Return memory of `take` that was not filled."""
+        self._free.append(memory)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 class ExpertStore:
-    """Read experts of one checkpoint, this rank's part."""
+    """Read and pack experts of one checkpoint, this rank's part; for one load at a time."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, backend: MoeBackend, shape: ExpertShape, host: HostMemory
+    ) -> None:
         self._checkpoint = checkpoint
-        self.bytes_read = 0
+        self._backend = backend
+        self._shape = shape
+        self.host = host
+        self._rows: dict[torch.dtype, Tensor] = {}  # memory for one piece as the file has it
+        self.counts = StoreCounts()
 
-    def read(self, layer: int, expert: int) -> ExpertWeights:
-        """Return one expert in the checkpoint's dtype; raises CheckpointError."""
-        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        weights = self._checkpoint.expert(layer, expert, shard=rank, num_shards=ranks)
-        self.bytes_read += weights.num_bytes
-        return weights
+    def fetch(
+        self, layer: int, expert: int, spare: PackedExpert
+    ) -> Generator[None, None, PackedExpert]:
+        """Have one expert packed in memory, a piece a step, and return where it is.
 
+        That is host memory, where it stays until the next fetch, or `spare` if there is none.
+        Raises CheckpointError; a fetch that does not come to its end leaves nothing behind.
+        """
+        key = (layer, expert)
+        held = self.host.get(key)
+        if held is not None:
+            self._count(host_hits=1)
+            return held
+        memory = self.host.take()
+        if memory is None:
+            yield from self._fill(layer, expert, spare)
+            return spare
+        try:
+            yield from self._fill(layer, expert, memory)
+        except BaseException:
+            self.host.give_back(memory)
+            raise
+        self.host.put(key, memory)
+        return memory
 
-def shard_of(weights: ExpertWeights) -> ExpertWeights:
-    """Return this rank's part of a whole expert."""
-    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    return ExpertWeights(
-        weights.gate_FD.chunk(ranks)[rank],
-        weights.up_FD.chunk(ranks)[rank],
-        weights.down_DF.chunk(ranks, dim=1)[rank],
-    )
+    def count_trunk(self, num_bytes: int) -> None:
+        """Add what was read from the same files for the trunk."""
+        self._count(bytes_read=num_bytes)
+
+    def _count(self, bytes_read: int = 0, disk_reads: int = 0, host_hits: int = 0) -> None:
+        now = self.counts
+        self.counts = StoreCounts(
+            now.bytes_read + bytes_read, now.disk_reads + disk_reads, now.host_hits + host_hits
+        )
+
+    def _fill(self, layer: int, expert: int, memory: PackedExpert) -> Iterator[None]:
+        memory.wait_until_free()
+        self._checkpoint.check_expert(layer, expert)
+        width = self._shape.width
+        part = slice(self._shape.rank * width, (self._shape.rank + 1) * width)
+        everything = slice(0, self._shape.hidden_size)
+        gate, up = memory.w13.split(width)
+        for matrix, out, rows, columns in (
+            ("gate", gate, part, everything),
+            ("up", up, part, everything),
+            ("down", memory.w2, everything, part),
+        ):
+            name = expert_tensor_name(layer, expert, matrix)
+            yield from self._fill_matrix(name, out, rows.start, columns)
+        self._count(disk_reads=1)
+
+    def _fill_matrix(
+        self, name: str, out: Tensor, first_row: int, columns: slice
+    ) -> Iterator[None]:
+        """Read and pack rows from `first_row` on, of which `columns` are this rank's.
+
+        Rows are read whole: a rank's part of one is less than the page that the kernel reads.
+        """
+        file = self._checkpoint.file_of(name)
+        row_bytes = file.info(name).num_bytes // file.info(name).shape[0]
+        block = self._backend.row_block
+        step = max(1, PIECE_BYTES // row_bytes // block) * block
+        for start in range(0, len(out), step):
+            stop = min(start + step, len(out))
+            self._pack_rows(file, name, out[start:stop], first_row + start, columns)
+            self._count(bytes_read=(stop - start) * row_bytes)
+            yield
+
+    def _pack_rows(
+        self, file: TensorFile, name: str, out: Tensor, first_row: int, columns: slice
+    ) -> None:
+        rows, dtype = slice(first_row, first_row + len(out)), file.dtype(name)
+        num_columns = file.info(name).shape[1]
+        is_whole = out.shape[1] == num_columns
+        if self._backend.keeps_layout and is_whole and dtype == out.dtype:
+            file.read_rows(name, rows, out)
+            return
+        count = len(out) * num_columns
+        if dtype not in self._rows or self._rows[dtype].numel() < count:
+            self._rows[dtype] = torch.empty(count, dtype=dtype)
+        raw = file.read_rows(name, rows, self._rows[dtype][:count].view(len(out), num_columns))
+        self._backend.pack_into(out, raw[:, columns].to(out.dtype).contiguous())

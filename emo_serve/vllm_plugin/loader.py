@@ -1,7 +1,7 @@
 """The load format `emo`: the trunk now, experts when the front end asks for them.
 
 Replaces vLLM's DefaultModelLoader, which reads every tensor of the checkpoint. Here start-up reads
-the trunk only; `EmoForCausalLM.load_experts` reads the rest, expert by expert, from the same files.
+the trunk only; loads (`loads.py`) read the rest, expert by expert, from the same files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from emo_serve.emo.checkpoint import Checkpoint, expert_tensor_name
 from emo_serve.errors import ConfigError
 from emo_serve.vllm_plugin import LOAD_FORMAT
-from emo_serve.vllm_plugin.expert_store import ExpertStore
 
 __all__ = ["EmoModelLoader", "register_loader"]
 
@@ -37,13 +36,13 @@ class EmoModelLoader(BaseModelLoader):
         """Load the trunk; without a front end, all experts too."""
         self.download_model(model_config)
         checkpoint = Checkpoint.open(model_config.model)
-        model.store = ExpertStore(checkpoint)
+        model.open_store(checkpoint)
         model.load_weights(self._tensors(model, checkpoint))
 
     def _tensors(self, model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         for name in checkpoint.trunk_names():
             tensor = checkpoint.tensor(name)
-            model.store.bytes_read += tensor.nbytes
+            model.store.count_trunk(tensor.nbytes)
             yield name, tensor
         if not model.settings.holds_all:
             return

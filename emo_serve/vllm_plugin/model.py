@@ -10,14 +10,15 @@ Shapes: T tokens of the step (padding included), D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -36,12 +37,13 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from emo_serve.emo.checkpoint import ExpertWeights, parse_expert_name
+from emo_serve.emo.checkpoint import Checkpoint, parse_expert_name
 from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.errors import CheckpointError
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.batch_pools import BASE_POOL_ROW, EmoModelState
-from emo_serve.vllm_plugin.expert_store import ExpertStore, shard_of
+from emo_serve.vllm_plugin.expert_store import ExpertShape, ExpertStore, HostMemory, PackedExpert
+from emo_serve.vllm_plugin.loads import CpuMover, CudaMover, ExpertLoad, Mover, SlotCopy
 from emo_serve.vllm_plugin.moe import PooledMoE
 from emo_serve.vllm_plugin.settings import (
     PluginSettings,
@@ -90,6 +92,13 @@ class EmoForCausalLM(nn.Module):
         self.moe_layers = {
             i: block for i, block in enumerate(blocks) if isinstance(block, PooledMoE)
         }
+        ranks = get_tensor_model_parallel_world_size()
+        self.expert_shape = ExpertShape(
+            self.config.hidden_size,
+            self.config.intermediate_size // ranks,
+            vllm_config.model_config.dtype,
+            get_tensor_model_parallel_rank(),
+        )
         self.store: ExpertStore | None = None
         self.trunk_bytes = 0
 
@@ -131,8 +140,7 @@ class EmoForCausalLM(nn.Module):
             parts = experts.setdefault((layer, expert), {})
             parts[matrix] = weight
             if len(parts) == 3:
-                whole = ExpertWeights(parts["gate"], parts["up"], parts["down"])
-                self._place(layer, expert, slot=expert, weights=shard_of(whole))
+                self._place(layer, expert, parts)
                 del experts[layer, expert]
         # Counted now: vLLM's CPU linear layers repack their weights afterwards and drop these.
         self.trunk_bytes = sum(p.nbytes for p in self.parameters())
@@ -140,27 +148,63 @@ class EmoForCausalLM(nn.Module):
             self._publish_base()
         return loaded.names
 
-    def load_experts(self, copies: Iterable[tuple[int, int, int]]) -> None:
-        """Copy experts from the store into slots, each (layer, expert, slot).
+    def open_store(self, checkpoint: Checkpoint) -> ExpertStore:
+        """Make ready for loads out of a checkpoint; takes the host memory of the settings."""
+        device = self.base_rows.device
+        is_cuda = device.type == "cuda"
+        host = HostMemory(self.settings.host_expert_bytes, self.expert_shape, is_pinned=is_cuda)
+        self.store = ExpertStore(checkpoint, self.backend, self.expert_shape, host)
+        self.mover: Mover = (
+            CudaMover(self.store, self._slot, self.expert_shape, device)
+            if is_cuda
+            else CpuMover(self.store, self._slot)
+        )
+        return self.store
 
-        Raises CheckpointError; slots already copied then hold experts nobody was promised.
-        """
+    def start_load(self, load_id: int, copies: Sequence[SlotCopy]) -> ExpertLoad:
+        """Copy experts into slots beside the engine's steps; raises for what is not there."""
         if self.store is None:
             raise CheckpointError("this engine was not started with --load-format emo")
         for layer, expert, slot in copies:
-            self._place(layer, expert, slot, self.store.read(layer, expert))
+            moe = self.moe_layers[layer]
+            if not (0 <= expert < moe.moe.num_experts and 0 <= slot < moe.num_slots):
+                raise IndexError(
+                    f"layer {layer}: expert {expert} of {moe.moe.num_experts} in slot {slot} of"
+                    f" {moe.num_slots}"
+                )
+        return ExpertLoad(load_id, copies, self.mover, self.store)
+
+    def point(self, copies: Iterable[SlotCopy]) -> None:
+        """Have experts that were copied be found in their slots from the next step on."""
+        by_layer: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for layer, expert, slot in copies:
+            by_layer[layer].append((expert, slot))
+        for layer, pairs in by_layer.items():
+            experts, slots = zip(*pairs, strict=True)
+            self.moe_layers[layer].point(experts, slots)
 
     def publish_pool(self, row: int, expert_ids: list[list[int]], temperature: float) -> None:
         """Let requests of `row` route among `expert_ids`, one list a layer, empty if dense."""
         for index, layer in self.moe_layers.items():
             layer.publish(row, expert_ids[index], temperature)
 
-    def _place(self, layer: int, expert: int, slot: int, weights: ExpertWeights) -> None:
-        moe = self.moe_layers[layer]
-        dtype = moe.w13.dtype
-        w13 = torch.cat([weights.gate_FD, weights.up_FD]).to(dtype)
-        w2 = weights.down_DF.to(dtype).contiguous()
-        moe.place(expert, slot, self.backend.pack(w13), self.backend.pack(w2))
+    def _slot(self, layer: int, number: int) -> PackedExpert:
+        return self.moe_layers[layer].slot(number)
+
+    def _place(self, layer: int, expert: int, parts: dict[str, Tensor]) -> None:
+        """Put this rank's part of a whole expert into the slot of its own number."""
+        slot, rank = self._slot(layer, expert), self.expert_shape.rank
+        ranks = self.config.intermediate_size // self.expert_shape.width
+        gate, up = (parts[matrix].chunk(ranks)[rank] for matrix in ("gate", "up"))
+        down = parts["down"].chunk(ranks, dim=1)[rank]
+        for out, weight in ((slot.w13, torch.cat([gate, up])), (slot.w2, down)):
+            if weight.shape != out.shape:
+                raise CheckpointError(
+                    f"expert {expert} of layer {layer} has a part of shape {tuple(weight.shape)},"
+                    f" expected {tuple(out.shape)}"
+                )
+            self.backend.pack_into(out, weight.to(out).contiguous())
+        self.moe_layers[layer].point([expert], [expert])
 
     def _publish_base(self) -> None:
         everything = [list(range(m.num_experts)) if m else [] for m in self.config.moe_layers]

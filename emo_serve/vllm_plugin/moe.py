@@ -27,6 +27,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.emo.routing import route
 from emo_serve.vllm_plugin.backends import MoeBackend
+from emo_serve.vllm_plugin.expert_store import PackedExpert
 
 __all__ = ["PooledMoE"]
 
@@ -91,11 +92,15 @@ class PooledMoE(nn.Module):
         slots_TK = self.slot_of_expert[routing.experts_TK]
         return self.backend(x_TD, routing.weights_TK.contiguous(), slots_TK, self.w13, self.w2)
 
-    def place(self, expert: int, slot: int, w13: Tensor, w2: Tensor) -> None:
-        """Put one expert's packed weights into a slot; no published pool may be using it."""
-        self.w13[slot].copy_(w13)
-        self.w2[slot].copy_(w2)
-        self.slot_of_expert[expert] = slot
+    def slot(self, number: int) -> PackedExpert:
+        """Return the memory of one slot; to be written while no published pool is using it."""
+        return PackedExpert(self.w13[number], self.w2[number])
+
+    def point(self, experts: Sequence[int], slots: Sequence[int]) -> None:
+        """Have each of these experts be found in its slot from the next step on."""
+        device = self.slot_of_expert.device
+        where = torch.tensor(slots, dtype=torch.int32, device=device)
+        self.slot_of_expert[torch.tensor(experts, device=device)] = where
 
     def publish(self, row: int, experts: Sequence[int], temperature: float) -> None:
         """Let tokens of `row` route among `experts`; all must be in place."""

@@ -37,6 +37,7 @@ class PluginSettings:
     num_slots: int
     num_pools: int
     moe_backend: str
+    host_expert_bytes: int
     holds_all: bool
 
     @classmethod
@@ -47,16 +48,29 @@ class PluginSettings:
             most = max(
                 (moe.num_experts for moe in emo_config(vllm_config).moe_layers if moe), default=1
             )
-            return cls(num_slots=most, num_pools=1, moe_backend="auto", holds_all=True)
+            return cls(most, num_pools=1, moe_backend="auto", host_expert_bytes=0, holds_all=True)
         name = f"additional_config[{ADDITIONAL_CONFIG_KEY!r}]"
-        expected = {"num_slots", "num_pools", "moe_backend"}
+        expected = {"num_slots", "num_pools", "moe_backend", "host_expert_bytes"}
         if set(given) != expected:
             raise ConfigError(f"{name} has {sorted(given)}, expected {sorted(expected)}")
         if given["moe_backend"] not in MOE_BACKENDS:
             raise ConfigError(f"{name}: moe_backend is not one of {', '.join(MOE_BACKENDS)}")
         if min(given["num_slots"], given["num_pools"]) < 1:
             raise ConfigError(f"{name} is {given}: num_slots and num_pools must be at least 1")
+        _check_host_bytes(given["host_expert_bytes"], vllm_config)
         return cls(**given, holds_all=False)
+
+
+def _check_host_bytes(host_expert_bytes: int, vllm_config: VllmConfig) -> None:
+    """Refuse host memory that holds no expert; 0 is none at all."""
+    config, ranks = emo_config(vllm_config), vllm_config.parallel_config.tensor_parallel_size
+    width, itemsize = config.intermediate_size // ranks, vllm_config.model_config.dtype.itemsize
+    expert_bytes = 3 * config.hidden_size * width * itemsize
+    if host_expert_bytes < 0 or 0 < host_expert_bytes < expert_bytes:
+        raise ConfigError(
+            f"--host-expert-memory gives each device {host_expert_bytes} bytes; one expert takes"
+            f" {expert_bytes} there; raise it, or leave it out to load from the files every time"
+        )
 
 
 def emo_config(vllm_config: VllmConfig) -> EmoConfig:

@@ -7,7 +7,6 @@ raised error would leave their replies out of step. Each answers {"call_id", "ok
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from emo_serve.errors import EmoServeError
 from emo_serve.vllm_plugin.batch_pools import EmoModelState, attach_to_v1_runner
+from emo_serve.vllm_plugin.loads import ExpertLoad
 from emo_serve.vllm_plugin.model import EmoForCausalLM
 
 __all__ = ["EmoWorkerExtension", "PoolRowsWorker"]
@@ -26,18 +26,51 @@ class EmoWorkerExtension:
     model_runner: Any
     rank: int
 
-    def emo_load_experts(self, call_id: int, copies: list[list[int]]) -> dict[str, Any]:
-        """Copy experts into slots, each [layer, expert, slot]; adds bytes_read and seconds."""
+    _emo_load: ExpertLoad | None = None
 
-        def load() -> dict[str, Any]:
-            model = self._emo_model()
-            assert model.store is not None
-            before, start = model.store.bytes_read, time.perf_counter()
-            model.load_experts((layer, expert, slot) for layer, expert, slot in copies)
-            seconds = time.perf_counter() - start
-            return {"bytes_read": model.store.bytes_read - before, "seconds": seconds}
+    def emo_start_load(self, call_id: int, load_id: int, copies: list[list[int]]) -> dict[str, Any]:
+        """Begin to copy experts into slots, each [layer, expert, slot], and return at once."""
 
-        return _answer(call_id, load)
+        def start() -> dict[str, Any]:
+            last = self._emo_load
+            if last is not None and last.state == "loading":
+                raise EmoServeError(f"load {last.load_id} is under way; {load_id} must wait")
+            slots = [(layer, expert, slot) for layer, expert, slot in copies]
+            self._emo_load = self._emo_model().start_load(load_id, slots)
+            return {}
+
+        return _answer(call_id, start)
+
+    def emo_finish_load(
+        self,
+        call_id: int,
+        load_id: int,
+        row: int,
+        expert_ids: list[list[int]],
+        temperature: float,
+    ) -> dict[str, Any]:
+        """Publish the pool if its load is done; report how far it is.
+
+        Adds state (loading, published or failed), failure, experts_copied, bytes_copied, and of the
+        store bytes_read, disk_reads and host_hits. Asking again changes nothing.
+        """
+
+        def finish() -> dict[str, Any]:
+            model, load = self._emo_model(), self._emo_load
+            if load is None or load.load_id != load_id:
+                raise EmoServeError(f"load {load_id} is not the last that was started here")
+            if load.state == "copied":
+                load.publish(model.point)
+                model.publish_pool(row, expert_ids, temperature)
+            return {
+                "state": load.state,
+                "failure": load.failure,
+                "experts_copied": load.experts_copied,
+                "bytes_copied": load.experts_copied * model.expert_shape.num_bytes,
+                **vars(load.counts),
+            }
+
+        return _answer(call_id, finish)
 
     def emo_publish_pool(
         self, call_id: int, row: int, expert_ids: list[list[int]], temperature: float
@@ -64,7 +97,9 @@ class EmoWorkerExtension:
                 "slab_bytes": slab,
                 "slot_bytes": max((layer.slot_bytes for layer in layers), default=0),
                 "num_slots": [layer.num_slots for layer in layers],
-                "bytes_read": model.store.bytes_read if model.store else None,
+                **(vars(model.store.counts) if model.store else {}),
+                "host_bytes": model.store.host.num_bytes if model.store else 0,
+                "host_experts": len(model.store.host) if model.store else 0,
                 "peak_rss_bytes": peak_kib * 1024,
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
                 "moe_backend": model.backend.name,
@@ -86,7 +121,7 @@ class EmoWorkerExtension:
 
 
 class PoolRowsWorker:
-    """Mixed into vLLM's worker classes: gives the V1 model runner its pool rows.
+    """Mixed into vLLM's worker classes: pool rows for the V1 model runner, an end for loads.
 
     The V2 runner needs nothing from here, it asks the model for its state class.
     """
@@ -99,6 +134,13 @@ class PoolRowsWorker:
         super().init_device()  # type: ignore[misc]
         if not self.use_v2_model_runner:
             attach_to_v1_runner(self.model_runner)
+
+    def shutdown(self) -> None:
+        """End a load under way: a thread inside torch when Python ends would abort the process."""
+        load: ExpertLoad | None = getattr(self, "_emo_load", None)
+        if load is not None:
+            load.stop()
+        super().shutdown()  # type: ignore[misc]
 
 
 def _answer(call_id: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -30,17 +30,14 @@ def test_names_round_trip() -> None:
     assert parse_expert_name("model.layers.0.mlp.gate_proj.weight") is None  # a dense layer's
 
 
-def test_an_expert_and_its_shards(directory: Path) -> None:
+def test_an_expert(directory: Path) -> None:
     checkpoint = Checkpoint.open(directory)
-    whole = checkpoint.expert(1, 5)
-    assert whole.gate_FD.shape == (64, 128) and whole.down_DF.shape == (128, 64)
-    assert whole.num_bytes == checkpoint.expert_bytes == 3 * 64 * 128 * 2
-    halves = [checkpoint.expert(1, 5, shard, 2) for shard in range(2)]
-    assert torch.equal(torch.cat([half.gate_FD for half in halves]), whole.gate_FD)
-    assert torch.equal(torch.cat([half.up_FD for half in halves]), whole.up_FD)
-    assert torch.equal(torch.cat([half.down_DF for half in halves], 1), whole.down_DF)
-    with pytest.raises(CheckpointError, match="64 does not divide by 3"):
-        checkpoint.expert(1, 5, 0, 3)
+    expert = checkpoint.expert(1, 5)
+    tensors = load_file(directory / "model.safetensors")
+    for matrix in ("gate", "up", "down"):
+        want = tensors[expert_tensor_name(1, 5, matrix)]
+        assert torch.equal(getattr(expert, "down_DF" if matrix == "down" else f"{matrix}_FD"), want)
+    assert expert.num_bytes == checkpoint.expert_bytes == 3 * 64 * 128 * 2
 
 
 def test_trunk_is_everything_but_experts(directory: Path) -> None:
@@ -94,6 +91,51 @@ def test_wrong_dtype(directory: Path) -> None:
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(CheckpointError, match="is I8, expected BF16"):
         Checkpoint.open(directory).expert(2, 3)
+
+
+def test_what_happens_to_a_file_in_use_is_an_error(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    checkpoint = Checkpoint.open(directory)
+    checkpoint.check_expert(1, 5)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2])
+    with pytest.raises(CheckpointError, match=f"{len(whole) - 2} bytes; it had {len(whole)}"):
+        checkpoint.check_expert(1, 5)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors is gone: No such file"):
+        checkpoint.expert(1, 5)
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="restart"):
+        checkpoint.check_expert(1, 5)
+    Checkpoint.open(directory).check_expert(1, 5)
+
+
+def test_checking_an_expert_finds_what_reading_would(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors[expert_tensor_name(1, 1, "up")] = torch.zeros(64, 128, dtype=torch.int8)
+    tensors[expert_tensor_name(1, 2, "down")] = torch.zeros(64, 128, dtype=torch.bfloat16)
+    save_file(tensors, directory / "model.safetensors")
+    checkpoint = Checkpoint.open(directory)
+    checkpoint.check_expert(1, 0)
+    with pytest.raises(CheckpointError, match=r"experts\.1\.up.* is I8, expected BF16"):
+        checkpoint.check_expert(1, 1)
+    with pytest.raises(CheckpointError, match=r"experts\.2\.down.*\(64, 128\).*\(128, 64\)"):
+        checkpoint.check_expert(1, 2)
+    with pytest.raises(CheckpointError, match=r"experts\.99\.gate_proj.weight is missing"):
+        checkpoint.check_expert(1, 99)
+
+
+def test_an_index_that_names_the_wrong_file(directory: Path) -> None:
+    names = list(load_file(directory / "model.safetensors"))
+    save_file({"other": torch.zeros(1)}, directory / "b.safetensors")
+    lost = expert_tensor_name(1, 5, "up")
+    files = {name: "b.safetensors" if name == lost else "model.safetensors" for name in names}
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    checkpoint = Checkpoint.open(directory)
+    checkpoint.check_expert(1, 4)
+    with pytest.raises(CheckpointError, match=r"b\.safetensors does not hold tensor.*5\.up"):
+        checkpoint.check_expert(1, 5)
 
 
 def test_truncated_file(directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ class PooledEngine:
         self.llm = llm
         self.rows = {name: row for row, name in enumerate(pools)}
         self._calls = 0
+        self._loads = 0
 
     def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Call every rank; fail unless each says ok and echoes the call id."""
@@ -34,6 +36,27 @@ class PooledEngine:
         answers = self.llm.collective_rpc(method, args=(self._calls, *args))
         assert all(a["ok"] and a["call_id"] == self._calls for a in answers), answers
         return answers
+
+    def load(self, copies: Sequence[Sequence[int]], row: int, ids: list[list[int]]) -> None:
+        """Copy experts into slots and publish a row that may use them."""
+        self.start_load(copies)
+        answers = self.finish_load(row, ids)
+        assert {answer["state"] for answer in answers} == {"published"}, answers
+
+    def start_load(self, copies: Sequence[Sequence[int]]) -> None:
+        """Have every rank begin a load under the next number."""
+        self._loads += 1
+        self.call("emo_start_load", self._loads, [list(copy) for copy in copies])
+
+    def finish_load(
+        self, row: int, ids: list[list[int]], temperature: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """Ask after the last load until no rank is copying; return what each rank says then."""
+        while True:
+            answers = self.call("emo_finish_load", self._loads, row, ids, temperature)
+            if all(answer["state"] != "loading" for answer in answers):
+                return answers
+            time.sleep(0.005)
 
     def params(self, pool: str, **kwargs: Any) -> SamplingParams:
         """Return sampling parameters of a request of `pool`, greedy unless told otherwise."""
@@ -63,6 +86,7 @@ def pooled_engine(
     *,
     num_slots: int | None = None,
     moe_backend: str = "auto",
+    host_expert_bytes: int = 0,
     **engine_args: Any,
 ) -> Iterator[PooledEngine]:
     """Start an engine, put every expert the pools need into a random slot, publish the pools.
@@ -73,7 +97,12 @@ def pooled_engine(
     experts_of_layer = [moe.num_experts if moe else 0 for moe in layers]
     wanted = [sorted({e for p in pools.values() for e in p[i]}) for i in range(len(layers))]
     num_slots = num_slots or max(len(experts) for experts in wanted)
-    settings = {"num_slots": num_slots, "num_pools": len(pools), "moe_backend": moe_backend}
+    settings = {
+        "num_slots": num_slots,
+        "num_pools": len(pools),
+        "moe_backend": moe_backend,
+        "host_expert_bytes": host_expert_bytes,
+    }
     llm = LLM(
         str(directory),
         load_format=LOAD_FORMAT,
@@ -89,7 +118,8 @@ def pooled_engine(
         for layer, experts in enumerate(wanted):
             slots = rng.sample(range(min(num_slots, experts_of_layer[layer])), len(experts))
             copies += [[layer, e, slot] for e, slot in zip(experts, slots, strict=True)]
-        engine.call("emo_load_experts", copies)
+        first = next(iter(pools))
+        engine.load(copies, engine.rows[first], pools[first])
         for name, experts_kept in pools.items():
             engine.call("emo_publish_pool", engine.rows[name], experts_kept, 1.0)
         yield engine

@@ -53,12 +53,27 @@ def test_cpu_backend_equals_reference(num_tokens: int, dtype: torch.dtype) -> No
     weights_TK = torch.rand(num_tokens, 3, generator=generator)
     weights_TK[0, 0] = 0.0  # what routing gives when a pool is smaller than top-k
     cpu = CpuBackend()
-    packed = [torch.stack([cpu.pack(slot) for slot in w]) for w in (w13, w2)]
+    packed = [torch.empty_like(w) for w in (w13, w2)]
+    for w, slab in zip((w13, w2), packed, strict=True):
+        for slot in range(len(w)):
+            cpu.pack_into(slab[slot], w[slot])
     expected = ReferenceBackend()(x_TD.double(), weights_TK, slots_TK, w13.double(), w2.double())
     for backend, slabs in ((cpu, packed), (ReferenceBackend(), [w13, w2])):
         got = backend(x_TD, weights_TK, slots_TK, *slabs)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_can_be_packed_in_parts(dtype: torch.dtype) -> None:
+    weight = torch.randn(160, 96).to(dtype)
+    for backend in (CpuBackend(), ReferenceBackend()):
+        whole, parts = torch.empty_like(weight), torch.empty_like(weight)
+        backend.pack_into(whole, weight)
+        for rows in (slice(0, backend.row_block), slice(backend.row_block, 160)):
+            backend.pack_into(parts[rows], weight[rows])
+        assert torch.equal(parts, whole)
+        assert torch.equal(whole, weight) == backend.keeps_layout
 
 
 def test_choice_of_backend() -> None:

@@ -19,7 +19,7 @@ from emo_serve.vllm_plugin.settings import (
 )
 from tests.golden.checkpoints import config_of
 
-GOOD = {"num_slots": 4, "num_pools": 8, "moe_backend": "auto"}
+GOOD = {"num_slots": 4, "num_pools": 8, "moe_backend": "auto", "host_expert_bytes": 0}
 
 
 def vllm_config(config: EmoConfig | None = None, **changes: Any) -> SimpleNamespace:
@@ -30,7 +30,9 @@ def vllm_config(config: EmoConfig | None = None, **changes: Any) -> SimpleNamesp
     }
     fields: dict[str, Any] = {
         "model_config": SimpleNamespace(
-            hf_config=config or EmoConfig(), max_model_len=changes.pop("max_model_len", 4096)
+            hf_config=config or EmoConfig(),
+            max_model_len=changes.pop("max_model_len", 4096),
+            dtype=torch.bfloat16,
         ),
         "parallel_config": SimpleNamespace(
             **{key: changes.pop(key, value) for key, value in parallel.items()}
@@ -45,12 +47,12 @@ def vllm_config(config: EmoConfig | None = None, **changes: Any) -> SimpleNamesp
 
 
 def test_plain_vllm_holds_everything() -> None:
-    assert PluginSettings.read(vllm_config()) == PluginSettings(128, 1, "auto", holds_all=True)
+    assert PluginSettings.read(vllm_config()) == PluginSettings(128, 1, "auto", 0, holds_all=True)
 
 
 def test_a_front_end_decides() -> None:
     given = vllm_config(additional_config={"emo_serve": GOOD})
-    assert PluginSettings.read(given) == PluginSettings(4, 8, "auto", holds_all=False)
+    assert PluginSettings.read(given) == PluginSettings(4, 8, "auto", 0, holds_all=False)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,19 @@ def test_a_front_end_decides() -> None:
 def test_bad_settings(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         PluginSettings.read(vllm_config(additional_config={"emo_serve": given}))
+
+
+def test_host_memory_holds_an_expert_or_is_none_at_all() -> None:
+    one_expert = 3 * 2048 * 1024 * 2 // 2  # bf16, half of it on each of two ranks
+
+    def read(host_expert_bytes: int) -> PluginSettings:
+        ours = {"emo_serve": {**GOOD, "host_expert_bytes": host_expert_bytes}}
+        return PluginSettings.read(vllm_config(additional_config=ours, tensor_parallel_size=2))
+
+    assert read(one_expert).host_expert_bytes == one_expert
+    for bad in (one_expert - 1, 1, -1):
+        with pytest.raises(ConfigError, match=f"{bad} bytes; one expert takes {one_expert}"):
+            read(bad)
 
 
 def test_a_plain_configuration_is_accepted() -> None:
@@ -96,7 +111,7 @@ def test_dynamic_rope_is_served_within_the_context_only() -> None:
 
 
 def test_reference_maths_and_cuda_graphs_exclude_each_other() -> None:
-    settings = PluginSettings(4, 8, "reference", holds_all=False)
+    settings = PluginSettings(4, 8, "reference", 0, holds_all=False)
     graphs = SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL)
     cuda = torch.device("cuda")
     assert backend_for(vllm_config(), settings, cuda).name == "reference"

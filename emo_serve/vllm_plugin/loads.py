@@ -1,0 +1,264 @@
+"""Loads: experts copied into slots on a thread of their own, while the engine goes on decoding.
+
+The thread must not be felt. It works in pieces and sleeps between them; it opens no OpenMP team,
+whose threads would sit on the model's cores; and where a core exists to which vLLM has bound no
+thread of the model, it stays there.
+
+Nothing of a load can be seen by a token before it is published: tokens reach a slot through the
+pool table and `slot_of_expert`, and both are written at publication, between two steps. With CUDA
+a step in flight may still read a slot that a load reuses, so the copies run on a stream that first
+waits for all that was issued before the load began; publishing makes the model's stream wait for
+them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from emo_serve.errors import EmoServeError
+from emo_serve.vllm_plugin.expert_store import (
+    PIECE_BYTES,
+    ExpertShape,
+    ExpertStore,
+    PackedExpert,
+    StoreCounts,
+)
+
+__all__ = ["CpuMover", "CudaMover", "ExpertLoad", "Mover", "SlotCopy"]
+
+logger = logging.getLogger(__name__)
+
+SlotCopy = tuple[int, int, int]
+"""Layer, expert, slot."""
+
+
+class Mover(Protocol):
+    """Move experts from the store into slots of one kind of device."""
+
+    def begin(self) -> None:
+        """Take note, between two steps, of the work issued so far; copies come after it."""
+
+    def move(self, copy: SlotCopy) -> Iterator[None]:
+        """Copy one expert, a piece a step; on the load's thread."""
+
+    def end(self) -> None:
+        """Take note of the last copy; on the load's thread."""
+
+    def join(self) -> None:
+        """Have the steps from now on see the copies; between two steps."""
+
+
+class CpuMover:
+    """Copies in main memory."""
+
+    def __init__(self, store: ExpertStore, slot: Callable[[int, int], PackedExpert]) -> None:
+        self._store, self._slot = store, slot
+
+    def begin(self) -> None:
+        pass
+
+    def move(self, copy: SlotCopy) -> Iterator[None]:
+        layer, expert, number = copy
+        slot = self._slot(layer, number)
+        source = yield from self._store.fetch(layer, expert, spare=slot)
+        if source is slot:
+            return
+        for target, filled in ((slot.w13, source.w13), (slot.w2, source.w2)):
+            size = PIECE_BYTES // filled.itemsize
+            parts = zip(target.view(-1).split(size), filled.view(-1).split(size), strict=True)
+            for to_part, from_part in parts:
+                to_part.copy_(from_part)
+                yield
+
+    def end(self) -> None:
+        pass
+
+    def join(self) -> None:
+        pass
+
+
+class CudaMover:
+    """Copies over a stream of their own, out of pinned memory."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        slot: Callable[[int, int], PackedExpert],
+        shape: ExpertShape,
+        device: torch.device,
+    ) -> None:
+        self._store, self._slot, self._device = store, slot, device
+        memory = torch.empty((2, shape.num_bytes), dtype=torch.uint8, device="cpu", pin_memory=True)
+        self._staging = [shape.view(part) for part in memory]  # one fills while the other is copied
+        self._stream = torch.cuda.Stream(device)
+        self._issued: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def begin(self) -> None:
+        self._issued = torch.cuda.Event()
+        self._issued.record(torch.cuda.current_stream(self._device))
+
+    def move(self, copy: SlotCopy) -> Iterator[None]:
+        assert self._issued is not None
+        torch.cuda.set_device(self._device)  # a setting of the thread
+        layer, expert, number = copy
+        self._staging.reverse()
+        source = yield from self._store.fetch(layer, expert, spare=self._staging[0])
+        slot = self._slot(layer, number)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._issued)
+            slot.w13.copy_(source.w13, non_blocking=True)
+            slot.w2.copy_(source.w2, non_blocking=True)
+            source.in_flight = self._stream.record_event()
+        yield
+
+    def end(self) -> None:
+        self._copied = self._stream.record_event()
+        self._copied.synchronize()  # sync: the load's thread alone waits for its copies
+
+    def join(self) -> None:
+        if self._copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+
+
+class ExpertLoad:
+    """One load, from its start to its publication: loading, copied, published; or failed.
+
+    What a failed load wrote into its slots is nobody's business: they were free and are again.
+    """
+
+    def __init__(
+        self, load_id: int, copies: Sequence[SlotCopy], mover: Mover, store: ExpertStore
+    ) -> None:
+        self.load_id = load_id
+        self.state = "loading"
+        self.failure: str | None = None
+        self.experts_copied = 0
+        self.copies = copies
+        self._mover, self._store = mover, store
+        self._before = store.counts
+        self._stopping = False
+        mover.begin()
+        self._thread = threading.Thread(target=self._run, name="emo-load", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the load early, for good, and wait for its thread."""
+        self._stopping = True
+        self._thread.join()
+
+    def publish(self, apply: Callable[[Sequence[SlotCopy]], None]) -> None:
+        """Have the steps from now on see the copies; between two steps, once all are made."""
+        assert self.state == "copied", self.state
+        self._mover.join()
+        apply(self.copies)
+        self.state = "published"
+
+    @property
+    def counts(self) -> StoreCounts:
+        """Return what the load took from the store so far."""
+        return self._store.counts.since(self._before)
+
+    def _run(self) -> None:
+        try:
+            _stand_aside()
+            with torch.inference_mode():  # a thread has modes of its own
+                self._copy_all()
+                self._mover.end()
+        except EmoServeError as error:
+            self._fail(str(error))
+        except Exception as error:
+            logger.exception("load %d failed", self.load_id)
+            self._fail(f"{type(error).__name__}: {error}")
+        else:
+            self.state = "copied"
+
+    def _copy_all(self) -> None:
+        for copy in self.copies:
+            start = time.perf_counter()
+            for _ in self._mover.move(copy):
+                if self._stopping:
+                    raise EmoServeError("the engine is shutting down")
+                _rest(time.perf_counter() - start)
+                start = time.perf_counter()
+            self.experts_copied += 1
+
+    def _fail(self, reason: str) -> None:
+        self.failure = reason
+        self.state = "failed"
+
+
+# -- the thread's place --
+
+_NICE = int(os.environ.get("EMO_NICE", "0"))
+_REST = float(os.environ.get("EMO_REST", "1.0"))
+_MIN_REST = float(os.environ.get("EMO_MIN_REST", "0.0002"))
+
+
+def _rest(worked_seconds: float) -> None:
+    if _REST >= 0:
+        time.sleep(max(_MIN_REST, _REST * worked_seconds))
+
+
+def _stand_aside() -> None:
+    """Keep this thread to one core at a time, off the model's."""
+    _use_one_openmp_thread()
+    spare = _spare_cores()
+    if spare:
+        os.sched_setaffinity(0, spare)
+    if _NICE:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+def _use_one_openmp_thread() -> None:
+    """Have parallel regions begun by this thread run on it alone.
+
+    The number of threads is a setting of the calling thread in OpenMP, not of the process. torch
+    has a call for it, which vLLM's CPU worker replaces by one that does nothing, so we ask the
+    runtime that is loaded.
+    """
+    torch.get_num_threads()  # torch sets a new thread's number at its first question
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    runtimes = set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b[^\s/]*\.so\S*", maps.read_text()))
+    for runtime in runtimes:
+        ctypes.CDLL(runtime).omp_set_num_threads(1)
+
+
+def _spare_cores() -> set[int]:
+    """Return the cores this process may use and no model thread of the engine is bound to.
+
+    vLLM binds a CPU worker's threads to cores; its parent process keeps all that it was given.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return set()
+    parent = os.getppid()
+    allowed = os.sched_getaffinity(parent)
+    bound: set[int] = set()
+    for worker in _children(parent):
+        for task in Path(f"/proc/{worker}/task").iterdir():
+            try:
+                cores = os.sched_getaffinity(int(task.name))
+            except ProcessLookupError:
+                continue
+            if cores < allowed:
+                bound |= cores
+    return allowed - bound
+
+
+def _children(parent: int) -> list[int]:
+    """Return the children of a process, this one at least."""
+    lists = Path(f"/proc/{parent}/task").glob("*/children")
+    found = {int(pid) for path in lists for pid in path.read_text().split()}
+    return sorted(found | {os.getpid()})
