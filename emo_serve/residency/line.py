@@ -139,6 +139,7 @@ class LoadLine:
             assert entry.row == self.room.row_of(key)
             assert entry.leases >= 0 and entry.drains >= 0
             assert entry.is_published or not (entry.leases or key in self.pinned)
+            assert not (entry.is_retired and key in self.pinned)
         assert self.pinned <= self.entries.keys()
         assert self._closing <= self.entries.keys() - self.pinned
         assert self._closing_for is not None or not self._closing
@@ -216,7 +217,7 @@ class LoadLine:
     def _grant(self, entry: Entry, purpose: Purpose) -> None:
         if purpose is Purpose.LEASE:
             entry.leases += 1
-        elif purpose is Purpose.PIN:
+        elif purpose is Purpose.PIN and not entry.is_retired:  # which it was while it loaded
             self.pinned.add(entry.pool.content_hash)
 
     def give_back(self, entry: Entry) -> None:
