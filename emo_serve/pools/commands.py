@@ -1,61 +1,123 @@
-"""`emo-serve pools list|show|import`: pool files on the command line, without a server.
+"""`emo-serve pools ...`: pool files on the command line, and the pools of a running server.
 
-Tables go to stdout, refusals to stderr with exit status 2. Without --model a file is checked
-against itself only; with it, against the model, and the experts that model implies are shown too.
-torch and transformers are imported only then.
+`list` and `show` read files, or with --server ask a server; `load`, `evict`, `pin`, `unpin`, `add`
+and `remove` change one. Tables go to stdout; a refusal is one line on stderr and status 2, a server
+that fails or does not answer is status 1. Without --model a file is checked against itself only;
+with it, against the model. torch, transformers and httpx are imported only where they are needed.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emo_serve.errors import EmoServeError
+from emo_serve.errors import ConfigError, EmoServeError, Unavailable
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.export import read_pruning_metadata
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.remote_tables import describe_card, slab_map, status_line, status_table
+from emo_serve.pools.tables import describe_pool, pool_table, printable, size_range
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
+    from emo_serve.pools.remote import PoolServer
 
-__all__ = ["add_pools_parser", "expert_map", "pool_table"]
+__all__ = ["add_pools_parser"]
 
 _REFUSED = 2
-_HASH_CHARS = 12
+_SERVER_FAILED = 1
+_READ_SECONDS = 30.0
+_CHANGE_SECONDS = 600.0  # a load may have to wait for long requests to end
+
+_Command = Callable[[argparse.Namespace], int]
 
 
 def add_pools_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `pools` and its commands; each sets `run`, a function from the arguments to a status."""
-    parser = subparsers.add_parser("pools", help="list, show and import pool files")
+    text = "list, show and import pool files; ask and change the pools of a running server"
+    parser = subparsers.add_parser("pools", help=text, description=text)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(
-        name: str, run: Callable[[argparse.Namespace], int], text: str
-    ) -> argparse.ArgumentParser:
+    def add(name: str, run: _Command, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=_reporting(run))
+        return command
+
+    listing = add("list", _run_list, "List the pools of a directory, or of a server.")
+    listing.add_argument(
+        "path", nargs="?", type=Path, metavar="DIR", help="directory of pool files, or a file"
+    )
+    listing.add_argument(
+        "--map", action="store_true", help="with --server: draw which experts are resident"
+    )
+    show = add("show", _run_show, "Show one pool with a map of its experts.")
+    show.add_argument(
+        "path", metavar="FILE|NAME", help="pool file or directory; with --server a pool's name"
+    )
+    imported = add("import", _run_import, "Turn a pruned checkpoint's list of experts into a pool.")
+    imported.add_argument("path", type=Path, metavar="FILE", help="its pruning_metadata.json")
+    imported.add_argument("--name", required=True, help="name of the pool: a-z 0-9 . _ -")
+    imported.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
+    for command in (listing, show, imported):
         command.add_argument(
             "--model",
             type=Path,
             metavar="DIR",
             help="checkpoint directory of the model the pools are for; checks that they fit it",
         )
-        command.set_defaults(run=_reporting(run))
-        return command
+    for command in (listing, show):
+        _add_server_flags(command, is_required=False, seconds=_READ_SECONDS)
+    _add_changing(add)
 
-    listing = add("list", _run_list, "List the pools of a directory.")
-    listing.add_argument(
-        "path", type=Path, metavar="DIR", help="directory of pool files, or a file"
+
+def _add_changing(add: Callable[[str, _Command, str], argparse.ArgumentParser]) -> None:
+    load = add("load", _run_load, "Make a pool of a server resident.")
+    load.add_argument("--pin", action="store_true", help="and have it stay")
+    evict = add("evict", _run_evict, "Free the slots that only this pool needs.")
+    evict.add_argument(
+        "--drain",
+        action="store_true",
+        help="let no new requests in and evict it when the running ones have ended",
     )
-    show = add("show", _run_show, "Show one pool with a map of its experts.")
-    show.add_argument("path", type=Path, metavar="FILE", help="pool file, or a directory of them")
-    imported = add("import", _run_import, "Turn a pruned checkpoint's list of experts into a pool.")
-    imported.add_argument("path", type=Path, metavar="FILE", help="its pruning_metadata.json")
-    imported.add_argument("--name", required=True, help="name of the pool: a-z 0-9 . _ -")
-    imported.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
+    pin = add("pin", _run_pin, "Make a pool of a server resident and have it stay.")
+    unpin = add("unpin", _run_unpin, "Let a pool of a server be evicted like any other.")
+    remove = add("remove", _run_remove, "Make a server forget a pool, its file included.")
+    for command in (load, evict, pin, unpin):
+        command.add_argument("name", metavar="NAME", help="a pool's name, or a union: math+code")
+    remove.add_argument("name", metavar="NAME", help="a pool's name")
+    added = add("add", _run_add, "Give a server a pool; it keeps it in its --pools directory.")
+    added.add_argument("path", type=Path, metavar="FILE", help="pool file")
+    added.add_argument("--replace", action="store_true", help="redefine a pool of that name")
+    for command in (load, evict, pin, unpin, remove, added):
+        _add_server_flags(command, is_required=True, seconds=_CHANGE_SECONDS)
+
+
+def _add_server_flags(
+    command: argparse.ArgumentParser, *, is_required: bool, seconds: float
+) -> None:
+    command.add_argument(
+        "--server",
+        required=is_required,
+        metavar="URL",
+        help="ask the emo-serve server there, e.g. http://127.0.0.1:8000",
+    )
+    command.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="the server's key; without it that of EMO_SERVE_ADMIN_API_KEY, EMO_SERVE_API_KEY or"
+        " VLLM_API_KEY, in this order",
+    )
+    command.add_argument(
+        "--timeout",
+        type=float,
+        default=seconds,
+        metavar="SECONDS",
+        help="how long to wait for its answer (default: %(default)g)",
+    )
 
 
 @dataclass(frozen=True)
@@ -77,35 +139,61 @@ class _Model:
         return cls(layers, checkpoint.fingerprint(), checkpoint.expert_bytes)
 
 
-# -- commands --
-
-
-def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def _reporting(run: _Command) -> _Command:
     def report(arguments: argparse.Namespace) -> int:
         try:
             return run(arguments)
         except EmoServeError as error:
             print(f"emo-serve: {error}", file=sys.stderr)
-            return _REFUSED
+            return _SERVER_FAILED if isinstance(error, Unavailable) else _REFUSED
 
     return report
 
 
+# -- files, or a server --
+
+
 def _run_list(arguments: argparse.Namespace) -> int:
+    if arguments.server is not None:
+        return _list_server(arguments)
+    if arguments.path is None:
+        raise ConfigError("pools list: give a directory of pool files, or --server URL")
+    if arguments.map:
+        raise ConfigError("pools list: --map draws what is resident on a server; give --server URL")
     model = _Model.open(arguments.model)
     catalog = PoolCatalog.read(arguments.path, model.layers, model.fingerprint)
     if catalog.pools:
         print(pool_table(list(catalog.pools.values()), model.expert_bytes))
     elif not catalog.refused:
         print(f"no pool files (*.json) in {arguments.path}")
-    return _report_refused(catalog)
+    return _report_refused(map(str, catalog.refused))
+
+
+def _list_server(arguments: argparse.Namespace) -> int:
+    _refuse_with_server("list", "DIR", arguments.path)
+    _refuse_with_server("list", "--model", arguments.model)
+    with _server(arguments) as server:
+        answer = server.list_pools(experts=arguments.map)
+    print(status_table(answer))
+    if arguments.map:
+        print(f"\n{slab_map(answer)}")
+    _report_refused(map(printable, answer["refused"]))
+    return 0
 
 
 def _run_show(arguments: argparse.Namespace) -> int:
+    if arguments.server is not None:
+        _refuse_with_server("show", "--model", arguments.model)
+        with _server(arguments) as server:
+            print(describe_card(server.show(arguments.path)))
+        return 0
     model = _Model.open(arguments.model)
-    catalog = PoolCatalog.read(arguments.path, model.layers, model.fingerprint)
-    print("\n\n".join(_description(pool, model) for pool in catalog.pools.values()))
-    return _report_refused(catalog)
+    catalog = PoolCatalog.read(Path(arguments.path), model.layers, model.fingerprint)
+    described = (
+        describe_pool(pool, model.layers, model.expert_bytes) for pool in catalog.pools.values()
+    )
+    print("\n\n".join(described))
+    return _report_refused(map(str, catalog.refused))
 
 
 def _run_import(arguments: argparse.Namespace) -> int:
@@ -113,103 +201,71 @@ def _run_import(arguments: argparse.Namespace) -> int:
     pool = read_pruning_metadata(arguments.path, arguments.name, model.layers)
     pool.write(arguments.out)
     checked = f"fits {arguments.model}" if arguments.model else "not checked: give --model to do so"
-    print(
-        f"wrote {arguments.out}: pool {pool.name}, {_per_layer(pool)} experts a layer ({checked})"
-    )
+    sizes = size_range([len(layer.experts) for layer in pool.layers if layer is not None])
+    print(f"wrote {arguments.out}: pool {pool.name}, {sizes} experts a layer ({checked})")
     return 0
 
 
-def _report_refused(catalog: PoolCatalog) -> int:
-    for error in catalog.refused:
-        print(f"emo-serve: refused {error}", file=sys.stderr)
-    return _REFUSED if catalog.refused else 0
+def _report_refused(refused: Iterable[str]) -> int:
+    reasons = list(refused)
+    for reason in reasons:
+        print(f"emo-serve: refused {reason}", file=sys.stderr)
+    return _REFUSED if reasons else 0
 
 
-# -- text --
+# -- a server --
 
 
-def pool_table(pools: Sequence[ExpertPool], expert_bytes: int | None = None) -> str:
-    """Lay out one pool a row; the size column needs the bytes of one expert."""
-    header = ["POOL", "EXPERTS A LAYER", "TOTAL", "TEMPERATURE", "CALIBRATION", "HASH"]
-    if expert_bytes is not None:
-        header.insert(3, "MIB")
-    rows = [header]
-    for pool in pools:
-        total = sum(map(len, pool.expert_ids))
-        row = [pool.name, _per_layer(pool), str(total), f"{pool.router_temperature:g}"]
-        row += [_calibration(pool), pool.content_hash[:_HASH_CHARS]]
-        if expert_bytes is not None:
-            row.insert(3, f"{total * expert_bytes / 2**20:.1f}")
-        rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+def _server(arguments: argparse.Namespace) -> PoolServer:
+    from emo_serve.pools.remote import PoolServer, key_from
+
+    if not arguments.timeout > 0:
+        raise ConfigError(f"--timeout is {arguments.timeout:g}; give seconds, more than 0")
+    key = key_from(arguments.api_key)
+    return PoolServer(arguments.server, key, timeout_seconds=arguments.timeout)
 
 
-def expert_map(pool: ExpertPool, moe_layers: Sequence[MoeLayer | None] | None = None) -> str:
-    """Draw layers down, experts across: `#` in the pool, `+` in every pool, `.` not in it.
-
-    Without the model, the number of experts is what the scores say, or else the highest id listed.
-    """
-    widths = [_num_experts(pool, index, moe_layers) for index in range(len(pool.layers))]
-    labels = [f"layer {index}" for index in range(len(pool.layers))]
-    margin = max(map(len, labels)) + 2
-    ruler = "".join(str(start).ljust(8) for start in range(0, max(widths, default=0), 8))
-    lines = [" " * margin + ruler.rstrip()]
-    for index, (label, width) in enumerate(zip(labels, widths, strict=True)):
-        model_layer = moe_layers[index] if moe_layers is not None else None
-        implied = model_layer.implied if model_layer is not None else frozenset()
-        inside = set(pool.expert_ids[index])
-        marks = (
-            "." if expert not in inside else "+" if expert in implied else "#"
-            for expert in range(width)
-        )
-        drawn = "dense" if pool.layers[index] is None else "".join(marks)
-        lines.append(label.ljust(margin) + drawn)
-    return "\n".join(lines)
+def _refuse_with_server(command: str, argument: str, value: object) -> None:
+    if value is not None:
+        raise ConfigError(f"pools {command}: {argument} is for files and --server is not; give one")
 
 
-def _num_experts(pool: ExpertPool, index: int, moe_layers: Sequence[MoeLayer | None] | None) -> int:
-    model_layer = moe_layers[index] if moe_layers is not None else None
-    if model_layer is not None:
-        return model_layer.num_experts
-    layer = pool.layers[index]
-    if layer is not None and layer.scores is not None:
-        return len(layer.scores)
-    return max((max(ids) + 1 for ids in pool.expert_ids if ids), default=0)
+def _run_load(arguments: argparse.Namespace) -> int:
+    with _server(arguments) as server:
+        print(status_line(server.load(arguments.name, pin=arguments.pin)))
+    return 0
 
 
-def _description(pool: ExpertPool, model: _Model) -> str:
-    total = sum(map(len, pool.expert_ids))
-    has_scores = any(layer is not None and layer.scores is not None for layer in pool.layers)
-    size = f", {total * model.expert_bytes / 2**20:.1f} MiB" if model.expert_bytes else ""
-    made_for = pool.model.name or pool.model.fingerprint if pool.model else None
-    facts = {
-        "pool": pool.name,
-        "description": pool.description,
-        "experts": f"{_per_layer(pool)} a layer, {total} in all{size}",
-        "scores": "of all experts: can be cut to any size" if has_scores else "none",
-        "temperature": f"{pool.router_temperature:g}",
-        "made for": made_for,
-        "calibration": _calibration(pool),
-        "hash": pool.content_hash,
-    }
-    lines = [f"{key:<12} {value}" for key, value in facts.items() if value]
-    legend = "experts across: # in the pool" + (", + in every pool" if model.layers else "")
-    return "\n".join([*lines, "", legend, expert_map(pool, model.layers)])
+def _run_evict(arguments: argparse.Namespace) -> int:
+    with _server(arguments) as server:
+        print(status_line(server.evict(arguments.name, drain=arguments.drain)))
+    return 0
 
 
-def _per_layer(pool: ExpertPool) -> str:
-    sizes = [len(layer.experts) for layer in pool.layers if layer is not None]
-    low, high = min(sizes, default=0), max(sizes, default=0)
-    return str(low) if low == high else f"{low}-{high}"
+def _run_pin(arguments: argparse.Namespace) -> int:
+    with _server(arguments) as server:
+        print(status_line(server.pin(arguments.name)))
+    return 0
 
 
-def _calibration(pool: ExpertPool) -> str:
-    made = pool.calibration
-    if made is None:
-        return "-"
-    counts = (("documents", made.documents), ("tokens", made.tokens))
-    return ", ".join([made.method, *(f"{n} {unit}" for unit, n in counts if n is not None)])
+def _run_unpin(arguments: argparse.Namespace) -> int:
+    with _server(arguments) as server:
+        print(status_line(server.unpin(arguments.name)))
+    return 0
+
+
+def _run_add(arguments: argparse.Namespace) -> int:
+    pool = ExpertPool.read(arguments.path)  # says what is wrong before anything is sent
+    with _server(arguments) as server:
+        card = server.add(arguments.path.read_bytes(), replace=arguments.replace)
+    stored = "stored" if card["persisted"] else "not stored: until the server ends"
+    print(f"pool {pool.name}: version {card['version']}, {stored}")
+    print(status_line(card))
+    return 0
+
+
+def _run_remove(arguments: argparse.Namespace) -> int:
+    with _server(arguments) as server:
+        server.remove(arguments.name)
+    print(f"pool {arguments.name} is removed")
+    return 0

@@ -48,7 +48,7 @@ __all__ = ["PoolService"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class PoolService:
@@ -231,7 +231,7 @@ class PoolService:
             with suppress(Unavailable):  # that may pass
                 self.manager.check_admissible(needed)
 
-    async def _to_the_end(self, change: Coroutine[object, object, T]) -> T:
+    async def _to_the_end(self, change: Coroutine[object, object, _T]) -> _T:
         """Await a change that goes on when the client who asked for it leaves."""
         task = asyncio.ensure_future(change)
         self._changes.add(task)
