@@ -8,7 +8,7 @@ seconds and equal arguments give equal figures on any machine. Traces and pools 
 than pools, so that an idle pool to evict is nearly always there; in `busy` the manager must close
 pools and wait for their requests; `overload` asks for more than it can bring in.
 
-    python benchmarks/bench_residency.py                          # all, some twenty minutes of one core
+    python benchmarks/bench_residency.py                          # all: twenty minutes
     python benchmarks/bench_residency.py --pools demo --loads light
     python benchmarks/bench_residency.py --trace requests.jsonl   # a server's --request-log
 """
@@ -111,6 +111,7 @@ def play(case: Case) -> dict[str, Any]:
     logging.disable(logging.CRITICAL)  # tens of thousands of loads
     pools = pool_set(case.pools)
     trace = trace_of(case.pools, case.load, case.trace, case.requests, case.seed)
+    pools = pools.knowing(arrival.pool for arrival in trace)
     policy = make_policy(case.policy, trace, pools)
     outcome = simulate(trace, pools, case.slots, LINKS[case.pools], policy)
     figures = {

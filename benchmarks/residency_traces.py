@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
 from emo_serve import demo
+from emo_serve.config import BASE_POOL
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 
 __all__ = [
@@ -46,6 +48,18 @@ class PoolSet:
     pools: dict[str, ExpertPool]
     experts_per_layer: tuple[int, ...]
     slot_bytes: int
+
+    def knowing(self, names: Iterable[str]) -> PoolSet:
+        """Return the set with the base pool and the unions among these names, as a server has."""
+        pools = dict(self.pools)
+        for name in set(names) - pools.keys():
+            if name == BASE_POOL:
+                layers = (tuple(range(count)) for count in self.experts_per_layer)
+                experts = tuple(LayerExperts(ids) if ids else None for ids in layers)
+                pools[name] = ExpertPool(name, experts)
+            else:
+                pools[name] = reduce(ExpertPool.union, map(self.pools.__getitem__, name.split("+")))
+        return replace(self, pools=pools)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""Draw what the benchmarks recorded: reads `results/*.jsonl` and nothing else.
+
+Each figure takes the latest recorded line that has what it shows; a figure whose results are not
+there is left out, and said so. SVG files go to `results/plots/`.
+
+    python benchmarks/plot.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PLOTS = RESULTS / "plots"
+Row = dict[str, Any]
+
+
+def lines(benchmark: str) -> list[Row]:
+    """Return a benchmark's recorded lines, the latest first."""
+    path = RESULTS / f"{benchmark}.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in reversed(path.read_text().splitlines())]
+
+
+# -- residency --
+
+_PANELS: tuple[tuple[str, str, Callable[[Row], float]], ...] = (
+    ("light", "requests that find their pool resident, %", lambda row: 100 * row["hit_rate"]),
+    ("light", "MiB copied a request", lambda row: 2**10 * row["gib_copied"] / row["requests"]),
+    ("busy", "p99 wait, s", lambda row: row["wait_p99"]),
+)
+_STYLES = {"lru": "k-", "pinned-first": "C3-", "belady": "k--"}
+
+
+def residency() -> Iterator[tuple[str, Figure]]:
+    """Draw hit rate, bytes and p99 wait against slots, by policy; means over the traces."""
+    latest: dict[tuple[str, str], list[Row]] = {}
+    for line in lines("residency"):
+        found: dict[tuple[str, str], list[Row]] = {}
+        for row in line["result"]["rows"]:
+            found.setdefault((row["pools"], row["load"]), []).append(row)
+        for key, rows in found.items():
+            latest.setdefault(key, rows)
+    for pools in dict.fromkeys(pools for pools, _ in latest):
+        figure, axes = plt.subplots(1, len(_PANELS), figsize=(13, 4), layout="constrained")
+        for axis, (load, title, value) in zip(axes, _PANELS, strict=True):
+            _draw_policies(axis, latest.get((pools, load), []), value)
+            axis.set(title=f"{pools} pools, {load} load", xlabel="slots a layer", ylabel=title)
+            axis.set_ylim(bottom=0)
+        axes[0].legend(fontsize="small")
+        yield f"residency-{pools}", figure
+
+
+def _draw_policies(axis: Any, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
+    slots = sorted({row["slots"] for row in rows})
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        means = [
+            mean(value(r) for r in rows if (r["policy"], r["slots"]) == (policy, n)) for n in slots
+        ]
+        axis.plot(slots, means, _STYLES.get(policy, "-"), marker=".", label=policy)
+
+
+# -- loading --
+
+
+def loading() -> Iterator[tuple[str, Figure]]:
+    """Draw each window's longest gap between tokens, without loads and with them, by run."""
+    latest: dict[str, Row] = {}
+    for line in lines("loading"):
+        arguments = line["arguments"]
+        name = arguments["model"] + (", from host memory" if arguments["host_memory"] else "")
+        latest.setdefault(name, line["result"])
+    if not latest:
+        return
+    figure, axis = plt.subplots(figsize=(1.5 + 2.2 * len(latest), 4), layout="constrained")
+    for place, (_, result) in enumerate(sorted(latest.items())):
+        for offset, kind, color in ((-0.2, "quiet", "C0"), (0.2, "loading", "C1")):
+            gaps = result[kind]["longest_gaps_ms"]
+            x = [place + offset] * len(gaps)
+            axis.plot(x, gaps, ".", color=color, label=kind if place == 0 else None)
+            axis.hlines(result[kind]["longest_gap_ms"], x[0] - 0.15, x[0] + 0.15, color=color)
+        ratio = result["ratio_of_medians"]
+        axis.annotate(f"x {ratio:.2f}", (place, 0), ha="center", va="bottom")
+    axis.set_xticks(range(len(latest)), sorted(latest))
+    axis.set_ylim(bottom=0)
+    axis.set(title="Do loads stall other streams?", ylabel="longest gap of a window, ms")
+    axis.legend()
+    yield "loading", figure
+
+
+FIGURES = {"residency": residency, "loading": loading}
+"""Results file -> what draws it; a later benchmark adds a line here."""
+
+
+def main() -> None:
+    """Draw every figure there are results for."""
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    plt.rcParams["svg.hashsalt"] = "emo-serve"  # equal results, equal files
+    for benchmark, draw in FIGURES.items():
+        drawn = False
+        for name, figure in draw():
+            path = PLOTS / f"{name}.svg"
+            figure.savefig(path, metadata={"Date": None})
+            plt.close(figure)
+            print(f"drew {path.relative_to(RESULTS.parent.parent)}")
+            drawn = True
+        if not drawn:
+            print(f"no results of {benchmark} yet")
+
+
+if __name__ == "__main__":
+    main()
