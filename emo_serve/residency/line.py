@@ -7,9 +7,9 @@ First come, first served, a pool a place:
 - The first pool in line that needs copies may evict pools that are neither leased nor pinned, in
   the policy's order. If those do not make room, the coldest leased ones are *closed*: their
   requests run to the end, new ones wait behind, and when the last lease is back they are evicted.
-  So a wait is bounded by the line ahead, each place of which costs at most the longest running
-  request and a load.
 - A pool further back may pass when it can be loaded without taking what the first is waiting for.
+- So a wait is bounded by the line ahead: each place costs at most the longest running request and a
+  load, and a second load if another pool passed and has the link when the room is there.
 - When a load is done its waiters have their leases before anybody else can ask.
 
 One load at a time: they share one link to the device. Loads are tasks of the line's own, so that a
@@ -26,11 +26,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from emo_serve.errors import LoadDeadlineExceeded, PoolBlocked, PoolLoadFailed, TooManyWaiting
+from emo_serve.errors import LoadDeadlineExceeded, PoolBlocked, StateConflict, TooManyWaiting
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.policy import EvictionPolicy
 from emo_serve.residency.ports import LoadReport, PoolEngine, ResidencyObserver
-from emo_serve.residency.room import Room
+from emo_serve.residency.room import Demand, Room
 from emo_serve.residency.slots import LoadPlan
 
 __all__ = ["Counts", "Entry", "LoadLine", "Purpose", "Want"]
@@ -64,7 +64,13 @@ class Want:
     """One pool that is waited for; all who wait for it share its place in the line."""
 
     pool: ExpertPool
+    demand: Demand
     waiters: dict[asyncio.Future[Entry], Purpose] = field(default_factory=dict)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Tell whether anybody still waits; one who was cancelled leaves a moment later."""
+        return any(not place.done() for place in self.waiters)
 
 
 @dataclass
@@ -168,17 +174,21 @@ class LoadLine:
             self.advance()  # a pin may leave too little for who waits
             return entry
         self.check_may_wait(pool)
-        want = self.wants.setdefault(key, Want(pool))
+        if (want := self.wants.get(key)) is None:
+            want = self.wants[key] = Want(pool, self.room.demand(pool))
         place: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
         want.waiters[place] = purpose
         start, outcome = self._clock(), "failed"
-        self.advance()
+        deadline = asyncio.timeout(self._deadline_seconds)
         try:
-            async with asyncio.timeout(self._deadline_seconds):
+            self.advance()
+            async with deadline:
                 entry = await place
             outcome = "granted"
             return entry
         except TimeoutError:
+            if not deadline.expired():  # the load raised it
+                raise
             outcome = "deadline"
             raise self._too_late(want) from None
         except asyncio.CancelledError:
@@ -217,14 +227,34 @@ class LoadLine:
     def _grant(self, entry: Entry, purpose: Purpose) -> None:
         if purpose is Purpose.LEASE:
             entry.leases += 1
-        elif purpose is Purpose.PIN and not entry.is_retired:  # which it was while it loaded
+        elif purpose is Purpose.PIN:
             self.pinned.add(entry.pool.content_hash)
+            self._closing.discard(entry.pool.content_hash)
+            stay = self.room.kept(self.entries.keys() - self.pinned)
+            for want in list(self.wants.values()):
+                if not self.room.can_hold(stay | want.demand):
+                    self._turn_away(want, self._blocked(want.pool))
 
     def give_back(self, entry: Entry) -> None:
         """End a lease."""
         entry.leases -= 1
         if not entry.leases:
             self.advance()
+
+    def retire(self, key: str) -> None:
+        """Unpin a pool and have it go after its last lease; operators wait for it in vain."""
+        self.pinned.discard(key)
+        if (entry := self.entries.get(key)) is not None:
+            entry.is_retired = True
+        if (want := self.wants.get(key)) is not None:
+            for place, purpose in want.waiters.items():
+                if purpose is not Purpose.LEASE and not place.done():
+                    place.set_exception(
+                        StateConflict(
+                            f"pool {want.pool.name!r} was redefined or removed before it was loaded"
+                        )
+                    )
+        self.advance()
 
     # -- the line --
 
@@ -249,60 +279,73 @@ class LoadLine:
 
     def _serve_line(self) -> bool:
         """Walk the line once; True after a change that may let others in: walk it again."""
-        if self._closing_for is not None and self._closing_for not in self.wants.values():
-            self._closing_for = None
-            self._closing.clear()
-        first: Want | None = None  # in line, of those that wait for room or for the link
-        reserved: set[str] = set()  # what goes for it
-        for key, want in list(self.wants.items()):
+        if self._closing_for not in self.wants.values():
+            self._reopen()
+        for want in self.wants.values():
             if (entry := self.open_entry(want.pool)) is not None:
                 self._let_in(want, entry)
                 return True
-            if key in self.entries:  # loading, or on its way out
+        # Others' pools are loading, or on their way out, or nobody wants them any more.
+        line = [w for key, w in self.wants.items() if key not in self.entries and w.is_wanted]
+        if not line:
+            return False
+        first, *others = line
+        coldest_first = self._coldest_first()
+        idle = [key for key in coldest_first if not self.entries[key].leases]
+        victims = self.room.choose(first.demand, idle)
+        if victims is not None and self._has_link(first):
+            self._start(first, victims)
+            return True
+        if victims is None:
+            self._close_for(first, coldest_first)
+        reserved = self._closing.union(victims or ())
+        idle = [key for key in idle if key not in reserved]
+        return self._let_pass(first, others, reserved, idle)
+
+    def _let_pass(
+        self, first: Want, others: list[Want], reserved: set[str], idle: list[str]
+    ) -> bool:
+        """Start what can be started behind the first, if that is no loss to it.
+
+        `reserved` is what goes for the first, `idle` what may go for the others.
+        """
+        at_least = first.demand | self.room.kept(reserved.union(idle))
+        for want in others:
+            if not self._has_link(want) or not self.room.can_hold(at_least | want.demand):
                 continue
-            idle = [
-                k for k in self._coldest_first() if not self.entries[k].leases and k not in reserved
-            ]
-            victims = self.room.choose(want.pool, idle)
-            if victims is not None and self._may_start(want, victims, first, reserved):
+            victims = self.room.choose(want.demand, idle)
+            both = first.demand | want.demand
+            if victims is not None and self.room.fits(both, without=reserved.union(victims)):
                 self._start(want, victims)
                 return True
-            if first is None:
-                first = want
-                if victims is None and self._close_for(want):
-                    return True
-                reserved = self._closing.union(victims or ())
         return False
 
-    def _may_start(
-        self, want: Want, victims: list[str], first: Want | None, reserved: set[str]
-    ) -> bool:
-        """Tell whether the link is free, or not needed, and `first` loses nothing."""
-        if self._is_copying and not self.room.slots.covers(want.pool.expert_ids):
-            return False
-        return first is None or self.room.fits(
-            first.pool, want.pool, without=reserved.union(victims)
-        )
+    def _has_link(self, want: Want) -> bool:
+        """Tell whether the link is free, or not needed."""
+        return not self._is_copying or self.room.slots.covers_bits(want.demand.experts)
 
-    def _close_for(self, want: Want) -> bool:
-        """Stop admission to the coldest pools whose going makes room; True if `want` is refused.
+    def _close_for(self, want: Want, coldest_first: list[str]) -> None:
+        """Stop admission to the coldest pools whose going makes room.
 
-        What is closed already goes first, lest new leases on it outrun the choice.
+        What is closed already goes first, lest new leases on it outrun the choice. Pools that are
+        still on their way go last; whoever waits for one is let in when it has come.
         """
         if self._closing_for is not want:
+            self._reopen()
             self._closing_for = want
-            self._closing = set()
-        chosen = self.room.choose(want.pool, self._coldest_first())
-        self._closing = set(chosen or ())
-        if chosen is not None or any(not entry.is_published for entry in self.entries.values()):
-            return False  # what is on its way can be evicted once it has come
-        self._turn_away(want, self._blocked(want.pool))
-        return True
+        coming = [key for key, entry in self.entries.items() if not entry.is_published]
+        chosen = self.room.choose(want.demand, coldest_first + coming)
+        assert chosen is not None, "only pins could forbid it, and they would have refused it"
+        self._closing = set(chosen)
+
+    def _reopen(self) -> None:
+        self._closing_for = None
+        self._closing.clear()
 
     def _coldest_first(self) -> list[str]:
         """Return the pools that may be evicted, the first to go first.
 
-        Those that are closed lead, then those that hold no slot alone: to bring one of these back
+        Those that are closed lead, then those whose going frees no slot: to bring one of these back
         costs no copy.
         """
         evictable = [
@@ -310,10 +353,10 @@ class LoadLine:
             for key, entry in self.entries.items()
             if entry.is_published and key not in self.pinned
         ]
-        holds_alone = self.room.slots.holds_any_alone
+        coldest_first = self._policy.coldest_first(evictable, self._clock())
+        redundant = self.room.slots.redundant(coldest_first)
         return sorted(
-            self._policy.coldest_first(evictable, self._clock()),
-            key=lambda key: (key not in self._closing, holds_alone(key)),
+            coldest_first, key=lambda key: (key not in self._closing, key not in redundant)
         )
 
     # -- loads --
@@ -328,9 +371,11 @@ class LoadLine:
         plan = self.room.plan(pool, victims)
         try:
             self._engine.check_readable(plan.copies)
-        except PoolLoadFailed as error:
+        except Exception as error:  # whoever gave a lease back and came by here did not ask for it
             self._note_failure(pool, error)
             return
+        if self._closing_for is want:
+            self._reopen()
         row = self.room.take(pool, plan)
         for victim in victims:
             self._forget(victim, "room")
@@ -363,8 +408,11 @@ class LoadLine:
     def _note_done(self, task: asyncio.Task[None]) -> None:
         """Go on with the line when a load has ended, however it did."""
         del self._tasks[task]
-        if not task.cancelled() and task.exception() is None:
-            self.advance()
+        if task.cancelled():  # the event loop's end
+            return
+        if (error := task.exception()) is not None:
+            logger.error("the end of a load went wrong", exc_info=error)
+        self.advance()
 
     def _forget(self, key: str, reason: str | None) -> None:
         """Drop the entry of a pool that has given back its slots and row."""
@@ -411,7 +459,7 @@ class LoadLine:
     def check_may_wait(self, pool: ExpertPool) -> None:
         """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless a place may be had."""
         self.room.check_can_ever_fit(pool)
-        if not self.room.fits(pool, without=self.entries.keys() - self.pinned):
+        if not self.room.fits(self.room.demand(pool), without=self.entries.keys() - self.pinned):
             raise self._blocked(pool)
         if self.num_waiting >= self._max_waiting:
             raise TooManyWaiting(

@@ -84,7 +84,7 @@ class ResidencyManager:
 
     def fits_now(self, pool: ExpertPool) -> bool:
         """Tell whether the pool is resident, or could be loaded and nothing evicted."""
-        return pool.content_hash in self._line.entries or self._room.fits(pool)
+        return pool.content_hash in self._line.entries or self._room.fits(self._room.demand(pool))
 
     def check_admissible(self, pool: ExpertPool) -> None:
         """Raise what a new request for the pool must be refused with now, before it waits.
@@ -157,6 +157,8 @@ class ResidencyManager:
             async with asyncio.timeout(self._deadline_seconds):
                 await entry.gone.wait()
         except TimeoutError:
+            if entry.gone.is_set():  # in the very moment
+                return
             raise PoolInUse(
                 f"pool {pool.name!r} still has {entry.leases} running requests after"
                 f" {self._deadline_seconds:g} s; it takes requests again"
@@ -166,12 +168,12 @@ class ResidencyManager:
             self._line.advance()
 
     def retire(self, pool: ExpertPool) -> None:
-        """Forget a pool whose definition is gone: unpinned, evicted once no lease holds it."""
-        self._line.pinned.discard(pool.content_hash)
+        """Forget a pool whose definition is gone: unpinned, evicted once no lease holds it.
+
+        Requests that wait for it are served; operators who do get StateConflict.
+        """
         self._policy.forget(pool.content_hash)
-        if (entry := self._line.entries.get(pool.content_hash)) is not None:
-            entry.is_retired = True
-        self._line.advance()
+        self._line.retire(pool.content_hash)
 
     # -- shutdown --
 

@@ -2,21 +2,35 @@
 
 Decisions here are pure questions of sets and counts; nothing waits and nothing is copied. A pool in
 use has slots (see SlotTable) and a row, by which the engine knows it. Row 0 is the base pool's; the
-others are handed out lowest first.
+others are handed out lowest first. The line asks on every request, for every place and over every
+pool, so what a pool takes is worked out once, as a `Demand`.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from emo_serve.errors import ConfigError, PoolTooLarge
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.slots import LoadPlan, SlotTable
 
-__all__ = ["Room"]
+__all__ = ["Demand", "Room"]
 
 _BASE_ROW = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What pools take together: experts, as the slot table's bits, and rows but for row 0."""
+
+    experts: int
+    rows: int
+
+    def __or__(self, other: Demand) -> Demand:
+        """Return what both take: experts are shared, rows are not."""
+        return Demand(self.experts | other.experts, self.rows + other.rows)
 
 
 class Room:
@@ -47,31 +61,39 @@ class Room:
         """Return the row of a pool that was given room."""
         return self._row_of[key]
 
-    def fits(self, *pools: ExpertPool, without: Collection[str] = ()) -> bool:
-        """Tell whether there is room for all of these beside what is there, but for `without`."""
-        rows = sum(not self._is_base(pool) for pool in pools)
-        given_up = sum(self._row_of[key] != _BASE_ROW for key in without)
-        if self.num_free_rows + given_up < rows:
-            return False
-        return self.slots.fits(*(pool.expert_ids for pool in pools), without=without)
+    def demand(self, pool: ExpertPool) -> Demand:
+        """Return what a pool takes."""
+        return Demand(self.slots.bits(pool.expert_ids), not self._is_base(pool))
 
-    def choose(self, pool: ExpertPool, candidates: Sequence[str]) -> list[str] | None:
-        """Return which of the candidates, asked in this order, must go so that the pool fits.
+    def kept(self, without: Collection[str] = ()) -> Demand:
+        """Return what all pools but these take."""
+        return self._taken_by([key for key in self._row_of if key not in without])
 
-        None means that all of them going would not be enough.
+    def can_hold(self, demand: Demand) -> bool:
+        """Tell whether slots and rows, but for this demand unused, are enough for it."""
+        return demand.rows < self.num_rows and self.slots.can_hold(demand.experts)
+
+    def fits(self, wanted: Demand, without: Collection[str] = ()) -> bool:
+        """Tell whether there is room for this beside what is there, but for `without`."""
+        return self.can_hold(self.kept(without) | wanted)
+
+    def choose(self, wanted: Demand, candidates: Sequence[str]) -> list[str] | None:
+        """Return which of the candidates, the first to go first, must go so that `wanted` fits.
+
+        From the last on, every one stays that may, so none goes in vain. None means that all of
+        them going would not be enough.
         """
-        if not self.fits(pool, without=candidates):
+        stay = self.kept(set(candidates)) | wanted
+        if not self.can_hold(stay):
             return None
         victims: list[str] = []
-        for key in candidates:
-            if self.fits(pool, without=victims):
-                break
-            victims.append(key)
-        for key in reversed(victims):  # what a later choice made unnecessary may stay
-            fewer = [victim for victim in victims if victim != key]
-            if self.fits(pool, without=fewer):
-                victims = fewer
-        return victims
+        for key in reversed(candidates):
+            with_it = stay | self._taken_by((key,))
+            if self.can_hold(with_it):
+                stay = with_it
+            else:
+                victims.append(key)
+        return victims[::-1]
 
     def check_can_ever_fit(self, pool: ExpertPool) -> None:
         """Raise PoolTooLarge for a pool that the empty slab could not hold."""
@@ -122,6 +144,10 @@ class Room:
         assert len(set(self._row_of.values())) == len(self._row_of)
         taken = [row for row in self._row_of.values() if row != _BASE_ROW]
         assert sorted(taken + self._free_rows) == list(range(_BASE_ROW + 1, self.num_rows))
+
+    def _taken_by(self, keys: Sequence[str]) -> Demand:
+        rows = sum(self._row_of[key] != _BASE_ROW for key in keys)
+        return Demand(self.slots.held_by(keys), rows)
 
     def _free_row(self, key: str) -> None:
         row = self._row_of.pop(key)

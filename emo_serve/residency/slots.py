@@ -1,4 +1,4 @@
-"""The one account of expert slots: (layer, expert) -> slot, with reference counts by pool.
+"""The one account of expert slots: (layer, expert) -> slot, and the pools that refer to each.
 
 Pure bookkeeping: no weights, no clock, no awaiting. A load has three steps, because the copies take
 time and may fail:
@@ -13,16 +13,17 @@ no other pool refers to: an expert of a victim that the new pool needs stays whe
 of loads may be under way as long as none needs an expert that another is still loading; plans that
 copy nothing are resident as soon as they begin. Slots are handed out lowest first, so equal
 histories give equal tables.
+
+Who refers to an expert is asked of sets of pools, and often. So each pool is also one integer with
+a bit for each expert of each layer: a union is one `|`, and an expert that no other pool refers to
+is a bit that their union lacks. There are no counts to keep in step.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import or_
 
 from emo_serve.errors import ConfigError
 
@@ -79,11 +80,23 @@ class LayerSlots:
 @dataclass
 class _Layer:
     num_experts: int
+    first_bit: int
     expert_in: list[int | None]
     slot_of: dict[int, int] = field(default_factory=dict)
     free: list[int] = field(default_factory=list)  # a heap
-    holders: Counter[int] = field(default_factory=Counter)  # expert -> pools that refer to it
     loading: set[int] = field(default_factory=set)
+
+    def share(self, bits: int) -> int:
+        """Return this layer's part of a set of experts, its first expert's bit lowest."""
+        return (bits >> self.first_bit) & ((1 << self.num_experts) - 1)
+
+    def members(self, bits: int) -> Iterator[int]:
+        """Return the experts of this layer that are in a set, ascending."""
+        share = self.share(bits)
+        while share:
+            lowest = share & -share
+            yield lowest.bit_length() - 1
+            share ^= lowest
 
 
 class SlotTable:
@@ -97,11 +110,16 @@ class SlotTable:
         if slots_per_layer < 1:
             raise ConfigError(f"slots a layer is {slots_per_layer}; expected at least 1")
         self._layers: list[_Layer] = []
+        first_bit = 0
         for num_experts in experts_per_layer:
             slots = min(slots_per_layer, num_experts)
-            self._layers.append(_Layer(num_experts, [None] * slots, free=list(range(slots))))
+            empty: list[int | None] = [None] * slots
+            self._layers.append(_Layer(num_experts, first_bit, empty, free=list(range(slots))))
+            first_bit += num_experts
+        self._num_slots = sum(len(held.expert_in) for held in self._layers)
         self._pools: dict[str, tuple[tuple[int, ...], ...]] = {}
-        self._masks: dict[str, tuple[int, ...]] = {}  # the same as bits, for set arithmetic
+        self._bits: dict[str, int] = {}  # the same, for set arithmetic
+        self._resident = 0  # bits of the experts that are in place
         self._copying: dict[str, tuple[Copy, ...]] = {}
         self._version = 0
 
@@ -124,7 +142,7 @@ class SlotTable:
 
     def covers(self, expert_ids: ExpertIds) -> bool:
         """Tell whether every one of these experts is resident."""
-        return self.num_absent(expert_ids) == 0
+        return self.covers_bits(self.bits(expert_ids))
 
     def num_absent(self, expert_ids: ExpertIds) -> int:
         """Count the experts among these that are not resident, those on their way included."""
@@ -152,32 +170,66 @@ class SlotTable:
 
         Pools are sets, so that is a question of each layer's union, whatever the order of loads.
         """
-        unions = [_mask(experts) for experts in zip(*wanted, strict=True)]
-        kept = [masks for key, masks in self._masks.items() if key not in without]
-        for index, held in enumerate(self._layers):
-            union = unions[index]
-            for masks in kept:
-                union |= masks[index]
-            if union.bit_count() > len(held.expert_in):
-                return False
-        return True
+        experts = self.held_by(self._pools.keys() - set(without))
+        for expert_ids in wanted:
+            experts |= self.bits(expert_ids)
+        return self.can_hold(experts)
 
     def slots_of(self, keys: Iterable[str]) -> int:
         """Count the slots, of all layers, that these pools hold; a shared one counts once."""
-        layers = zip(*(self._masks[key] for key in keys), strict=True)
-        return sum(reduce(or_, masks).bit_count() for masks in layers)
-
-    def holds_any_alone(self, key: str) -> bool:
-        """Tell whether some slot would be free without this pool."""
-        return any(
-            held.holders[expert] == 1
-            for held, experts in zip(self._layers, self._pools[key], strict=True)
-            for expert in experts
-        )
+        return self.held_by(keys).bit_count()
 
     def slots_held_alone(self, key: str) -> int:
         """Count the slots, of all layers, that would be free without this pool."""
-        return sum(map(len, self._freed_by((key,))))
+        return (self._bits[key] & ~self.held_by(self._pools.keys() - {key})).bit_count()
+
+    def redundant(self, keys: Sequence[str]) -> set[str]:
+        """Return which of these pools could go, all of them, and no slot would be free for it.
+
+        Where pools cover each other, those named first are chosen.
+        """
+        later: list[int] = [0]
+        for key in reversed(keys):
+            later.append(later[-1] | self._bits[key])
+        stay = self.held_by(self._pools.keys() - set(keys))
+        chosen: set[str] = set()
+        for key in keys:
+            later.pop()
+            if self._bits[key] & ~(stay | later[-1]):
+                stay |= self._bits[key]
+            else:
+                chosen.add(key)
+        return chosen
+
+    # -- set arithmetic --
+
+    def bits(self, expert_ids: ExpertIds) -> int:
+        """Return experts as bits of one number."""
+        bits = 0
+        for held, experts in zip(self._layers, expert_ids, strict=True):
+            mine = 0
+            for expert in experts:
+                mine |= 1 << expert
+            assert not mine >> held.num_experts, "an expert the layer does not have"
+            bits |= mine << held.first_bit
+        return bits
+
+    def held_by(self, keys: Iterable[str]) -> int:
+        """Return as bits the experts that any of these pools refers to."""
+        bits = 0
+        for key in keys:
+            bits |= self._bits[key]
+        return bits
+
+    def can_hold(self, bits: int) -> bool:
+        """Tell whether the table, but for these experts empty, would have slots for them all."""
+        if bits.bit_count() > self._num_slots:
+            return False
+        return all(held.share(bits).bit_count() <= len(held.expert_in) for held in self._layers)
+
+    def covers_bits(self, bits: int) -> bool:
+        """Tell whether every one of these experts is resident."""
+        return not bits & ~self._resident
 
     def usage(self) -> tuple[LayerSlots, ...]:
         """Return the account of each layer's slots; a dense layer has none."""
@@ -196,12 +248,13 @@ class SlotTable:
     def plan_load(self, key: str, expert_ids: ExpertIds, evictions: Sequence[str] = ()) -> LoadPlan:
         """Choose a slot for every missing expert; the caller has asked `fits` that they fit."""
         assert key not in self._pools, f"{key} holds its slots already"
-        freed = self._freed_by(evictions)
+        staying = self.held_by(self._pools.keys() - set(evictions)) | self.bits(expert_ids)
+        freed = self.held_by(evictions) & ~staying
         copies: list[Copy] = []
         for index, (held, experts) in enumerate(zip(self._layers, expert_ids, strict=True)):
             assert not held.loading.intersection(experts), "an expert needed is still loading"
             missing = [expert for expert in sorted(experts) if expert not in held.slot_of]
-            given_up = (held.slot_of[expert] for expert in freed[index] - set(experts))
+            given_up = (held.slot_of[expert] for expert in held.members(freed))
             slots = heapq.nsmallest(len(missing), [*held.free, *given_up])
             assert len(slots) == len(missing), f"layer {index} has too few free slots"
             pairs = zip(missing, slots, strict=True)
@@ -213,10 +266,10 @@ class SlotTable:
         """Evict, and take the plan's slots and references, which nothing can free from now on."""
         assert plan.version == self._version, "the table changed since the plan was made"
         self._version += 1
-        for held, experts in zip(self._layers, plan.expert_ids, strict=True):
-            held.holders.update(experts)  # before the evictions: what both need stays
+        self._pools[plan.key] = plan.expert_ids  # before the evictions: what both need stays
+        self._bits[plan.key] = self.bits(plan.expert_ids)
         for key in plan.evictions:
-            self.evict(key)
+            self._drop(key)
         for copy in plan.copies:
             held = self._layers[copy.layer]
             slot = heapq.heappop(held.free)
@@ -224,8 +277,6 @@ class SlotTable:
             held.slot_of[copy.expert] = copy.slot
             held.expert_in[copy.slot] = copy.expert
             held.loading.add(copy.expert)
-        self._pools[plan.key] = plan.expert_ids
-        self._masks[plan.key] = tuple(_mask((experts,)) for experts in plan.expert_ids)
         if plan.copies:
             self._copying[plan.key] = plan.copies
 
@@ -235,6 +286,7 @@ class SlotTable:
         self._version += 1
         for copy in self._copying.pop(key, ()):
             self._layers[copy.layer].loading.remove(copy.expert)
+        self._resident |= self._bits[key]
 
     def abandon(self, key: str) -> None:
         """Undo a load that failed: its slots and references go back."""
@@ -243,63 +295,39 @@ class SlotTable:
 
     def evict(self, key: str) -> tuple[Copy, ...]:
         """Drop a pool's references and return what that freed: experts no other pool refers to."""
-        assert key not in self._copying, f"{key} is loading"
         self._version += 1
+        return self._drop(key)
+
+    def _drop(self, key: str) -> tuple[Copy, ...]:
+        assert key not in self._copying, f"{key} is loading"
+        del self._pools[key]
+        bits = self._bits.pop(key) & ~self.held_by(self._pools)
+        self._resident &= ~bits
         freed: list[Copy] = []
-        del self._masks[key]
-        for index, experts in enumerate(self._pools.pop(key)):
-            held = self._layers[index]
-            for expert in experts:
-                held.holders[expert] -= 1
-                if held.holders[expert]:
-                    continue
-                del held.holders[expert]
+        for index, held in enumerate(self._layers):
+            for expert in held.members(bits):
                 slot = held.slot_of.pop(expert)
                 held.expert_in[slot] = None
                 heapq.heappush(held.free, slot)
                 freed.append(Copy(index, expert, slot))
         return tuple(freed)
 
-    def _freed_by(self, keys: Collection[str]) -> list[set[int]]:
-        """Return the experts of each layer that only these pools hold."""
-        freed: list[set[int]] = []
-        for index, held in enumerate(self._layers):
-            mine = Counter(expert for key in keys for expert in self._pools[key][index])
-            freed.append(
-                {expert for expert, count in mine.items() if held.holders[expert] == count}
-            )
-        return freed
-
     # -- self-check --
 
     def check_integrity(self) -> None:
         """Assert that slots, experts and references tell one story."""
-        expected = [Counter[int]() for _ in self._layers]
-        for expert_ids in self._pools.values():
-            for count, experts in zip(expected, expert_ids, strict=True):
-                count.update(experts)
-        assert self._masks == {
-            key: tuple(_mask((experts,)) for experts in ids) for key, ids in self._pools.items()
-        }
+        assert self._bits == {key: self.bits(ids) for key, ids in self._pools.items()}
+        in_place = [held.slot_of.keys() - held.loading for held in self._layers]
+        assert self._resident == self.bits(list(map(sorted, in_place)))
         copying = {(c.layer, c.expert) for copies in self._copying.values() for c in copies}
         assert self._copying.keys() <= self._pools.keys()
         assert copying == {(i, e) for i, held in enumerate(self._layers) for e in held.loading}
-        for held, count in zip(self._layers, expected, strict=True):
-            assert held.holders == count
+        for index, held in enumerate(self._layers):
             assert held.slot_of == dict(_occupied(held))
-            assert held.slot_of.keys() == count.keys()
+            assert held.slot_of.keys() == {e for ids in self._pools.values() for e in ids[index]}
             empty = [slot for slot, expert in enumerate(held.expert_in) if expert is None]
             assert sorted(held.free) == empty
             assert all(0 <= expert < held.num_experts for expert in held.slot_of)
-
-
-def _mask(sets: Iterable[Iterable[int]]) -> int:
-    """Return a layer's experts as bits of one number."""
-    mask = 0
-    for experts in sets:
-        for expert in experts:
-            mask |= 1 << expert
-    return mask
 
 
 def _occupied(held: _Layer) -> Iterator[tuple[int, int]]:

@@ -132,7 +132,7 @@ def test_misuse_is_caught(table: SlotTable) -> None:
 
 def test_the_self_check_sees_a_wrong_account(table: SlotTable) -> None:
     load(table, "a", [[0, 1], [], []])
-    table._layers[0].holders[1] += 1
+    table._layers[0].slot_of[1] = 2
     with pytest.raises(AssertionError):
         table.check_integrity()
 
