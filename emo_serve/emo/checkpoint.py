@@ -79,11 +79,13 @@ class Checkpoint:
     what was expected.
     """
 
-    def __init__(self, directory: Path, config: EmoConfig, files: dict[str, Path]) -> None:
+    def __init__(
+        self, directory: Path, config: EmoConfig, files: dict[str, Path], opened: list[TensorFile]
+    ) -> None:
         self.directory = directory
         self.config = config
         self._files = files
-        self._open: dict[Path, TensorFile] = {}
+        self._open = {file.path: file for file in opened}
         self._opening = threading.Lock()
 
     @classmethod
@@ -91,7 +93,7 @@ class Checkpoint:
         """Read the config and the index; check that every tensor the config needs is listed."""
         directory = Path(directory)
         config = load_config(directory)
-        checkpoint = cls(directory, config, _tensor_files(directory))
+        checkpoint = cls(directory, config, *_tensor_files(directory))
         missing = sorted(set(_expected_names(config)) - set(checkpoint._files))
         if missing:
             raise CheckpointError(
@@ -164,8 +166,8 @@ class Checkpoint:
             return self._open[path]
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Map each tensor to its file, from the index or by opening the safetensors files."""
+def _tensor_files(directory: Path) -> tuple[dict[str, Path], list[TensorFile]]:
+    """Map each tensor to its file: by the index, or by opening the safetensors files."""
     index = directory / _INDEX
     if index.exists():
         try:
@@ -176,13 +178,12 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         absent = sorted({path for path in files.values() if not path.exists()})
         if absent:
             raise CheckpointError(f"{index} names {absent[0].name}, which is not in {directory}")
-        return files
-    files = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        files.update(dict.fromkeys(TensorFile(path).names, path))
+        return files, []
+    opened = [TensorFile(path) for path in sorted(directory.glob("*.safetensors"))]
+    files = {name: file.path for file in opened for name in file.names}
     if not files:
         raise CheckpointError(f"{directory} has no *.safetensors files")
-    return files
+    return files, opened
 
 
 def _expected_names(config: EmoConfig) -> Iterator[str]:

@@ -25,10 +25,10 @@ __all__ = ["EngineFacts", "WorkerCalls"]
 
 _Reply = Mapping[str, Any]
 _DEATH_CHECK_SECONDS = 0.5
-# A poll costs the engine 1-2 ms between two steps: ask early after short loads, rarely during long.
-_FIRST_POLL_SECONDS = 0.005
-_LAST_POLL_SECONDS = 0.05
-_POLL_GROWTH = 1.5
+# A poll costs the engine 1-2 ms between two steps: ask early, then when the load should be done.
+_SHORTEST_PAUSE_SECONDS = 0.005
+_LONGEST_PAUSE_SECONDS = 0.25
+_MOST_GROWTH = 4.0
 
 
 @dataclass(frozen=True)
@@ -134,17 +134,18 @@ class WorkerCalls:
 
         A row that some ranks have published and others not is harmless: no request may name it yet.
         """
-        pause = _FIRST_POLL_SECONDS
+        start, pause = time.monotonic(), _SHORTEST_PAUSE_SECONDS
         while True:
             await asyncio.sleep(pause)
-            pause = min(pause * _POLL_GROWTH, _LAST_POLL_SECONDS)
             replies = await self._call("emo_finish_load", load_id, *table_row)
             states = {reply["state"] for reply in replies}
             if not states <= {"loading", "published", "failed"}:
                 raise EngineDead(f"emo_finish_load answered with states {sorted(states)}")
-            self._on_copied(min(reply["experts_copied"] for reply in replies), total)
+            done = min(reply["experts_copied"] for reply in replies)
+            self._on_copied(done, total)
             if "loading" not in states:
                 return replies
+            pause = _next_pause(time.monotonic() - start, done, total)
 
     async def _call(self, method: str, *args: Any) -> Sequence[_Reply]:
         call_id = next(self._call_ids)
@@ -169,3 +170,10 @@ class WorkerCalls:
         self._calls.discard(call)
         if not call.cancelled():
             call.exception()
+
+
+def _next_pause(seconds: float, done: int, total: int) -> float:
+    """Return how long to leave a load alone that made `done` copies of `total` in these seconds."""
+    remaining = seconds * (total - done) / max(done, 1)
+    most = min(_LONGEST_PAUSE_SECONDS, _MOST_GROWTH * seconds)
+    return max(_SHORTEST_PAUSE_SECONDS, min(remaining, most))

@@ -200,9 +200,9 @@ class ExpertLoad:
 
 # -- the thread's place --
 
-_NICE = int(os.environ.get("EMO_NICE", "0"))
-_REST = float(os.environ.get("EMO_REST", "1.0"))
-_MIN_REST = float(os.environ.get("EMO_MIN_REST", "0.0002"))
+_NICE = 10
+_REST = 1.0
+_MIN_REST = 0.0002
 
 
 def _rest(worked_seconds: float) -> None:

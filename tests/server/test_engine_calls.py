@@ -72,9 +72,10 @@ class Workers:
         return [method for method, _ in self.calls]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_calls, "_FIRST_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(engine_calls, "_SHORTEST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(engine_calls, "_LONGEST_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(engine_calls, "_DEATH_CHECK_SECONDS", 0.001)
 
 
@@ -85,6 +86,7 @@ def calls_of(workers: Workers, **options: Any) -> WorkerCalls:
 # -- loads --
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_a_load_is_started_polled_and_published() -> None:
     workers = Workers()
     workers.progress = iter([[0, 0], [2, 1]])  # rank 0 publishes one poll before rank 1
@@ -101,6 +103,7 @@ async def test_a_load_is_started_polled_and_published() -> None:
     assert report.host_hits == 1 and report.seconds >= 0
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_nothing_to_copy_is_one_call() -> None:
     workers = Workers()
     calls = calls_of(workers)
@@ -109,6 +112,7 @@ async def test_nothing_to_copy_is_one_call() -> None:
     assert (report.experts_copied, report.bytes_copied, report.host_hits) == (0, 0, 0)
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_loads_have_numbers_of_their_own() -> None:
     workers = Workers()
     calls = calls_of(workers)
@@ -117,25 +121,23 @@ async def test_loads_have_numbers_of_their_own() -> None:
     assert [args[1] for method, args in workers.calls if method == "emo_start_load"] == [1, 2]
 
 
-async def test_polls_come_less_often_the_longer_a_load_takes(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("seconds", "done", "total", "pause"),
+    [
+        (0.01, 0, 100, 0.04),  # nothing known yet: four times as long
+        (0.02, 10, 30, 0.04),  # at this rate the rest takes that long
+        (0.02, 19, 20, 0.005),  # nearly there
+        (1.0, 1, 100, 0.25),  # somebody watches the progress
+        (1.0, 20, 20, 0.005),
+    ],
+)
+def test_a_poll_comes_when_the_load_should_be_done(
+    seconds: float, done: int, total: int, pause: float
 ) -> None:
-    pauses: list[float] = []
-    sleep = asyncio.sleep
-
-    async def remember(seconds: float) -> None:
-        pauses.append(seconds)
-        await sleep(0)
-
-    monkeypatch.setattr(engine_calls, "_FIRST_POLL_SECONDS", 0.005)
-    monkeypatch.setattr(engine_calls.asyncio, "sleep", remember)
-    workers = Workers()
-    workers.progress = iter([[0, 0]] * 11)
-    await calls_of(workers).make_resident(3, IDS, 1.0, COPIES)
-    assert pauses[0] == 0.005 and pauses[-1] == 0.05
-    assert pauses == sorted(pauses)
+    assert engine_calls._next_pause(seconds, done, total) == pytest.approx(pause)
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_a_rank_that_fails_is_reported_when_no_rank_copies_any_more() -> None:
     workers = Workers()
     workers.progress = iter([[0, 0], [1, 0], [2, 0]])
@@ -145,6 +147,7 @@ async def test_a_rank_that_fails_is_reported_when_no_rank_copies_any_more() -> N
     assert workers.methods.count("emo_finish_load") == 3
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_an_unknown_state_is_the_end() -> None:
     workers = Workers()
     workers.spoil = {"state": "asleep"}
@@ -152,6 +155,7 @@ async def test_an_unknown_state_is_the_end() -> None:
         await calls_of(workers).make_resident(3, IDS, 1.0, COPIES)
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_a_load_the_workers_refuse_is_the_end() -> None:
     workers = Workers()
     workers.spoil = {"ok": False, "error": "load 1 is still under way"}
@@ -159,6 +163,7 @@ async def test_a_load_the_workers_refuse_is_the_end() -> None:
         await calls_of(workers).make_resident(3, IDS, 1.0, COPIES)
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_an_engine_that_dies_between_two_polls_ends_the_load() -> None:
     workers = Workers()
     workers.progress = iter([[0, 0]] * 10**6)
@@ -189,6 +194,7 @@ def test_unreadable_experts_are_found_before_anything_is_asked() -> None:
 # -- every call --
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_describing_takes_the_largest_rank() -> None:
     workers = Workers()
     workers.spoil = {"trunk_bytes": 140}
@@ -205,6 +211,7 @@ async def test_describing_takes_the_largest_rank() -> None:
         ({"call_id": None}, "rank 1 answered call None"),
     ],
 )
+@pytest.mark.usefixtures("no_waiting")
 async def test_one_bad_rank_fails_the_call(spoil: dict[str, Any], message: str) -> None:
     workers = Workers()
     workers.spoil = spoil
@@ -212,6 +219,7 @@ async def test_one_bad_rank_fails_the_call(spoil: dict[str, Any], message: str) 
         await calls_of(workers).make_resident(1, IDS, 1.0, [])
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_a_call_to_an_engine_that_dies_ends() -> None:
     workers = Workers()
     workers.is_silent = True
@@ -223,6 +231,7 @@ async def test_a_call_to_an_engine_that_dies_ends() -> None:
         await call
 
 
+@pytest.mark.usefixtures("no_waiting")
 async def test_a_caller_that_goes_away_does_not_take_the_call_with_it() -> None:
     workers = Workers()
     release = asyncio.Event()
