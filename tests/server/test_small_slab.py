@@ -64,12 +64,12 @@ def test_pools_are_resident_in_the_order_given_as_long_as_they_fit(
     assert "9 slots a layer" in server.summary
     for name, size, state in (
         ("python", 8, r"resident  \(default\)"),
-        ("math", 8, "not resident"),
-        ("spanish", 8, "not resident"),
-        ("base", 32, "too large for the slab"),
+        ("math", 8, "loaded when asked for"),
+        ("spanish", 8, "loaded when asked for"),
+        ("base", 32, "does not fit"),
     ):
         assert re.search(rf"{name} +{size} experts a layer  {state}\n", server.summary), name
-    assert "pool math is not made resident" in server.log
+    assert "no room for pool math beside the others" in server.log
 
 
 def test_the_models_name_means_the_default_pool(client: openai.OpenAI) -> None:
@@ -80,17 +80,23 @@ def test_the_models_name_means_the_default_pool(client: openai.OpenAI) -> None:
     assert models["emo-demo"]["default_pool"] == "python"
 
 
+def cards(http: httpx.Client) -> dict[str, dict[str, Any]]:
+    return {card["name"]: card for card in http.get("/v1/pools").json()["data"]}
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_pool_that_is_not_resident_is_a_503_that_says_when_to_come_back(
-    client: openai.OpenAI, stream: bool
+@pytest.mark.parametrize("model", ["math", "c+html", "spanish"])
+def test_asking_for_a_pool_that_is_not_resident_simply_works(
+    client: openai.OpenAI, http: httpx.Client, model: str, stream: bool
 ) -> None:
-    with pytest.raises(openai.InternalServerError) as refusal:
-        ask(client, "math", stream=stream)
-    assert refusal.value.status_code == 503
-    assert refusal.value.response.headers["retry-after"] == "1"
-    message = error_of(refusal.value)["message"]
-    assert "pool 'math' is not resident" in message
-    assert "resident pools: python" in message
+    ask(client, "python")
+    assert not cards(http).get(model, {"resident": False})["resident"]
+    answer = ask(client, model, stream=stream)
+    text = "".join(event.choices[0].text for event in answer) if stream else answer.choices[0].text
+    assert text == ask(client, model).choices[0].text
+    shown = http.get(f"/v1/pools/{model}").json()
+    assert (shown["resident"], shown["state"]) == (True, "resident")
+    assert not cards(http)["python"]["resident"]  # there is room for one
 
 
 @pytest.mark.parametrize("model", ["base", "emo-demo:base", "python+math"])
@@ -102,14 +108,22 @@ def test_a_pool_the_slab_can_never_hold_is_a_400_with_figures(
     message = error_of(refusal.value)["message"]
     assert "GiB" in message
     assert "slots and has 9" in message
-    assert "resident pools: python" in message
     assert "--expert-memory" in message
 
 
-def test_a_union_that_fits_is_still_not_resident(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.InternalServerError) as refusal:
-        ask(client, "c+html")  # nine experts a layer between them
-    assert refusal.value.status_code == 503
+def test_pinned_pools_leave_the_others_a_503_that_names_them(
+    client: openai.OpenAI, http: httpx.Client
+) -> None:
+    assert http.post("/v1/pools/python/pin").json()["pinned"]
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError) as refusal:
+            ask(client, "math", stream=stream)
+        assert refusal.value.status_code == 503
+        assert refusal.value.response.headers["retry-after"] == "1"
+        assert "the pinned pools (python) leave too few slots" in error_of(refusal.value)["message"]
+    assert ask(client, "python")
+    assert not http.post("/v1/pools/python/unpin").json()["pinned"]
+    assert ask(client, "math")
 
 
 def test_the_shipped_model_writes_and_chats(client: openai.OpenAI) -> None:
@@ -120,11 +134,12 @@ def test_the_shipped_model_writes_and_chats(client: openai.OpenAI) -> None:
     assert chat.choices[0].message.content
 
 
-def test_the_key_guards_pools_as_it_guards_models(server: RunningServer) -> None:
+def test_the_key_guards_everything_but_what_monitors_ask(server: RunningServer) -> None:
     with server.http() as nobody:
-        for path in ("/v1/models", "/v1/pools", "/v1/pools/python"):
+        for path in ("/v1/models", "/v1/pools", "/v1/pools/python", "/openapi.json"):
             assert nobody.get(path).status_code == 401, path
-        assert nobody.post("/v1/completions", json={"prompt": "a"}).status_code == 401
+        for path in ("/v1/completions", "/v1/pools/python/evict", "/tokenize"):
+            assert nobody.post(path, json={"prompt": "a"}).status_code == 401, path
         for path in ("/health", "/ready", "/metrics"):
             assert nobody.get(path).status_code == 200, path
 
