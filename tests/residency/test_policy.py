@@ -158,7 +158,7 @@ def test_the_bound_leaves_room_for_every_real_pool() -> None:
 
 
 def test_an_unknown_name_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match="'fifo' is not known; there are lru, lfu, pinned-first"):
+    with pytest.raises(ConfigError, match="'fifo' is not known; there are lfu, lru, pinned-first"):
         make_policy("fifo")
 
 
