@@ -57,7 +57,12 @@ def measure(args: argparse.Namespace, experts: str, eager: bool) -> dict[str, An
         copies += [[copy.layer, copy.expert, copy.slot] for copy in plan.copies]
 
     start = time.perf_counter()
-    ours = {"num_slots": num_slots, "num_pools": len(wanted), "moe_backend": "auto"}
+    ours = {
+        "num_slots": num_slots,
+        "num_pools": len(wanted),
+        "moe_backend": "auto",
+        "host_expert_bytes": 0,
+    }
     llm = LLM(
         str(args.model),
         load_format=LOAD_FORMAT,
@@ -70,8 +75,13 @@ def measure(args: argparse.Namespace, experts: str, eager: bool) -> dict[str, An
         kv_cache_memory_bytes=256 << 20,
     )
     (empty,) = llm.collective_rpc("emo_describe", args=(0,))
-    (answer,) = llm.collective_rpc("emo_load_experts", args=(1, copies))
+    (answer,) = llm.collective_rpc("emo_start_load", args=(1, 1, copies))
     assert answer["ok"], answer
+    first = [list(layer) for layer in wanted[0].expert_ids]
+    while answer.get("state") != "published":
+        (answer,) = llm.collective_rpc("emo_finish_load", args=(1, 1, 0, first, 1.0))
+        assert answer["ok"] and not answer["failure"], answer
+        time.sleep(0.005)
     for row, pool in enumerate(wanted):
         ids = [list(layer) for layer in pool.expert_ids]
         llm.collective_rpc("emo_publish_pool", args=(2, row, ids, pool.router_temperature))

@@ -87,11 +87,13 @@ def pooled_engine(
     num_slots: int | None = None,
     moe_backend: str = "auto",
     host_expert_bytes: int = 0,
+    is_empty: bool = False,
     **engine_args: Any,
 ) -> Iterator[PooledEngine]:
     """Start an engine, put every expert the pools need into a random slot, publish the pools.
 
-    `num_slots` None gives exactly as many slots as the neediest layer uses.
+    `num_slots` None gives exactly as many slots as the neediest layer uses. With `is_empty` nothing
+    is loaded, and the rows are there.
     """
     layers = load_config(directory).moe_layers
     experts_of_layer = [moe.num_experts if moe else 0 for moe in layers]
@@ -113,6 +115,9 @@ def pooled_engine(
     )
     try:
         engine = PooledEngine(llm, pools)
+        if is_empty:
+            yield engine
+            return
         rng = random.Random(0)
         copies = []
         for layer, experts in enumerate(wanted):

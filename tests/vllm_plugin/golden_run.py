@@ -8,6 +8,7 @@ A process of its own, because vLLM reads the environment (model runner, thread b
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -29,11 +30,26 @@ def golden_pools() -> dict[str, list[list[int]]]:
     return {"full": [list(range(32))] * 3, **golden().pools}
 
 
+def move_every_expert(engine: PooledEngine) -> None:
+    """Load every expert again, into slots drawn at random, in random order."""
+    rng = random.Random(1)
+    copies = [
+        [layer, expert, slot]
+        for layer in range(3)
+        for expert, slot in enumerate(rng.sample(range(32), 32))
+    ]
+    rng.shuffle(copies)
+    engine.load(copies, engine.rows["full"], golden_pools()["full"])
+
+
 def main(directory: str, engine_args: str) -> None:
-    """Start, compare, describe."""
+    """Start, compare, load everything anew, compare, describe."""
     with pooled_engine(Path(directory), golden_pools(), **json.loads(engine_args)) as engine:
-        described = engine.call("emo_describe")
-        print(json.dumps({"worst": worst_difference(engine), "ranks": described}))
+        worst = worst_difference(engine)
+        move_every_expert(engine)
+        worst_moved = worst_difference(engine)
+        ranks = engine.call("emo_describe")
+        print(json.dumps({"worst": worst, "worst_moved": worst_moved, "ranks": ranks}))
 
 
 if __name__ == "__main__":

@@ -195,9 +195,12 @@ def test_a_request_without_a_pool_uses_row_0(compiled: PooledEngine) -> None:
 
 
 def test_a_failing_call_is_answered_and_harms_nobody(compiled: PooledEngine) -> None:
-    for copies in ([[0, 99, 0]], [[7, 0, 0]], [["x"]]):
-        (answer,) = compiled.llm.collective_rpc("emo_load_experts", args=(41, copies))
+    for copies in ([[0, 99, 0]], [[0, 0, 32]], [[0, -1, 0]], [[7, 0, 0]], [["x"]]):
+        (answer,) = compiled.llm.collective_rpc("emo_start_load", args=(41, 1000, copies))
         assert answer["call_id"] == 41 and not answer["ok"] and answer["error"]
+    args = (41, 1000, 0, [[0]] * 3, 1.0)
+    (answer,) = compiled.llm.collective_rpc("emo_finish_load", args=args)
+    assert not answer["ok"] and "load 1000 is not the last" in answer["error"]
     (answer,) = compiled.llm.collective_rpc("emo_publish_pool", args=(42, 99, [[0]] * 3, 1.0))
     assert not answer["ok"]
     assert worst_difference(compiled) < TOLERANCE
@@ -215,6 +218,7 @@ def test_only_wanted_experts_are_read(shared1: Path) -> None:
     checkpoint = Checkpoint.open(shared1)
     trunk = sum(checkpoint.tensor(name).nbytes for name in checkpoint.trunk_names())
     assert described["bytes_read"] == trunk + sum(wanted) * expert_bytes
+    assert (described["disk_reads"], described["host_hits"]) == (sum(wanted), 0)
     for (pool, ids), mine in zip(requests, got, strict=True):
         row = golden().prompts.index(ids)
         assert mine == pytest.approx(golden().prompt_logprobs[pool][row], abs=TOLERANCE)

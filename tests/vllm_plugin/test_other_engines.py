@@ -41,7 +41,7 @@ def test_v2_model_runner_under_the_interpreter(tmp_path: Path) -> None:
     result = run_golden(tmp_path, {}, env)
     assert [rank["model_runner"] for rank in result["ranks"]] == ["v2"]
     assert result["ranks"][0]["routes_by_pool"]
-    assert result["worst"] < TOLERANCE
+    assert result["worst"] < TOLERANCE and result["worst_moved"] < TOLERANCE
 
 
 def test_tensor_parallel_over_two_processes(tmp_path: Path) -> None:
@@ -52,4 +52,5 @@ def test_tensor_parallel_over_two_processes(tmp_path: Path) -> None:
     assert {rank["model_runner"] for rank in result["ranks"]} == {"v1"}
     slot_bytes = 3 * 64 * 128 * 4 // 2  # float32, half the width on each rank
     assert [rank["slot_bytes"] for rank in result["ranks"]] == [slot_bytes] * 2
-    assert result["worst"] < TOLERANCE
+    assert result["worst"] < TOLERANCE and result["worst_moved"] < TOLERANCE
+    assert [rank["disk_reads"] for rank in result["ranks"]] == [2 * 96] * 2
