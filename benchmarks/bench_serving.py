@@ -23,10 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -35,13 +32,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import psutil
 
 from common import append_result
 from emo_serve import demo
+from servers import ServerProcess
 
 _PROMPT_CHARACTERS = 200
-_START_TIMEOUT_SECONDS = 400
 _ENGINE_FLAGS = (
     *("--max-model-len", "1024", "--max-num-seqs", "32", "--dtype", "bfloat16"),
     *("--kv-cache-memory-bytes", str(512 << 20), "--no-enable-prefix-caching"),
@@ -57,25 +53,17 @@ class Sample:
     gap_seconds: float
 
 
-class Server:
-    """One server process on a free port, stopped on exit."""
+class Server(ServerProcess):
+    """One of the kinds of server above."""
 
     def __init__(self, kind: str, pools: Sequence[str]) -> None:
         self.kind = kind
         self.base = kind.removesuffix("-eager")
-        self.port = free_port()
         self.pools = pools
-        flags = ["--port", str(self.port), "--host", "127.0.0.1", *_ENGINE_FLAGS]
-        flags += ["--served-model-name", "emo-demo"]
+        flags = [*_ENGINE_FLAGS, "--served-model-name", "emo-demo"]
         if kind.endswith("-eager"):
             flags.append("--enforce-eager")
-        self._start = time.perf_counter()
-        self._process = subprocess.Popen(
-            [*self._command(), *flags],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-        )
+        super().__init__([*self._command(), *flags])
 
     def _command(self) -> list[str]:
         model = str(demo.model_dir())
@@ -90,48 +78,6 @@ class Server:
             raise SystemExit(f"unknown kind of server {self.kind!r}")
         return command
 
-    def __enter__(self) -> Server:
-        deadline = time.monotonic() + _START_TIMEOUT_SECONDS
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise SystemExit(f"{self.kind} ended with status {self._process.returncode}")
-            try:
-                httpx.get(f"{self.url}/health").raise_for_status()
-            except httpx.HTTPError:
-                time.sleep(0.5)
-                continue
-            self.start_seconds = time.perf_counter() - self._start
-            return self
-        raise SystemExit(f"{self.kind} did not start in {_START_TIMEOUT_SECONDS} s")
-
-    def pause(self) -> None:
-        """Take every process of this server off the cores; workers are not in its group."""
-        for process in self._processes():
-            process.suspend()
-
-    def resume(self) -> None:
-        """Let the server run again."""
-        for process in self._processes():
-            process.resume()
-
-    def _processes(self) -> list[psutil.Process]:
-        server = psutil.Process(self._process.pid)
-        return [server, *server.children(recursive=True)]
-
-    def __exit__(self, *_: object) -> None:
-        self.resume()
-        self._process.terminate()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            for process in reversed(self._processes()):
-                process.kill()
-
-    @property
-    def url(self) -> str:
-        """Return the server's base URL."""
-        return f"http://127.0.0.1:{self.port}"
-
     def model_of(self, domain: str) -> str:
         """Return the model name for a request of a domain."""
         return domain if self.base in ("emo", "emo-slots") else "emo-demo"
@@ -142,13 +88,6 @@ def slots_for(pools: Sequence[str]) -> int:
     files = [json.loads((demo.pools_dir() / f"{name}.json").read_text()) for name in pools]
     layers = zip(*(file["layers"] for file in files), strict=True)
     return max(len({e for layer in row if layer for e in layer["experts"]}) for row in layers)
-
-
-def free_port() -> int:
-    """Return a port nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 async def load(server: Server, concurrency: int, requests: int, tokens: int) -> Sample:

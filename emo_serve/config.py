@@ -184,8 +184,9 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         "--eviction-policy",
         metavar="|".join(POLICIES),
         default=POLICIES[0],
-        help="which pool goes when another needs its slots: the one least recently asked for, the"
-        " least often, or one that --preload does not name (default: %(default)s)",
+        help="which pool goes when another needs its slots: the one asked for least often of late,"
+        " the one asked for least recently, or one that --preload does not name"
+        " (default: %(default)s)",
     )
     group.add_argument(
         "--max-waiting",

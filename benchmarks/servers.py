@@ -1,0 +1,79 @@
+"""A server process to measure: started on a free port, suspended, stopped."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+
+import httpx
+import psutil
+
+__all__ = ["ServerProcess"]
+
+_START_TIMEOUT_SECONDS = 400
+
+
+class ServerProcess:
+    """Run a command with `--host` and `--port` until exit; `url` answers once it is entered."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._start = time.perf_counter()
+        self._command = [*command, "--host", "127.0.0.1", "--port", str(self.port)]
+        self._process = subprocess.Popen(
+            self._command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+        )
+
+    def __enter__(self) -> ServerProcess:
+        deadline = time.monotonic() + _START_TIMEOUT_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise SystemExit(f"{self._command} ended with status {self._process.returncode}")
+            try:
+                httpx.get(f"{self.url}/health").raise_for_status()
+            except httpx.HTTPError:
+                time.sleep(0.5)
+                continue
+            self.start_seconds = time.perf_counter() - self._start
+            return self
+        raise SystemExit(f"{self._command} did not start in {_START_TIMEOUT_SECONDS} s")
+
+    def pause(self) -> None:
+        """Take every process of this server off the cores; workers are not in its group."""
+        for process in self._processes():
+            process.suspend()
+
+    def resume(self) -> None:
+        """Let the server run again."""
+        for process in self._processes():
+            process.resume()
+
+    def resident_bytes(self) -> int:
+        """Return the memory all its processes hold now; shared pages count in each."""
+        return sum(process.memory_info().rss for process in self._processes())
+
+    def _processes(self) -> list[psutil.Process]:
+        server = psutil.Process(self._process.pid)
+        return [server, *server.children(recursive=True)]
+
+    def __exit__(self, *_: object) -> None:
+        self.resume()
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            for process in reversed(self._processes()):
+                process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
