@@ -190,7 +190,9 @@ class _Server:
             lambda: service.snapshot(),
         )
         manager = self._manager(calls, facts, metrics)
-        service = PoolService(self.plan.names, self.plan.base_pool, self.plan.catalog, manager)
+        service = PoolService(
+            self.plan.names, self.plan.base_pool, self.plan.catalog, manager, metrics
+        )
         await _load_pools(manager, self.plan)
         app = await build_http_app(self.llm, self.args, service, metrics, self.parts.request_log)
         await self._warm_up(service)

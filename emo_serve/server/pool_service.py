@@ -30,7 +30,7 @@ from emo_serve.errors import (
     Unavailable,
     UnknownPool,
 )
-from emo_serve.metrics import MetricsSnapshot
+from emo_serve.metrics import MetricsSnapshot, PoolMetrics
 from emo_serve.pools.catalog import CatalogChange, PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import Lease, ResidencyManager
@@ -60,11 +60,13 @@ class PoolService:
         base_pool: ExpertPool,
         catalog: PoolCatalog,
         manager: ResidencyManager,
+        metrics: PoolMetrics | None = None,
     ) -> None:
         names.check_free(tuple(catalog.pools))
         self.names = names
         self.manager = manager
         self.catalog = catalog
+        self._metrics = metrics
         self._base_pool = base_pool
         self._one_change = asyncio.Lock()
         self._changes: set[asyncio.Task[object]] = set()  # asyncio keeps weak references
@@ -179,6 +181,9 @@ class PoolService:
         await asyncio.to_thread(change.write)
         old = self._made_of(change.name)
         self.catalog.commit(change)
+        if self._metrics is not None:
+            show = self._metrics.remove_pool if change.pool is None else self._metrics.add_pool
+            show(change.name)
         if change.pool is None:
             logger.info("pool %s is removed", change.name)
         else:
