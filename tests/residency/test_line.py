@@ -17,7 +17,6 @@ from tests.fakes import FakeEngine, settle
 from tests.residency.world import (
     AB,
     AC,
-    BASE,
     BC,
     A,
     B,

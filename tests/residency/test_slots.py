@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -19,13 +19,16 @@ from hypothesis.stateful import (
 
 from emo_serve.errors import ConfigError
 from emo_serve.residency.slots import Copy, ExpertIds, LayerSlots, SlotTable
+from tests.residency.world import PROFILE
 
 EXPERTS = (6, 0, 4)  # the second layer is dense
 SLOTS = 5  # so the third layer holds everything
 
 
-def load(table: SlotTable, key: str, expert_ids: ExpertIds) -> tuple[Copy, ...]:
-    plan = table.plan_load(key, expert_ids)
+def load(
+    table: SlotTable, key: str, expert_ids: ExpertIds, evictions: tuple[str, ...] = ()
+) -> tuple[Copy, ...]:
+    plan = table.plan_load(key, expert_ids, evictions)
     table.begin(plan)
     table.finish(key)
     table.check_integrity()
@@ -97,6 +100,88 @@ def test_a_load_keeps_what_it_shares_when_the_other_pool_goes(table: SlotTable) 
     table.check_integrity()
 
 
+def test_a_load_in_the_place_of_others_keeps_what_it_needs_of_theirs(table: SlotTable) -> None:
+    load(table, "a", [[0, 1], [], [0]])
+    load(table, "b", [[2, 3], [], [1]])
+    load(table, "union", [[0, 2], [], []])
+    copies = load(table, "c", [[1, 4, 5], [], [1, 2]], ("a", "b"))
+    assert copies == (Copy(0, 4, 3), Copy(0, 5, 4), Copy(2, 2, 0))  # 0 and 2 are the union's
+    assert table.keys == {"union", "c"}
+    assert [layer.free for layer in table.usage()] == [0, 0, 2]
+
+
+def test_evictions_happen_when_a_load_begins_and_are_not_undone(table: SlotTable) -> None:
+    load(table, "a", [[0, 1, 2, 3], [], []])
+    plan = table.plan_load("b", [[3, 4, 5], [], []], ("a",))
+    assert plan.evictions == ("a",)
+    assert table.keys == {"a"}
+    table.begin(plan)
+    table.check_integrity()
+    assert table.usage()[0] == LayerSlots(slots=5, free=2, resident=1, loading=2)
+    table.abandon("b")
+    table.check_integrity()
+    assert table.usage() == SlotTable(EXPERTS, SLOTS).usage()
+
+
+def test_what_fits_is_a_question_of_each_layers_union(table: SlotTable) -> None:
+    load(table, "a", [[0, 1, 2], [], [0]])
+    load(table, "b", [[2, 3], [], [1]])
+    assert table.fits([[4], [], []])
+    assert not table.fits([[4, 5], [], []])
+    assert not table.fits([[4], [], []], [[5], [], []])
+    assert table.fits([[4, 5], [], []], without=("b",))
+    assert table.fits([[0, 1, 2, 3], [], [0, 1, 2, 3]], [[4], [], []])
+    assert not table.fits([[4, 5, 3], [], []], without=("b",))
+    assert table.fits([[0, 3, 4, 5], [], []], without=("a", "b"))
+
+
+def test_a_load_under_way_counts_as_there(table: SlotTable) -> None:
+    table.begin(table.plan_load("a", [[0, 1, 2], [], []]))
+    assert not table.fits([[3, 4, 5], [], []])
+    assert table.slots_of(["a"]) == 3
+    assert not table.covers([[0], [], []])
+
+
+def test_shared_slots_count_once(table: SlotTable) -> None:
+    load(table, "a", [[0, 1], [], [0]])
+    load(table, "b", [[1, 2], [], [0]])
+    assert table.slots_of(["a"]) == 3
+    assert table.slots_of(["a", "b"]) == table.slots_of(["b", "a", "a"]) == 4
+    assert table.slots_of([]) == 0
+    assert (table.slots_held_alone("a"), table.slots_held_alone("b")) == (1, 1)
+    load(table, "union", [[0, 1, 2], [], [0]])
+    assert (table.slots_held_alone("a"), table.slots_held_alone("union")) == (0, 0)
+
+
+def test_of_pools_that_cover_each_other_one_is_redundant(table: SlotTable) -> None:
+    load(table, "a", [[0, 1], [], []])
+    load(table, "hot", [[0, 1], [], []])
+    load(table, "b", [[2], [], []])
+    assert table.redundant(["a", "b", "hot"]) == {"a"}
+    assert table.redundant(["hot", "b", "a"]) == {"hot"}
+    assert table.redundant(["a", "b"]) == {"a"}  # hot stays where it is
+    load(table, "union", [[0, 1, 2], [], []])
+    assert table.redundant(["union", "a", "hot", "b"]) == {"union", "a"}
+    assert table.redundant(["a", "b", "hot", "union"]) == {"a", "b", "hot"}
+    assert table.redundant([]) == set()
+
+
+def test_sets_of_experts_are_numbers(table: SlotTable) -> None:
+    bits = table.bits([[0, 5], [], [3]])
+    assert bits.bit_count() == 3
+    assert bits == table.bits([[5, 0], [], [3]])
+    assert bits & table.bits([[1, 2], [], [0, 1, 2]]) == 0
+    assert table.can_hold(bits) and not table.can_hold(table.bits([range(6), [], []]))
+    assert not table.covers_bits(bits)
+    load(table, "a", [[0, 5], [], [3]])
+    assert table.covers_bits(bits) and table.covers_bits(0)
+    assert table.held_by(["a"]) == bits
+    with pytest.raises(AssertionError, match="does not have"):
+        table.bits([[6], [], []])
+    with pytest.raises(AssertionError, match="does not have"):
+        table.bits([[], [0], []])
+
+
 def test_needs_are_counted_by_layer(table: SlotTable) -> None:
     load(table, "a", [[0, 1, 2], [], []])
     first, dense, _ = table.needs([[2, 3, 4, 5], [], [0]])
@@ -163,30 +248,39 @@ class Tables(RuleBasedStateMachine):
         self.loading: dict[str, set[tuple[int, int]]] = {}
         self.names = map(str, itertools.count())
 
-    def start(self, expert_ids: ExpertIds) -> str | None:
+    def start(self, expert_ids: ExpertIds, evictions: tuple[str, ...] = ()) -> str | None:
         """Begin a load if the model says it fits, and check that the table agrees."""
         wanted = {(layer, e) for layer, ids in enumerate(expert_ids) for e in ids}
         if wanted & self.on_the_way():
             return None
-        held = [sum(place[0] == layer for place in self.where) for layer in range(len(EXPERTS))]
-        new = wanted - self.where.keys()
+        staying = self.places(key for key in self.pools if key not in evictions)
         room = [min(SLOTS, count) for count in EXPERTS]
         fits = all(
-            held[layer] + sum(place[0] == layer for place in new) <= room[layer]
+            sum(at == layer for at, _ in wanted | staying) <= room[layer]
             for layer in range(len(EXPERTS))
         )
-        assert fits == all(need.missing <= need.free for need in self.table.needs(expert_ids))
+        assert fits == self.table.fits(expert_ids, without=evictions)
+        if not evictions:
+            assert fits == all(need.missing <= need.free for need in self.table.needs(expert_ids))
         if not fits:
             return None
         key = next(self.names)
-        plan = self.table.plan_load(key, expert_ids)
-        assert {(copy.layer, copy.expert) for copy in plan.copies} == new
+        plan = self.table.plan_load(key, expert_ids, evictions)
+        assert {(copy.layer, copy.expert) for copy in plan.copies} == wanted - self.where.keys()
+        self.table.begin(plan)
+        for victim in evictions:
+            del self.pools[victim]
+        for place in self.where.keys() - staying - wanted:
+            del self.where[place]
         taken = {(layer, slot) for (layer, _), slot in self.where.items()}
         assert not taken & {(copy.layer, copy.slot) for copy in plan.copies}
-        self.table.begin(plan)
-        self.where |= {(copy.layer, copy.expert): copy.slot for copy in plan.copies}
-        self.pools[key], self.loading[key] = wanted, new
+        new = {(copy.layer, copy.expert): copy.slot for copy in plan.copies}
+        self.where |= new
+        self.pools[key], self.loading[key] = wanted, set(new)
         return key
+
+    def places(self, keys: Iterable[str]) -> set[tuple[int, int]]:
+        return {place for key in keys for place in self.pools[key]}
 
     def undo(self, key: str) -> None:
         self.table.abandon(key)
@@ -194,7 +288,7 @@ class Tables(RuleBasedStateMachine):
         self.drop(key)
 
     def drop(self, key: str) -> set[tuple[int, int]]:
-        gone = self.pools.pop(key) - {place for held in self.pools.values() for place in held}
+        gone = self.pools.pop(key) - self.places(self.pools)
         for place in gone:
             del self.where[place]
         return gone
@@ -205,6 +299,16 @@ class Tables(RuleBasedStateMachine):
     @rule(target=under_way, expert_ids=id_lists)
     def begin(self, expert_ids: ExpertIds) -> object:
         key = self.start(expert_ids)
+        return multiple() if key is None else key
+
+    @rule(target=under_way, expert_ids=id_lists, victims=st.lists(consumes(resident), max_size=3))
+    def replace(self, expert_ids: ExpertIds, victims: list[str]) -> object:
+        """Load in the place of others; a victim that is not needed any more goes all the same."""
+        key = self.start(expert_ids, tuple(victims))
+        if key is None:
+            for victim in victims:
+                self.table.evict(victim)
+                self.drop(victim)
         return multiple() if key is None else key
 
     @rule(target=resident, key=consumes(under_way))
@@ -239,7 +343,7 @@ class Tables(RuleBasedStateMachine):
         if not settled:
             return multiple()
         chosen = data.draw(st.sets(st.sampled_from(settled), min_size=1, max_size=3))
-        places = {place for key in chosen for place in self.pools[key]}
+        places = self.places(chosen)
         ids = [sorted(e for at, e in places if at == layer) for layer in range(len(EXPERTS))]
         assert self.table.covers(ids)
         key = self.start(ids)
@@ -260,7 +364,17 @@ class Tables(RuleBasedStateMachine):
             assert usage.slots == usage.free + usage.resident + usage.loading
             assert usage.loading == sum(place[0] == layer for place in loading)
             assert usage.resident + usage.loading == sum(at == layer for at, _ in self.where)
+        assert self.table.slots_of(self.pools) == len(self.where)
+        for key, held in self.pools.items():
+            alone = held - self.places(self.pools.keys() - {key})
+            assert self.table.slots_held_alone(key) == len(alone)
+        order = sorted(self.pools.keys() - self.loading.keys())
+        redundant = self.table.redundant(order)
+        assert self.places(self.pools.keys() - redundant) == self.where.keys()
+        for index, key in enumerate(order):  # each that stays is needed, given those before it
+            others = self.pools.keys() - {*redundant.intersection(order[:index]), key}
+            assert (key in redundant) == (self.pools[key] <= self.places(others))
 
 
 TestTables = Tables.TestCase
-TestTables.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestTables.settings = PROFILE
