@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -390,4 +391,4 @@ def _add_routes(app: FastAPI, gate: RequestGate, service: PoolService, llm: Pool
         return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
     app.include_router(router)
-    app.include_router(pools_api.create_router(service, to_http_error))
+    app.include_router(pools_api.create_router(service, partial(to_http_error, param=None)))

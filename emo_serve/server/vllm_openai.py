@@ -88,17 +88,18 @@ __all__ = [
 # -- errors --
 
 
-def to_http_error(error: EmoServeError) -> Exception:
+def to_http_error(error: EmoServeError, param: str | None = "model") -> Exception:
     """Return the vLLM exception whose handler answers with our error's status and message.
 
-    A 503 also leaves how long to wait for the gate to send as Retry-After.
+    `param` is the field of the request that a 400 blames. A 503 also leaves how long to wait, for
+    the gate to send as Retry-After.
     """
     status = status_of(error)
     current_request().retry_after_seconds = retry_after_of(error)
     if status == HTTPStatus.NOT_FOUND:
         return VLLMNotFoundError(str(error))  # type: ignore[no-any-return]
     if status == HTTPStatus.BAD_REQUEST:
-        return VLLMValidationError(str(error), parameter="model")  # type: ignore[no-any-return]
+        return VLLMValidationError(str(error), parameter=param)  # type: ignore[no-any-return]
     return GracefulHTTPError(str(error), status)  # type: ignore[no-any-return]
 
 

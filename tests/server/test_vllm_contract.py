@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -38,14 +39,22 @@ from emo_serve.errors import (
     Draining,
     EmoServeError,
     EngineDead,
-    NoFreePoolRow,
+    LoadDeadlineExceeded,
+    PoolBlocked,
     PoolConflict,
-    PoolNotResident,
+    PoolExists,
+    PoolFileError,
+    PoolInUse,
+    PoolLoadFailed,
+    PoolStoreError,
     PoolTooLarge,
     RequestError,
+    StateConflict,
+    TooManyWaiting,
     UnknownPool,
 )
 from emo_serve.server import vllm_openai
+from emo_serve.server.http_errors import error_body, status_of
 from emo_serve.server.unsupported_flags import _UNSUPPORTED
 
 SITE = Path(inspect.getfile(AsyncLLM)).parents[2]
@@ -195,8 +204,15 @@ def test_errors_have_the_statuses_the_table_counts_on(
         (PoolConflict("x"), 400),
         (PoolTooLarge("x"), 400),
         (RequestError("x"), 400),
-        (PoolNotResident("x"), 503),
-        (NoFreePoolRow("x"), 503),
+        (PoolFileError("x"), 400),
+        (PoolExists("x"), 409),
+        (PoolInUse("x"), 409),
+        (StateConflict("x"), 409),
+        (PoolBlocked("x"), 503),
+        (TooManyWaiting("x"), 503),
+        (LoadDeadlineExceeded("x"), 503),
+        (PoolLoadFailed("x"), 500),
+        (PoolStoreError("x"), 500),
         (Draining("x"), 503),
         (EngineDead("x"), 500),
         (EmoServeError("x"), 500),
@@ -204,8 +220,20 @@ def test_errors_have_the_statuses_the_table_counts_on(
 )
 def test_the_table_gives_each_of_our_errors_its_status(error: EmoServeError, status: int) -> None:
     answer = create_error_response(vllm_openai.to_http_error(error)).error
-    assert answer.code == status
+    assert answer.code == status == status_of(error)
     assert answer.message.startswith("x")
+
+
+def test_our_own_refusals_look_like_vllms() -> None:
+    for error in (Draining("x"), LoadDeadlineExceeded("x"), EngineDead("x")):
+        theirs = create_error_response(vllm_openai.to_http_error(error)).model_dump()
+        assert json.loads(error_body(str(error), status_of(error))) == theirs
+
+
+def test_only_requests_for_a_model_have_the_parameter_model() -> None:
+    for param in ("model", None):
+        raised = vllm_openai.to_http_error(RequestError("x"), param=param)
+        assert create_error_response(raised).error.param == param
 
 
 # -- start-up and serving --
