@@ -23,7 +23,7 @@ from tests.server.running import RawRequest, RunningServer, serve, wait_for
 pytestmark = pytest.mark.vllm
 
 API, ADMIN = "clients-Ke9", "operators-Wa4"
-SLOTS = 24  # math and code take 21 a layer between them, law 16 alone
+SLOTS = 24  # math and code take up to 20 a layer between them, all three 27
 FIRST = ("math", "code", "law")
 
 
@@ -188,24 +188,24 @@ def test_a_pool_is_defined_redefined_and_removed_under_requests(
 def test_a_pinned_pool_is_pinned_again_when_it_is_redefined(
     http: httpx.Client, client: openai.OpenAI
 ) -> None:
-    http.post("/v1/pools", json=document("poems", "math")).raise_for_status()
-    http.post("/v1/pools/poems/pin").raise_for_status()
-    card = http.post("/v1/pools?replace=true", json=document("poems", "code")).json()
+    http.post("/v1/pools", json=document("verses", "math")).raise_for_status()
+    http.post("/v1/pools/verses/pin").raise_for_status()
+    card = http.post("/v1/pools?replace=true", json=document("verses", "code")).json()
     assert (card["state"], card["pinned"], card["version"]) == ("resident", True, 2)
-    assert text_of(client, "poems") == text_of(client, "code")
+    assert text_of(client, "verses") == text_of(client, "code")
 
 
 def test_running_requests_end_with_the_experts_they_began_with(
     server: RunningServer, http: httpx.Client, client: openai.OpenAI
 ) -> None:
-    http.post("/v1/pools", json=document("poems", "math")).raise_for_status()
+    http.post("/v1/pools", json=document("songs", "math")).raise_for_status()
     with (
-        RawRequest(server, API, model="poems", prompt="hello", temperature=0) as old,
+        RawRequest(server, API, model="songs", prompt="hello", temperature=0) as old,
         RawRequest(server, API, model="math", prompt="hello", temperature=0) as same,
     ):
         old.read_events(1)
-        http.post("/v1/pools?replace=true", json=document("poems", "code")).raise_for_status()
-        assert text_of(client, "poems") == text_of(client, "code")
+        http.post("/v1/pools?replace=true", json=document("songs", "code")).raise_for_status()
+        assert text_of(client, "songs") == text_of(client, "code")
         old.read_to_end()
         same.read_to_end()
         assert written(old) == written(same)
@@ -321,28 +321,28 @@ def cli(
 def test_every_command(
     cli: Callable[..., tuple[int, str, str]], http: httpx.Client, tmp_path: Path
 ) -> None:
-    (tmp_path / "poems.json").write_text(json.dumps(document("poems", "law")))
-    assert cli("add", str(tmp_path / "poems.json"))[1].startswith("pool poems: version 1, stored")
-    assert cli("add", str(tmp_path / "poems.json"), "--replace")[1].startswith("pool poems: vers")
-    assert cli("load", "poems")[1].startswith("poems: resident, 16 experts a layer")
-    assert cli("pin", "poems")[1].startswith("poems: resident, pinned")
+    (tmp_path / "tales.json").write_text(json.dumps(document("tales", "law")))
+    assert cli("add", str(tmp_path / "tales.json"))[1].startswith("pool tales: version 1, stored")
+    assert cli("add", str(tmp_path / "tales.json"), "--replace")[1].startswith("pool tales: vers")
+    assert cli("load", "tales")[1].startswith("tales: resident, 16 experts a layer")
+    assert cli("pin", "tales")[1].startswith("tales: resident, pinned")
     status, out, err = cli("list", "--map")
     assert (status, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()[1:6]] == [
-        *("base", "code", "law", "math", "poems")
+        *("base", "code", "law", "math", "tales")
     ]
     marks = [line.split(maxsplit=2)[2] for line in out.splitlines()[-3:]]
     assert {len(row) for row in marks} == {32}
-    shown = cli("show", "poems")[1].splitlines()[-3:]
+    shown = cli("show", "tales")[1].splitlines()[-3:]
     for row, ids in zip(shown, pools_of("shared1")["law"], strict=True):
         drawn = row.split(maxsplit=2)[2]
         assert [expert for expert, mark in enumerate(drawn) if mark != "."] == ids
         assert "o" not in drawn
-    assert cli("evict", "poems")[0] == 2
-    assert cli("unpin", "poems")[0] == 0
-    assert cli("evict", "poems", "--drain")[0] == 0
-    assert cli("remove", "poems") == (0, "pool poems is removed\n", "")
-    status, _, err = cli("load", "poems")
+    assert cli("evict", "tales")[0] == 2
+    assert cli("unpin", "tales")[0] == 0
+    assert cli("evict", "tales", "--drain")[0] == 0
+    assert cli("remove", "tales") == (0, "pool tales is removed\n", "")
+    status, _, err = cli("load", "tales")
     assert (status, err.count("\n"), "the pools are: code, law, math" in err) == (2, 1, True)
     status, _, err = cli("load", "math", "--api-key", API)
     assert (status, "set EMO_SERVE_ADMIN_API_KEY" in err) == (2, True)
