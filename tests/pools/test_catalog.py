@@ -10,7 +10,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -394,4 +394,9 @@ def _fail(*_: object, **__: object) -> None:
 
 
 TestChangingCatalog = ChangingCatalog.TestCase
-TestChangingCatalog.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestChangingCatalog.settings = settings(
+    max_examples=40,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],  # files are slow on a machine at work
+)
