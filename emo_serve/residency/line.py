@@ -296,8 +296,8 @@ class LoadLine:
         if victims is not None and self._has_link(first):
             self._start(first, victims)
             return True
-        if victims is None:
-            self._close_for(first, coldest_first)
+        if victims is None and self._close_for(first, coldest_first):
+            return True
         reserved = self._closing.union(victims or ())
         idle = [key for key in idle if key not in reserved]
         return self._let_pass(first, others, reserved, idle)
@@ -324,19 +324,18 @@ class LoadLine:
         """Tell whether the link is free, or not needed."""
         return not self._is_copying or self.room.slots.covers_bits(want.demand.experts)
 
-    def _close_for(self, want: Want, coldest_first: list[str]) -> None:
-        """Stop admission to the coldest pools whose going makes room.
+    def _close_for(self, want: Want, coldest_first: list[str]) -> bool:
+        """Stop admission to the coldest pools whose going makes room; True if others open for it.
 
         What is closed already goes first, lest new leases on it outrun the choice. Pools that are
         still on their way go last; whoever waits for one is let in when it has come.
         """
-        if self._closing_for is not want:
-            self._reopen()
-            self._closing_for = want
+        self._closing_for = want
         coming = [key for key, entry in self.entries.items() if not entry.is_published]
         chosen = self.room.choose(want.demand, coldest_first + coming)
         assert chosen is not None, "only pins could forbid it, and they would have refused it"
-        self._closing = set(chosen)
+        closed, self._closing = self._closing, set(chosen)
+        return not closed <= self._closing
 
     def _reopen(self) -> None:
         self._closing_for = None

@@ -81,6 +81,23 @@ async def test_a_pin_on_a_closing_pool_opens_it_and_another_closes() -> None:
         await client.finish()
 
 
+async def test_a_pin_that_changes_the_choice_opens_what_need_not_go_any_more() -> None:
+    """The pinned pool and b would have gone; now the large one must, and who waits for b goes on."""
+    small, b, large = a_pool("small", 0), a_pool("b", 1), a_pool("large", 2, 3)
+    manager = await loaded(FakeEngine(), small, b, large)
+    clients = [Client(manager, pool) for pool in (small, b, large)]
+    await settle()
+    in_new, late = Client(manager, a_pool("new", 6, 7)), Client(manager, b)
+    await settle()
+    assert (state(manager, small), state(manager, b)) == ("closing", "closing")
+    await manager.load(small, pin=True)
+    manager.check_integrity()
+    await settle()
+    assert late.is_running and state(manager, large) == "closing"
+    for client in (*clients, late, in_new):
+        await client.finish()
+
+
 async def test_operators_wait_in_the_line_that_requests_wait_in() -> None:
     engine = FakeEngine(is_holding=True)
     manager = await loaded(engine, A, B, max_waiting=2)

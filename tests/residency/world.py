@@ -13,6 +13,7 @@ from hypothesis import settings
 from benchmarks.virtual_time import run
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.manager import Lease, ResidencyManager
+from emo_serve.residency.policy import LruPolicy
 from emo_serve.residency.slots import SlotTable
 from emo_serve.residency.statistics import PoolResidency
 from tests.fakes import SLOT_BYTES, FakeEngine
@@ -40,8 +41,9 @@ BASE = a_pool("base", *range(NUM_EXPERTS))
 def a_manager(
     engine: FakeEngine, *, slots: int = 4, rows: int = 9, **options: Any
 ) -> ResidencyManager:
-    """Return a manager with room for two of the pools A to D, unless told otherwise."""
+    """Return a manager with room for two of the pools A to D and LRU, unless told otherwise."""
     table = SlotTable((NUM_EXPERTS, 0), slots)
+    options.setdefault("policy", LruPolicy())
     return ResidencyManager(table, rows, engine, slot_bytes=SLOT_BYTES, **options)
 
 
