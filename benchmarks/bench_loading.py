@@ -3,9 +3,9 @@
 One engine, in this process's care. `--streams` requests of one pool decode `--tokens` tokens each,
 which is a window. In every second window the other pools are loaded and evicted one after the other
 without a pause, through the calls the server makes; in the others nothing is loaded. A window's
-figure is its longest gap between two tokens of one stream, so windows are paired and differ in the
-loads alone. The ratio of each pair, loading to quiet, is robust against a machine whose speed
-drifts. The first pair warms up and is not counted.
+figure is its longest gap between two tokens of one stream while all of them decode, so windows are
+paired and differ in the loads alone. The ratio of each pair, loading to quiet, is robust against a
+machine whose speed drifts. The first pair warms up and is not counted.
 
     python benchmarks/bench_loading.py                  # the model that ships
     python benchmarks/bench_loading.py --model wide     # random, 1.5 MiB an expert
@@ -114,12 +114,13 @@ class Bench:
     async def window(self, *, is_loading: bool) -> Window:
         """Decode every stream once, with or without loads beside it."""
         seen, start = Window(), time.perf_counter()
-        streams = [asyncio.create_task(self._stream(seen)) for _ in range(self.args.streams)]
+        streams = [asyncio.create_task(self._stream()) for _ in range(self.args.streams)]
         if is_loading:
             while not all(stream.done() for stream in streams):
                 await self._load(next(self._next_pool), seen)
-        await asyncio.gather(*streams)
+        arrivals = await asyncio.gather(*streams)
         seen.seconds = time.perf_counter() - start
+        seen.gaps = gaps_while_all_decode(arrivals)
         return seen
 
     async def load_served(self) -> None:
@@ -142,7 +143,8 @@ class Bench:
         seen.bytes_read += report.bytes_read
         seen.host_hits += report.host_hits
 
-    async def _stream(self, seen: Window) -> None:
+    async def _stream(self) -> list[float]:
+        """Decode one request; return when each token came."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -156,12 +158,20 @@ class Bench:
             extra_args={POOL_ROW_ARG: _SERVED_ROW},
         )
         prompt = {"prompt_token_ids": [5 + (number * 31 + i) % 200 for i in range(_PROMPT_TOKENS)]}
-        last = None
-        async for _ in self.llm.generate(prompt, params, f"stream-{number}"):
-            now = time.perf_counter()
-            if last is not None:
-                seen.gaps.append(now - last)
-            last = now
+        outputs = self.llm.generate(prompt, params, f"stream-{number}")
+        return [time.perf_counter() async for _ in outputs]
+
+
+def gaps_while_all_decode(arrivals: Sequence[Sequence[float]]) -> list[float]:
+    """Return the gaps between tokens of a stream while no stream is in its prompt or at its end."""
+    start = max(times[0] for times in arrivals)
+    end = min(times[-1] for times in arrivals)
+    return [
+        after - before
+        for times in arrivals
+        for before, after in itertools.pairwise(times)
+        if start <= before and after <= end
+    ]
 
 
 # -- models --

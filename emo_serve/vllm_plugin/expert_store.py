@@ -26,16 +26,12 @@ from emo_serve.emo.tensor_file import TensorFile
 from emo_serve.vllm_plugin.backends import MoeBackend
 
 __all__ = [
-    "PIECE_BYTES",
     "ExpertShape",
     "ExpertStore",
     "HostMemory",
     "PackedExpert",
     "StoreCounts",
 ]
-
-PIECE_BYTES = 256 << 10
-"""What is read, packed or copied in one step."""
 
 
 @dataclass(frozen=True)
@@ -138,14 +134,23 @@ class HostMemory:
 
 
 class ExpertStore:
-    """Read and pack experts of one checkpoint, this rank's part; for one load at a time."""
+    """Read and pack experts of one checkpoint, this rank's part; for one load at a time.
+
+    A step reads about `piece_bytes`, and at least one of the backend's blocks of rows.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, backend: MoeBackend, shape: ExpertShape, host: HostMemory
+        self,
+        checkpoint: Checkpoint,
+        backend: MoeBackend,
+        shape: ExpertShape,
+        host: HostMemory,
+        piece_bytes: int,
     ) -> None:
         self._checkpoint = checkpoint
         self._backend = backend
         self._shape = shape
+        self._piece_bytes = piece_bytes
         self.host = host
         self._rows: dict[torch.dtype, Tensor] = {}  # memory for one piece as the file has it
         self.counts = StoreCounts()
@@ -211,7 +216,7 @@ class ExpertStore:
         file = self._checkpoint.file_of(name)
         row_bytes = file.info(name).num_bytes // file.info(name).shape[0]
         block = self._backend.row_block
-        step = max(1, PIECE_BYTES // row_bytes // block) * block
+        step = max(1, self._piece_bytes // row_bytes // block) * block
         for start in range(0, len(out), step):
             stop = min(start + step, len(out))
             self._pack_rows(file, name, out[start:stop], first_row + start, columns)

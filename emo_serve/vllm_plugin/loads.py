@@ -27,7 +27,6 @@ import torch
 
 from emo_serve.errors import EmoServeError
 from emo_serve.vllm_plugin.expert_store import (
-    PIECE_BYTES,
     ExpertShape,
     ExpertStore,
     PackedExpert,
@@ -38,12 +37,20 @@ __all__ = ["CpuMover", "CudaMover", "ExpertLoad", "Mover", "SlotCopy"]
 
 logger = logging.getLogger(__name__)
 
+_NICE = 10
+_SHORTEST_REST_SECONDS = 5e-5
+
 SlotCopy = tuple[int, int, int]
 """Layer, expert, slot."""
 
 
 class Mover(Protocol):
-    """Move experts from the store into slots of one kind of device."""
+    """Move experts from the store into slots of one kind of device.
+
+    After each piece the load rests, `rest` times as long as the piece took.
+    """
+
+    rest: float
 
     def begin(self) -> None:
         """Take note, between two steps, of the work issued so far; copies come after it."""
@@ -59,7 +66,10 @@ class Mover(Protocol):
 
 
 class CpuMover:
-    """Copies in main memory."""
+    """Copies in main memory, which the model's cores read as well: small pieces, with rests."""
+
+    piece_bytes = 128 << 10  # below torch's and the caches' sizes; see benchmarks/README.md
+    rest = 1.0
 
     def __init__(self, store: ExpertStore, slot: Callable[[int, int], PackedExpert]) -> None:
         self._store, self._slot = store, slot
@@ -74,7 +84,7 @@ class CpuMover:
         if source is slot:
             return
         for target, filled in ((slot.w13, source.w13), (slot.w2, source.w2)):
-            size = PIECE_BYTES // filled.itemsize
+            size = self.piece_bytes // filled.itemsize
             parts = zip(target.view(-1).split(size), filled.view(-1).split(size), strict=True)
             for to_part, from_part in parts:
                 to_part.copy_(from_part)
@@ -88,7 +98,10 @@ class CpuMover:
 
 
 class CudaMover:
-    """Copies over a stream of their own, out of pinned memory."""
+    """Copies over a stream of their own, out of pinned memory; the host's cores have time."""
+
+    piece_bytes = 4 << 20
+    rest = 0.0
 
     def __init__(
         self,
@@ -189,7 +202,9 @@ class ExpertLoad:
             for _ in self._mover.move(copy):
                 if self._stopping:
                     raise EmoServeError("the engine is shutting down")
-                _rest(time.perf_counter() - start)
+                if self._mover.rest:
+                    worked = time.perf_counter() - start
+                    time.sleep(max(_SHORTEST_REST_SECONDS, self._mover.rest * worked))
                 start = time.perf_counter()
             self.experts_copied += 1
 
@@ -200,15 +215,6 @@ class ExpertLoad:
 
 # -- the thread's place --
 
-_NICE = 10
-_REST = 1.0
-_MIN_REST = 0.0002
-
-
-def _rest(worked_seconds: float) -> None:
-    if _REST >= 0:
-        time.sleep(max(_MIN_REST, _REST * worked_seconds))
-
 
 def _stand_aside() -> None:
     """Keep this thread to one core at a time, off the model's."""
@@ -216,8 +222,7 @@ def _stand_aside() -> None:
     spare = _spare_cores()
     if spare:
         os.sched_setaffinity(0, spare)
-    if _NICE:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # Linux: this thread alone
 
 
 def _use_one_openmp_thread() -> None:

@@ -153,7 +153,8 @@ class EmoForCausalLM(nn.Module):
         device = self.base_rows.device
         is_cuda = device.type == "cuda"
         host = HostMemory(self.settings.host_expert_bytes, self.expert_shape, is_pinned=is_cuda)
-        self.store = ExpertStore(checkpoint, self.backend, self.expert_shape, host)
+        piece_bytes = CudaMover.piece_bytes if is_cuda else CpuMover.piece_bytes
+        self.store = ExpertStore(checkpoint, self.backend, self.expert_shape, host, piece_bytes)
         self.mover: Mover = (
             CudaMover(self.store, self._slot, self.expert_shape, device)
             if is_cuda

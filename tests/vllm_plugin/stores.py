@@ -25,12 +25,13 @@ def make_store(
     backend: MoeBackend | None = None,
     rank: int = 0,
     num_ranks: int = 1,
+    piece_bytes: int = 4096,
 ) -> tuple[ExpertStore, ExpertShape]:
     """Return one rank's store, with host memory for so many experts."""
     shape = ExpertShape(HIDDEN, WIDTH // num_ranks, dtype, rank)
     host = HostMemory(int(host_experts * shape.num_bytes), shape, is_pinned=False)
     backend = backend or ReferenceBackend()
-    return ExpertStore(Checkpoint.open(directory), backend, shape, host), shape
+    return ExpertStore(Checkpoint.open(directory), backend, shape, host, piece_bytes), shape
 
 
 class Slab:

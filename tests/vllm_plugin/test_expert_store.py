@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from emo_serve.errors import CheckpointError
-from emo_serve.vllm_plugin import expert_store
 from emo_serve.vllm_plugin.backends import CpuBackend, MoeBackend, ReferenceBackend
 from emo_serve.vllm_plugin.expert_store import StoreCounts
 from tests.golden.checkpoints import write_checkpoint
@@ -33,16 +32,19 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (0, 2), (1, 2)])
 def test_an_expert_is_packed_as_the_slab_wants_it(
     directory: Path,
-    monkeypatch: pytest.MonkeyPatch,
     piece_bytes: int,
     dtype: torch.dtype,
     backend: MoeBackend,
     rank: int,
     num_ranks: int,
 ) -> None:
-    monkeypatch.setattr(expert_store, "PIECE_BYTES", piece_bytes)
     store, shape = make_store(
-        directory, dtype=dtype, backend=backend, rank=rank, num_ranks=num_ranks
+        directory,
+        dtype=dtype,
+        backend=backend,
+        rank=rank,
+        num_ranks=num_ranks,
+        piece_bytes=piece_bytes,
     )
     memory = spare(shape)
     got, steps = exhaust(store.fetch(1, 5, memory))

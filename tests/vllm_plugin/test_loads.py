@@ -31,7 +31,9 @@ def store(directory: Path) -> ExpertStore:
 
 
 class HeldMover:
-    """Take one step each time the test lets it; fail at the copy the test names."""
+    """Take one step each time the test lets it; fail when the test has set why."""
+
+    rest = 0.0
 
     def __init__(self) -> None:
         self.steps = threading.Semaphore(0)
@@ -121,7 +123,7 @@ def test_stopping_ends_a_load_at_its_next_piece(store: ExpertStore) -> None:
 def test_experts_arrive_in_their_slots_and_nowhere_else(
     directory: Path, monkeypatch: pytest.MonkeyPatch, host_experts: int
 ) -> None:
-    monkeypatch.setattr(loads, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(CpuMover, "piece_bytes", 1000)
     store, shape = make_store(directory, host_experts=host_experts)
     tensors = load_file(directory / "model.safetensors")
     for _ in range(2):  # the second time from host memory, if there is enough
