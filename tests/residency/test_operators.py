@@ -82,7 +82,7 @@ async def test_a_pin_on_a_closing_pool_opens_it_and_another_closes() -> None:
 
 
 async def test_a_pin_that_changes_the_choice_opens_what_need_not_go_any_more() -> None:
-    """The pinned pool and b would have gone; now the large one must, and who waits for b goes on."""
+    """Small and b would have gone; now that small is pinned, large must, and b need not."""
     small, b, large = a_pool("small", 0), a_pool("b", 1), a_pool("large", 2, 3)
     manager = await loaded(FakeEngine(), small, b, large)
     clients = [Client(manager, pool) for pool in (small, b, large)]
