@@ -59,7 +59,7 @@ class Mover(Protocol):
         """Copy one expert, a piece a step; on the load's thread."""
 
     def end(self) -> None:
-        """Take note of the last copy; on the load's thread."""
+        """Return when no copy is under way; on the load's thread."""
 
     def join(self) -> None:
         """Have the steps from now on see the copies; between two steps."""
@@ -186,8 +186,10 @@ class ExpertLoad:
         try:
             _stand_aside()
             with torch.inference_mode():  # a thread has modes of its own
-                self._copy_all()
-                self._mover.end()
+                try:
+                    self._copy_all()
+                finally:
+                    self._mover.end()  # of a failed load, too, no copy may be under way
         except EmoServeError as error:
             self._fail(str(error))
         except Exception as error:
