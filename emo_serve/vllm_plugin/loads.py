@@ -68,7 +68,7 @@ class Mover(Protocol):
 class CpuMover:
     """Copies in main memory, which the model's cores read as well: small pieces, with rests."""
 
-    piece_bytes = 128 << 10  # below torch's and the caches' sizes; see benchmarks/README.md
+    piece_bytes = 128 << 10  # bench_loading.py; 64 KiB is felt less and takes twice as long
     rest = 1.0
 
     def __init__(self, store: ExpertStore, slot: Callable[[int, int], PackedExpert]) -> None:
