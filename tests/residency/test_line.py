@@ -271,6 +271,61 @@ async def test_the_second_in_line_waits_if_it_would_need_the_firsts_room() -> No
     await other.finish()
 
 
+async def test_free_slots_that_the_first_will_take_are_not_free_for_others() -> None:
+    """Five slots: the last pool would fit now, but not beside the first and what stays."""
+    engine = FakeEngine(is_holding=True)
+    manager = await loaded(engine, A, a_pool("idle", 2), slots=5)
+    in_a = Client(manager, A)
+    await settle()
+    first, last = Client(manager, a_pool("first", 3, 4, 5, 6)), Client(manager, a_pool("last", 7))
+    await settle()
+    assert states(manager) == {
+        "a": "closing",
+        "idle": "resident",
+        "first": "waiting",
+        "last": "waiting",
+    }
+    assert engine.operations == []
+    await in_a.finish()
+    (await engine.next_held()).release()
+    await settle()
+    assert first.is_running
+    (await engine.next_held()).release()  # now in the place of the idle one
+    await settle()
+    assert states(manager) == {"first": "resident", "last": "resident"}
+    await first.finish()
+    await last.finish()
+
+
+async def test_a_covered_pool_passes_one_that_waits_for_the_link_alone() -> None:
+    """D will go in the place of idle a, once c is loaded; b at another temperature is no loss."""
+    engine = FakeEngine(is_holding=True)
+    manager = await loaded(engine, A, B, slots=6)
+    in_c, in_d = Client(manager, C), Client(manager, D)
+    hot = Client(manager, a_pool("hot", 2, 3, temperature=2.0))
+    hotter = Client(manager, a_pool("hotter", 0, 1, temperature=3.0))  # would hold a's slots
+    await settle()
+    assert states(manager) == {
+        "a": "resident",
+        "b": "resident",
+        "c": "loading",
+        "d": "waiting",
+        "hot": "loading",
+        "hotter": "waiting",
+    }
+    engine.held[-1].release()
+    await settle()
+    assert hot.is_running
+    await hotter.leave()
+    for client in (in_c, in_d):
+        engine.held[0].release()
+        await settle()
+        assert client.is_running
+    for client in (in_c, in_d, hot):
+        await client.finish()
+    manager.check_integrity()
+
+
 async def test_who_waits_for_rows_is_served_in_turn_too() -> None:
     engine = FakeEngine()
     manager = await loaded(engine, A, B, slots=8, rows=3)

@@ -362,6 +362,54 @@ TestResidency = Residency.TestCase
 TestResidency.settings = PROFILE
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_busy_life(seed: int) -> None:
+    """The same machine, busier: hypothesis leaves some rules out of every run, this never does."""
+    chance = random.Random(seed)
+
+    def which() -> int:
+        return chance.randrange(100)
+
+    def some() -> list[int]:
+        return [which() for _ in range(chance.choice([1, 1, 2]))]
+
+    def content() -> Any:
+        return made_of(which())
+
+    machine = Residency()
+    machine.start(
+        first=[content() for _ in NAMES],
+        slots=chance.choice([3, 4, 5]),
+        rows=chance.choice([9, 9, 4, 3]),
+        max_waiting=chance.choice([100, 100, 6]),
+        policy=chance.choice(POLICIES),
+    )
+    rules: dict[Callable[[int], object], int] = {
+        lambda n: machine.ask(numbers=some(), count=chance.randint(1, 3), passes=n): 25,
+        lambda n: machine.finish(number=which(), count=chance.randint(1, 3), passes=n): 20,
+        lambda n: machine.cancel(number=which(), passes=n): 7,
+        lambda n: machine.release(passes=n): 18,
+        lambda n: machine.end(number=which(), error=chance.choice(FAILURES), passes=n): 4,
+        lambda n: machine.load(numbers=some(), pin=chance.random() < 0.3, passes=n): 5,
+        lambda n: machine.unpin(number=which(), passes=n): 4,
+        lambda n: machine.evict(numbers=some(), drain=chance.random() < 0.5, passes=n): 4,
+        lambda n: machine.redefine(
+            number=which(), content=chance.choice([None, content()]), is_done=True, passes=n
+        ): 3,
+        lambda n: machine.spoil(place=chance.choice([None, None, (0, 0)])): 2,
+        lambda n: machine.wait(
+            seconds=chance.choice([0.0, 1.0, 25.0, 70.0]),
+            passes=chance.randint(8, 12),
+            is_releasing=chance.random() < 0.5,
+        ): 8,
+    }
+    for do in chance.choices(list(rules), list(rules.values()), k=150):
+        do(chance.choice([0, 0, 1, 1, 2, 3, 6]))
+    stats = machine.manager.statistics()
+    machine.teardown()
+    assert stats.loads and machine.outcomes
+
+
 # -- a storm --
 
 
