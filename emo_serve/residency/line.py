@@ -23,65 +23,24 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
 
-from emo_serve.errors import LoadDeadlineExceeded, PoolBlocked, StateConflict, TooManyWaiting
+from emo_serve.errors import (
+    EngineDead,
+    LoadDeadlineExceeded,
+    PoolBlocked,
+    StateConflict,
+    TooManyWaiting,
+)
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.places import Counts, Entry, Purpose, Want
 from emo_serve.residency.policy import EvictionPolicy
 from emo_serve.residency.ports import LoadReport, PoolEngine, ResidencyObserver
-from emo_serve.residency.room import Demand, Room
+from emo_serve.residency.room import Room
 from emo_serve.residency.slots import LoadPlan
 
-__all__ = ["Counts", "Entry", "LoadLine", "Purpose", "Want"]
+__all__ = ["LoadLine"]
 
 logger = logging.getLogger(__name__)
-
-
-class Purpose(Enum):
-    """What somebody in the line wants of the pool once it is resident."""
-
-    LEASE = "lease"
-    PIN = "pin"
-    LOAD = "load"
-
-
-@dataclass(eq=False)
-class Entry:
-    """One pool that was given room. `drains` counts the operators who wait for it to go."""
-
-    pool: ExpertPool
-    row: int
-    is_published: bool = False
-    leases: int = 0
-    is_retired: bool = False
-    drains: int = 0
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(eq=False)
-class Want:
-    """One pool that is waited for; all who wait for it share its place in the line."""
-
-    pool: ExpertPool
-    demand: Demand
-    waiters: dict[asyncio.Future[Entry], Purpose] = field(default_factory=dict)
-
-    @property
-    def is_wanted(self) -> bool:
-        """Tell whether anybody still waits; one who was cancelled leaves a moment later."""
-        return any(not place.done() for place in self.waiters)
-
-
-@dataclass
-class Counts:
-    """What has happened since the start."""
-
-    hits: int = 0
-    misses: int = 0
-    loads: int = 0
-    failed_loads: int = 0
-    evictions: int = 0
 
 
 class LoadLine:
@@ -390,11 +349,14 @@ class LoadLine:
             report = await self._engine.make_resident(
                 entry.row, pool.expert_ids, pool.router_temperature, plan.copies
             )
-        except BaseException as error:
+        except (Exception, asyncio.CancelledError) as error:
             self.room.settle(plan.key, is_loaded=False)
             self._forget(plan.key, None)
-            if not isinstance(error, Exception):  # a cancellation is the event loop's end
+            this_task = asyncio.current_task()
+            if this_task is not None and this_task.cancelling():  # the event loop's end
                 raise
+            if isinstance(error, asyncio.CancelledError):
+                error = EngineDead("the load was given up by the engine's client")
             self._note_failure(pool, error)
             return
         self.room.settle(plan.key, is_loaded=True)

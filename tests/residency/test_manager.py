@@ -359,6 +359,33 @@ async def test_a_timeout_of_the_engines_own_is_not_taken_for_the_deadline() -> N
         await client.task
 
 
+async def test_a_load_that_the_engine_cancels_is_a_failed_load() -> None:
+    """A call given up by the engine's client raises CancelledError, though nobody stopped us."""
+    engine = FakeEngine(is_holding=True)
+    manager = a_manager(engine, slots=2)
+    client, next_in_line = Client(manager, A), Client(manager, B)
+    (await engine.next_held()).done.cancel()
+    with pytest.raises(EngineDead, match="given up"):
+        await client.task
+    (await engine.next_held()).release()
+    await settle()
+    await next_in_line.finish()
+    manager.check_integrity()
+
+
+def test_a_load_under_way_does_not_outlive_the_event_loop() -> None:
+    engine = FakeEngine(is_holding=True)
+
+    async def program() -> None:
+        manager = a_manager(engine)
+        for pool in (A, B, C):
+            Client(manager, pool)
+        await engine.next_held()
+
+    asyncio.run(program())
+    assert engine.held == [] and len(engine.operations) == 1
+
+
 async def test_a_failure_nobody_waits_for_is_not_reported_by_asyncio() -> None:
     reported: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))

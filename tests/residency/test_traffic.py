@@ -32,8 +32,8 @@ from emo_serve.errors import (
     TooManyWaiting,
 )
 from emo_serve.pools.pool import ExpertPool, LayerExperts
-from emo_serve.residency.line import Entry
 from emo_serve.residency.manager import Lease, ResidencyManager
+from emo_serve.residency.places import Entry
 from emo_serve.residency.policy import POLICIES, make_policy
 from emo_serve.residency.slots import SlotTable
 from tests.fakes import SLOT_BYTES, FakeEngine, Operation, settle
