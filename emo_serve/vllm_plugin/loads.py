@@ -20,6 +20,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -37,7 +38,6 @@ __all__ = ["CpuMover", "CudaMover", "ExpertLoad", "Mover", "SlotCopy"]
 
 logger = logging.getLogger(__name__)
 
-_NICE = 10
 _SHORTEST_REST_SECONDS = 5e-5
 
 SlotCopy = tuple[int, int, int]
@@ -50,7 +50,9 @@ class Mover(Protocol):
     After each piece the load rests, `rest` times as long as the piece took.
     """
 
-    rest: float
+    @property
+    def rest(self) -> float:
+        """Return how much to rest now; 0 for not at all."""
 
     def begin(self) -> None:
         """Take note, between two steps, of the work issued so far; copies come after it."""
@@ -66,13 +68,25 @@ class Mover(Protocol):
 
 
 class CpuMover:
-    """Copies in main memory, which the model's cores read as well: small pieces, with rests."""
+    """Copies in main memory, which the model's cores read as well: small pieces, with rests.
+
+    `is_decoding` tells whether the engine has tokens to compute; without any, nobody would feel it.
+    """
 
     piece_bytes = 128 << 10  # bench_loading.py; 64 KiB is felt less and takes twice as long
-    rest = 1.0
+    decoding_rest = 8.0  # bench_loading.py; 4 is felt, and a nice value costs more than it saves
 
-    def __init__(self, store: ExpertStore, slot: Callable[[int, int], PackedExpert]) -> None:
-        self._store, self._slot = store, slot
+    def __init__(
+        self,
+        store: ExpertStore,
+        slot: Callable[[int, int], PackedExpert],
+        is_decoding: Callable[[], bool],
+    ) -> None:
+        self._store, self._slot, self._is_decoding = store, slot, is_decoding
+
+    @property
+    def rest(self) -> float:
+        return self.decoding_rest if self._is_decoding() else 0.0
 
     def begin(self) -> None:
         pass
@@ -101,7 +115,7 @@ class CudaMover:
     """Copies over a stream of their own, out of pinned memory; the host's cores have time."""
 
     piece_bytes = 4 << 20
-    rest = 0.0
+    rest: float = 0.0
 
     def __init__(
         self,
@@ -204,9 +218,9 @@ class ExpertLoad:
             for _ in self._mover.move(copy):
                 if self._stopping:
                     raise EmoServeError("the engine is shutting down")
-                if self._mover.rest:
+                if rest := self._mover.rest:
                     worked = time.perf_counter() - start
-                    time.sleep(max(_SHORTEST_REST_SECONDS, self._mover.rest * worked))
+                    time.sleep(max(_SHORTEST_REST_SECONDS, rest * worked))
                 start = time.perf_counter()
             self.experts_copied += 1
 
@@ -219,12 +233,15 @@ class ExpertLoad:
 
 
 def _stand_aside() -> None:
-    """Keep this thread to one core at a time, off the model's."""
+    """Keep this thread to one core at a time, off the model's.
+
+    At its usual priority: one that waits for a core while it holds the interpreter's lock would
+    have the model wait as well.
+    """
     _use_one_openmp_thread()
     spare = _spare_cores()
     if spare:
         os.sched_setaffinity(0, spare)
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # Linux: this thread alone
 
 
 def _use_one_openmp_thread() -> None:
@@ -235,21 +252,27 @@ def _use_one_openmp_thread() -> None:
     runtime that is loaded.
     """
     torch.get_num_threads()  # torch sets a new thread's number at its first question
+    for runtime in _openmp_runtimes():
+        runtime.omp_set_num_threads(1)
+
+
+@cache  # reading and searching the maps of a process this size takes as long as a small load
+def _openmp_runtimes() -> tuple[ctypes.CDLL, ...]:
     maps = Path("/proc/self/maps")
     if not maps.exists():
-        return
-    runtimes = set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b[^\s/]*\.so\S*", maps.read_text()))
-    for runtime in runtimes:
-        ctypes.CDLL(runtime).omp_set_num_threads(1)
+        return ()
+    names = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b[^\s/]*\.so\S*", maps.read_text())
+    return tuple(ctypes.CDLL(name) for name in sorted(set(names)))
 
 
-def _spare_cores() -> set[int]:
+@cache  # vLLM binds its threads before the first load
+def _spare_cores() -> frozenset[int]:
     """Return the cores this process may use and no model thread of the engine is bound to.
 
     vLLM binds a CPU worker's threads to cores; its parent process keeps all that it was given.
     """
     if not hasattr(os, "sched_getaffinity"):
-        return set()
+        return frozenset()
     parent = os.getppid()
     allowed = os.sched_getaffinity(parent)
     bound: set[int] = set()
@@ -261,7 +284,7 @@ def _spare_cores() -> set[int]:
                 continue
             if cores < allowed:
                 bound |= cores
-    return allowed - bound
+    return frozenset(allowed - bound)
 
 
 def _children(parent: int) -> list[int]:

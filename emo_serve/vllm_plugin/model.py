@@ -10,6 +10,8 @@ Shapes: T tokens of the step (padding included), D hidden size.
 
 from __future__ import annotations
 
+import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -54,6 +56,8 @@ from emo_serve.vllm_plugin.settings import (
 )
 
 __all__ = ["EmoForCausalLM"]
+
+_STEP_SECONDS = 0.1  # longer than a step of decoding, shorter than anybody would wait for
 
 
 class EmoForCausalLM(nn.Module):
@@ -101,6 +105,7 @@ class EmoForCausalLM(nn.Module):
         )
         self.store: ExpertStore | None = None
         self.trunk_bytes = 0
+        self._stepped_at = -math.inf
 
     @staticmethod
     def get_model_state_cls() -> type[EmoModelState]:
@@ -120,6 +125,7 @@ class EmoForCausalLM(nn.Module):
         pool_rows: Tensor | None = None,
     ) -> Tensor:
         """Return final hidden states [T, D]; `pool_rows` may be longer than T."""
+        self._stepped_at = time.monotonic()
         rows_T = (self.base_rows if pool_rows is None else pool_rows)[: positions.shape[-1]]
         return self.model(input_ids, positions, rows_T, inputs_embeds)  # type: ignore[no-any-return]
 
@@ -158,9 +164,12 @@ class EmoForCausalLM(nn.Module):
         self.mover: Mover = (
             CudaMover(self.store, self._slot, self.expert_shape, device)
             if is_cuda
-            else CpuMover(self.store, self._slot)
+            else CpuMover(self.store, self._slot, self._is_decoding)
         )
         return self.store
+
+    def _is_decoding(self) -> bool:
+        return time.monotonic() - self._stepped_at < _STEP_SECONDS
 
     def start_load(self, load_id: int, copies: Sequence[SlotCopy]) -> ExpertLoad:
         """Copy experts into slots beside the engine's steps; raises for what is not there."""

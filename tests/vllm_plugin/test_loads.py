@@ -128,7 +128,7 @@ def test_experts_arrive_in_their_slots_and_nowhere_else(
     tensors = load_file(directory / "model.safetensors")
     for _ in range(2):  # the second time from host memory, if there is enough
         slab = Slab(shape, 5)
-        load = finish(ExpertLoad(1, COPIES, CpuMover(store, slab.slot), store))
+        load = finish(ExpertLoad(1, COPIES, CpuMover(store, slab.slot, lambda: True), store))
         assert load.state == "copied", load.failure
         for layer, expert, slot in COPIES:
             want = expected(tensors, layer, expert)
@@ -139,11 +139,20 @@ def test_experts_arrive_in_their_slots_and_nowhere_else(
     assert store.counts.disk_reads == 6 - hits
 
 
+def test_a_load_rests_only_while_others_decode(directory: Path) -> None:
+    store, shape = make_store(directory)
+    is_decoding = False
+    mover = CpuMover(store, Slab(shape, 5).slot, lambda: is_decoding)
+    assert mover.rest == 0.0
+    is_decoding = True
+    assert mover.rest == CpuMover.decoding_rest
+
+
 def test_a_truncated_file_fails_the_load_and_names_itself(tmp_path: Path) -> None:
     store, shape = make_store(write_checkpoint("shared1", tmp_path))
     os.truncate(tmp_path / "model.safetensors", 50_000)
     slab = Slab(shape, 5)
-    load = finish(ExpertLoad(1, COPIES, CpuMover(store, slab.slot), store))
+    load = finish(ExpertLoad(1, COPIES, CpuMover(store, slab.slot, lambda: True), store))
     assert load.state == "failed" and load.failure is not None
     assert "model.safetensors has 50000 bytes; it had" in load.failure
 
@@ -151,7 +160,7 @@ def test_a_truncated_file_fails_the_load_and_names_itself(tmp_path: Path) -> Non
 # -- the thread's place --
 
 
-def test_a_load_runs_below_the_others_and_leaves_their_settings_alone(
+def test_a_load_leaves_the_settings_of_other_threads_alone(
     directory: Path, store: ExpertStore
 ) -> None:
     before = (torch.get_num_threads(), os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0))
@@ -160,7 +169,7 @@ def test_a_load_runs_below_the_others_and_leaves_their_settings_alone(
     mover.at_step.acquire()
     thread_id = load._thread.native_id
     assert thread_id is not None
-    assert os.getpriority(os.PRIO_PROCESS, thread_id) > before[2]
+    assert os.getpriority(os.PRIO_PROCESS, thread_id) == before[2]  # see _stand_aside
     mover.steps.release(2)
     finish(load)
     after = (torch.get_num_threads(), os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0))
@@ -196,8 +205,10 @@ def test_cores_that_model_threads_are_bound_to_are_not_spare() -> None:
     thread.start()
     bound.wait()
     try:
+        loads._spare_cores.cache_clear()
         assert cores[0] not in loads._spare_cores()
     finally:
         release.set()
         thread.join()
+    loads._spare_cores.cache_clear()
     assert loads._spare_cores() == set(cores)
