@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 from emo_serve.errors import (
@@ -41,6 +42,8 @@ from emo_serve.residency.slots import LoadPlan
 __all__ = ["LoadLine"]
 
 logger = logging.getLogger(__name__)
+
+_REMEMBERED_RETIRED = 4096  # definitions whose stragglers are known; they ask within a moment
 
 
 class LoadLine:
@@ -73,6 +76,7 @@ class LoadLine:
         self._deadline_seconds = deadline_seconds
         self._closing: set[str] = set()
         self._closing_for: Want | None = None
+        self._retired: OrderedDict[str, None] = OrderedDict()  # the oldest first
         self._tasks: dict[asyncio.Task[None], bool] = {}  # -> whether it copies
         self._last_load_seconds = 0.0
 
@@ -124,10 +128,8 @@ class LoadLine:
         """
         key = pool.content_hash
         self._policy.note_asked(key, self._clock())
-        if (known := self.entries.get(key)) is not None:
-            known.is_retired = False  # it was defined again, with the same content
-            if purpose is Purpose.PIN:
-                self._closing.discard(key)
+        if purpose is Purpose.PIN and key in self.entries:
+            self._closing.discard(key)
         if (entry := self.open_entry(pool)) is not None:
             self._grant(entry, purpose)
             self.advance()  # a pin may leave too little for who waits
@@ -186,7 +188,7 @@ class LoadLine:
     def _grant(self, entry: Entry, purpose: Purpose) -> None:
         if purpose is Purpose.LEASE:
             entry.leases += 1
-        elif purpose is Purpose.PIN:
+        elif purpose is Purpose.PIN and not entry.is_retired:
             self.pinned.add(entry.pool.content_hash)
             self._closing.discard(entry.pool.content_hash)
             stay = self.room.kept(self.entries.keys() - self.pinned)
@@ -201,8 +203,14 @@ class LoadLine:
             self.advance()
 
     def retire(self, key: str) -> None:
-        """Unpin a pool and have it go after its last lease; operators wait for it in vain."""
+        """Unpin a pool and have it go after its last lease; operators wait for it in vain.
+
+        Requests that wait for it, or were admitted and have still to ask, are served first.
+        """
         self.pinned.discard(key)
+        self._retired[key] = None
+        if len(self._retired) > _REMEMBERED_RETIRED:
+            self._retired.popitem(last=False)
         if (entry := self.entries.get(key)) is not None:
             entry.is_retired = True
         if (want := self.wants.get(key)) is not None:
@@ -214,6 +222,15 @@ class LoadLine:
                         )
                     )
         self.advance()
+
+    def revive(self, key: str) -> None:
+        """Have a pool stay that was retired: the same content is defined again."""
+        if key not in self._retired:
+            return
+        del self._retired[key]
+        if (entry := self.entries.get(key)) is not None:
+            entry.is_retired = False
+            self.advance()
 
     # -- the line --
 
@@ -337,7 +354,7 @@ class LoadLine:
         row = self.room.take(pool, plan)
         for victim in victims:
             self._forget(victim, "room")
-        self.entries[plan.key] = entry = Entry(pool, row)
+        self.entries[plan.key] = entry = Entry(pool, row, is_retired=plan.key in self._retired)
         task = asyncio.create_task(self._settle(entry, plan))
         self._tasks[task] = bool(plan.copies)
         task.add_done_callback(self._note_done)

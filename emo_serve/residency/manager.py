@@ -91,8 +91,10 @@ class ResidencyManager:
         """Raise what a new request for the pool must be refused with now, before it waits.
 
         Draining; PoolTooLarge if the slab could never hold it, PoolBlocked if it does not fit
-        beside the pinned pools, TooManyWaiting if it would have to wait and the line is full.
+        beside the pinned pools, TooManyWaiting if it would have to wait and the line is full. A
+        pool that was retired and is asked for here again has been defined again: it may stay.
         """
+        self._line.revive(pool.content_hash)
         if self._is_draining:
             raise Draining("the server is shutting down and takes no new requests")
         if self._line.open_entry(pool) is None:

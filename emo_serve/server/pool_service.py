@@ -211,7 +211,7 @@ class PoolService:
 
     async def _pin_again(self, name: str, redefined: str) -> None:
         try:
-            await self.manager.load(self.find(name), pin=True)
+            await self.load(name, pin=True)
         except EngineDead:
             raise
         except EmoServeError as error:

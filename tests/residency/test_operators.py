@@ -353,12 +353,35 @@ async def test_a_pool_redefined_is_another_pool_to_its_last_slot() -> None:
     manager.check_integrity()
 
 
+@pytest.mark.parametrize("is_waiting", [True, False])
+async def test_stragglers_of_a_retired_pool_are_served_and_leave_nothing_behind(
+    is_waiting: bool,
+) -> None:
+    """They waited already, or were admitted and ask a moment after the pool was retired."""
+    engine = FakeEngine(is_holding=True)
+    manager = await loaded(engine)
+    stragglers = [Client(manager, A) for _ in range(2)] if is_waiting else []
+    await settle()
+    manager.retire(A)
+    stragglers = stragglers or [Client(manager, A) for _ in range(2)]
+    (await engine.next_held()).release()
+    await settle()
+    assert all(straggler.is_running for straggler in stragglers)
+    for straggler in stragglers:
+        await straggler.finish()
+    await settle()
+    assert manager.statistics().pools == ()
+    assert manager.statistics().used_slots == 0
+    manager.check_integrity()
+
+
 async def test_a_pool_retired_and_defined_again_with_the_same_content_stays() -> None:
     engine = FakeEngine()
     manager = await loaded(engine, A)
     running = Client(manager, A)
     await settle()
     manager.retire(A)
+    manager.check_admissible(a_pool("again", 0, 1))  # as the door does for what is defined
     again = Client(manager, a_pool("again", 0, 1))
     await settle()
     assert again.is_running
