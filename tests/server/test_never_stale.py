@@ -117,6 +117,9 @@ class Stress:
     answers: list[Answer] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
     operations_left: int = OPERATIONS
+    one_change: dict[str, asyncio.Lock] = field(
+        default_factory=lambda: {name: asyncio.Lock() for name in NAMES}
+    )
 
     # -- clients --
 
@@ -182,7 +185,12 @@ class Stress:
         actions = (self.define, self.define, self.remove, self.load, self.evict, self.pin)
         while self.operations_left > 0:
             self.operations_left -= 1
-            await self.chance.choice(actions)(self.chance.choice(NAMES))
+            action, name = self.chance.choice(actions), self.chance.choice(NAMES)
+            if action in (self.define, self.remove):
+                async with self.one_change[name]:  # else nobody could say which of two came last
+                    await action(name)
+            else:
+                await action(name)
 
     async def call(self, method: str, path: str, **options: Any) -> int:
         response = await self.http.request(method, path, **options)
@@ -276,8 +284,16 @@ async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
     print(dict(stress.seen))
     server.terminate()  # it would share the cores with the reference
     wait_for(lambda: server.has_ended)
-    worst = max(nearest_distance(reference, answer) for answer in stress.answers)
-    assert worst < TOLERANCE
+    worst = 0.0
+    for answer in stress.answers:
+        nearest = nearest_distance(reference, answer)
+        if nearest >= TOLERANCE:
+            ever = [life.definition for lives in stress.lives.values() for life in lives]
+            closest = min(distance(reference, answer, definition) for definition in ever)
+            pytest.fail(
+                f"{answer}: {nearest:.2g} nats away; of all definitions ever, {closest:.2g}"
+            )
+        worst = max(worst, nearest)
     print(f"worst difference {worst:.2g} nats a token; slots before {before}, after {after}")
     assert len(stress.answers) > OPERATIONS / 2
     assert (after["total"], after["used"]) == (before["total"], 0)
