@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from emo_serve.emo.checkpoint import load_model
-from emo_serve.emo.model import EmoForCausalLM
+from emo_serve.emo.model import EmoForCausalLM, RouterRecord
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from tests.emo.test_model import logprobs, masks
 from tests.golden.checkpoints import golden
@@ -36,6 +36,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 
 OPERATIONS = int(os.environ.get("EMO_SERVE_STRESS_OPERATIONS", "300"))
 TOLERANCE = 1e-3  # nats a token, float32; another pool is hundreds of times as far
+TIE_TOLERANCE = 2e-2  # where two experts are as good for one token, and rounding chooses
 NUM_EXPERTS, NUM_LAYERS, SHARED = 32, 3, 31
 SLOTS = 24
 NAMES = ("a", "b", "c", "d", "e")
@@ -251,14 +252,23 @@ def distance(reference: EmoForCausalLM, answer: Answer, definition: Definition) 
     return float((torch.tensor(answer.logprobs) - expected).abs().max())
 
 
-def nearest_distance(reference: EmoForCausalLM, answer: Answer) -> float:
-    """Return the distance from the nearest definition allowed, the latest being tried first."""
-    nearest = float("inf")
-    for definition in reversed(answer.allowed):
-        nearest = min(nearest, distance(reference, answer, definition))
-        if nearest < TOLERANCE:
-            break
-    return nearest
+def is_tied(reference: EmoForCausalLM, answer: Answer, definition: Definition) -> bool:
+    """Tell whether rounding alone may decide which expert is the last that some token takes.
+
+    In float32 two ways of the same sum differ by about 1e-6; then both choices are right.
+    """
+    prompt, record = PROMPTS[answer.prompt], list[RouterRecord]()
+    pool = masks([list(ids) for ids in definition.experts], "shared1")
+    with torch.no_grad():
+        reference(torch.tensor([[*prompt, *answer.tokens]]), pool=pool, record=record)
+    last = reference.config.num_experts_per_tok - 1  # one of them is the shared expert
+    for layer, mask in zip(record, pool, strict=True):
+        inside = mask.clone()
+        inside[SHARED] = False
+        ranked = layer.logits_BTE.float().masked_fill(~inside, -torch.inf).topk(last + 1).values
+        if float((ranked[..., last - 1] - ranked[..., last]).min()) < 1e-5:
+            return True
+    return False
 
 
 async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
@@ -284,17 +294,25 @@ async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
     print(dict(stress.seen))
     server.terminate()  # it would share the cores with the reference
     wait_for(lambda: server.has_ended)
-    worst = 0.0
+    worst, num_ties = 0.0, 0
     for answer in stress.answers:
-        nearest = nearest_distance(reference, answer)
+        nearest, definition = min(
+            ((distance(reference, answer, each), each) for each in answer.allowed),
+            key=lambda pair: pair[0],
+        )
+        if nearest >= TOLERANCE and nearest < TIE_TOLERANCE:
+            num_ties += 1
+            assert is_tied(reference, answer, definition), (answer, nearest)
+            continue
         if nearest >= TOLERANCE:
             ever = [life.definition for lives in stress.lives.values() for life in lives]
-            closest = min(distance(reference, answer, definition) for definition in ever)
+            closest = min(distance(reference, answer, each) for each in ever)
             pytest.fail(
                 f"{answer}: {nearest:.2g} nats away; of all definitions ever, {closest:.2g}"
             )
         worst = max(worst, nearest)
-    print(f"worst difference {worst:.2g} nats a token; slots before {before}, after {after}")
+    print(f"worst difference {worst:.2g} nats a token, {num_ties} routing ties")
+    print(f"slots before {before}, after {after}")
     assert len(stress.answers) > OPERATIONS / 2
     assert (after["total"], after["used"]) == (before["total"], 0)
 
