@@ -76,7 +76,7 @@ class Bench:
         )
         self.table = SlotTable(counts, num_slots)
         self.llm = self._start(directory, num_slots)
-        check = checkpoint.check_expert
+        check = checkpoint.check_experts
         self.calls = WorkerCalls(self._rpc, lambda: bool(self.llm.errored), check)
         self._numbers = itertools.count()
         self._next_pool = itertools.cycle(self.others)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,21 +125,27 @@ class Checkpoint:
 
     def check_expert(self, layer: int, expert: int) -> None:
         """Raise unless an expert's files are whole, as they were, and hold it; reads no weights."""
-        width, hidden = self.config.intermediate_size, self.config.hidden_size
-        files = set()
-        for matrix in _MATRICES:
-            name = expert_tensor_name(layer, expert, matrix)
-            file = self.file_of(name)
-            expected = (hidden, width) if matrix == "down" else (width, hidden)
-            shape = file.info(name).shape
-            if shape != expected:
-                raise CheckpointError(
-                    f"{file.path}: {name} has shape {shape}, the config says {expected}"
-                )
-            file.dtype(name)
-            files.add(file)
+        self.check_experts([(layer, expert)])
+
+    def check_experts(self, experts: Iterable[tuple[int, int]]) -> None:
+        """Check each (layer, expert) as `check_expert` does, and each file once."""
+        files = {self._checked_file(*place, matrix) for place in experts for matrix in _MATRICES}
         for file in files:
             file.check()
+
+    def _checked_file(self, layer: int, expert: int, matrix: str) -> TensorFile:
+        """Return the file of one matrix, whose shape and dtype are what they must be."""
+        width, hidden = self.config.intermediate_size, self.config.hidden_size
+        name = expert_tensor_name(layer, expert, matrix)
+        file = self.file_of(name)
+        expected = (hidden, width) if matrix == "down" else (width, hidden)
+        shape = file.info(name).shape
+        if shape != expected:
+            raise CheckpointError(
+                f"{file.path}: {name} has shape {shape}, the config says {expected}"
+            )
+        file.dtype(name)
+        return file
 
     def fingerprint(self) -> str:
         """Return a hex digest of what a pool depends on: layers, routing rules and gates."""

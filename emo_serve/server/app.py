@@ -109,17 +109,22 @@ def run(argv: Sequence[str], announce: Callable[[str], None], default_model: Def
 
 @dataclass(frozen=True)
 class _Keys:
-    """The keys clients and operators need; vLLM's own check gets all of them."""
+    """The keys clients and operators need; vLLM's own check gets all of them.
+
+    `variable` is one to hold an API key in a shell, None without any.
+    """
 
     api: tuple[str, ...]
     admin: tuple[str, ...]
+    variable: str | None
 
     @classmethod
     def take(cls, args: argparse.Namespace, settings: ServeSettings) -> _Keys:
+        variable = "EMO_SERVE_API_KEY" if args.api_key else "VLLM_API_KEY"
         given = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
-        keys = cls(tuple(filter(None, given)), settings.admin_api_keys)
-        args.api_key = [*keys.api, *keys.admin] if keys.api else None
-        return keys
+        api, admin = tuple(filter(None, given)), settings.admin_api_keys
+        args.api_key = [*api, *admin] if api else None
+        return cls(api, admin, variable if api else None)
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class _Server:
     async def serve(self, sock: socket.socket, announce: Callable[[str], None]) -> int:
         """Load the pools, answer requests, drain; return the exit status."""
         signals = StopSignals(asyncio.get_running_loop())
-        check = self.parts.checkpoint.check_expert
+        check = self.parts.checkpoint.check_experts
         calls = WorkerCalls(self._rpc, lambda: bool(self.llm.errored), check, _log_progress())
         facts = await calls.describe()
         _check_facts(facts, self.plan)
@@ -297,7 +302,7 @@ class _Server:
             pools_source=self.settings.pools_dir,
             pools=lines,
             refused=tuple(map(str, self.plan.catalog.refused)),
-            address=_address(self.args),
+            address=_address(self.args, self.parts.keys),
             try_model=_model_to_try(service),
         )
 
@@ -357,16 +362,13 @@ def _log_progress() -> Callable[[int, int], None]:
     return on_copied
 
 
-def _address(args: argparse.Namespace) -> ServerAddress:
-    variable = None
-    if args.api_key:
-        variable = "VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else "EMO_SERVE_API_KEY"
+def _address(args: argparse.Namespace, keys: _Keys) -> ServerAddress:
     return ServerAddress(
         host=args.host,
         port=args.port,
         uds=args.uds,
         is_tls=bool(args.ssl_keyfile and args.ssl_certfile),
-        key_variable=variable,
+        key_variable=keys.variable,
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,8 @@ class WorkerCalls:
     """Call the methods of EmoWorkerExtension on every rank.
 
     `rpc` is `AsyncLLM.collective_rpc` as (method, args) -> one reply a rank; `is_dead` tells that
-    no reply can come any more; `check_expert(layer, expert)` raises CheckpointError for an expert
-    whose files are not what they were; `on_copied` hears during a load how many copies are done
+    no reply can come any more; `check_experts` raises CheckpointError for a (layer, expert) whose
+    files are not what they were; `on_copied` hears during a load how many copies are done
     and how many there are. Raises EngineDead for a dead engine and a reply that is not ok.
     """
 
@@ -63,12 +63,12 @@ class WorkerCalls:
         self,
         rpc: Callable[[str, tuple[Any, ...]], Awaitable[Sequence[_Reply]]],
         is_dead: Callable[[], bool],
-        check_expert: Callable[[int, int], None],
+        check_experts: Callable[[Iterable[tuple[int, int]]], None],
         on_copied: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._rpc = rpc
         self._is_dead = is_dead
-        self._check_expert = check_expert
+        self._check_experts = check_experts
         self._on_copied = on_copied
         self._call_ids = itertools.count(1)
         self._load_ids = itertools.count(1)
@@ -79,11 +79,10 @@ class WorkerCalls:
 
         Reads no weights and asks no worker: it is for the moment before anything is evicted.
         """
-        for copy in copies:
-            try:
-                self._check_expert(copy.layer, copy.expert)
-            except CheckpointError as error:
-                raise PoolLoadFailed(str(error)) from error
+        try:
+            self._check_experts((copy.layer, copy.expert) for copy in copies)
+        except CheckpointError as error:
+            raise PoolLoadFailed(str(error)) from error
 
     async def make_resident(
         self, row: int, expert_ids: ExpertIds, temperature: float, copies: Sequence[Copy]

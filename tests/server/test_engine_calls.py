@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -80,7 +80,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def calls_of(workers: Workers, **options: Any) -> WorkerCalls:
-    return WorkerCalls(workers, lambda: workers.is_dead, lambda layer, expert: None, **options)
+    return WorkerCalls(workers, lambda: workers.is_dead, lambda experts: None, **options)
 
 
 # -- loads --
@@ -178,10 +178,11 @@ async def test_an_engine_that_dies_between_two_polls_ends_the_load() -> None:
 def test_unreadable_experts_are_found_before_anything_is_asked() -> None:
     asked: list[tuple[int, int]] = []
 
-    def check(layer: int, expert: int) -> None:
-        asked.append((layer, expert))
-        if expert == 2:
-            raise CheckpointError("model.safetensors: experts.2 is gone")
+    def check(experts: Iterable[tuple[int, int]]) -> None:
+        for layer, expert in experts:
+            asked.append((layer, expert))
+            if expert == 2:
+                raise CheckpointError("model.safetensors: experts.2 is gone")
 
     workers = Workers()
     calls = WorkerCalls(workers, lambda: False, check)
@@ -242,7 +243,7 @@ async def test_a_caller_that_goes_away_does_not_take_the_call_with_it() -> None:
         finished.append(method)
         return await workers(method, args)
 
-    calls = WorkerCalls(slow, lambda: False, lambda layer, expert: None)
+    calls = WorkerCalls(slow, lambda: False, lambda experts: None)
     call = asyncio.create_task(calls.describe())
     await asyncio.sleep(0)
     call.cancel()
