@@ -144,14 +144,6 @@ class SlotTable:
         """Tell whether every one of these experts is resident."""
         return self.covers_bits(self.bits(expert_ids))
 
-    def num_absent(self, expert_ids: ExpertIds) -> int:
-        """Count the experts among these that are not resident, those on their way included."""
-        return sum(
-            expert not in held.slot_of or expert in held.loading
-            for held, experts in zip(self._layers, expert_ids, strict=True)
-            for expert in experts
-        )
-
     def needs(self, expert_ids: ExpertIds) -> tuple[LayerNeed, ...]:
         """Return, for each layer, what making these experts resident would take now."""
         return tuple(
@@ -178,10 +170,6 @@ class SlotTable:
     def slots_of(self, keys: Iterable[str]) -> int:
         """Count the slots, of all layers, that these pools hold; a shared one counts once."""
         return self.held_by(keys).bit_count()
-
-    def slots_held_alone(self, key: str) -> int:
-        """Count the slots, of all layers, that would be free without this pool."""
-        return (self._bits[key] & ~self.held_by(self._pools.keys() - {key})).bit_count()
 
     def redundant(self, keys: Sequence[str]) -> set[str]:
         """Return which of these pools could go, all of them, and no slot would be free for it.

@@ -24,6 +24,7 @@ from emo_serve.server.http_errors import error_body, retry_after_of, status_of
 from emo_serve.server.pool_choice import POOL_HEADER
 
 __all__ = [
+    "READING_METHODS",
     "AsgiApp",
     "Message",
     "Receive",
@@ -32,6 +33,7 @@ __all__ = [
     "Scope",
     "Send",
     "current_request",
+    "send_error",
 ]
 
 Scope = MutableMapping[str, Any]
@@ -40,7 +42,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_READING = ("GET", "HEAD", "OPTIONS")
+READING_METHODS = ("GET", "HEAD", "OPTIONS")
+"""Methods that change nothing."""
+
 _HEADER = POOL_HEADER.encode()
 
 
@@ -100,12 +104,12 @@ class RequestGate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        counted = scope["method"] not in _READING
+        counted = scope["method"] not in READING_METHODS
         if counted and self.is_closed:
             error = Draining(
                 "the server is shutting down; send the request to another or try again later"
             )
-            await _refuse(send, error, closes=True)
+            await _refuse(send, error, (b"connection", b"close"))
             return
         headers = tuple(
             value.decode("latin-1") for key, value in scope["headers"] if key == _HEADER
@@ -147,28 +151,32 @@ def _guarded(send: Send, context: RequestContext) -> Send:
                     await _refuse(send, error)
                     return
             if message["status"] == HTTPStatus.SERVICE_UNAVAILABLE:
-                message = _with_retry_after(message, context.retry_after_seconds)
+                extra = _retry_after(context.retry_after_seconds)
+                message = {**message, "headers": [*message["headers"], *extra]}
         await send(message)
 
     return send_message
 
 
-def _with_retry_after(message: Message, seconds: int | None) -> Message:
-    if seconds is None:
-        return message
-    return {**message, "headers": [*message["headers"], (b"retry-after", str(seconds).encode())]}
+def _retry_after(seconds: int | None) -> list[tuple[bytes, bytes]]:
+    return [] if seconds is None else [(b"retry-after", str(seconds).encode())]
 
 
-async def _refuse(send: Send, error: EmoServeError, *, closes: bool = False) -> None:
+async def _refuse(send: Send, error: EmoServeError, *headers: tuple[bytes, bytes]) -> None:
     """Answer with an error of ours before the app does."""
-    status = status_of(error)
-    body = error_body(str(error), status)
-    headers = [
+    headers = (*headers, *_retry_after(retry_after_of(error)))
+    await send_error(send, status_of(error), str(error), *headers)
+
+
+async def send_error(
+    send: Send, status: HTTPStatus, message: str, *headers: tuple[bytes, bytes]
+) -> None:
+    """Send a whole response: an error in OpenAI's shape."""
+    body = error_body(message, status)
+    all_headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
+        *headers,
     ]
-    if closes:
-        headers.append((b"connection", b"close"))
-    start: Message = {"type": "http.response.start", "status": status.value, "headers": headers}
-    await send(_with_retry_after(start, retry_after_of(error)))
+    await send({"type": "http.response.start", "status": status.value, "headers": all_headers})
     await send({"type": "http.response.body", "body": body})

@@ -20,13 +20,11 @@ from collections.abc import Collection
 from enum import Enum
 from http import HTTPStatus
 
-from emo_serve.server.gate import AsgiApp, Receive, Scope, Send
-from emo_serve.server.http_errors import error_body
+from emo_serve.server.gate import READING_METHODS, AsgiApp, Receive, Scope, Send, send_error
 
 __all__ = ["KeyGuard", "route_path"]
 
 _POOLS = "/v1/pools"
-_READING = ("GET", "HEAD", "OPTIONS")
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 
 
@@ -78,7 +76,7 @@ class KeyGuard:
         if scope["type"] not in ("http", "websocket") or method == "OPTIONS":
             return ()  # OPTIONS: a browser's preflight carries no key
         path = route_path(scope["path"], self._root_path or scope.get("root_path", ""))
-        changes_pools = path.startswith(_POOLS) and method not in _READING
+        changes_pools = path.startswith(_POOLS) and method not in READING_METHODS
         if changes_pools and self._admin_hashes:
             return (_Key.ADMIN,)
         if not self._api_hashes or (path in self._open_paths and not changes_pools):
@@ -117,12 +115,5 @@ async def _refuse(send: Send, key: _Key) -> None:
     else:
         status = HTTPStatus.UNAUTHORIZED
         message = f"{key.value} was sent; send Authorization: Bearer and a key of this server"
-    body = error_body(message, status)
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-    ]
-    if status is HTTPStatus.UNAUTHORIZED:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status.value, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    challenge = [(b"www-authenticate", b"Bearer")] if status is HTTPStatus.UNAUTHORIZED else []
+    await send_error(send, status, message, *challenge)

@@ -127,50 +127,38 @@ def _add_definitions(
 def _add_residency(
     router: APIRouter, service: PoolService, to_http_error: Callable[[EmoServeError], Exception]
 ) -> None:
-    refusals = _responses(400, 401, 403, 404, 409, 413, 500, 503)
+    def action(
+        verb: str, options: type[BaseModel]
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        return router.post(
+            f"/{{name}}/{verb}",
+            response_model_exclude_unset=True,
+            responses=_responses(400, 401, 403, 404, 409, 413, 500, 503),
+            openapi_extra=body_schema(options),
+        )
 
-    @router.post(
-        "/{name}/load",
-        response_model_exclude_unset=True,
-        responses=refusals,
-        openapi_extra=body_schema(LoadOptions),
-    )
+    @action("load", LoadOptions)
     async def load_pool(name: str, request: Request) -> PoolCard:
         """Make a pool or union resident, in the line that requests wait in."""
         with _answering(to_http_error):
             options = await _read_options(request, LoadOptions)
             return card_of(await service.load(name, pin=options.pin))
 
-    @router.post(
-        "/{name}/evict",
-        response_model_exclude_unset=True,
-        responses=refusals,
-        openapi_extra=body_schema(EvictOptions),
-    )
+    @action("evict", EvictOptions)
     async def evict_pool(name: str, request: Request) -> PoolCard:
         """Free the slots that only this pool needs; nothing changes if it has none."""
         with _answering(to_http_error):
             options = await _read_options(request, EvictOptions)
             return card_of(await service.evict(name, drain=options.drain))
 
-    @router.post(
-        "/{name}/pin",
-        response_model_exclude_unset=True,
-        responses=refusals,
-        openapi_extra=body_schema(NoOptions),
-    )
+    @action("pin", NoOptions)
     async def pin_pool(name: str, request: Request) -> PoolCard:
         """Make a pool or union resident and have it stay."""
         with _answering(to_http_error):
             await _read_options(request, NoOptions)
             return card_of(await service.pin(name))
 
-    @router.post(
-        "/{name}/unpin",
-        response_model_exclude_unset=True,
-        responses=refusals,
-        openapi_extra=body_schema(NoOptions),
-    )
+    @action("unpin", NoOptions)
     async def unpin_pool(name: str, request: Request) -> PoolCard:
         """Let a pool be evicted like any other."""
         with _answering(to_http_error):

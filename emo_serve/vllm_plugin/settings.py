@@ -16,6 +16,7 @@ from emo_serve.emo.config import EmoConfig
 from emo_serve.errors import ConfigError
 from emo_serve.vllm_plugin import ADDITIONAL_CONFIG_KEY, MOE_BACKENDS
 from emo_serve.vllm_plugin.backends import MoeBackend, choose_backend
+from emo_serve.vllm_plugin.expert_store import ExpertShape
 
 __all__ = [
     "PluginSettings",
@@ -64,8 +65,8 @@ class PluginSettings:
 def _check_host_bytes(host_expert_bytes: int, vllm_config: VllmConfig) -> None:
     """Refuse host memory that holds no expert; 0 is none at all."""
     config, ranks = emo_config(vllm_config), vllm_config.parallel_config.tensor_parallel_size
-    width, itemsize = config.intermediate_size // ranks, vllm_config.model_config.dtype.itemsize
-    expert_bytes = 3 * config.hidden_size * width * itemsize
+    width, dtype = config.intermediate_size // ranks, vllm_config.model_config.dtype
+    expert_bytes = ExpertShape(config.hidden_size, width, dtype).num_bytes
     if host_expert_bytes < 0 or 0 < host_expert_bytes < expert_bytes:
         raise ConfigError(
             f"--host-expert-memory gives each device {host_expert_bytes} bytes; one expert takes"
