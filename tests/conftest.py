@@ -1,4 +1,4 @@
-"""What every test shares: no test reaches the network, and vLLM reports nothing to anyone."""
+"""What every test shares: no network, no vLLM usage report, Triton interpreted without a GPU."""
 
 from __future__ import annotations
 
@@ -7,3 +7,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+
+# Before anything imports triton, which decides at each kernel's definition. Without a GPU driver
+# nothing else could run a kernel.
+if not os.path.exists("/proc/driver/nvidia/version"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
