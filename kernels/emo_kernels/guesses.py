@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from emo_kernels.tuning import Config, Row, Table, Tile
 
@@ -72,7 +73,7 @@ def candidates(name: str, tokens: int, slots: int, weights: str = "16bit") -> It
         for few in (True, False):
             if first.block_m / 4 <= block_m <= first.block_m * 4:
                 yield from new(Config(block_m, *(_FEW_ROWS if few else _MANY_ROWS)[name]))
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"block_k": 64},
         {"block_k": 128},
         {"block_k": 256},
@@ -94,7 +95,8 @@ def candidates(name: str, tokens: int, slots: int, weights: str = "16bit") -> It
         {"programs_per_sm": 2},
         *([{"use_tma": False}] if first.down.use_tma else []),
         *([{"warp_specialize": True}] if name == "sm100" else []),
-    ):
+    )
+    for change in changes:
         yield from new(replace(first, gate_up=replace(first.gate_up, **change)))
         yield from new(replace(first, down=replace(first.down, **change)))
 

@@ -33,13 +33,13 @@ def _combine_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = columns < D
     total = tl.zeros((BLOCK_D,), tl.float32)
     for k in tl.static_range(K):
         row = token * K + k
-        taken = tl.load(slots + row) >= 0
-        total += tl.load(rows + row * D + columns, mask=inside & taken, other=0.0).to(tl.float32)
-    tl.store(y + token * D + columns, total.to(y.dtype.element_ty), mask=inside)
+        width = tl.where(tl.load(slots + row) >= 0, D, 0)  # nothing of a row not written
+        part = tl.load(rows + row * D + columns, mask=columns < width, other=0.0)
+        total += part.to(tl.float32)
+    tl.store(y + token * D + columns, total.to(y.dtype.element_ty), mask=columns < D)
 
 
 # fmt: on
