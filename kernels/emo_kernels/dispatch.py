@@ -29,6 +29,7 @@ from emo_kernels.tables import Schedule
 __all__ = ["dispatch"]
 
 _BLOCK_ROWS = 4096  # 8 ids a thread of 16 warps; not tuned
+_SUM_TILE = 8192  # counts that _sum_kernel adds at a time; 16384 spill registers at S = 1024
 
 # fmt: off
 
@@ -230,7 +231,7 @@ def _launch_blocks(slots_TK: Tensor, schedule: Schedule, num_bins: int, block_ro
         num_blocks,
         BLOCK_M=schedule.block_m,
         NUM_BINS=num_bins,
-        BLOCK_B=min(32, triton.next_power_of_2(num_blocks)),
+        BLOCK_B=min(max(1, _SUM_TILE // num_bins), triton.next_power_of_2(num_blocks)),
         num_warps=16,
     )
     _place_kernel[(num_slots, num_blocks)](
