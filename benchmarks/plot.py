@@ -99,7 +99,31 @@ def loading() -> Iterator[tuple[str, Figure]]:
     yield "loading", figure
 
 
-FIGURES = {"residency": residency, "loading": loading}
+# -- decode --
+
+
+def decode() -> Iterator[tuple[str, Figure]]:
+    """Draw tokens per second and the ratio to the full model against the batch, by case."""
+    measured = [line for line in lines("decode") if line["result"].get("rows")]
+    if not measured:
+        return
+    latest, rows = measured[0], measured[0]["result"]["rows"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    panels = (("tokens_per_second", "tokens/s"), ("ratio_to_full", "times the full model"))
+    for axis, (key, label) in zip(axes, panels, strict=True):
+        for case in dict.fromkeys(row["case"] for row in rows):
+            points = [(row["batch"], row[key]) for row in rows if row["case"] == case]
+            axis.plot(*zip(*points, strict=True), marker=".", label=case)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="sequences at once", ylabel=label)
+        axis.set_ylim(bottom=0)
+    axes[0].legend(fontsize="small")
+    context = latest["arguments"]["context"]
+    figure.suptitle(f"Decoding, random weights, context {context}; {latest['device'][-1]}")
+    yield "decode", figure
+
+
+FIGURES = {"residency": residency, "loading": loading, "decode": decode}
 """Results file -> what draws it; a later benchmark adds a line here."""
 
 
