@@ -205,8 +205,9 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         dest="emo_moe_backend",
         metavar="|".join(MOE_BACKENDS),
         default="auto",
-        help="expert maths: vLLM's CPU kernel, or plain torch anywhere; replaces vLLM's flag of"
-        " this name, which EMO's layers do not read (default: %(default)s)",
+        help="expert maths: our kernels for CUDA, vLLM's CPU kernel, or plain torch anywhere; auto"
+        " is the fastest that can run; replaces vLLM's flag of this name, which EMO's layers do not"
+        " read (default: %(default)s)",
     )
     group.add_argument(
         "--max-pools",

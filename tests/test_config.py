@@ -116,7 +116,7 @@ def test_settings_are_frozen() -> None:
         (["--expert-slots", "0"], "at least 1"),
         (["--expert-slots", "few"], "--expert-slots is 'few'; give a whole number"),
         (["--pools", "/no/such/place"], "--pools /no/such/place is not a directory"),
-        (["--moe-backend", "magic"], "one of auto, cpu, reference"),
+        (["--moe-backend", "magic"], "one of auto, triton, cpu, reference"),
         (["--max-pools", "1"], "the base pool takes one row"),
         (["--drain-timeout", "-1"], "0 or more"),
         (["--drain-timeout", "inf"], "0 or more"),

@@ -28,8 +28,8 @@ LOAD_FORMAT = "emo"
 POOL_ROW_ARG = "emo_pool_row"
 """Key of SamplingParams.extra_args: the row of the pool table a request routes within."""
 
-MOE_BACKENDS = ("auto", "cpu", "reference")
-"""Expert maths: vLLM's CPU kernel, or plain torch on any device."""
+MOE_BACKENDS = ("auto", "triton", "cpu", "reference")
+"""Expert maths: our CUDA kernels, vLLM's CPU kernel, or plain torch on any device."""
 
 WORKER_EXTENSION_CLS = "emo_serve.vllm_plugin.worker.EmoWorkerExtension"
 _WORKERS = {

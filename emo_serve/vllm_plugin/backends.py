@@ -1,26 +1,36 @@
-"""Expert maths over a slab of slots: the kernels behind `PooledMoE`.
+"""Routing and expert maths over a slab of slots: the kernels behind `PooledMoE`.
 
-A backend owns how weights lie in the slab (`pack_into`) and computes with slot ids only; which
-expert sits in which slot is not its business.
+A backend takes a layer's gate logits and computes with slot ids; which expert sits in which slot
+stands in the tables. It owns how weights lie in the slab (`pack_into`).
 
-Shapes: T tokens, D hidden size, F expert width on this rank, S slots, K experts a token.
+Shapes: T tokens, D hidden size, F expert width on this rank, E experts, S slots, K experts a token.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import emo_kernels
+from emo_kernels import PoolTables, Router
+from emo_serve.emo.config import MoeLayer
+from emo_serve.emo.routing import route
 from emo_serve.errors import ConfigError
+from emo_serve.vllm_plugin import MOE_BACKENDS
 
-__all__ = ["CpuBackend", "MoeBackend", "ReferenceBackend", "choose_backend"]
+__all__ = ["CpuBackend", "MoeBackend", "ReferenceBackend", "TritonBackend", "choose_backend"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class MoeBackend(Protocol):
-    """Compute experts from slots.
+    """Compute a MoE layer from slots.
 
     A matrix can be packed in parts of `row_block` rows, or a multiple: each gives the bytes that it
     has in the whole. `keeps_layout` tells that packing is copying.
@@ -34,27 +44,48 @@ class MoeBackend(Protocol):
         """Write rows of an expert's matrix as the slab stores them; both contiguous, alike."""
 
     def __call__(
-        self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, w13: Tensor, w2: Tensor
+        self,
+        x_TD: Tensor,
+        logits_TE: Tensor,
+        pool_rows_T: Tensor,
+        tables: PoolTables,
+        router: Router,
+        w13: Tensor,
+        w2: Tensor,
     ) -> Tensor:
-        """Return the weighted sum over K of each token's experts, [T, D].
+        """Route each token inside its pool; return the weighted sum of its experts, [T, D].
 
-        w13 [S, 2F, D] holds gate rows, then up rows; w2 [S, D, F]. weights_TK fp32, slots_TK int32.
+        w13 [S, 2F, D] holds gate rows, then up rows; w2 [S, D, F]. Tokens whose pool row is -1 are
+        padding: nobody reads what they get.
         """
 
 
-class ReferenceBackend:
-    """Plain torch, any device and shape; one host sync a call, so no CUDA graphs."""
+class _PlainLayout:
+    """Slots hold the checkpoint's rows as they are."""
 
-    name = "reference"
     row_block = 1
     keeps_layout = True
 
     def pack_into(self, out: Tensor, weight: Tensor) -> None:
         out.copy_(weight)
 
+
+class ReferenceBackend(_PlainLayout):
+    """Plain torch, any device and shape; synchronises with the host, so no CUDA graphs."""
+
+    name = "reference"
+
     def __call__(
-        self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, w13: Tensor, w2: Tensor
+        self,
+        x_TD: Tensor,
+        logits_TE: Tensor,
+        pool_rows_T: Tensor,
+        tables: PoolTables,
+        router: Router,
+        w13: Tensor,
+        w2: Tensor,
     ) -> Tensor:
+        weights_TK, slots_TK = _route(logits_TE, pool_rows_T, tables, router)
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         for slot in torch.unique(slots_TK).tolist():  # sync: the slots the batch chose
             tokens, places = (slots_TK == slot).nonzero(as_tuple=True)
@@ -62,6 +93,26 @@ class ReferenceBackend:
             rows = (F.silu(gate) * up) @ w2[slot].t()
             y_TD.index_add_(0, tokens, rows.float() * weights_TK[tokens, places, None])
         return y_TD.to(x_TD.dtype)
+
+
+class TritonBackend(_PlainLayout):
+    """emo_kernels: CUDA from compute capability 8.0 on; never synchronises with the host."""
+
+    name = "triton"
+    alignment = 16  # emo_kernels.grouped_gemm: what hidden and expert sizes must divide by
+    capability = (8, 0)
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        logits_TE: Tensor,
+        pool_rows_T: Tensor,
+        tables: PoolTables,
+        router: Router,
+        w13: Tensor,
+        w2: Tensor,
+    ) -> Tensor:
+        return emo_kernels.pooled_moe(x_TD, logits_TE, pool_rows_T, tables, router, w13, w2)
 
 
 class CpuBackend:
@@ -82,8 +133,16 @@ class CpuBackend:
         torch.ops._C.prepack_moe_weight(weight[None], out[None], "vec")
 
     def __call__(
-        self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, w13: Tensor, w2: Tensor
+        self,
+        x_TD: Tensor,
+        logits_TE: Tensor,
+        pool_rows_T: Tensor,
+        tables: PoolTables,
+        router: Router,
+        w13: Tensor,
+        w2: Tensor,
     ) -> Tensor:
+        weights_TK, slots_TK = _route(logits_TE, pool_rows_T, tables, router)
         y_TD = torch.empty_like(x_TD)
         self._ops.cpu_fused_moe(
             y_TD, x_TD, w13, w2, None, None, weights_TK, slots_TK, "silu", "vec"
@@ -91,22 +150,98 @@ class CpuBackend:
         return y_TD
 
 
-def choose_backend(name: str, device: torch.device, hidden_size: int, width: int) -> MoeBackend:
+def _route(
+    logits_TE: Tensor, pool_rows_T: Tensor, tables: PoolTables, router: Router
+) -> tuple[Tensor, Tensor]:
+    """Return weights_TK fp32 and slots_TK int32.
+
+    By emo.routing, not by emo_kernels' torch twin, which sorts all experts of every token. Each
+    place names a slot, as vLLM's kernel wants; one that takes nothing has weight 0. Padding routes
+    like the last pool's tokens: it comes with CUDA graphs, which these backends do not meet.
+    """
+    routing = route(
+        logits_TE,
+        _layer_of(router),
+        tables.members_PE[pool_rows_T],
+        tables.temperatures_P[pool_rows_T, None],
+        router.renormalize,
+    )
+    return routing.weights_TK.contiguous(), tables.slot_of_expert_E[routing.experts_TK]
+
+
+@cache
+def _layer_of(router: Router) -> MoeLayer:
+    return MoeLayer(router.num_experts, router.num_shared, router.always_active, router.top_k)
+
+
+# -- choice --
+
+
+def choose_backend(
+    name: str, device: torch.device, hidden_size: int, width: int, dtype: torch.dtype
+) -> MoeBackend:
     """Return the backend called `name`; `auto` is the fastest that can run here.
 
-    `width` is an expert's width on this rank. Raises ConfigError when the named one cannot run.
+    `width` is an expert's width on this rank, `dtype` the activations'. Raises ConfigError when the
+    named one cannot run.
     """
-    aligned = hidden_size % CpuBackend.alignment == 0 and width % CpuBackend.alignment == 0
-    if name == "auto":
-        name = "cpu" if device.type == "cpu" and aligned else "reference"
-    if name == "reference":
-        return ReferenceBackend()
-    if name != "cpu":
-        raise ConfigError(f"--moe-backend {name!r} is unknown; use auto, cpu or reference")
-    if device.type != "cpu" or not aligned:
+    if name not in MOE_BACKENDS:
         raise ConfigError(
-            f"--moe-backend cpu needs a CPU and sizes divisible by {CpuBackend.alignment}; here"
-            f" the device is {device.type}, hidden_size {hidden_size} and an expert's width on"
-            f" each rank {width}; use --moe-backend reference"
+            f"--moe-backend {name!r} is unknown; use one of {', '.join(MOE_BACKENDS)}"
         )
-    return CpuBackend()
+    chosen = name
+    if name == "auto":
+        chosen = "triton" if device.type == "cuda" else "cpu"
+    obstacle = None
+    if chosen == "cpu":
+        obstacle = _obstacle_to_cpu(device, hidden_size, width)
+    elif chosen == "triton":
+        obstacle = _obstacle_to_triton(device, hidden_size, width, dtype)
+    if obstacle is not None:
+        if name != "auto":
+            raise ConfigError(f"{obstacle}; use --moe-backend reference")
+        _LOG.warning("--moe-backend auto takes reference, the slowest: %s", obstacle)
+        chosen = "reference"
+    if chosen == "cpu":
+        return CpuBackend()
+    return TritonBackend() if chosen == "triton" else ReferenceBackend()
+
+
+def _obstacle_to_cpu(device: torch.device, hidden_size: int, width: int) -> str | None:
+    if device.type != "cpu":
+        return f"--moe-backend cpu needs a CPU; the device is {device.type}"
+    return _misaligned("cpu", CpuBackend.alignment, hidden_size, width)
+
+
+def _obstacle_to_triton(
+    device: torch.device, hidden_size: int, width: int, dtype: torch.dtype
+) -> str | None:
+    if device.type == "cuda":
+        found, least = torch.cuda.get_device_capability(device), TritonBackend.capability
+        if found < least:
+            return (
+                f"--moe-backend triton needs compute capability {_dotted(least)}; the device has"
+                f" {_dotted(found)}"
+            )
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "--moe-backend triton needs a CUDA device; on a CPU it runs, very slowly, with"
+            " TRITON_INTERPRET=1 in the environment"
+        )
+    elif dtype == torch.bfloat16:  # its products of bfloat16 are wrong
+        return "--moe-backend triton in Triton's interpreter needs --dtype float32 or float16"
+    return _misaligned("triton", TritonBackend.alignment, hidden_size, width)
+
+
+def _misaligned(name: str, alignment: int, hidden_size: int, width: int) -> str | None:
+    if hidden_size % alignment == 0 and width % alignment == 0:
+        return None
+    return (
+        f"--moe-backend {name} needs sizes divisible by {alignment}; hidden_size is {hidden_size},"
+        f" an expert's width on each rank {width} (intermediate_size divided by"
+        " --tensor-parallel-size)"
+    )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

@@ -17,14 +17,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from emo_serve.vllm_plugin import POOL_ROW_ARG
 
-__all__ = ["BASE_POOL_ROW", "EmoModelState", "PoolRows", "attach_to_v1_runner", "pool_row_of"]
+__all__ = [
+    "BASE_POOL_ROW",
+    "PADDING_ROW",
+    "EmoModelState",
+    "PoolRows",
+    "attach_to_v1_runner",
+    "pool_row_of",
+]
 
 BASE_POOL_ROW = 0
-"""The base pool's row; also the row of padding and of requests that name none."""
+"""The base pool's row; also that of requests that name none."""
+
+PADDING_ROW = -1
+"""The row of tokens that are nobody's: they take no expert."""
 
 
 def pool_row_of(sampling_params: Any) -> int:
@@ -34,30 +45,36 @@ def pool_row_of(sampling_params: Any) -> int:
 
 
 class PoolRows:
-    """One pool row a token, int64, in one persistent buffer of `max_num_tokens`."""
+    """One pool row a token, int64, in one persistent buffer of `max_num_tokens`.
+
+    Before the first batch all are the base pool's, so that the run in which vLLM measures memory
+    does real work.
+    """
 
     def __init__(self, max_num_tokens: int, device: torch.device) -> None:
         self.buffer_T = torch.full((max_num_tokens,), BASE_POOL_ROW, device=device)
 
     def fill(self, row_of_request: np.ndarray, query_start: np.ndarray) -> Tensor:
-        """Write the rows of a batch and return the whole buffer; the rest is the base pool's.
+        """Write the rows of a batch and return the whole buffer; the rest is padding.
 
-        `query_start` holds the first token of each request and, last, the number of tokens.
+        `query_start` holds the first token of each request and, last, the number of tokens. Does
+        not wait for the device: a step may be running there that still reads the last batch's.
         """
         rows_T = np.repeat(row_of_request, np.diff(query_start))
-        self.buffer_T[: len(rows_T)].copy_(torch.from_numpy(rows_T))
-        self.buffer_T[len(rows_T) :].fill_(BASE_POOL_ROW)
+        async_tensor_h2d(rows_T, out=self.buffer_T[: len(rows_T)])
+        self.buffer_T[len(rows_T) :].fill_(PADDING_ROW)
         return self.buffer_T
 
 
 def attach_to_v1_runner(runner: Any) -> None:
-    """Make a V1 model runner pass `pool_rows` to the model's forward, in every real step."""
+    """Make a V1 model runner pass `pool_rows` to the model's forward, in every step."""
     rows = PoolRows(runner.max_num_tokens, runner.device)
     upstream = runner._init_model_kwargs
 
     def with_pool_rows(num_reqs: int | None = None) -> dict[str, Any]:
         kwargs: dict[str, Any] = upstream(num_reqs)
-        if num_reqs == 0:  # vLLM's mark of a dummy run
+        if num_reqs == 0:  # vLLM's mark of a dummy run, such as a CUDA graph's capture
+            kwargs["pool_rows"] = rows.buffer_T
             return kwargs
         batch = runner.input_batch
         ids = batch.req_ids[: batch.num_reqs]

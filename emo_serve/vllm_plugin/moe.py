@@ -2,8 +2,9 @@
 
 Replaces vLLM's FusedMoE. What differs: a layer holds `num_slots` experts, not all of them, and
 each token routes inside the pool its request named. Two tables say how, and both may change
-between steps: `slot_of_expert` [E] and, a row a pool, `pool_table` [rows, E] with its router
-temperature. The compiler sees one opaque op a layer, so that it never specialises on them.
+between steps, in place: `slot_of_expert` [E] and, a row a pool, `pool_table` [rows, E] with its
+router temperature. The compiler sees one opaque op a layer, so that it never specialises on them; a
+CUDA graph finds them where they were when it was captured.
 
 Shapes: T tokens, D hidden size, F expert width on this rank, E experts, S slots, K top-k.
 """
@@ -24,8 +25,8 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from emo_kernels import PoolTables, Router
 from emo_serve.emo.config import EmoConfig, MoeLayer
-from emo_serve.emo.routing import route
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.expert_store import PackedExpert
 
@@ -52,7 +53,13 @@ class PooledMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.moe, self.backend, self.prefix = moe, backend, prefix
-        self.norm_topk_prob = config.norm_topk_prob
+        self.router = Router(
+            num_experts=moe.num_experts,
+            top_k=moe.top_k,
+            num_shared=moe.num_shared_experts,
+            always_active=moe.always_active,
+            renormalize=config.norm_topk_prob,
+        )
         self.num_ranks = get_tensor_model_parallel_world_size()
         self.num_slots = min(num_slots, moe.num_experts)
         width = config.intermediate_size // self.num_ranks
@@ -82,15 +89,8 @@ class PooledMoE(nn.Module):
 
     def compute(self, x_TD: Tensor, logits_TE: Tensor, pool_rows_T: Tensor) -> Tensor:
         """Route and mix this rank's part of the experts; reads the tables as they are now."""
-        routing = route(
-            logits_TE,
-            self.moe,
-            self.pool_table[pool_rows_T],
-            self.temperatures[pool_rows_T, None],
-            self.norm_topk_prob,
-        )
-        slots_TK = self.slot_of_expert[routing.experts_TK]
-        return self.backend(x_TD, routing.weights_TK.contiguous(), slots_TK, self.w13, self.w2)
+        tables = PoolTables(self.pool_table, self.temperatures, self.slot_of_expert)
+        return self.backend(x_TD, logits_TE, pool_rows_T, tables, self.router, self.w13, self.w2)
 
     def slot(self, number: int) -> PackedExpert:
         """Return the memory of one slot; to be written while no published pool is using it."""

@@ -130,7 +130,8 @@ def backend_for(
     """Choose the expert maths for the workers' device; raises ConfigError if it cannot run."""
     config = emo_config(vllm_config)
     width = config.intermediate_size // vllm_config.parallel_config.tensor_parallel_size
-    backend = choose_backend(settings.moe_backend, device, config.hidden_size, width)
+    dtype = vllm_config.model_config.dtype
+    backend = choose_backend(settings.moe_backend, device, config.hidden_size, width, dtype)
     graphs = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
     if backend.name == "reference" and device.type == "cuda" and graphs:
         raise ConfigError(

@@ -60,7 +60,7 @@ def test_a_front_end_decides() -> None:
     [
         ({"num_slots": 4}, r"has \['num_slots'\], expected"),
         ({**GOOD, "pools": 3}, "pools"),
-        ({**GOOD, "moe_backend": "fast"}, "not one of auto, cpu, reference"),
+        ({**GOOD, "moe_backend": "fast"}, "not one of auto, triton, cpu, reference"),
         ({**GOOD, "num_slots": 0}, "at least 1"),
     ],
 )
@@ -110,13 +110,31 @@ def test_dynamic_rope_is_served_within_the_context_only() -> None:
         refuse_what_cannot_work(vllm_config(config, max_model_len=1024))
 
 
-def test_reference_maths_and_cuda_graphs_exclude_each_other() -> None:
-    settings = PluginSettings(4, 8, "reference", 0, holds_all=False)
+def test_reference_maths_alone_and_cuda_graphs_exclude_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     graphs = SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL)
     cuda = torch.device("cuda")
-    assert backend_for(vllm_config(), settings, cuda).name == "reference"
+
+    def choose(name: str, **changes: Any) -> str:
+        settings = PluginSettings(4, 8, name, 0, holds_all=False)
+        return backend_for(vllm_config(**changes), settings, cuda).name
+
+    assert choose("reference") == "reference"
     with pytest.raises(ConfigError, match="add --enforce-eager"):
-        backend_for(vllm_config(compilation_config=graphs), settings, cuda)
+        choose("reference", compilation_config=graphs)
+    assert choose("triton", compilation_config=graphs) == "triton"
+    assert choose("auto", compilation_config=graphs) == "triton"
+
+
+def test_an_experts_width_is_each_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    settings = PluginSettings(4, 8, "triton", 0, holds_all=False)
+    config = EmoConfig(intermediate_size=96)
+    assert backend_for(vllm_config(config, tensor_parallel_size=6), settings, torch.device("cuda"))
+    with pytest.raises(ConfigError, match="each rank 8 .*divided by --tensor-parallel-size"):
+        backend_for(vllm_config(config, tensor_parallel_size=12), settings, torch.device("cuda"))
 
 
 def test_another_config_class() -> None:

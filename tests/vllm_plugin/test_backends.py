@@ -1,0 +1,295 @@
+"""Backends and the layer around them, without an engine: who is chosen, and that all agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+from emo_kernels import PoolTables, Router
+from emo_serve.emo.config import EmoConfig, MoeLayer
+from emo_serve.emo.routing import route
+from emo_serve.errors import ConfigError
+from emo_serve.vllm_plugin import MOE_BACKENDS
+from emo_serve.vllm_plugin.backends import (
+    CpuBackend,
+    MoeBackend,
+    ReferenceBackend,
+    TritonBackend,
+    choose_backend,
+)
+from emo_serve.vllm_plugin.batch_pools import PADDING_ROW
+from emo_serve.vllm_plugin.moe import PooledMoE
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1: CPU tensors"
+)
+BACKENDS = (
+    ReferenceBackend(),
+    CpuBackend(),
+    pytest.param(TritonBackend(), marks=needs_interpreter, id="triton"),
+)
+BACKENDS_16BIT = (  # the kernel for CPUs knows no float16, the interpreter's products no bfloat16
+    pytest.param(ReferenceBackend(), torch.bfloat16, id="reference-bfloat16"),
+    pytest.param(CpuBackend(), torch.bfloat16, id="cpu-bfloat16"),
+    pytest.param(TritonBackend(), torch.float16, marks=needs_interpreter, id="triton-float16"),
+)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+HIDDEN, WIDTH = 64, 32
+LAYERS = {
+    "shared": MoeLayer(num_experts=8, num_shared_experts=1, always_active=(), top_k=4),
+    "plain": MoeLayer(num_experts=8, num_shared_experts=0, always_active=(), top_k=3),
+    "always-active": MoeLayer(num_experts=8, num_shared_experts=0, always_active=(2, 5), top_k=4),
+    "few experts": MoeLayer(num_experts=3, num_shared_experts=1, always_active=(), top_k=3),
+}
+
+
+@dataclass
+class Batch:
+    """Tokens of several pools, the last ones padding, and the experts as the checkpoint has them.
+
+    w13_E and w2_E are by expert id; `slots` says where each goes.
+    """
+
+    moe: MoeLayer
+    x_TD: Tensor
+    logits_TE: Tensor
+    pool_rows_T: Tensor
+    members_PE: Tensor
+    temperatures_P: Tensor
+    slots: list[int]
+    w13_E: Tensor
+    w2_E: Tensor
+
+    @property
+    def router(self) -> Router:
+        moe = self.moe
+        return Router(
+            moe.num_experts,
+            moe.top_k,
+            moe.num_shared_experts,
+            moe.always_active,
+            renormalize=not moe.implied,
+        )
+
+    def tables(self) -> PoolTables:
+        return PoolTables(
+            self.members_PE, self.temperatures_P, torch.tensor(self.slots, dtype=torch.int32)
+        )
+
+    def check(self, got_TD: Tensor) -> None:
+        """Compare with the maths in float64, one token and one expert at a time; not padding."""
+        rows_T = self.pool_rows_T.clamp_min(0)
+        routing = route(
+            self.logits_TE,
+            self.moe,
+            self.members_PE[rows_T],
+            self.temperatures_P[rows_T, None],
+            norm_topk_prob=not self.moe.implied,
+        )
+        y_TD = torch.zeros(self.x_TD.shape, dtype=torch.float64)
+        for token in range(len(self.x_TD)):
+            taken = zip(routing.experts_TK[token], routing.weights_TK[token], strict=True)
+            for expert, weight in taken:
+                gate, up = (self.w13_E[expert].double() @ self.x_TD[token].double()).chunk(2)
+                y_TD[token] += weight * (self.w2_E[expert].double() @ (F.silu(gate) * up))
+        tolerance = TOLERANCE[self.x_TD.dtype]
+        live_T = self.pool_rows_T != PADDING_ROW
+        torch.testing.assert_close(
+            got_TD[live_T].double(), y_TD[live_T], atol=tolerance, rtol=tolerance
+        )
+
+
+def draw_batch(moe: MoeLayer, num_tokens: int, dtype: torch.dtype = torch.float32) -> Batch:
+    generator = torch.Generator().manual_seed(num_tokens)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * 0.3
+
+    experts = moe.num_experts
+    members_PE = torch.ones(3, experts, dtype=torch.bool)
+    members_PE[1, ::2] = False
+    members_PE[2, 1:] = False  # fewer than any token takes
+    pool_rows_T = torch.arange(num_tokens) % 3
+    pool_rows_T[num_tokens - num_tokens // 4 :] = PADDING_ROW
+    return Batch(
+        moe=moe,
+        x_TD=draw(num_tokens, HIDDEN).to(dtype),
+        logits_TE=draw(num_tokens, experts).to(dtype) * 5,
+        pool_rows_T=pool_rows_T,
+        members_PE=members_PE,
+        temperatures_P=torch.tensor([1.0, 0.5, 2.0]),
+        slots=torch.randperm(experts, generator=generator).tolist(),
+        w13_E=draw(experts, 2 * WIDTH, HIDDEN).to(dtype),
+        w2_E=draw(experts, HIDDEN, WIDTH).to(dtype),
+    )
+
+
+def slab(backend: MoeBackend, weights_E: Tensor, slots: list[int]) -> Tensor:
+    packed_S = torch.empty_like(weights_E)
+    for expert, slot in enumerate(slots):
+        backend.pack_into(packed_S[slot], weights_E[expert])
+    return packed_S
+
+
+def run(backend: MoeBackend, batch: Batch) -> Tensor:
+    slabs = [slab(backend, weights, batch.slots) for weights in (batch.w13_E, batch.w2_E)]
+    x_TD, logits_TE, rows_T = batch.x_TD, batch.logits_TE, batch.pool_rows_T
+    return backend(x_TD, logits_TE, rows_T, batch.tables(), batch.router, *slabs)
+
+
+# -- what they compute --
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_16BIT)
+def test_each_token_gets_the_experts_of_its_pool(
+    backend: MoeBackend, dtype: torch.dtype, layer: str
+) -> None:
+    batch = draw_batch(LAYERS[layer], num_tokens=9, dtype=dtype)
+    batch.check(run(backend, batch))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 130])
+def test_cpu_backend_at_other_sizes(num_tokens: int) -> None:
+    batch = draw_batch(LAYERS["shared"], num_tokens)
+    batch.check(run(CpuBackend(), batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_can_be_packed_in_parts(dtype: torch.dtype) -> None:
+    weight = torch.randn(160, 96).to(dtype)
+    for backend in (CpuBackend(), ReferenceBackend(), TritonBackend()):
+        whole, parts = torch.empty_like(weight), torch.empty_like(weight)
+        backend.pack_into(whole, weight)
+        for rows in (slice(0, backend.row_block), slice(backend.row_block, 160)):
+            backend.pack_into(parts[rows], weight[rows])
+        assert torch.equal(parts, whole)
+        assert torch.equal(whole, weight) == backend.keeps_layout
+
+
+# -- the layer --
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What vLLM's layers ask for when they are built: a configuration, and a group of one."""
+    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+        initialize_model_parallel()
+        yield
+        destroy_model_parallel()
+        destroy_distributed_environment()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_the_layer_routes_by_the_tables_as_they_are_now(
+    one_rank: None, backend: MoeBackend, layer: str
+) -> None:
+    batch = draw_batch(LAYERS[layer], num_tokens=12)
+    config = EmoConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=WIDTH,
+        num_shared_experts=0,
+        norm_topk_prob=batch.router.renormalize,
+    )
+    moe = PooledMoE(config, batch.moe, 99, 3, backend, f"{backend.name}.{layer}")
+    for expert, slot in enumerate(batch.slots):
+        backend.pack_into(moe.slot(slot).w13, batch.w13_E[expert])
+        backend.pack_into(moe.slot(slot).w2, batch.w2_E[expert])
+    moe.point(range(batch.moe.num_experts), batch.slots)
+    for row, members_E in enumerate(batch.members_PE):
+        moe.publish(row, members_E.nonzero()[:, 0].tolist(), float(batch.temperatures_P[row]))
+    places = [tensor.data_ptr() for tensor in moe.buffers()]
+
+    got = moe.compute(batch.x_TD, batch.logits_TE, batch.pool_rows_T)
+    batch.check(got)
+    if backend.name == "triton":
+        assert not got[batch.pool_rows_T == PADDING_ROW].any()
+
+    batch.members_PE[1], batch.temperatures_P[1] = True, 1.0
+    moe.publish(1, range(batch.moe.num_experts), 1.0)
+    batch.check(moe.compute(batch.x_TD, batch.logits_TE, batch.pool_rows_T))
+    assert [t.data_ptr() for t in moe.buffers()] == places, "CUDA graphs need one address"
+
+
+# -- choice --
+
+
+def choice(
+    name: str,
+    device: torch.device = CPU,
+    width: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    return choose_backend(name, device, hidden_size=128, width=width, dtype=dtype).name
+
+
+def give_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for interpret in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        assert choice("auto") == "cpu"  # the interpreter is for who asks for it
+    assert not caplog.records
+    assert choice("auto", width=48) == "reference"  # 48 is no multiple of 32
+    assert "takes reference" in caplog.text and "each rank 48" in caplog.text
+    assert choice("reference") == "reference"
+    with pytest.raises(ConfigError, match="each rank 48.*use --moe-backend reference"):
+        choice("cpu", width=48)
+
+
+def test_triton_on_a_cpu_is_the_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choice("triton") == "triton"
+    assert choice("triton", dtype=torch.float16) == "triton"
+    with pytest.raises(ConfigError, match="--dtype float32 or float16"):
+        choice("triton", dtype=torch.bfloat16)
+    for interpret in ("0", ""):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        with pytest.raises(ConfigError, match="needs a CUDA device; .*TRITON_INTERPRET=1"):
+            choice("triton")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 1)])
+def test_choice_on_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    give_capability(monkeypatch, capability)
+    assert choice("auto", CUDA, dtype=torch.bfloat16) == "triton"
+    assert choice("triton", CUDA, dtype=torch.bfloat16) == "triton"
+    assert choice("reference", CUDA) == "reference"
+    assert choice("auto", CUDA, width=8) == "reference"
+    with pytest.raises(
+        ConfigError, match="divisible by 16; .*each rank 8 .*--tensor-parallel-size"
+    ):
+        choice("triton", CUDA, width=8)
+    with pytest.raises(ConfigError, match="cpu needs a CPU; the device is cuda"):
+        choice("cpu", CUDA)
+
+
+def test_choice_on_an_older_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_capability(monkeypatch, (7, 5))
+    assert choice("auto", CUDA) == "reference"
+    with pytest.raises(ConfigError, match="needs compute capability 8.0; the device has 7.5"):
+        choice("triton", CUDA)
+
+
+def test_every_name_of_the_flag_is_known_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name in set(MOE_BACKENDS) - {"auto"}:
+        assert choice(name) == name
+    with pytest.raises(ConfigError, match="'fast' is unknown; use one of auto, triton, cpu"):
+        choice("fast")
