@@ -1,4 +1,7 @@
-"""Golden values on engines that need a process of their own: the V2 runner, tensor parallelism."""
+"""Golden values on engines that need a process of their own.
+
+They are the V2 runner, our Triton kernels, and tensor parallelism.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,11 @@ from tests.golden.checkpoints import write_checkpoint
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-3
+V2 = {
+    "PYTHONPATH": str(Path(__file__).parent / "v2_on_cpu"),
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+}
 
 
 def run_golden(directory: Path, engine_args: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
@@ -35,12 +43,19 @@ def run_golden(directory: Path, engine_args: dict[str, Any], env: dict[str, str]
     return result
 
 
-def test_v2_model_runner_under_the_interpreter(tmp_path: Path) -> None:
-    site = str(Path(__file__).parent / "v2_on_cpu")
-    env = {"PYTHONPATH": site, "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    result = run_golden(tmp_path, {}, env)
-    assert [rank["model_runner"] for rank in result["ranks"]] == ["v2"]
-    assert result["ranks"][0]["routes_by_pool"]
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_v2_model_runner_under_the_interpreter(tmp_path: Path, backend: str) -> None:
+    result = run_golden(tmp_path, {"moe_backend": backend}, V2)
+    (rank,) = result["ranks"]
+    assert (rank["model_runner"], rank["moe_backend"]) == ("v2", backend)
+    assert rank["routes_by_pool"]
+    assert result["worst"] < TOLERANCE and result["worst_moved"] < TOLERANCE
+
+
+def test_triton_kernels_under_the_interpreter(tmp_path: Path) -> None:
+    result = run_golden(tmp_path, {"moe_backend": "triton"}, {"TRITON_INTERPRET": "1"})
+    (rank,) = result["ranks"]
+    assert (rank["model_runner"], rank["moe_backend"]) == ("v1", "triton")
     assert result["worst"] < TOLERANCE and result["worst_moved"] < TOLERANCE
 
 
