@@ -6,12 +6,16 @@ The rule is arithmetic, not measurement. A slot that a batch hits gets about T *
 tokens spread evenly over S slots. Below some 200 rows a slot's weights take longer to read than to
 multiply (790 TFLOP/s over 4.3 TB/s), so what counts is bytes in flight: tiles of few rows, deep
 pipelines, a program a tile. Above it the tensor cores count: large tiles, persistent programs,
-groups of tiles that share weights in L2. Tiles get room for twice the even share, because pools
-are hit unevenly and every further tile of a slot reads its weights again, from L2.
+groups of tiles that share weights in L2.
+
+Tiles of few rows get room for four times the even share: a batch of one pool meets a part of the
+slots, every token the shared experts, and each further tile of a slot reads its weights again, from
+L2. Room that stays empty costs little there: the tensor cores wait for weights anyway.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,11 +52,11 @@ _MANY_ROWS_FP8 = _MANY_ROWS | {
 
 def guess(name: str, tokens: int, slots: int, weights: str = "16bit") -> Config:
     """Return the rule's tiles for the table called `name`."""
-    rows = 2 * tokens * TOP_K // slots
-    block_m = min(128, max(16, 1 << (rows - 1).bit_length()))
-    many = _MANY_ROWS_FP8 if weights == "fp8" else _MANY_ROWS
-    gate_up, down = (_FEW_ROWS if block_m <= 64 else many)[name]
-    return Config(block_m, gate_up, down)
+    even_share = tokens * TOP_K / slots
+    if even_share >= 48:
+        return Config(128, *(_MANY_ROWS_FP8 if weights == "fp8" else _MANY_ROWS)[name])
+    room = 1 << (math.ceil(4 * even_share) - 1).bit_length()
+    return Config(min(64, max(16, room)), *_FEW_ROWS[name])
 
 
 def candidates(name: str, tokens: int, slots: int, weights: str = "16bit") -> Iterator[Config]:
