@@ -164,7 +164,7 @@ class Sandbox:
             return
         self._verdicts[worker.trial] = problem
         worker.trial = None
-        if problem is not None and "CUDA error" in problem:  # its context is gone
+        if problem is not None and "CUDA" in problem:  # after a fault its context is gone
             self._replace(worker, None)
 
     def _replace(self, worker: _Worker, problem: str | None) -> None:

@@ -146,7 +146,9 @@ def tune(
             break
         tuned.provenance = f"{provenance}, {datetime.now(UTC).date().isoformat()}"
         row = Row(key.tokens, key.slots, key.weights, tuned.config, tuned.provenance)
-        with_row(table, row).save(path)
+        whole = path.with_suffix(".new")
+        with_row(table, row).save(whole)
+        whole.replace(path)  # a run that is cut off here must not leave half a table
         record(tuned.as_result())
         print(_line(tuned), flush=True)
         found.append(tuned)
