@@ -123,7 +123,48 @@ def decode() -> Iterator[tuple[str, Figure]]:
     yield "decode", figure
 
 
-FIGURES = {"residency": residency, "loading": loading, "decode": decode}
+# -- kernels --
+
+
+def kernels() -> Iterator[tuple[str, Figure]]:
+    """Draw each device's layers under its roof: the rate against FLOPs a byte, by pool."""
+    measured: dict[str, dict[tuple[str, str, int], Row]] = {}
+    machines: dict[str, Row] = {}
+    for result in (line["result"] for line in lines("kernels")):
+        if result["stage"] != "measure" or result["interpreter"]:
+            continue
+        machines.setdefault(result["on"], result["machine"])
+        rows = measured.setdefault(result["on"], {})
+        for row in result["rows"]:
+            rows.setdefault((row["weights"], row["pool"], row["tokens"]), row)
+    for device, rows in measured.items():
+        figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
+        for axis, weights in zip(axes, ("16bit", "fp8"), strict=True):
+            mine = [rows[key] for key in sorted(rows) if key[0] == weights]
+            _draw_roofline(axis, mine, machines[device])
+            axis.set(title=f"{weights} weights", xlabel="FLOPs a byte")
+        axes[0].set_ylabel("TFLOP/s of a layer")
+        axes[0].legend(fontsize="small")
+        figure.suptitle(f"A layer of the released geometry on {device}, T from 1 to 16384")
+        yield f"kernels-{device.replace(' ', '-')}", figure
+
+
+def _draw_roofline(axis: Any, rows: Sequence[Row], machine: Row) -> None:
+    copy, dense = machine["copy_tb_per_s"], machine["dense_tflop_per_s"]
+    intensities = [row["work"]["flops"] / row["work"]["bytes"] for row in rows] or [1.0]
+    ends = (min(intensities) / 2, max(*intensities, 2 * dense / copy))
+    axis.plot([ends[0], dense / copy, ends[1]], [ends[0] * copy, dense, dense], "k-")
+    for pool in dict.fromkeys(row["pool"] for row in rows):
+        mine = [(row["work"], row["layer"]) for row in rows if row["pool"] == pool]
+        points = [
+            (work["flops"] / work["bytes"], 1e-6 * work["flops"] / layer["median_us"])
+            for work, layer in mine
+        ]
+        axis.plot(*zip(*points, strict=True), marker=".", label=f"pool {pool}")
+    axis.set(xscale="log", yscale="log")
+
+
+FIGURES = {"residency": residency, "loading": loading, "decode": decode, "kernels": kernels}
 """Results file -> what draws it; a later benchmark adds a line here."""
 
 

@@ -279,6 +279,34 @@ def test_grouped_mm_gives_the_layer() -> None:
     assert notes["vllm"] == "left out, made for CUDA"
 
 
+def test_the_roofline_is_drawn_from_a_gpu_and_never_from_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    row = a_row(64, "16", work={"flops": 1e9, "bytes": 2e8})
+    measured = {"stage": "measure", "interpreter": False, "on": "NVIDIA H200", "rows": [row]}
+    measured["machine"] = {"copy_tb_per_s": 4.0, "dense_tflop_per_s": 800.0}
+    tuned = {"stage": "tune", "interpreter": False, "on": "NVIDIA H200"}
+    interpreted = {**measured, "interpreter": True, "on": "interpreter"}
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+
+    def draw(*results: dict[str, Any]) -> dict[str, Any]:
+        lines = [json.dumps({"result": result}) for result in results]
+        (tmp_path / "kernels.jsonl").write_text("\n".join(lines))
+        figures = dict(plot.kernels())
+        for figure in figures.values():
+            plot.plt.close(figure)
+        return figures
+
+    assert draw(interpreted, tuned) == {}
+    ((name, figure),) = draw(measured, interpreted, tuned).items()
+    assert name == "kernels-NVIDIA-H200"
+    _, layer = figure.axes[0].get_lines()
+    assert layer.get_xydata().tolist() == [[5.0, 10.0]]  # 1e9 FLOPs, 2e8 bytes, 100 us
+
+
 # -- tuning --
 
 
