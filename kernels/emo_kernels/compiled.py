@@ -36,7 +36,7 @@ from emo_kernels.routing import route
 from emo_kernels.tables import PoolTables, Router, Schedule
 from emo_kernels.tuning import Table, Tile, load_table
 
-__all__ = ["CONDITIONS", "Report", "Variant", "report", "variants"]
+__all__ = ["CONDITIONS", "Report", "Variant", "main", "report", "variants"]
 
 CONDITIONS = {
     "compiles": "Triton and ptxas accept it",
