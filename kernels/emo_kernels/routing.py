@@ -100,7 +100,7 @@ def _route_kernel(
     end: tl.constexpr = TOP_K if NUM_ALWAYS > 0 else TOP_K - NUM_SHARED
     softmax_E = tl.where(is_shared_E, _NONE, key_E) if NUM_ALWAYS == 0 else key_E
     top, total = _softmax_terms(z_E, softmax_E, temperature)
-    left_E = tl.where(is_always_E, _NONE, softmax_E)
+    left_E = softmax_E  # always-active ones leave it as they are taken
 
     best_K = tl.full((BLOCK_K,), _NONE, tl.int32)
     code_K = tl.zeros((BLOCK_K,), tl.int32)

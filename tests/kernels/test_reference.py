@@ -40,7 +40,7 @@ def test_routes_as_the_model_does(batch: Batch) -> None:
 
 def test_ties_go_to_the_lower_id() -> None:
     batch = batch_of(Router(64, 5), [set(range(3, 64))], [0, 0])
-    batch = batch.with_logits(torch.tensor([[0.0], [-0.0]]).expand(2, 64).clone())
+    batch = batch.with_logits(torch.tensor([0.0, -0.0]).repeat(2, 32))
     slots = reference.route(*batch.args).slots_TK
     assert slots.tolist() == [batch.tables.slot_of_expert_E[3:8].tolist()] * 2
 
