@@ -1,8 +1,10 @@
-"""Pools from pruned checkpoints: read the `pruning_metadata.json` published beside one.
+"""Pools from pruned checkpoints, and back: the `pruning_metadata.json` published beside one.
 
 The released pruning scripts (github.com/allenai/EMO, src/hf_training/*prune*.py) write which
 experts of the original model each layer kept. That list is a pool; the rest of the file, which
-differs from script to script, is read for provenance only.
+differs from script to script, is read for provenance only. What we write (`pruned_checkpoint`) has
+three keys more, so that the same pool comes back: `router_temperature` where it is not 1,
+`description` and `original_fingerprint`.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from emo_serve.pools.pool import (
     check_layer,
     check_name,
 )
-from emo_serve.pools.strict_json import read_json, refusal, require_key
+from emo_serve.pools.strict_json import read_json, refusal, require_key, required_real
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
 
-__all__ = ["read_pruning_metadata"]
+__all__ = ["METADATA_FILE", "pruning_metadata", "read_pruning_metadata"]
+
+METADATA_FILE = "pruning_metadata.json"
 
 _KEPT = "experts_kept_per_layer"
 # The one published method that writes null for an MoE layer: one it left whole.
@@ -63,6 +67,7 @@ def read_pruning_metadata(
     pool = ExpertPool(
         name=name,
         layers=tuple(layers),
+        router_temperature=_temperature(source, metadata),
         description=_description(metadata),
         model=_model(metadata),
         calibration=_calibration(metadata),
@@ -72,14 +77,54 @@ def read_pruning_metadata(
     return pool
 
 
+def _temperature(source: str, metadata: Mapping[str, object]) -> float:
+    value = metadata.get("router_temperature", 1.0)
+    expected = "a finite number above 0"
+    temperature = required_real(source, "router_temperature", value, expected)
+    if temperature <= 0:
+        raise refusal(source, "router_temperature", value, expected)
+    return temperature
+
+
+def pruning_metadata(
+    pool: ExpertPool,
+    moe_layers: Sequence[MoeLayer | None],
+    model_name: str,
+    fingerprint: str,
+) -> dict[str, object]:
+    """Return the file's content for a pool of the model, completed for it."""
+    made_for = pool.model.name if pool.model else None
+    metadata: dict[str, object] = {
+        "original_model": made_for or model_name,
+        "original_fingerprint": fingerprint,
+        "num_shared_experts": max((moe.num_shared_experts for moe in moe_layers if moe), default=0),
+    }
+    sizes = {len(ids) for ids in pool.expert_ids if ids}
+    if len(sizes) == 1:
+        metadata["prune_keep_k"] = sizes.pop()
+    if pool.description:
+        metadata["description"] = pool.description
+    if pool.calibration is not None:
+        metadata["pruning_method"] = pool.calibration.method
+        metadata["num_calibration"] = pool.calibration.documents
+    if pool.router_temperature != 1.0:
+        metadata["router_temperature"] = pool.router_temperature
+    metadata[_KEPT] = [None if layer is None else list(layer.experts) for layer in pool.layers]
+    return metadata
+
+
 def _description(metadata: Mapping[str, object]) -> str:
-    task = metadata.get("task")
+    description, task = metadata.get("description"), metadata.get("task")
+    if isinstance(description, str):
+        return description
     return f"kept for the task {task}" if isinstance(task, str) else ""
 
 
 def _model(metadata: Mapping[str, object]) -> PoolModel | None:
-    original = metadata.get("original_model")
-    return PoolModel(name=original) if isinstance(original, str) else None
+    original, fingerprint = metadata.get("original_model"), metadata.get("original_fingerprint")
+    if not isinstance(original, str):
+        return None
+    return PoolModel(original, fingerprint if isinstance(fingerprint, str) else None)
 
 
 def _calibration(metadata: Mapping[str, object]) -> PoolCalibration | None:
