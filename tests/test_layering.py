@@ -71,6 +71,7 @@ OWNERS = {
     "triton": ("emo_kernels",),
     "transformers": ("emo_serve.emo", "emo_serve.vllm_plugin", "emo_serve.demo"),
     "prometheus_client": ("emo_serve.metrics",),
+    "matplotlib": ("emo_serve.pools.heat_maps",),
 }
 
 
@@ -88,7 +89,7 @@ def find_violations(module: str, source: str) -> list[str]:
                 found.append(f"{module}:{line}: {part} may not import {target}")
         elif top in OWNERS and not any(_is_below(module, owner) for owner in OWNERS[top]):
             found.append(f"{module}:{line}: only {', '.join(OWNERS[top])} may import {top}")
-    if not (module == "emo_serve.cli" or module.endswith(".commands")):
+    if not (module == "emo_serve.cli" or module.endswith((".commands", "_commands"))):
         found += [
             f"{module}:{node.lineno}: print() outside cli and commands"
             for node in ast.walk(tree)
@@ -180,6 +181,8 @@ def test_imports_point_one_way(module: str, path: Path) -> None:
         ("emo_serve.server.app", "import emo_serve.cli"),
         ("emo_serve.server.app", "from prometheus_client import Counter"),
         ("emo_serve.server.app", "print('started')"),
+        ("emo_serve.pools.comparison", "print('alike')"),
+        ("emo_serve.pools.commands", "def draw():\n    import matplotlib"),
         ("emo_serve.metrics", "from emo_serve.server.app import create_app"),
         ("emo_serve", "from emo_serve.errors import ConfigError"),
         ("emo_serve.brand_new", "import json"),
@@ -199,6 +202,7 @@ def test_a_forbidden_arrow_is_reported(module: str, source: str) -> None:
         ("emo_serve.server.vllm_openai", "from vllm.v1.engine.async_llm import AsyncLLM"),
         ("emo_serve.server.app", "from emo_serve.vllm_plugin import LOAD_FORMAT"),
         ("emo_serve.pools.commands", "print('math')"),
+        ("emo_serve.pools.file_commands", "print('math')"),
         ("emo_serve.cli", "def run():\n    from emo_serve.server.app import create_app"),
         ("emo_kernels.routing", "import torch\nimport triton.language as tl"),
     ],

@@ -51,7 +51,7 @@ def test_a_lock_holds_every_package_the_project_names(name: str) -> None:
     project = read_project()
     extras = project["optional-dependencies"]
     wanted = list(project["dependencies"])
-    for extra in (name, "dev", "bench", "demo"):
+    for extra in (name, "dev", "bench", "plot", "demo"):
         wanted += extras[extra]
     pins = read_lock(name)
     for requirement in map(Requirement, wanted):
@@ -72,7 +72,8 @@ def test_both_locks_pin_the_same_tools() -> None:
 
 def test_every_package_that_is_imported_is_declared() -> None:
     project = read_project()
-    declared = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["demo"], *extras["plot"]]
     names = {canonicalize_name(Requirement(line).name) for line in declared} | {"vllm"}
     paths = [*(ROOT / "emo_serve").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     tops = {

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from emo_serve.errors import ConfigError, EmoServeError, Unavailable
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.export import read_pruning_metadata
+from emo_serve.pools.file_commands import add_file_commands
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.remote_tables import describe_card, slab_map, status_line, status_table
 from emo_serve.pools.tables import describe_pool, pool_table, printable, size_range
@@ -71,6 +72,7 @@ def add_pools_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         )
     for command in (listing, show):
         _add_server_flags(command, is_required=False, seconds=_READ_SECONDS)
+    add_file_commands(add)
     _add_changing(add)
 
 

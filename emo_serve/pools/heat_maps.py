@@ -1,0 +1,81 @@
+"""Pictures of pools, drawn by matplotlib's Agg backend: no display, no state outside the figure.
+
+matplotlib is in the extra `plot`; without it the refusal says so. It is imported here alone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from emo_serve.errors import ConfigError
+from emo_serve.pools.comparison import PoolComparison
+
+__all__ = ["comparison_png", "require_matplotlib"]
+
+_DPI = 120
+_MOST_LABELLED = 16  # pools up to which a cell has room for its number
+_CELL_INCHES = 0.42
+
+
+def require_matplotlib() -> None:
+    """Raise ConfigError, naming the remedy, where pictures cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "--png needs matplotlib, which is not installed; `make install` has it, and so has"
+            " pip install 'emo-serve[plot]'"
+        ) from error
+
+
+def comparison_png(comparison: PoolComparison) -> bytes:
+    """Draw pools x pools similarity beside layers x pools overlap, and return the PNG."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pools, layers = len(comparison.names), len(comparison.layers)
+    side = min(max(_CELL_INCHES * pools, 2.0), 16.0)
+    tall = min(max(_CELL_INCHES * layers, 1.0), 16.0)
+    figure = Figure(figsize=(2 * side + 4.5, max(side, tall) + 2.0), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    similarity, overlap = figure.subplots(1, 2)
+    _draw(
+        figure,
+        similarity,
+        comparison.similarity,
+        comparison.names,
+        "similarity of two pools\n(experts in both / in either, mean over layers)",
+    )
+    _draw(
+        figure,
+        overlap,
+        comparison.overlap,
+        [str(layer) for layer in comparison.layers],
+        "overlap with another pool, by layer\n(share of the pool's experts, mean over the others)",
+    )
+    overlap.set_ylabel("layer")
+    for axes in (similarity, overlap):
+        axes.set_xticks(range(pools), comparison.names, rotation=90)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def _draw(
+    figure: Any, axes: Any, values: Sequence[Sequence[float]], labels: Sequence[str], title: str
+) -> None:
+    image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis", aspect="equal")
+    axes.set_title(title, fontsize="medium")
+    axes.set_yticks(range(len(labels)), labels)
+    figure.colorbar(image, ax=axes, shrink=0.6)
+    if len(values[0]) > _MOST_LABELLED or len(values) > 2 * _MOST_LABELLED:
+        return
+    for row, cells in enumerate(values):
+        for column, value in enumerate(cells):
+            color = "black" if value > 0.6 else "white"
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7
+            )
