@@ -1,9 +1,11 @@
 """The tune stage: time candidates for each key of the table and keep the best.
 
-A key is (tokens, slots of the pools, kind of weights). Both GEMMs share block_m, otherwise they do
-not know of each other: so each is timed alone, over slabs of several layers in turn, and the best
-sum over block_m decides. A second round joins the changes that helped most. Whatever is timed has
-passed the sandbox before, and is compared with the twin once more at the key's own shape.
+A key is (tokens, slots, kind of weights). A server looks tiles up by all its slots while its batch
+may be of one pool: so a key of many slots is timed on tokens spread over them and on tokens of one
+pool of 16, and the geometric mean of both counts. Both GEMMs share block_m, otherwise they do not
+know of each other: so each is timed alone, over slabs of several layers in turn, and the best sum
+over block_m decides. A second round joins the changes that helped most. Whatever is timed has
+passed the sandbox before, and is compared with the twin once more at the key's own shapes.
 
 The table is written after every key, so that a hang or the end of time costs one key at most. Keys
 come in an order that spans the range early; a key that this device and these kernels have a row
@@ -18,6 +20,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ from emo_kernels.tuning import Config, Row, Table, Tile, load_table
 __all__ = ["Key", "keys", "sources_digest", "tune", "with_row"]
 
 _GEMMS = ("gate_up", "down")
+_ONE_POOL = 16  # experts of the pool that a whole batch may be of
 _JOINED = 3  # so many changes that helped are joined, two and two and all
 _LONGEST = 120.0  # seconds a key may take, nearly all of it compiling
 _KERNELS = ("dispatch.py", "grouped_gemm.py", "moe_mlp.py", "routing.py")
@@ -138,9 +142,13 @@ def tune(
             continue
         if deadline.seconds_left <= 0:
             break
-        case = Case(key.tokens, 1, key.slots, key.weights)
-        bench = Bench(case, geometry, slabs[key.weights], device, dtype)
-        tuned = _tune_key(key, path.stem, bench, sandbox, device, deadline, limit)
+        benches = [
+            Bench(
+                Case(key.tokens, 1, size, key.weights), geometry, slabs[key.weights], device, dtype
+            )
+            for size in sorted({key.slots, min(key.slots, _ONE_POOL)}, reverse=True)
+        ]
+        tuned = _tune_key(key, path.stem, benches, sandbox, device, deadline, limit)
         if tuned is None:
             print(f"  {key}: no time left")
             break
@@ -168,18 +176,18 @@ def _is_done(row: Row, key: Key, provenance: str) -> bool:
 def _tune_key(
     key: Key,
     table_name: str,
-    bench: Bench,
+    benches: Sequence[Bench],
     sandbox: Sandbox,
     device: torch.device,
     deadline: Deadline,
     limit: int | None,
 ) -> Tuned | None:
     """Time both rounds; None when not even one configuration was timed."""
-    configs = list(candidates(table_name, key.tokens, key.slots))[:limit]
+    configs = list(candidates(table_name, key.tokens, key.slots, key.weights))[:limit]
     tuned = Tuned(key, configs[0], "")
     end = Deadline(min(deadline.seconds_left, _LONGEST) / 60)
     first = [trial for config in configs for trial in _trials(config, key.weights)]
-    _time(first, tuned, bench, sandbox, device, end)
+    _time(first, tuned, benches, sandbox, device, end)
     config = _best(tuned)
     if config is None:
         return None
@@ -187,7 +195,7 @@ def _tune_key(
         base: Tile = getattr(config, gemm)
         joined = list(_joined(base, _ranked(tuned, gemm, config.block_m)))[:limit]
         second = [Trial(gemm, config.block_m, tile, key.weights) for tile in joined]
-        _time(second, tuned, bench, sandbox, device, end)
+        _time(second, tuned, benches, sandbox, device, end)
     tuned.config = _best(tuned) or config
     return tuned
 
@@ -200,7 +208,7 @@ def _trials(config: Config, weights: str) -> Iterator[Trial]:
 def _time(
     trials: Iterable[Trial],
     tuned: Tuned,
-    bench: Bench,
+    benches: Sequence[Bench],
     sandbox: Sandbox,
     device: torch.device,
     deadline: Deadline,
@@ -212,11 +220,11 @@ def _time(
     for trial, problem in sandbox.verdicts(new, deadline.share(0.7)).items():
         if deadline.seconds_left <= 0:
             return
-        problem = problem or bench.problem(trial)
+        problem = problem or next(filter(None, (b.problem(trial) for b in benches)), None)
         if problem is not None:
             tuned.problems[trial] = problem
             continue
-        tuned.times_us[trial] = _median_us(trial, bench, device)
+        tuned.times_us[trial] = geometric_mean(_median_us(trial, b, device) for b in benches)
 
 
 def _median_us(trial: Trial, bench: Bench, device: torch.device) -> float:

@@ -203,6 +203,7 @@ def _dispatch(slots_TK: Tensor, num_slots: int, block_m: int, most_rows: int) ->
         BLOCK_R=block_rows,
         NUM_BINS=num_bins,
         num_warps=min(16, block_rows // 128),
+        enable_fp_fusion=True,
     )
     return schedule
 
@@ -221,6 +222,7 @@ def _launch_blocks(slots_TK: Tensor, schedule: Schedule, num_bins: int, block_ro
         BLOCK_R=block_rows,
         NUM_BINS=num_bins,
         num_warps=16,
+        enable_fp_fusion=True,
     )
     _sum_kernel[(1,)](
         counts,
@@ -233,6 +235,7 @@ def _launch_blocks(slots_TK: Tensor, schedule: Schedule, num_bins: int, block_ro
         NUM_BINS=num_bins,
         BLOCK_B=min(max(1, _SUM_TILE // num_bins), triton.next_power_of_2(num_blocks)),
         num_warps=16,
+        enable_fp_fusion=True,
     )
     _place_kernel[(num_slots, num_blocks)](
         slots_TK,
@@ -249,6 +252,7 @@ def _launch_blocks(slots_TK: Tensor, schedule: Schedule, num_bins: int, block_ro
         BLOCK_R=block_rows,
         BLOCK_B=triton.next_power_of_2(num_blocks),
         num_warps=8,
+        enable_fp_fusion=True,
     )
 
 

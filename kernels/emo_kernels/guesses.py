@@ -24,18 +24,20 @@ from typing import Any
 
 from emo_kernels.tuning import Config, Row, Table, Tile
 
-__all__ = ["candidates", "guess", "guessed_table"]
+__all__ = ["PROVENANCE", "candidates", "guess", "guessed_table"]
 
-TOP_K = 8  # of the released models, for which tables are made
-TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 4096, 16384)
-SLOTS = (8, 16, 32, 64, 128)
+_TOP_K = 8  # of the released models, for which tables are made
+_TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 4096, 16384)
+_SLOTS = (8, 16, 32, 64, 128)
 PROVENANCE = "guessed by rule (emo_kernels.guesses), not tuned"
+"""Of the rows that `guessed_table` makes."""
 
 _FEW_ROWS = {
-    # Weights in flight: stages x 2 x 64 x 128 values of gate and up.
+    # Weights in flight: stages x 2 x 64 x 128 values of gate and up. On sm_100 ptxas spills with a
+    # fourth stage (Triton 3.9, 64 rows).
     "sm80": (Tile(32, 128, 4, 3), Tile(64, 128, 4, 3)),
     "sm90": (Tile(64, 128, 4, 4, use_tma=True), Tile(64, 128, 4, 4, use_tma=True)),
-    "sm100": (Tile(64, 128, 4, 4, use_tma=True), Tile(64, 128, 4, 4, use_tma=True)),
+    "sm100": (Tile(64, 128, 4, 3, use_tma=True), Tile(64, 128, 4, 4, use_tma=True)),
 }
 _MANY_ROWS = {
     "sm80": (Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8)),
@@ -52,7 +54,7 @@ _MANY_ROWS_FP8 = _MANY_ROWS | {
 
 def guess(name: str, tokens: int, slots: int, weights: str = "16bit") -> Config:
     """Return the rule's tiles for the table called `name`."""
-    even_share = tokens * TOP_K / slots
+    even_share = tokens * _TOP_K / slots
     if even_share >= 48:
         return Config(128, *(_MANY_ROWS_FP8 if weights == "fp8" else _MANY_ROWS)[name])
     room = 1 << (math.ceil(4 * even_share) - 1).bit_length()
@@ -111,8 +113,8 @@ def guessed_table(name: str) -> Table:
         tuple(
             Row(tokens, slots, weights, guess(name, tokens, slots, weights), PROVENANCE)
             for weights in ("16bit", "fp8")
-            for slots in SLOTS
-            for tokens in TOKENS
+            for slots in _SLOTS
+            for tokens in _TOKENS
         )
     )
 

@@ -170,6 +170,7 @@ def route(logits_TE: Tensor, pool_rows_T: Tensor, tables: PoolTables, router: Ro
         BLOCK_E=max(32, triton.next_power_of_2(router.num_experts)),
         BLOCK_K=triton.next_power_of_2(router.top_k),
         num_warps=1,
+        enable_fp_fusion=True,
     )
     return Routed(weights_TK, slots_TK)
 

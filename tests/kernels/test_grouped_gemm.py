@@ -15,6 +15,7 @@ from emo_kernels.fp8 import quantize
 from emo_kernels.grouped_gemm import down, gate_up
 from emo_kernels.tables import NO_SLOT, Schedule
 from emo_kernels.tuning import Tile
+from tests.kernels.shapes import DEVICE
 from tests.kernels.tolerance import TOLERANCE
 
 PLAIN = Tile(block_n=32, block_k=32, num_warps=4, num_stages=2)
@@ -45,12 +46,13 @@ class Case:
         random = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=random)
+            return torch.randn(*shape, generator=random).to(DEVICE)
 
-        self.slots_TK = torch.tensor(slots_TK, dtype=torch.int32).view(len(slots_TK), -1)
+        slots = torch.tensor(slots_TK, dtype=torch.int32, device=DEVICE)
+        self.slots_TK = slots.view(len(slots_TK), -1)
         num_tokens, self.top_k = self.slots_TK.shape
         self.x_TD = normal(num_tokens, d).to(dtype)
-        self.weights_TK = torch.rand(num_tokens, self.top_k, generator=random)
+        self.weights_TK = torch.rand(num_tokens, self.top_k, generator=random).to(DEVICE)
         w13, w2 = normal(num_slots, 2 * f, d) / d**0.5, normal(num_slots, d, f) / f**0.5
         self.scales: tuple[Tensor | None, Tensor | None] = (None, None)
         if is_fp8:
@@ -126,9 +128,9 @@ def test_no_work_without_rows() -> None:
     case = Case([[NO_SLOT, NO_SLOT]] * 3, 4, 32, 16)
     h_RF = gate_up(case.x_TD, case.w13, case.schedule, 2, tile=PLAIN)
     assert h_RF.shape == (6, 16)
-    empty = reference.dispatch(torch.empty(0, 2, dtype=torch.int32), 4, 16)
-    assert gate_up(torch.empty(0, 32), case.w13, empty, 2).shape == (0, 16)
-    assert down(torch.empty(0, 16), case.w2, torch.empty(0, 2), empty).shape == (0, 32)
+    empty = reference.dispatch(case.slots_TK[:0], 4, 16)
+    assert gate_up(case.x_TD[:0], case.w13, empty, 2).shape == (0, 16)
+    assert down(h_RF[:0], case.w2, case.weights_TK[:0], empty).shape == (0, 32)
 
 
 def test_only_the_slots_hit_are_read() -> None:

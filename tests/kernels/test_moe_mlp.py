@@ -19,6 +19,7 @@ from emo_kernels import (
     quantize,
     reference,
 )
+from tests.kernels.shapes import DEVICE
 from tests.kernels.tolerance import TOLERANCE
 
 D, F = 48, 32
@@ -32,21 +33,21 @@ class Layer:
         e = router.num_experts
         self.router = router
         self.tables = PoolTables(
-            torch.tensor([[expert in pool for expert in range(e)] for pool in pools]),
-            torch.linspace(0.5, 1.5, len(pools)),
-            torch.randperm(e, generator=self.random).int(),
+            torch.tensor([[expert in pool for expert in range(e)] for pool in pools]).to(DEVICE),
+            torch.linspace(0.5, 1.5, len(pools), device=DEVICE),
+            torch.randperm(e, generator=self.random).int().to(DEVICE),
         )
         self.w13 = self.normal(e, 2 * F, D) / D**0.5
         self.w2 = self.normal(e, D, F) / F**0.5
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.random)
+        return torch.randn(*shape, generator=self.random).to(DEVICE)
 
     def tokens(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return x_TD, logits_TE and pool_rows_T for tokens of these pool rows."""
         t = len(rows)
         logits_TE = self.normal(t, self.router.num_experts)
-        return self.normal(t, D), logits_TE, torch.tensor(rows, dtype=torch.int64)
+        return self.normal(t, D), logits_TE, torch.tensor(rows, dtype=torch.int64, device=DEVICE)
 
     def weights(self) -> tuple[PoolTables, Router, Tensor, Tensor]:
         return self.tables, self.router, self.w13, self.w2
@@ -137,12 +138,13 @@ def test_a_given_config_changes_no_value_beyond_rounding() -> None:
 
 
 def test_combine_sums_in_order_and_reads_taken_rows_alone() -> None:
-    slots_TK = torch.tensor([[0, NO_SLOT, 3], [NO_SLOT, NO_SLOT, NO_SLOT]], dtype=torch.int32)
-    rows_RD = torch.arange(6.0)[:, None].repeat(1, 1000)
+    slots = [[0, NO_SLOT, 3], [NO_SLOT, NO_SLOT, NO_SLOT]]
+    slots_TK = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
+    rows_RD = torch.arange(6.0, device=DEVICE)[:, None].repeat(1, 1000)
     rows_RD[[1, 3, 4, 5]] = float("nan")
     y_TD = combine(rows_RD, slots_TK)
-    assert torch.equal(y_TD, torch.tensor([[2.0], [0.0]]).expand(2, 1000))
+    assert torch.equal(y_TD.cpu(), torch.tensor([[2.0], [0.0]]).expand(2, 1000))
     assert torch.equal(y_TD, reference.combine(rows_RD, slots_TK))
-    assert combine(torch.empty(0, 7), torch.empty(0, 3, dtype=torch.int32)).shape == (0, 7)
+    assert combine(rows_RD[:0], slots_TK[:0]).shape == (0, 1000)
     with pytest.raises(ValueError, match="want 6 contiguous rows"):
         combine(rows_RD[:5], slots_TK)
