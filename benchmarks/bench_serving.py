@@ -82,6 +82,10 @@ class Server(ServerProcess):
         """Return the model name for a request of a domain."""
         return domain if self.base in ("emo", "emo-slots") else "emo-demo"
 
+    def texts_of(self, domain: str) -> list[str]:
+        """Return what prompts of a domain are cut from."""
+        return demo.heldout(domain)
+
 
 def slots_for(pools: Sequence[str]) -> int:
     """Return the slots a layer that these pools need together."""
@@ -118,7 +122,7 @@ async def request(
 ) -> list[float]:
     """Stream one completion; return when it was sent and then when each chunk came."""
     domain = server.pools[index % len(server.pools)]
-    texts = demo.heldout(domain)
+    texts = server.texts_of(domain)
     body: dict[str, Any] = {
         "model": server.model_of(domain),
         "prompt": texts[index % len(texts)][:_PROMPT_CHARACTERS],

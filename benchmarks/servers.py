@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from typing import IO
 
 import httpx
 import psutil
@@ -17,16 +18,19 @@ _START_TIMEOUT_SECONDS = 400
 
 
 class ServerProcess:
-    """Run a command with `--host` and `--port` until exit; `url` answers once it is entered."""
+    """Run a command with `--host` and `--port` until exit; `url` answers once it is entered.
 
-    def __init__(self, command: Sequence[str]) -> None:
+    What it prints goes to `output`, a file, or nowhere.
+    """
+
+    def __init__(self, command: Sequence[str], output: IO[bytes] | None = None) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._start = time.perf_counter()
         self._command = [*command, "--host", "127.0.0.1", "--port", str(self.port)]
         self._process = subprocess.Popen(
             self._command,
-            stdout=subprocess.DEVNULL,
+            stdout=output or subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
         )
