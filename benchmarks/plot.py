@@ -164,7 +164,65 @@ def _draw_roofline(axis: Any, rows: Sequence[Row], machine: Row) -> None:
     axis.set(xscale="log", yscale="log")
 
 
-FIGURES = {"residency": residency, "loading": loading, "decode": decode, "kernels": kernels}
+# -- memory and accuracy --
+
+_ACCURACY_PANELS = (
+    ("loss", "held-out loss, nats a token", 1.0),
+    ("accuracy", "next token right, %", 100.0),
+    ("choices", "questions right, %", 100.0),
+)
+_ROLES = (("EMO", "C0"), ("standard MoE", "C3"))
+
+
+def memory_accuracy() -> Iterator[tuple[str, Figure]]:
+    """Draw loss and accuracies against GiB: each model's best pools, lots, and its trunk alone."""
+    latest: dict[str, Row] = {}
+    for line in lines("memory_accuracy"):
+        if "role" in line["result"]:
+            latest.setdefault(line["result"]["role"], line["result"])
+    if not latest:
+        return
+    figure, axes = plt.subplots(1, len(_ACCURACY_PANELS), figsize=(14, 4.5), layout="constrained")
+    for axis, (key, label, scale) in zip(axes, _ACCURACY_PANELS, strict=True):
+        for role, color in _ROLES:
+            if role in latest:
+                _draw_memory(axis, latest[role], key, scale, role, color)
+        axis.set(xlabel="trunk and slab, GiB", ylabel=label)
+    axes[0].legend(fontsize="small")
+    figure.suptitle(", ".join(latest[role]["model"] for role, _ in _ROLES if role in latest))
+    yield "memory-accuracy", figure
+
+
+def _draw_memory(axis: Any, result: Row, key: str, scale: float, role: str, color: str) -> None:
+    gib = {row["k"]: row["gib"] for row in result["memory"]}
+    rows = [row for row in result["rows"] if row["temperature"] == 1 and key in row]
+    found: dict[int, float] = {}  # the run's first method and examples of each size
+    lots: dict[int, list[float]] = {}
+    for row in rows:
+        if row["method"] == "trunk":
+            label = f"{role}, trunk only"
+            axis.plot(gib[row["k"]], scale * row[key], "X", color=color, label=label)
+        elif row["method"] == "random":
+            lots.setdefault(row["k"], []).append(scale * row[key])
+        else:
+            found.setdefault(row["k"], scale * row[key])
+    sizes = sorted(found)
+    x, y = [gib[k] for k in sizes], [found[k] for k in sizes]
+    axis.plot(x, y, marker="o", color=color, label=role)
+    for k, place, value in zip(sizes, x, y, strict=True):
+        axis.annotate(f"{k}", (place, value), xytext=(3, 4), textcoords="offset points")
+    if lots:
+        x, y = [gib[k] for k in sorted(lots)], [mean(lots[k]) for k in sorted(lots)]
+        axis.plot(x, y, ":", marker=".", color=color, label=f"{role}, by lot")
+
+
+FIGURES = {
+    "residency": residency,
+    "loading": loading,
+    "decode": decode,
+    "kernels": kernels,
+    "memory_accuracy": memory_accuracy,
+}
 """Results file -> what draws it; a later benchmark adds a line here."""
 
 
