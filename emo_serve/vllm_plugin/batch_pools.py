@@ -5,12 +5,18 @@ vLLM has two model runners, and each keeps its requests in its own way. What the
 graphs require. The V1 runner (CPU) is given its rows by `attach_to_v1_runner`; the V2 runner
 (CUDA's default) finds `EmoModelState` through the model.
 
+A row comes from the front end, or, with plain `vllm serve`, from any client at all. One that no
+table has must reach neither the device, where a kernel would read past the table, nor an exception,
+which would end the engine. Such a request routes in the base pool, as if it named none: unlike
+padding, that leaves nothing wrong in a prefix cache that other requests share.
+
 Upstream: vllm 0.32.0, v1/worker/gpu_model_runner.py (_init_model_kwargs) and
 v1/worker/gpu/model_states/default.py (DefaultModelState).
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -21,6 +27,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from emo_serve.vllm_plugin import POOL_ROW_ARG
+from emo_serve.vllm_plugin.settings import PluginSettings
 
 __all__ = [
     "BASE_POOL_ROW",
@@ -28,8 +35,9 @@ __all__ = [
     "EmoModelState",
     "PoolRows",
     "attach_to_v1_runner",
-    "pool_row_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 BASE_POOL_ROW = 0
 """The base pool's row; also that of requests that name none."""
@@ -38,21 +46,34 @@ PADDING_ROW = -1
 """The row of tokens that are nobody's: they take no expert."""
 
 
-def pool_row_of(sampling_params: Any) -> int:
-    """Return the pool row a request carries, the base pool's if it carries none."""
-    extra_args = getattr(sampling_params, "extra_args", None) or {}
-    return int(extra_args.get(POOL_ROW_ARG, BASE_POOL_ROW))
-
-
 class PoolRows:
     """One pool row a token, int64, in one persistent buffer of `max_num_tokens`.
 
     Before the first batch all are the base pool's, so that the run in which vLLM measures memory
-    does real work.
+    does real work. `num_rows` is what the pool tables have.
     """
 
-    def __init__(self, max_num_tokens: int, device: torch.device) -> None:
+    def __init__(self, max_num_tokens: int, num_rows: int, device: torch.device) -> None:
         self.buffer_T = torch.full((max_num_tokens,), BASE_POOL_ROW, device=device)
+        self._num_rows = num_rows
+        self._has_warned = False
+
+    def row_of(self, sampling_params: Any) -> int:
+        """Return the row a request carries; the base pool's for none and for what is no row."""
+        extra_args = getattr(sampling_params, "extra_args", None) or {}
+        row = extra_args.get(POOL_ROW_ARG, BASE_POOL_ROW)
+        if type(row) is int and 0 <= row < self._num_rows:
+            return row
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "a request carries %s %.40r, which is none of the %d rows there are; such requests"
+                " route in the base pool",
+                POOL_ROW_ARG,
+                row,
+                self._num_rows,
+            )
+        return BASE_POOL_ROW
 
     def fill(self, row_of_request: np.ndarray, query_start: np.ndarray) -> Tensor:
         """Write the rows of a batch and return the whole buffer; the rest is padding.
@@ -66,9 +87,9 @@ class PoolRows:
         return self.buffer_T
 
 
-def attach_to_v1_runner(runner: Any) -> None:
+def attach_to_v1_runner(runner: Any, num_rows: int) -> None:
     """Make a V1 model runner pass `pool_rows` to the model's forward, in every step."""
-    rows = PoolRows(runner.max_num_tokens, runner.device)
+    rows = PoolRows(runner.max_num_tokens, num_rows, runner.device)
     upstream = runner._init_model_kwargs
 
     def with_pool_rows(num_reqs: int | None = None) -> dict[str, Any]:
@@ -78,7 +99,7 @@ def attach_to_v1_runner(runner: Any) -> None:
             return kwargs
         batch = runner.input_batch
         ids = batch.req_ids[: batch.num_reqs]
-        row_of_request = [pool_row_of(runner.requests[id].sampling_params) for id in ids]
+        row_of_request = [rows.row_of(runner.requests[id].sampling_params) for id in ids]
         query_start = runner.query_start_loc.np[: batch.num_reqs + 1]
         kwargs["pool_rows"] = rows.fill(np.array(row_of_request, dtype=np.int64), query_start)
         return kwargs
@@ -95,11 +116,12 @@ class EmoModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self._row_of_state = np.full(self.max_num_reqs, BASE_POOL_ROW, dtype=np.int64)
-        self._rows = PoolRows(self.max_num_tokens, device)
+        num_rows = PluginSettings.read(vllm_config).num_pools
+        self._rows = PoolRows(self.max_num_tokens, num_rows, device)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self._row_of_state[req_index] = pool_row_of(new_req_data.sampling_params)
+        self._row_of_state[req_index] = self._rows.row_of(new_req_data.sampling_params)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         kwargs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)

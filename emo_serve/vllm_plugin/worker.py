@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 
 from emo_serve.errors import EmoServeError
 from emo_serve.vllm_plugin.batch_pools import EmoModelState, attach_to_v1_runner
 from emo_serve.vllm_plugin.loads import ExpertLoad
 from emo_serve.vllm_plugin.model import EmoForCausalLM
+from emo_serve.vllm_plugin.settings import PluginSettings
 
 __all__ = ["EmoWorkerExtension", "PoolRowsWorker"]
 
@@ -128,12 +130,14 @@ class PoolRowsWorker:
 
     model_runner: Any
     use_v2_model_runner: bool
+    vllm_config: VllmConfig
 
     def init_device(self) -> None:
         """Initialise the device as upstream does, then attach to a V1 runner."""
         super().init_device()  # type: ignore[misc]
         if not self.use_v2_model_runner:
-            attach_to_v1_runner(self.model_runner)
+            num_rows = PluginSettings.read(self.vllm_config).num_pools
+            attach_to_v1_runner(self.model_runner, num_rows)
 
     def shutdown(self) -> None:
         """End a load under way: a thread inside torch when Python ends would abort the process."""

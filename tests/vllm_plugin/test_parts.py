@@ -10,20 +10,33 @@ import torch
 
 from emo_serve.errors import ConfigError
 from emo_serve.vllm_plugin import POOL_ROW_ARG, worker_cls_for
-from emo_serve.vllm_plugin.batch_pools import PoolRows, attach_to_v1_runner, pool_row_of
+from emo_serve.vllm_plugin.batch_pools import PoolRows, attach_to_v1_runner
 
 CPU = torch.device("cpu")
 
 
-def test_pool_row_of_a_request() -> None:
-    assert pool_row_of(SimpleNamespace(extra_args={POOL_ROW_ARG: 3})) == 3
-    assert pool_row_of(SimpleNamespace(extra_args={"other": 3})) == 0
-    assert pool_row_of(SimpleNamespace(extra_args=None)) == 0
-    assert pool_row_of(None) == 0
+def test_pool_row_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
+    rows = PoolRows(10, 4, CPU)
+    assert rows.row_of(SimpleNamespace(extra_args={POOL_ROW_ARG: 3})) == 3
+    assert rows.row_of(SimpleNamespace(extra_args={"other": 3})) == 0
+    assert rows.row_of(SimpleNamespace(extra_args=None)) == 0
+    assert rows.row_of(None) == 0
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "row", [4, -1, -5, 2**70, True, 1.0, float("nan"), "1", "x" * 1000, None, [1], {"row": 1}]
+)
+def test_what_is_no_row_is_the_base_pools(caplog: pytest.LogCaptureFixture, row: object) -> None:
+    rows = PoolRows(10, 4, CPU)
+    for _ in range(2):
+        assert rows.row_of(SimpleNamespace(extra_args={POOL_ROW_ARG: row})) == 0
+    (record,) = caplog.records  # a client could fill the log
+    assert "none of the 4 rows there are" in record.message and len(record.message) < 200
 
 
 def test_one_row_a_token_and_padding_is_nobodys() -> None:
-    rows = PoolRows(10, CPU)
+    rows = PoolRows(10, 8, CPU)
     assert rows.buffer_T.tolist() == [0] * 10, "vLLM measures memory before the first batch"
     first = rows.fill(np.array([4, 2, 7]), np.array([0, 3, 4, 6]))
     assert first.tolist() == [4, 4, 4, 2, 7, 7, -1, -1, -1, -1]
@@ -42,7 +55,7 @@ def test_every_step_of_the_v1_runner_reads_one_buffer() -> None:
         query_start_loc=SimpleNamespace(np=np.array([0, 1, 4, 4, 4])),
         _init_model_kwargs=lambda num_reqs=None: {"upstream": num_reqs},
     )
-    attach_to_v1_runner(runner)
+    attach_to_v1_runner(runner, num_rows=5)
     captured = runner._init_model_kwargs(num_reqs=0)
     assert captured["upstream"] == 0 and captured["pool_rows"].tolist() == [0] * 8
     real = runner._init_model_kwargs()
