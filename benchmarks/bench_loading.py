@@ -89,6 +89,7 @@ class Bench:
             "num_slots": num_slots,
             "num_pools": 2,
             "moe_backend": "auto",
+            "expert_dtype": "auto",
             "host_expert_bytes": self.args.host_memory << 20,
         }
         engine_args = AsyncEngineArgs(

@@ -61,6 +61,7 @@ def measure(args: argparse.Namespace, experts: str, eager: bool) -> dict[str, An
         "num_slots": num_slots,
         "num_pools": len(wanted),
         "moe_backend": "auto",
+        "expert_dtype": "auto",
         "host_expert_bytes": 0,
     }
     llm = LLM(

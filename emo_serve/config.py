@@ -15,14 +15,13 @@ from pathlib import Path
 
 from emo_serve.errors import ConfigError
 from emo_serve.residency.policy import POLICIES
-from emo_serve.vllm_plugin import MOE_BACKENDS
+from emo_serve.vllm_plugin import EXPERT_DTYPES, MOE_BACKENDS, check_expert_dtype
 
 __all__ = [
     "BASE_POOL",
     "GIB",
     "ServeSettings",
     "add_serve_flags",
-    "expert_bytes",
     "format_gib",
     "parse_size",
     "slots_for_memory",
@@ -62,6 +61,7 @@ class ServeSettings:
     max_waiting: int = 256
     load_deadline_seconds: float = 60.0
     moe_backend: str = "auto"
+    expert_dtype: str = EXPERT_DTYPES[0]
     max_pools: int = 64
     drain_timeout_seconds: float = 30.0
     admin_api_keys: tuple[str, ...] = ()
@@ -74,10 +74,12 @@ class ServeSettings:
             raise ConfigError(f"--pools {self.pools_dir} is not a directory")
         for flag, value, known in (
             ("--moe-backend", self.moe_backend, MOE_BACKENDS),
+            ("--expert-dtype", self.expert_dtype, EXPERT_DTYPES),
             ("--eviction-policy", self.eviction_policy, POLICIES),
         ):
             if value not in known:
                 raise ConfigError(f"{flag} is {value!r}; one of {', '.join(known)} is served")
+        check_expert_dtype(self.expert_dtype, self.moe_backend)
         if self.max_pools < 2:
             raise ConfigError(
                 f"--max-pools is {self.max_pools}; the base pool takes one row, so at least 2"
@@ -133,6 +135,7 @@ class ServeSettings:
             max_waiting=_parse_int("--max-waiting", args.max_waiting) or 0,
             load_deadline_seconds=_parse_seconds("--load-deadline", args.load_deadline),
             moe_backend=args.emo_moe_backend,
+            expert_dtype=args.expert_dtype,
             max_pools=_parse_int("--max-pools", args.max_pools) or 0,
             drain_timeout_seconds=_parse_seconds("--drain-timeout", args.drain_timeout),
             admin_api_keys=tuple(args.admin_api_key or ()),
@@ -208,6 +211,13 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         help="expert maths: our kernels for CUDA, vLLM's CPU kernel, or plain torch anywhere; auto"
         " is the fastest that can run; replaces vLLM's flag of this name, which EMO's layers do not"
         " read (default: %(default)s)",
+    )
+    group.add_argument(
+        "--expert-dtype",
+        metavar="|".join(EXPERT_DTYPES),
+        default=EXPERT_DTYPES[0],
+        help="experts in their slots: auto is --dtype; fp8_e4m3, with a scale an output channel,"
+        " takes half the memory of 16 bits and needs --moe-backend triton (default: %(default)s)",
     )
     group.add_argument(
         "--max-pools",
@@ -290,18 +300,6 @@ def format_gib(num_bytes: int) -> str:
     if gib < 0.0001:
         return f"{num_bytes} bytes"
     return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib:.4f} GiB"
-
-
-def expert_bytes(
-    hidden_size: int, intermediate_size: int, dtype_bytes: int, tensor_parallel_size: int
-) -> int:
-    """Return what one slot takes on one device: gate, up and down of an expert's shard."""
-    if intermediate_size % tensor_parallel_size:
-        raise ConfigError(
-            f"--tensor-parallel-size {tensor_parallel_size} does not divide"
-            f" the experts' intermediate_size {intermediate_size}"
-        )
-    return 3 * hidden_size * (intermediate_size // tensor_parallel_size) * dtype_bytes
 
 
 def slots_for_memory(budget_bytes: int, slot_bytes: int, experts_per_layer: Sequence[int]) -> int:

@@ -13,7 +13,6 @@ from emo_serve.config import (
     GIB,
     ServeSettings,
     add_serve_flags,
-    expert_bytes,
     format_gib,
     parse_size,
     slots_for_memory,
@@ -87,7 +86,8 @@ def test_flags_become_settings(tmp_path: Path) -> None:
         *("--default-pool", "math+code"),
         *("--expert-memory", "2GiB"),
         *("--preload", "math,code,"),
-        *("--moe-backend", "reference"),
+        *("--moe-backend", "triton"),
+        *("--expert-dtype", "fp8_e4m3"),
         *("--max-pools", "8"),
         *("--drain-timeout", "1.5"),
     )
@@ -97,7 +97,8 @@ def test_flags_become_settings(tmp_path: Path) -> None:
         default_pool="math+code",
         expert_memory_bytes=2 * GIB,
         preload=("math", "code"),
-        moe_backend="reference",
+        moe_backend="triton",
+        expert_dtype="fp8_e4m3",
         max_pools=8,
         drain_timeout_seconds=1.5,
     )
@@ -117,6 +118,13 @@ def test_settings_are_frozen() -> None:
         (["--expert-slots", "few"], "--expert-slots is 'few'; give a whole number"),
         (["--pools", "/no/such/place"], "--pools /no/such/place is not a directory"),
         (["--moe-backend", "magic"], "one of auto, triton, cpu, reference"),
+        (["--expert-dtype", "int4"], "one of auto, fp8_e4m3 is served"),
+        (
+            ["--expert-dtype", "fp8_e4m3", "--moe-backend", "cpu"],
+            "--expert-dtype fp8_e4m3 needs --moe-backend triton on a CUDA device; --moe-backend is"
+            " cpu; leave",
+        ),
+        (["--expert-dtype", "fp8_e4m3", "--moe-backend", "reference"], "--moe-backend is ref"),
         (["--max-pools", "1"], "the base pool takes one row"),
         (["--drain-timeout", "-1"], "0 or more"),
         (["--drain-timeout", "inf"], "0 or more"),
@@ -150,14 +158,6 @@ def test_a_small_layer_leaves_its_share_to_the_others() -> None:
 def test_a_budget_below_one_slot_a_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match="holds no expert: one slot in each of 4 MoE layers"):
         slots_for_memory(399, 100, [32] * 4)
-
-
-def test_an_expert_is_divided_among_the_devices() -> None:
-    released = expert_bytes(2048, 1024, dtype_bytes=2, tensor_parallel_size=1)
-    assert released == 3 * 2048 * 1024 * 2
-    assert expert_bytes(2048, 1024, dtype_bytes=2, tensor_parallel_size=4) == released // 4
-    with pytest.raises(ConfigError, match="--tensor-parallel-size 3 does not divide"):
-        expert_bytes(2048, 1024, dtype_bytes=2, tensor_parallel_size=3)
 
 
 # -- vLLM's flags --

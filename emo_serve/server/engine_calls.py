@@ -33,7 +33,10 @@ _MOST_GROWTH = 4.0
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What the workers hold; bytes are of one rank, the largest, unless they say otherwise."""
+    """What the workers hold; bytes are of one rank, the largest, unless they say otherwise.
+
+    `dtype` is the trunk's and the activations', `expert_dtype` that of experts in their slots.
+    """
 
     num_ranks: int
     trunk_bytes: int
@@ -41,6 +44,7 @@ class EngineFacts:
     slot_bytes: int
     num_slots: tuple[int, ...]
     dtype: str
+    expert_dtype: str
     moe_backend: str
     routes_by_pool: bool
 
@@ -122,6 +126,7 @@ class WorkerCalls:
             slot_bytes=max(reply["slot_bytes"] for reply in replies),
             num_slots=tuple(first["num_slots"]),
             dtype=first["dtype"],
+            expert_dtype=first["expert_dtype"],
             moe_backend=first["moe_backend"],
             routes_by_pool=all(reply["routes_by_pool"] for reply in replies),
         )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from emo_serve.config import (
     BASE_POOL,
     ServeSettings,
-    expert_bytes,
     format_gib,
     slots_for_memory,
 )
@@ -22,6 +21,7 @@ from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server.pool_choice import UNION, ModelNames
+from emo_serve.vllm_plugin import expert_bytes
 
 __all__ = ["StartPlan", "choose_slots", "make_plan"]
 
@@ -57,13 +57,18 @@ def make_plan(
 ) -> StartPlan:
     """Read the pools of a checkpoint and plan the start; raises ConfigError.
 
-    With `persists`, pools added and removed while serving are written to --pools.
+    `dtype_bytes` are those of one activation. With `persists`, pools added and removed while
+    serving are written to --pools.
     """
     config = checkpoint.config
     moe_layers = config.moe_layers
     experts_per_layer = tuple(layer.num_experts if layer else 0 for layer in moe_layers)
     slot_bytes = expert_bytes(
-        config.hidden_size, config.intermediate_size, dtype_bytes, tensor_parallel_size
+        config.hidden_size,
+        config.intermediate_size,
+        settings.expert_dtype,
+        dtype_bytes,
+        tensor_parallel_size,
     )
     num_slots = choose_slots(settings, experts_per_layer, slot_bytes)
     _check_host_memory(settings, slot_bytes)

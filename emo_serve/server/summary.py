@@ -81,8 +81,11 @@ def format_summary(summary: Summary) -> str:
     rank = " a device" if facts.num_ranks > 1 else ""
     experts = [count for count in summary.experts_per_layer if count]
     width = max(len(pool.name) for pool in summary.pools)
+    dtypes = facts.dtype
+    if facts.expert_dtype != facts.dtype:
+        dtypes += f", experts in {facts.expert_dtype}"
     lines = [
-        f"emo-serve: {summary.model} is ready ({facts.dtype}, expert maths: {facts.moe_backend})",
+        f"emo-serve: {summary.model} is ready ({dtypes}, expert maths: {facts.moe_backend})",
         f"  trunk    {format_gib(facts.trunk_bytes)}{rank}",
         f"  slab     {format_gib(facts.slab_bytes)}{rank}: {summary.slots_per_layer} slots a layer,"
         f" {format_gib(facts.slot_bytes)} each",

@@ -28,7 +28,7 @@ class _Unsupported:
 _LORA = "LoRA adapters of experts would need slots of their own"
 _DATA_PARALLEL = "each engine would need an expert slab and a pool table of its own"
 _SPECULATIVE = "the draft model knows no pools"
-_QUANTIZED = "slots hold bfloat16, float16 or float32 experts"
+_QUANTIZED = "only experts can be quantised, by --expert-dtype"
 _OFFLOAD = "expert slots are the offloading; the trunk stays on the device"
 _ONE_PROCESS = "leases are kept in one API-server process"
 _OTHER_FRONT_END = "pools are resolved in this HTTP front end only"

@@ -67,6 +67,7 @@ from emo_serve.vllm_plugin import (
     LOAD_FORMAT,
     POOL_ROW_ARG,
     WORKER_EXTENSION_CLS,
+    check_expert_dtype,
     worker_cls_for,
 )
 
@@ -296,12 +297,13 @@ def place_in_row(params: SamplingParams, row: int) -> SamplingParams:
 
 
 def dtype_bytes(args: argparse.Namespace) -> int:
-    """Return the bytes of one weight in the dtype vLLM resolves these flags to."""
+    """Return the bytes of one activation in the dtype vLLM resolves these flags to."""
     return int(_resolved(lambda: _engine_args(args).create_model_config()).dtype.itemsize)
 
 
 def start_engine(args: argparse.Namespace, settings: ServeSettings, num_slots: int) -> PooledLLM:
     """Start vLLM's engine with empty expert slots; `args.model` is a local directory."""
+    check_expert_dtype(settings.expert_dtype, settings.moe_backend, current_platform.device_type)
     args.load_format = LOAD_FORMAT
     args.worker_cls = worker_cls_for(current_platform.device_type)
     args.worker_extension_cls = WORKER_EXTENSION_CLS
@@ -310,6 +312,7 @@ def start_engine(args: argparse.Namespace, settings: ServeSettings, num_slots: i
         "num_pools": settings.max_pools,
         "host_expert_bytes": settings.host_expert_bytes,
         "moe_backend": settings.moe_backend,
+        "expert_dtype": settings.expert_dtype,
     }
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: ours}
     if args.enforce_eager and current_platform.is_cpu():

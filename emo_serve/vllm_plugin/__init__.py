@@ -7,14 +7,19 @@ end uses of this package; the rest is reached by vLLM through the strings given 
 
 from __future__ import annotations
 
+import os
+
 from emo_serve.errors import ConfigError
 
 __all__ = [
     "ADDITIONAL_CONFIG_KEY",
+    "EXPERT_DTYPES",
     "LOAD_FORMAT",
     "MOE_BACKENDS",
     "POOL_ROW_ARG",
     "WORKER_EXTENSION_CLS",
+    "check_expert_dtype",
+    "expert_bytes",
     "register",
     "worker_cls_for",
 ]
@@ -30,6 +35,9 @@ POOL_ROW_ARG = "emo_pool_row"
 
 MOE_BACKENDS = ("auto", "triton", "cpu", "reference")
 """Expert maths: our CUDA kernels, vLLM's CPU kernel, or plain torch on any device."""
+
+EXPERT_DTYPES = ("auto", "fp8_e4m3")
+"""Expert weights in their slots: the activations' dtype, or fp8 with a scale an output channel."""
 
 WORKER_EXTENSION_CLS = "emo_serve.vllm_plugin.worker.EmoWorkerExtension"
 _WORKERS = {
@@ -62,3 +70,44 @@ def worker_cls_for(device_type: str) -> str:
     if device_type not in _WORKERS:
         raise ConfigError(f"device {device_type!r} is not served; one of {', '.join(_WORKERS)} is")
     return _WORKERS[device_type]
+
+
+def check_expert_dtype(expert_dtype: str, moe_backend: str, device_type: str | None = None) -> None:
+    """Raise ConfigError for fp8 experts where our kernels do not run; None stands for any device.
+
+    What only the device knows, such as its compute capability, is checked in the workers.
+    """
+    if expert_dtype == EXPERT_DTYPES[0]:
+        return
+    can_run = moe_backend in ("auto", "triton")
+    if device_type not in (None, "cuda"):  # the interpreter is for who asks for it
+        can_run = moe_backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not can_run:
+        where = "" if device_type is None else f" and the device is {device_type}"
+        raise ConfigError(
+            f"--expert-dtype {expert_dtype} needs --moe-backend triton on a CUDA device;"
+            f" --moe-backend is {moe_backend}{where}; leave --expert-dtype out"
+        )
+
+
+def expert_bytes(
+    hidden_size: int,
+    intermediate_size: int,
+    expert_dtype: str,
+    dtype_bytes: int,
+    tensor_parallel_size: int = 1,
+) -> int:
+    """Return what one slot takes on one device: gate, up and down of an expert's part, and scales.
+
+    `dtype_bytes` are those of an activation. Raises ConfigError for a part that is no whole number.
+    """
+    width, rest = divmod(intermediate_size, tensor_parallel_size)
+    if rest:
+        raise ConfigError(
+            f"--tensor-parallel-size {tensor_parallel_size} does not divide"
+            f" the experts' intermediate_size {intermediate_size}"
+        )
+    weights = 3 * hidden_size * width
+    if expert_dtype == EXPERT_DTYPES[0]:
+        return weights * dtype_bytes
+    return weights + 4 * (2 * width + hidden_size)  # fp32, a row of w13 [2F, D] and of w2 [D, F]

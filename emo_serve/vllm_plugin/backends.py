@@ -22,9 +22,17 @@ from emo_kernels import PoolTables, Router
 from emo_serve.emo.config import MoeLayer
 from emo_serve.emo.routing import route
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import MOE_BACKENDS
+from emo_serve.vllm_plugin import EXPERT_DTYPES, MOE_BACKENDS, check_expert_dtype
+from emo_serve.vllm_plugin.packed import PackedMatrix, Slab
 
-__all__ = ["CpuBackend", "MoeBackend", "ReferenceBackend", "TritonBackend", "choose_backend"]
+__all__ = [
+    "CpuBackend",
+    "MoeBackend",
+    "ReferenceBackend",
+    "TritonBackend",
+    "TritonFp8Backend",
+    "choose_backend",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,15 +41,18 @@ class MoeBackend(Protocol):
     """Compute a MoE layer from slots.
 
     A matrix can be packed in parts of `row_block` rows, or a multiple: each gives the bytes that it
-    has in the whole. `keeps_layout` tells that packing is copying.
+    has in the whole. `keeps_layout` tells that packing is copying, at most into another dtype.
     """
 
     name: str
     row_block: int
     keeps_layout: bool
 
-    def pack_into(self, out: Tensor, weight: Tensor) -> None:
-        """Write rows of an expert's matrix as the slab stores them; both contiguous, alike."""
+    def slab_dtype(self, activations: torch.dtype) -> torch.dtype:
+        """Return the dtype of weights in slots, given that of the activations."""
+
+    def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
+        """Write rows of an expert's matrix, of any floating dtype, as the slab stores them."""
 
     def __call__(
         self,
@@ -50,24 +61,29 @@ class MoeBackend(Protocol):
         pool_rows_T: Tensor,
         tables: PoolTables,
         router: Router,
-        w13: Tensor,
-        w2: Tensor,
+        slab: Slab,
     ) -> Tensor:
         """Route each token inside its pool; return the weighted sum of its experts, [T, D].
 
-        w13 [S, 2F, D] holds gate rows, then up rows; w2 [S, D, F]. Tokens whose pool row is -1 are
-        padding: nobody reads what they get.
+        Tokens whose pool row is -1 are padding: nobody reads what they get.
         """
 
 
-class _PlainLayout:
+class _InActivationsDtype:
+    """Slots hold weights in the activations' dtype."""
+
+    def slab_dtype(self, activations: torch.dtype) -> torch.dtype:
+        return activations
+
+
+class _PlainLayout(_InActivationsDtype):
     """Slots hold the checkpoint's rows as they are."""
 
     row_block = 1
     keeps_layout = True
 
-    def pack_into(self, out: Tensor, weight: Tensor) -> None:
-        out.copy_(weight)
+    def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
+        out.values.copy_(weight)
 
 
 class ReferenceBackend(_PlainLayout):
@@ -82,15 +98,15 @@ class ReferenceBackend(_PlainLayout):
         pool_rows_T: Tensor,
         tables: PoolTables,
         router: Router,
-        w13: Tensor,
-        w2: Tensor,
+        slab: Slab,
     ) -> Tensor:
         weights_TK, slots_TK = _route(logits_TE, pool_rows_T, tables, router)
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         for slot in torch.unique(slots_TK).tolist():  # sync: the slots the batch chose
             tokens, places = (slots_TK == slot).nonzero(as_tuple=True)
-            gate, up = (x_TD[tokens] @ w13[slot].t()).chunk(2, -1)
-            rows = (F.silu(gate) * up) @ w2[slot].t()
+            expert = slab.slot(slot)
+            gate, up = (x_TD[tokens] @ expert.w13.values.t()).chunk(2, -1)
+            rows = (F.silu(gate) * up) @ expert.w2.values.t()
             y_TD.index_add_(0, tokens, rows.float() * weights_TK[tokens, places, None])
         return y_TD.to(x_TD.dtype)
 
@@ -109,13 +125,36 @@ class TritonBackend(_PlainLayout):
         pool_rows_T: Tensor,
         tables: PoolTables,
         router: Router,
-        w13: Tensor,
-        w2: Tensor,
+        slab: Slab,
     ) -> Tensor:
-        return emo_kernels.pooled_moe(x_TD, logits_TE, pool_rows_T, tables, router, w13, w2)
+        w13, w2 = slab.w13, slab.w2
+        scales = None
+        if w13.scales is not None and w2.scales is not None:
+            scales = (w13.scales, w2.scales)
+        return emo_kernels.pooled_moe(
+            x_TD, logits_TE, pool_rows_T, tables, router, w13.values, w2.values, scales
+        )
 
 
-class CpuBackend:
+class TritonFp8Backend(TritonBackend):
+    """The same on slots of fp8 weights, quantised where they are packed."""
+
+    keeps_layout = False
+    _block_rows = 64  # of EMO's: half a MiB in fp32, so that a pass over them stays in L2
+
+    def slab_dtype(self, activations: torch.dtype) -> torch.dtype:
+        return torch.float8_e4m3fn
+
+    def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
+        assert out.scales is not None
+        for start in range(0, len(out), self._block_rows):
+            block = slice(start, start + self._block_rows)
+            values, scales = emo_kernels.quantize(weight[block])
+            out.values[block].copy_(values)
+            out.scales[block].copy_(scales)
+
+
+class CpuBackend(_InActivationsDtype):
     """vLLM's grouped GEMM for CPUs (vllm._custom_ops.cpu_fused_moe), portable vector variant."""
 
     name = "cpu"
@@ -128,9 +167,10 @@ class CpuBackend:
 
         self._ops = _custom_ops
 
-    def pack_into(self, out: Tensor, weight: Tensor) -> None:
+    def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
         # vLLM's cpu_prepack_moe_weight, but into memory that is there.
-        torch.ops._C.prepack_moe_weight(weight[None], out[None], "vec")
+        weight = weight.to(out.values.dtype).contiguous()
+        torch.ops._C.prepack_moe_weight(weight[None], out.values[None], "vec")
 
     def __call__(
         self,
@@ -139,11 +179,11 @@ class CpuBackend:
         pool_rows_T: Tensor,
         tables: PoolTables,
         router: Router,
-        w13: Tensor,
-        w2: Tensor,
+        slab: Slab,
     ) -> Tensor:
         weights_TK, slots_TK = _route(logits_TE, pool_rows_T, tables, router)
         y_TD = torch.empty_like(x_TD)
+        w13, w2 = slab.w13.values, slab.w2.values
         self._ops.cpu_fused_moe(
             y_TD, x_TD, w13, w2, None, None, weights_TK, slots_TK, "silu", "vec"
         )
@@ -178,17 +218,24 @@ def _layer_of(router: Router) -> MoeLayer:
 
 
 def choose_backend(
-    name: str, device: torch.device, hidden_size: int, width: int, dtype: torch.dtype
+    name: str,
+    device: torch.device,
+    hidden_size: int,
+    width: int,
+    dtype: torch.dtype,
+    expert_dtype: str = EXPERT_DTYPES[0],
 ) -> MoeBackend:
     """Return the backend called `name`; `auto` is the fastest that can run here.
 
     `width` is an expert's width on this rank, `dtype` the activations'. Raises ConfigError when the
-    named one cannot run.
+    named one cannot run, and for an `expert_dtype` that none can hold here.
     """
     if name not in MOE_BACKENDS:
         raise ConfigError(
             f"--moe-backend {name!r} is unknown; use one of {', '.join(MOE_BACKENDS)}"
         )
+    check_expert_dtype(expert_dtype, name, device.type)
+    is_fp8 = expert_dtype != EXPERT_DTYPES[0]
     chosen = name
     if name == "auto":
         chosen = "triton" if device.type == "cuda" else "cpu"
@@ -198,13 +245,15 @@ def choose_backend(
     elif chosen == "triton":
         obstacle = _obstacle_to_triton(device, hidden_size, width, dtype)
     if obstacle is not None:
+        if is_fp8:
+            raise ConfigError(f"{obstacle}; --expert-dtype {expert_dtype} needs it: leave that out")
         if name != "auto":
             raise ConfigError(f"{obstacle}; use --moe-backend reference")
         _LOG.warning("--moe-backend auto takes reference, the slowest: %s", obstacle)
         chosen = "reference"
-    if chosen == "cpu":
-        return CpuBackend()
-    return TritonBackend() if chosen == "triton" else ReferenceBackend()
+    if chosen == "triton":
+        return TritonFp8Backend() if is_fp8 else TritonBackend()
+    return CpuBackend() if chosen == "cpu" else ReferenceBackend()
 
 
 def _obstacle_to_cpu(device: torch.device, hidden_size: int, width: int) -> str | None:

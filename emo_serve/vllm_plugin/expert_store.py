@@ -24,55 +24,13 @@ from torch import Tensor
 from emo_serve.emo.checkpoint import Checkpoint, expert_tensor_name
 from emo_serve.emo.tensor_file import TensorFile
 from emo_serve.vllm_plugin.backends import MoeBackend
+from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert, PackedMatrix
 
 __all__ = [
-    "ExpertShape",
     "ExpertStore",
     "HostMemory",
-    "PackedExpert",
     "StoreCounts",
 ]
-
-
-@dataclass(frozen=True)
-class ExpertShape:
-    """One rank's part of an expert: sizes, dtype in the slab, and which part it is."""
-
-    hidden_size: int
-    width: int
-    dtype: torch.dtype
-    rank: int = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the bytes of this part of an expert."""
-        return 3 * self.hidden_size * self.width * self.dtype.itemsize
-
-    def view(self, memory: Tensor) -> PackedExpert:
-        """Return `num_bytes` of memory as an expert's matrices."""
-        flat = memory.view(self.dtype)
-        w13, w2 = flat.split([2 * self.width * self.hidden_size, self.hidden_size * self.width])
-        return PackedExpert(
-            w13.view(2 * self.width, self.hidden_size), w2.view(self.hidden_size, self.width)
-        )
-
-
-@dataclass(eq=False)
-class PackedExpert:
-    """Memory for one packed expert, w13 [2F, D] and w2 [D, F].
-
-    `in_flight` is the event behind a copy that still reads it; set by who copies from it.
-    """
-
-    w13: Tensor
-    w2: Tensor
-    in_flight: torch.cuda.Event | None = None
-
-    def wait_until_free(self) -> None:
-        """Wait for a copy that still reads this memory."""
-        if self.in_flight is not None:
-            self.in_flight.synchronize()
-            self.in_flight = None
 
 
 @dataclass(frozen=True)
@@ -196,10 +154,9 @@ class ExpertStore:
         width = self._shape.width
         part = slice(self._shape.rank * width, (self._shape.rank + 1) * width)
         everything = slice(0, self._shape.hidden_size)
-        gate, up = memory.w13.split(width)
         for matrix, out, rows, columns in (
-            ("gate", gate, part, everything),
-            ("up", up, part, everything),
+            ("gate", memory.w13[:width], part, everything),
+            ("up", memory.w13[width:], part, everything),
             ("down", memory.w2, everything, part),
         ):
             name = expert_tensor_name(layer, expert, matrix)
@@ -207,7 +164,7 @@ class ExpertStore:
         self._count(disk_reads=1)
 
     def _fill_matrix(
-        self, name: str, out: Tensor, first_row: int, columns: slice
+        self, name: str, out: PackedMatrix, first_row: int, columns: slice
     ) -> Iterator[None]:
         """Read and pack rows from `first_row` on, of which `columns` are this rank's.
 
@@ -224,16 +181,16 @@ class ExpertStore:
             yield
 
     def _pack_rows(
-        self, file: TensorFile, name: str, out: Tensor, first_row: int, columns: slice
+        self, file: TensorFile, name: str, out: PackedMatrix, first_row: int, columns: slice
     ) -> None:
         rows, dtype = slice(first_row, first_row + len(out)), file.dtype(name)
         num_columns = file.info(name).shape[1]
-        is_whole = out.shape[1] == num_columns
-        if self._backend.keeps_layout and is_whole and dtype == out.dtype:
-            file.read_rows(name, rows, out)
+        is_whole = out.values.shape[1] == num_columns
+        if self._backend.keeps_layout and is_whole and dtype == out.values.dtype:
+            file.read_rows(name, rows, out.values)
             return
         count = len(out) * num_columns
         if dtype not in self._rows or self._rows[dtype].numel() < count:
             self._rows[dtype] = torch.empty(count, dtype=dtype)
         raw = file.read_rows(name, rows, self._rows[dtype][:count].view(len(out), num_columns))
-        self._backend.pack_into(out, raw[:, columns].to(out.dtype).contiguous())
+        self._backend.pack_into(out, raw[:, columns])

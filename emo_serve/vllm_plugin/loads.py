@@ -27,12 +27,8 @@ from typing import Protocol
 import torch
 
 from emo_serve.errors import EmoServeError
-from emo_serve.vllm_plugin.expert_store import (
-    ExpertShape,
-    ExpertStore,
-    PackedExpert,
-    StoreCounts,
-)
+from emo_serve.vllm_plugin.expert_store import ExpertStore, StoreCounts
+from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert
 
 __all__ = ["CpuMover", "CudaMover", "ExpertLoad", "Mover", "SlotCopy"]
 
@@ -97,7 +93,7 @@ class CpuMover:
         source = yield from self._store.fetch(layer, expert, spare=slot)
         if source is slot:
             return
-        for target, filled in ((slot.w13, source.w13), (slot.w2, source.w2)):
+        for target, filled in zip(slot.tensors(), source.tensors(), strict=True):
             size = self.piece_bytes // filled.itemsize
             parts = zip(target.view(-1).split(size), filled.view(-1).split(size), strict=True)
             for to_part, from_part in parts:
@@ -144,8 +140,8 @@ class CudaMover:
         slot = self._slot(layer, number)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._issued)
-            slot.w13.copy_(source.w13, non_blocking=True)
-            slot.w2.copy_(source.w2, non_blocking=True)
+            for target, filled in zip(slot.tensors(), source.tensors(), strict=True):
+                target.copy_(filled, non_blocking=True)
             source.in_flight = self._stream.record_event()
         yield
 

@@ -44,9 +44,10 @@ from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.errors import CheckpointError
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.batch_pools import BASE_POOL_ROW, EmoModelState
-from emo_serve.vllm_plugin.expert_store import ExpertShape, ExpertStore, HostMemory, PackedExpert
+from emo_serve.vllm_plugin.expert_store import ExpertStore, HostMemory
 from emo_serve.vllm_plugin.loads import CpuMover, CudaMover, ExpertLoad, Mover, SlotCopy
 from emo_serve.vllm_plugin.moe import PooledMoE
+from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert
 from emo_serve.vllm_plugin.settings import (
     PluginSettings,
     backend_for,
@@ -100,7 +101,7 @@ class EmoForCausalLM(nn.Module):
         self.expert_shape = ExpertShape(
             self.config.hidden_size,
             self.config.intermediate_size // ranks,
-            vllm_config.model_config.dtype,
+            self.backend.slab_dtype(vllm_config.model_config.dtype),
             get_tensor_model_parallel_rank(),
         )
         self.store: ExpertStore | None = None
@@ -208,12 +209,12 @@ class EmoForCausalLM(nn.Module):
         gate, up = (parts[matrix].chunk(ranks)[rank] for matrix in ("gate", "up"))
         down = parts["down"].chunk(ranks, dim=1)[rank]
         for out, weight in ((slot.w13, torch.cat([gate, up])), (slot.w2, down)):
-            if weight.shape != out.shape:
+            if weight.shape != out.values.shape:
                 raise CheckpointError(
                     f"expert {expert} of layer {layer} has a part of shape {tuple(weight.shape)},"
-                    f" expected {tuple(out.shape)}"
+                    f" expected {tuple(out.values.shape)}"
                 )
-            self.backend.pack_into(out, weight.to(out).contiguous())
+            self.backend.pack_into(out, weight)
         self.moe_layers[layer].point([expert], [expert])
 
     def _publish_base(self) -> None:

@@ -28,7 +28,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from emo_kernels import PoolTables, Router
 from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.vllm_plugin.backends import MoeBackend
-from emo_serve.vllm_plugin.expert_store import PackedExpert
+from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert, PackedMatrix, Slab
 
 __all__ = ["PooledMoE"]
 
@@ -40,7 +40,9 @@ class PooledMoE(nn.Module):
     pool_table: Tensor
     temperatures: Tensor
     w13: Tensor
+    w13_scales: Tensor | None
     w2: Tensor
+    w2_scales: Tensor | None
 
     def __init__(
         self,
@@ -66,15 +68,19 @@ class PooledMoE(nn.Module):
         self.gate = ReplicatedLinear(
             config.hidden_size, moe.num_experts, bias=False, prefix=f"{prefix}.gate"
         )
-        slabs = {
-            "w13": torch.zeros(self.num_slots, 2 * width, config.hidden_size),
-            "w2": torch.zeros(self.num_slots, config.hidden_size, width),
+        dtype = backend.slab_dtype(torch.get_default_dtype())
+        slab = ExpertShape(config.hidden_size, width, dtype).slab(self.num_slots)
+        buffers = {
+            "w13": slab.w13.values,
+            "w13_scales": slab.w13.scales,
+            "w2": slab.w2.values,
+            "w2_scales": slab.w2.scales,
             # Experts that sit nowhere point at slot 0: no published pool lets a token reach them.
             "slot_of_expert": torch.zeros(moe.num_experts, dtype=torch.int32),
             "pool_table": torch.zeros(num_rows, moe.num_experts, dtype=torch.bool),
             "temperatures": torch.ones(num_rows, dtype=torch.float32),
         }
-        for name, tensor in slabs.items():
+        for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
         layers = get_current_vllm_config().compilation_config.static_forward_context
         layers[prefix] = self
@@ -90,11 +96,16 @@ class PooledMoE(nn.Module):
     def compute(self, x_TD: Tensor, logits_TE: Tensor, pool_rows_T: Tensor) -> Tensor:
         """Route and mix this rank's part of the experts; reads the tables as they are now."""
         tables = PoolTables(self.pool_table, self.temperatures, self.slot_of_expert)
-        return self.backend(x_TD, logits_TE, pool_rows_T, tables, self.router, self.w13, self.w2)
+        return self.backend(x_TD, logits_TE, pool_rows_T, tables, self.router, self.slab)
+
+    @property
+    def slab(self) -> Slab:
+        """Return all slots."""
+        return Slab(PackedMatrix(self.w13, self.w13_scales), PackedMatrix(self.w2, self.w2_scales))
 
     def slot(self, number: int) -> PackedExpert:
         """Return the memory of one slot; to be written while no published pool is using it."""
-        return PackedExpert(self.w13[number], self.w2[number])
+        return self.slab.slot(number)
 
     def point(self, experts: Sequence[int], slots: Sequence[int]) -> None:
         """Have each of these experts be found in its slot from the next step on."""
@@ -112,7 +123,7 @@ class PooledMoE(nn.Module):
     @property
     def slot_bytes(self) -> int:
         """Return the bytes of one slot on this rank."""
-        return self.w13[0].nbytes + self.w2[0].nbytes
+        return self.slot(0).num_bytes
 
 
 # -- the op the compiler sees --

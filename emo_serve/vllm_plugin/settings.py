@@ -6,7 +6,7 @@ the model is served by plain `vllm serve`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,9 +14,13 @@ from vllm.config import CUDAGraphMode, VllmConfig
 
 from emo_serve.emo.config import EmoConfig
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import ADDITIONAL_CONFIG_KEY, MOE_BACKENDS
+from emo_serve.vllm_plugin import (
+    ADDITIONAL_CONFIG_KEY,
+    EXPERT_DTYPES,
+    MOE_BACKENDS,
+    expert_bytes,
+)
 from emo_serve.vllm_plugin.backends import MoeBackend, choose_backend
-from emo_serve.vllm_plugin.expert_store import ExpertShape
 
 __all__ = [
     "PluginSettings",
@@ -38,6 +42,7 @@ class PluginSettings:
     num_slots: int
     num_pools: int
     moe_backend: str
+    expert_dtype: str
     host_expert_bytes: int
     holds_all: bool
 
@@ -49,28 +54,34 @@ class PluginSettings:
             most = max(
                 (moe.num_experts for moe in emo_config(vllm_config).moe_layers if moe), default=1
             )
-            return cls(most, num_pools=1, moe_backend="auto", host_expert_bytes=0, holds_all=True)
+            return cls(most, 1, "auto", EXPERT_DTYPES[0], host_expert_bytes=0, holds_all=True)
         name = f"additional_config[{ADDITIONAL_CONFIG_KEY!r}]"
-        expected = {"num_slots", "num_pools", "moe_backend", "host_expert_bytes"}
+        expected = {field.name for field in fields(cls)} - {"holds_all"}
         if set(given) != expected:
             raise ConfigError(f"{name} has {sorted(given)}, expected {sorted(expected)}")
-        if given["moe_backend"] not in MOE_BACKENDS:
-            raise ConfigError(f"{name}: moe_backend is not one of {', '.join(MOE_BACKENDS)}")
+        for key, known in (("moe_backend", MOE_BACKENDS), ("expert_dtype", EXPERT_DTYPES)):
+            if given[key] not in known:
+                raise ConfigError(f"{name}: {key} is not one of {', '.join(known)}")
         if min(given["num_slots"], given["num_pools"]) < 1:
             raise ConfigError(f"{name} is {given}: num_slots and num_pools must be at least 1")
-        _check_host_bytes(given["host_expert_bytes"], vllm_config)
+        _check_host_bytes(given["host_expert_bytes"], given["expert_dtype"], vllm_config)
         return cls(**given, holds_all=False)
 
 
-def _check_host_bytes(host_expert_bytes: int, vllm_config: VllmConfig) -> None:
+def _check_host_bytes(host_expert_bytes: int, expert_dtype: str, vllm_config: VllmConfig) -> None:
     """Refuse host memory that holds no expert; 0 is none at all."""
     config, ranks = emo_config(vllm_config), vllm_config.parallel_config.tensor_parallel_size
-    width, dtype = config.intermediate_size // ranks, vllm_config.model_config.dtype
-    expert_bytes = ExpertShape(config.hidden_size, width, dtype).num_bytes
-    if host_expert_bytes < 0 or 0 < host_expert_bytes < expert_bytes:
+    one_expert = expert_bytes(
+        config.hidden_size,
+        config.intermediate_size,
+        expert_dtype,
+        vllm_config.model_config.dtype.itemsize,
+        ranks,
+    )
+    if host_expert_bytes < 0 or 0 < host_expert_bytes < one_expert:
         raise ConfigError(
             f"--host-expert-memory gives each device {host_expert_bytes} bytes; one expert takes"
-            f" {expert_bytes} there; raise it, or leave it out to load from the files every time"
+            f" {one_expert} there; raise it, or leave it out to load from the files every time"
         )
 
 
@@ -106,7 +117,9 @@ def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
     if parallel.enable_expert_parallel:
         raise ConfigError("--enable-expert-parallel: every device holds a part of each expert")
     if vllm_config.quant_config is not None:
-        raise ConfigError("--quantization: slots hold bf16, fp16 or fp32 weights only")
+        raise ConfigError(
+            "--quantization is not for EMO models; --expert-dtype fp8_e4m3 halves their experts"
+        )
     if vllm_config.lora_config is not None:
         raise ConfigError("--enable-lora: LoRA on EMO models is not supported")
     if vllm_config.speculative_config is not None:
@@ -131,7 +144,9 @@ def backend_for(
     config = emo_config(vllm_config)
     width = config.intermediate_size // vllm_config.parallel_config.tensor_parallel_size
     dtype = vllm_config.model_config.dtype
-    backend = choose_backend(settings.moe_backend, device, config.hidden_size, width, dtype)
+    backend = choose_backend(
+        settings.moe_backend, device, config.hidden_size, width, dtype, settings.expert_dtype
+    )
     graphs = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
     if backend.name == "reference" and device.type == "cuda" and graphs:
         raise ConfigError(

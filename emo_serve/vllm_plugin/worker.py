@@ -104,6 +104,7 @@ class EmoWorkerExtension:
                 "host_experts": len(model.store.host) if model.store else 0,
                 "peak_rss_bytes": peak_kib * 1024,
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+                "expert_dtype": str(model.expert_shape.dtype).removeprefix("torch."),
                 "moe_backend": model.backend.name,
                 "model_runner": "v1" if hasattr(self.model_runner, "emo_pool_rows") else "v2",
                 "routes_by_pool": self._emo_routes_by_pool(),

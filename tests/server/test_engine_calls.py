@@ -19,6 +19,7 @@ DESCRIPTION = {
     "slot_bytes": 8,
     "num_slots": [4, 4],
     "dtype": "float32",
+    "expert_dtype": "float8_e4m3fn",
     "moe_backend": "cpu",
     "routes_by_pool": True,
 }
@@ -202,6 +203,7 @@ async def test_describing_takes_the_largest_rank() -> None:
     facts = await calls_of(workers).describe()
     assert (facts.num_ranks, facts.trunk_bytes, facts.num_slots) == (2, 140, (4, 4))
     assert facts.slot_bytes_all_ranks == 16
+    assert (facts.dtype, facts.expert_dtype) == ("float32", "float8_e4m3fn")
 
 
 @pytest.mark.parametrize(

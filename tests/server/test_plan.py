@@ -75,6 +75,24 @@ def test_memory_is_turned_into_slots_of_the_dtype_and_the_device(
     assert make_plan(memory, checkpoint, ["emo"], 4, 2, persists=True).num_slots == 32
 
 
+@pytest.mark.parametrize(
+    ("ranks", "slot_bytes"),
+    [(1, 3 * 128 * 64 + 4 * (2 * 64 + 128)), (2, 3 * 128 * 32 + 4 * (2 * 32 + 128))],
+)
+def test_memory_holds_the_scales_of_fp8_experts_too(
+    checkpoint: Checkpoint, settings: ServeSettings, ranks: int, slot_bytes: int
+) -> None:
+    fp8 = replace(settings, expert_dtype="fp8_e4m3")
+    for less, slots in ((0, 20), (1, 19)):
+        memory = replace(fp8, expert_memory_bytes=3 * 20 * slot_bytes - less)
+        for dtype_bytes in (2, 4):
+            plan = make_plan(memory, checkpoint, ["emo"], dtype_bytes, ranks, persists=True)
+            assert plan.num_slots == slots
+    host = replace(fp8, host_expert_bytes=slot_bytes - 1)
+    with pytest.raises(ConfigError, match="--host-expert-memory .*holds no expert"):
+        make_plan(host, checkpoint, ["emo"], 4, ranks, persists=True)
+
+
 def test_preload_decides_which_pools_and_in_which_order(
     checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:

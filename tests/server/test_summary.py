@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,29 +20,32 @@ FACTS = EngineFacts(
     slot_bytes=12582912,
     num_slots=(42,) * 16,
     dtype="bfloat16",
+    expert_dtype="bfloat16",
     moe_backend="cpu",
     routes_by_pool=True,
 )
 
 
+SUMMARY = Summary(
+    model="emo",
+    facts=FACTS,
+    experts_per_layer=(0, *[128] * 15),
+    slots_per_layer=42,
+    pools_source=Path("/pools"),
+    pools=(
+        PoolLine("base", (0, *[128] * 15), "too large for the slab"),
+        PoolLine("math", (0, *[16] * 14, 20), "resident", is_default=True),
+    ),
+    refused=("bad.json: layer 1: an expert is 999",),
+    address=ServerAddress(None, 8000),
+    try_model="math",
+)
+
+
 def test_it_says_what_an_operator_asks() -> None:
-    text = format_summary(
-        Summary(
-            model="emo",
-            facts=FACTS,
-            experts_per_layer=(0, *[128] * 15),
-            slots_per_layer=42,
-            pools_source=Path("/pools"),
-            pools=(
-                PoolLine("base", (0, *[128] * 15), "too large for the slab"),
-                PoolLine("math", (0, *[16] * 14, 20), "resident", is_default=True),
-            ),
-            refused=("bad.json: layer 1: an expert is 999",),
-            address=ServerAddress(None, 8000),
-            try_model="math",
-        )
-    )
+    text = format_summary(SUMMARY)
     for line in (
+        "emo is ready (bfloat16, expert maths: cpu)",
         "trunk    1.40 GiB",
         "slab     8.00 GiB: 42 slots a layer, 0.0117 GiB each",
         "experts  128 x 15 MoE layers",
@@ -52,6 +56,12 @@ def test_it_says_what_an_operator_asks() -> None:
         "try      curl ",
     ):
         assert line in text
+
+
+def test_it_names_the_experts_dtype_where_it_is_another() -> None:
+    facts = replace(FACTS, expert_dtype="float8_e4m3fn", moe_backend="triton")
+    text = format_summary(replace(SUMMARY, facts=facts))
+    assert "(bfloat16, experts in float8_e4m3fn, expert maths: triton)" in text
 
 
 @pytest.mark.parametrize(

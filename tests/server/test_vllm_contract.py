@@ -7,6 +7,7 @@ a request served in the wrong pool.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import json
@@ -35,7 +36,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from emo_serve.config import ServeSettings
 from emo_serve.errors import (
+    ConfigError,
     Draining,
     EmoServeError,
     EngineDead,
@@ -268,6 +271,19 @@ def test_every_refused_flag_is_one_of_vllms_and_off_by_default() -> None:
         name = option.flag.removeprefix("--").replace("-", "_")
         assert name in defaults, option.flag
         assert defaults[name] in option.off, option.flag
+
+
+def test_fp8_experts_are_refused_before_the_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr(vllm_openai, "_engine_args", fail)
+    monkeypatch.setattr(vllm_openai.current_platform, "device_type", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for backend in ("auto", "triton"):
+        settings = ServeSettings(moe_backend=backend, expert_dtype="fp8_e4m3")
+        with pytest.raises(ConfigError, match=f"--moe-backend is {backend} and the device is cpu"):
+            vllm_openai.start_engine(argparse.Namespace(), settings, 4)
 
 
 def test_our_flags_take_no_other_of_vllms_names() -> None:

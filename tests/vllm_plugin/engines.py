@@ -86,6 +86,7 @@ def pooled_engine(
     *,
     num_slots: int | None = None,
     moe_backend: str = "auto",
+    expert_dtype: str = "auto",
     host_expert_bytes: int = 0,
     is_empty: bool = False,
     **engine_args: Any,
@@ -103,6 +104,7 @@ def pooled_engine(
         "num_slots": num_slots,
         "num_pools": len(pools),
         "moe_backend": moe_backend,
+        "expert_dtype": expert_dtype,
         "host_expert_bytes": host_expert_bytes,
     }
     llm = LLM(

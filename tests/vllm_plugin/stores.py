@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.vllm_plugin.backends import MoeBackend, ReferenceBackend
-from emo_serve.vllm_plugin.expert_store import ExpertShape, ExpertStore, HostMemory, PackedExpert
+from emo_serve.vllm_plugin.expert_store import ExpertStore, HostMemory
+from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert, Slab
 
 HIDDEN, WIDTH = 128, 64  # of every golden checkpoint
 T = TypeVar("T")
@@ -28,22 +29,28 @@ def make_store(
     piece_bytes: int = 4096,
 ) -> tuple[ExpertStore, ExpertShape]:
     """Return one rank's store, with host memory for so many experts."""
-    shape = ExpertShape(HIDDEN, WIDTH // num_ranks, dtype, rank)
-    host = HostMemory(int(host_experts * shape.num_bytes), shape, is_pinned=False)
     backend = backend or ReferenceBackend()
+    shape = ExpertShape(HIDDEN, WIDTH // num_ranks, backend.slab_dtype(dtype), rank)
+    host = HostMemory(int(host_experts * shape.num_bytes), shape, is_pinned=False)
     return ExpertStore(Checkpoint.open(directory), backend, shape, host, piece_bytes), shape
 
 
-class Slab:
-    """Slots of one layer."""
+def slots_of(slab: Slab) -> Callable[[int, int], PackedExpert]:
+    """Return what finds a slot by layer and number; there is one layer's worth of them."""
+    return lambda layer, number: slab.slot(number)
 
-    def __init__(self, shape: ExpertShape, num_slots: int) -> None:
-        self.w13 = torch.zeros(num_slots, 2 * shape.width, shape.hidden_size, dtype=shape.dtype)
-        self.w2 = torch.zeros(num_slots, shape.hidden_size, shape.width, dtype=shape.dtype)
 
-    def slot(self, layer: int, number: int) -> PackedExpert:
-        """Return the memory of a slot; there is one layer's worth, whichever is asked for."""
-        return PackedExpert(self.w13[number], self.w2[number])
+def packed(backend: MoeBackend, shape: ExpertShape, weights: tuple[Tensor, Tensor]) -> PackedExpert:
+    """Return an expert whose matrices were packed whole."""
+    memory = spare(shape)
+    for out, weight in zip((memory.w13, memory.w2), weights, strict=True):
+        backend.pack_into(out, weight)
+    return memory
+
+
+def are_equal(one: PackedExpert, other: PackedExpert) -> bool:
+    """Compare weights and scales, bit for bit."""
+    return all(map(torch.equal, one.tensors(), other.tensors()))
 
 
 def spare(shape: ExpertShape) -> PackedExpert:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +19,18 @@ from emo_kernels import PoolTables, Router
 from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.emo.routing import route
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import MOE_BACKENDS
+from emo_serve.vllm_plugin import MOE_BACKENDS, expert_bytes
 from emo_serve.vllm_plugin.backends import (
     CpuBackend,
     MoeBackend,
     ReferenceBackend,
     TritonBackend,
+    TritonFp8Backend,
     choose_backend,
 )
 from emo_serve.vllm_plugin.batch_pools import PADDING_ROW
 from emo_serve.vllm_plugin.moe import PooledMoE
+from emo_serve.vllm_plugin.packed import ExpertShape, Slab
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_interpreter = pytest.mark.skipif(
@@ -37,11 +40,13 @@ BACKENDS = (
     ReferenceBackend(),
     CpuBackend(),
     pytest.param(TritonBackend(), marks=needs_interpreter, id="triton"),
+    pytest.param(TritonFp8Backend(), marks=needs_interpreter, id="triton-fp8"),
 )
 BACKENDS_16BIT = (  # the kernel for CPUs knows no float16, the interpreter's products no bfloat16
     pytest.param(ReferenceBackend(), torch.bfloat16, id="reference-bfloat16"),
     pytest.param(CpuBackend(), torch.bfloat16, id="cpu-bfloat16"),
     pytest.param(TritonBackend(), torch.float16, marks=needs_interpreter, id="triton-float16"),
+    pytest.param(TritonFp8Backend(), torch.float16, marks=needs_interpreter, id="triton-fp8"),
 )
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -135,17 +140,23 @@ def draw_batch(moe: MoeLayer, num_tokens: int, dtype: torch.dtype = torch.float3
     )
 
 
-def slab(backend: MoeBackend, weights_E: Tensor, slots: list[int]) -> Tensor:
-    packed_S = torch.empty_like(weights_E)
-    for expert, slot in enumerate(slots):
-        backend.pack_into(packed_S[slot], weights_E[expert])
-    return packed_S
+def pack(backend: MoeBackend, batch: Batch, slab: Slab) -> Batch:
+    """Fill the slots; return the batch with the weights that they stand for."""
+    held = replace(batch, w13_E=batch.w13_E.clone(), w2_E=batch.w2_E.clone())
+    for expert, number in enumerate(batch.slots):
+        slot = slab.slot(number)
+        for packed, weights in ((slot.w13, held.w13_E[expert]), (slot.w2, held.w2_E[expert])):
+            backend.pack_into(packed, weights)
+            if packed.scales is not None:
+                weights.copy_(packed.values.float() * packed.scales[:, None])
+    return held
 
 
-def run(backend: MoeBackend, batch: Batch) -> Tensor:
-    slabs = [slab(backend, weights, batch.slots) for weights in (batch.w13_E, batch.w2_E)]
+def run(backend: MoeBackend, batch: Batch) -> tuple[Tensor, Batch]:
+    slab = ExpertShape(HIDDEN, WIDTH, backend.slab_dtype(batch.x_TD.dtype)).slab(len(batch.slots))
+    held = pack(backend, batch, slab)
     x_TD, logits_TE, rows_T = batch.x_TD, batch.logits_TE, batch.pool_rows_T
-    return backend(x_TD, logits_TE, rows_T, batch.tables(), batch.router, *slabs)
+    return backend(x_TD, logits_TE, rows_T, batch.tables(), batch.router, slab), held
 
 
 # -- what they compute --
@@ -156,26 +167,26 @@ def run(backend: MoeBackend, batch: Batch) -> Tensor:
 def test_each_token_gets_the_experts_of_its_pool(
     backend: MoeBackend, dtype: torch.dtype, layer: str
 ) -> None:
-    batch = draw_batch(LAYERS[layer], num_tokens=9, dtype=dtype)
-    batch.check(run(backend, batch))
+    got, held = run(backend, draw_batch(LAYERS[layer], num_tokens=9, dtype=dtype))
+    held.check(got)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 130])
 def test_cpu_backend_at_other_sizes(num_tokens: int) -> None:
-    batch = draw_batch(LAYERS["shared"], num_tokens)
-    batch.check(run(CpuBackend(), batch))
+    got, held = run(CpuBackend(), draw_batch(LAYERS["shared"], num_tokens))
+    held.check(got)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_matrix_can_be_packed_in_parts(dtype: torch.dtype) -> None:
     weight = torch.randn(160, 96).to(dtype)
-    for backend in (CpuBackend(), ReferenceBackend(), TritonBackend()):
-        whole, parts = torch.empty_like(weight), torch.empty_like(weight)
+    for backend in (CpuBackend(), ReferenceBackend(), TritonBackend(), TritonFp8Backend()):
+        whole, parts = (ExpertShape(96, 80, backend.slab_dtype(dtype)).slab(1).w13[0] for _ in "12")
         backend.pack_into(whole, weight)
         for rows in (slice(0, backend.row_block), slice(backend.row_block, 160)):
             backend.pack_into(parts[rows], weight[rows])
-        assert torch.equal(parts, whole)
-        assert torch.equal(whole, weight) == backend.keeps_layout
+        assert all(map(torch.equal, parts.tensors(), whole.tensors()))
+        assert torch.equal(whole.values.to(dtype), weight) == backend.keeps_layout
 
 
 # -- the layer --
@@ -206,9 +217,9 @@ def test_the_layer_routes_by_the_tables_as_they_are_now(
         norm_topk_prob=batch.router.renormalize,
     )
     moe = PooledMoE(config, batch.moe, 99, 3, backend, f"{backend.name}.{layer}")
-    for expert, slot in enumerate(batch.slots):
-        backend.pack_into(moe.slot(slot).w13, batch.w13_E[expert])
-        backend.pack_into(moe.slot(slot).w2, batch.w2_E[expert])
+    batch = pack(backend, batch, moe.slab)
+    expert_dtype = "fp8_e4m3" if isinstance(backend, TritonFp8Backend) else "auto"
+    assert moe.slot_bytes == expert_bytes(HIDDEN, WIDTH, expert_dtype, dtype_bytes=4)
     moe.point(range(batch.moe.num_experts), batch.slots)
     for row, members_E in enumerate(batch.members_PE):
         moe.publish(row, members_E.nonzero()[:, 0].tolist(), float(batch.temperatures_P[row]))
@@ -233,8 +244,12 @@ def choice(
     device: torch.device = CPU,
     width: int = 64,
     dtype: torch.dtype = torch.float32,
+    expert_dtype: str = "auto",
 ) -> str:
-    return choose_backend(name, device, hidden_size=128, width=width, dtype=dtype).name
+    backend = choose_backend(name, device, 128, width, dtype, expert_dtype)
+    is_fp8 = backend.slab_dtype(dtype) == torch.float8_e4m3fn
+    assert is_fp8 == (expert_dtype == "fp8_e4m3")
+    return backend.name
 
 
 def give_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -285,6 +300,32 @@ def test_choice_on_an_older_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice("auto", CUDA) == "reference"
     with pytest.raises(ConfigError, match="needs compute capability 8.0; the device has 7.5"):
         choice("triton", CUDA)
+
+
+def test_fp8_experts_are_for_our_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fp8(name: str, device: torch.device, **options: Any) -> str:
+        return choice(name, device, expert_dtype="fp8_e4m3", **options)
+
+    give_capability(monkeypatch, (8, 0))
+    assert fp8("auto", CUDA, dtype=torch.bfloat16) == "triton"
+    assert fp8("triton", CUDA, dtype=torch.bfloat16) == "triton"
+    with pytest.raises(ConfigError, match="--moe-backend is reference and the device is cuda; lea"):
+        fp8("reference", CUDA)
+    for name in ("auto", "triton"):
+        with pytest.raises(ConfigError, match="each rank 8 .*--expert-dtype fp8_e4m3 needs it"):
+            fp8(name, CUDA, width=8)
+    give_capability(monkeypatch, (7, 5))
+    with pytest.raises(ConfigError, match="the device has 7.5; --expert-dtype fp8_e4m3 needs it"):
+        fp8("auto", CUDA)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert fp8("triton", CPU) == "triton"
+    for name in ("auto", "cpu", "reference"):
+        with pytest.raises(ConfigError, match=f"--moe-backend is {name} and the device is cpu"):
+            fp8(name, CPU)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ConfigError, match="needs --moe-backend triton on a CUDA device"):
+        fp8("triton", CPU)
 
 
 def test_every_name_of_the_flag_is_known_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,9 @@ def test_golden_values_in_plain_vllm(shared1: Path) -> None:
     try:
         engine = PooledEngine(llm, {"full": golden_pools()["full"]})
         assert worst_difference(engine) < TOLERANCE
+        for row in (1, 99, -1, -2, 2**40, "math", None, [0]):  # a client may send anything
+            engine.rows["full"] = row  # type: ignore[assignment]
+            assert worst_difference(engine, prompts=[0]) < TOLERANCE, row
     finally:
         llm.llm_engine.engine_core.shutdown()
 

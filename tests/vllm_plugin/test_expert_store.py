@@ -12,11 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import emo_kernels
 from emo_serve.errors import CheckpointError
-from emo_serve.vllm_plugin.backends import CpuBackend, MoeBackend, ReferenceBackend
+from emo_serve.vllm_plugin.backends import (
+    CpuBackend,
+    MoeBackend,
+    ReferenceBackend,
+    TritonFp8Backend,
+)
 from emo_serve.vllm_plugin.expert_store import StoreCounts
 from tests.golden.checkpoints import write_checkpoint
-from tests.vllm_plugin.stores import exhaust, expected, make_store, spare
+from tests.vllm_plugin.stores import are_equal, exhaust, expected, make_store, packed, spare
 
 EXPERT_BYTES = 3 * 128 * 64 * 2  # in the files
 
@@ -28,7 +34,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("piece_bytes", [1, 10_000, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("backend", [ReferenceBackend(), CpuBackend()], ids=lambda b: b.name)
+@pytest.mark.parametrize(
+    "backend",
+    [ReferenceBackend(), CpuBackend(), TritonFp8Backend()],
+    ids=lambda b: type(b).__name__,
+)
 @pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (0, 2), (1, 2)])
 def test_an_expert_is_packed_as_the_slab_wants_it(
     directory: Path,
@@ -50,17 +60,33 @@ def test_an_expert_is_packed_as_the_slab_wants_it(
     got, steps = exhaust(store.fetch(1, 5, memory))
     assert got is memory
     tensors = load_file(directory / "model.safetensors")
-    for packed, weight in zip(
-        (got.w13, got.w2), expected(tensors, 1, 5, rank, num_ranks), strict=True
-    ):
-        whole = torch.empty_like(packed)
-        backend.pack_into(whole, weight.to(dtype).contiguous())
-        assert torch.equal(packed, whole)
+    assert are_equal(got, packed(backend, shape, expected(tensors, 1, 5, rank, num_ranks)))
     if piece_bytes == 1:
         rows = 2 * 64 // num_ranks + 128  # down_proj is read whole: its columns are shared out
         assert steps == rows / backend.row_block
     read = EXPERT_BYTES if num_ranks == 1 else EXPERT_BYTES * 2 // 3  # half of gate and up
     assert store.counts == StoreCounts(bytes_read=read, disk_reads=1)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 10_000, 1 << 20])
+@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (1, 2)])
+def test_fp8_is_what_quantising_whole_matrices_gives(
+    directory: Path, piece_bytes: int, rank: int, num_ranks: int
+) -> None:
+    store, shape = make_store(
+        directory,
+        backend=TritonFp8Backend(),
+        rank=rank,
+        num_ranks=num_ranks,
+        piece_bytes=piece_bytes,
+    )
+    got, _ = exhaust(store.fetch(1, 5, spare(shape)))
+    tensors = load_file(directory / "model.safetensors")
+    weights = expected(tensors, 1, 5, rank, num_ranks)
+    for matrix, weight in zip((got.w13, got.w2), weights, strict=True):
+        values, scales = emo_kernels.quantize(weight)
+        assert torch.equal(matrix.values, values)
+        assert matrix.scales is not None and torch.equal(matrix.scales, scales)
 
 
 def test_host_memory_is_bounded_and_gives_up_the_oldest(directory: Path) -> None:
@@ -100,7 +126,7 @@ def test_any_order_of_fetches_gives_the_right_weights(
     hits = 0
     for layer, expert in asked:
         got, _ = exhaust(store.fetch(layer, expert, memory))
-        assert all(map(torch.equal, (got.w13, got.w2), expected(tensors, layer, expert)))
+        assert all(map(torch.equal, got.tensors(), expected(tensors, layer, expert)))
         hits += (layer, expert) in model
         model[layer, expert] = None
         model.move_to_end((layer, expert))
@@ -148,7 +174,7 @@ def test_memory_still_being_copied_from_is_waited_for(directory: Path) -> None:
 
     class Event:
         def synchronize(self) -> None:
-            waited.append(memory.w13.any().item())
+            waited.append(memory.w13.values.any().item())
 
     memory.in_flight = Event()  # type: ignore[assignment]
     exhaust(store.fetch(0, 1, memory))

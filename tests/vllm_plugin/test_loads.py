@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from emo_serve.vllm_plugin import loads
+from emo_serve.vllm_plugin.backends import MoeBackend, ReferenceBackend, TritonFp8Backend
 from emo_serve.vllm_plugin.expert_store import ExpertStore
-from emo_serve.vllm_plugin.loads import CpuMover, ExpertLoad, SlotCopy
+from emo_serve.vllm_plugin.loads import CpuMover, CudaMover, ExpertLoad, SlotCopy
 from tests.golden.checkpoints import write_checkpoint
-from tests.vllm_plugin.stores import Slab, expected, make_store
+from tests.vllm_plugin.stores import are_equal, expected, make_store, packed, slots_of
 
+BACKENDS = (ReferenceBackend(), TritonFp8Backend())
 COPIES = [(0, 3, 2), (1, 7, 0), (2, 1, 3)]
 
 
@@ -120,29 +123,76 @@ def test_stopping_ends_a_load_at_its_next_piece(store: ExpertStore) -> None:
 
 
 @pytest.mark.parametrize("host_experts", [0, 1, 8])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: type(b).__name__)
 def test_experts_arrive_in_their_slots_and_nowhere_else(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, host_experts: int
+    directory: Path, monkeypatch: pytest.MonkeyPatch, backend: MoeBackend, host_experts: int
 ) -> None:
     monkeypatch.setattr(CpuMover, "piece_bytes", 1000)
-    store, shape = make_store(directory, host_experts=host_experts)
+    store, shape = make_store(directory, backend=backend, host_experts=host_experts)
     tensors = load_file(directory / "model.safetensors")
     for _ in range(2):  # the second time from host memory, if there is enough
-        slab = Slab(shape, 5)
-        load = finish(ExpertLoad(1, COPIES, CpuMover(store, slab.slot, lambda: True), store))
+        slab = shape.slab(5)
+        load = finish(ExpertLoad(1, COPIES, CpuMover(store, slots_of(slab), lambda: True), store))
         assert load.state == "copied", load.failure
         for layer, expert, slot in COPIES:
-            want = expected(tensors, layer, expert)
-            assert all(map(torch.equal, (slab.w13[slot], slab.w2[slot]), want))
-        assert not slab.w13[[1, 4]].any() and not slab.w2[[1, 4]].any()
+            want = packed(backend, shape, expected(tensors, layer, expert))
+            assert are_equal(slab.slot(slot), want)
+        untouched = shape.slab(1).slot(0)
+        assert all(are_equal(slab.slot(slot), untouched) for slot in (1, 4))
     hits = 3 if host_experts == 8 else 0
     assert load.counts.host_hits == hits and load.counts.disk_reads == 3 - hits
     assert store.counts.disk_reads == 6 - hits
 
 
+class FakeStream:
+    """Stand for a CUDA stream: copies are made at once, and events have happened."""
+
+    def __init__(self, *_: object) -> None:
+        self.waited: list[object] = []
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+    def record_event(self) -> FakeStream:
+        return self
+
+    def record(self, _: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let CudaMover run on memory that is not pinned, without a device."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **kwargs: empty(*a, **kwargs))
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+@pytest.mark.parametrize("host_experts", [0, 8])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: type(b).__name__)
+def test_all_of_an_expert_goes_through_pinned_memory(
+    fake_cuda: None, directory: Path, backend: MoeBackend, host_experts: int
+) -> None:
+    store, shape = make_store(directory, backend=backend, host_experts=host_experts)
+    slab = shape.slab(5)
+    mover = CudaMover(store, slots_of(slab), shape, torch.device("cuda"))
+    load = finish(ExpertLoad(1, COPIES, mover, store))
+    assert load.state == "copied", load.failure
+    tensors = load_file(directory / "model.safetensors")
+    for layer, expert, slot in COPIES:
+        want = packed(backend, shape, expected(tensors, layer, expert))
+        assert are_equal(slab.slot(slot), want)
+
+
 def test_a_load_rests_only_while_others_decode(directory: Path) -> None:
     store, shape = make_store(directory)
     is_decoding = False
-    mover = CpuMover(store, Slab(shape, 5).slot, lambda: is_decoding)
+    mover = CpuMover(store, slots_of(shape.slab(5)), lambda: is_decoding)
     assert mover.rest == 0.0
     is_decoding = True
     assert mover.rest == CpuMover.decoding_rest
@@ -151,8 +201,8 @@ def test_a_load_rests_only_while_others_decode(directory: Path) -> None:
 def test_a_truncated_file_fails_the_load_and_names_itself(tmp_path: Path) -> None:
     store, shape = make_store(write_checkpoint("shared1", tmp_path))
     os.truncate(tmp_path / "model.safetensors", 50_000)
-    slab = Slab(shape, 5)
-    load = finish(ExpertLoad(1, COPIES, CpuMover(store, slab.slot, lambda: True), store))
+    slots = slots_of(shape.slab(5))
+    load = finish(ExpertLoad(1, COPIES, CpuMover(store, slots, lambda: True), store))
     assert load.state == "failed" and load.failure is not None
     assert "model.safetensors has 50000 bytes; it had" in load.failure
 

@@ -26,11 +26,13 @@ V2 = {
 }
 
 
-def run_golden(directory: Path, engine_args: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
+def run_golden(
+    directory: Path, engine_args: dict[str, Any], env: dict[str, str], *flags: str
+) -> dict[str, Any]:
     write_checkpoint("shared1", directory)
     command = [sys.executable, "-m", "tests.vllm_plugin.golden_run", str(directory)]
     run = subprocess.run(
-        [*command, json.dumps(engine_args)],
+        [*command, json.dumps(engine_args), *flags],
         cwd=ROOT,
         env={**os.environ, **env},
         capture_output=True,
@@ -45,17 +47,34 @@ def run_golden(directory: Path, engine_args: dict[str, Any], env: dict[str, str]
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_v2_model_runner_under_the_interpreter(tmp_path: Path, backend: str) -> None:
-    result = run_golden(tmp_path, {"moe_backend": backend}, V2)
+    result = run_golden(tmp_path, {"moe_backend": backend}, V2, "--short")
     (rank,) = result["ranks"]
     assert (rank["model_runner"], rank["moe_backend"]) == ("v2", backend)
     assert rank["routes_by_pool"]
     assert result["worst"] < TOLERANCE and result["worst_moved"] < TOLERANCE
 
 
-def test_triton_kernels_under_the_interpreter(tmp_path: Path) -> None:
-    result = run_golden(tmp_path, {"moe_backend": "triton"}, {"TRITON_INTERPRET": "1"})
+@pytest.mark.parametrize(
+    ("expert_dtype", "held_in", "slot_bytes"),
+    [
+        ("auto", "float32", 3 * 64 * 128 * 4),
+        ("fp8_e4m3", "float8_e4m3fn", 3 * 64 * 128 + 4 * (2 * 64 + 128)),
+    ],
+)
+def test_triton_kernels_under_the_interpreter(
+    tmp_path: Path, expert_dtype: str, held_in: str, slot_bytes: int
+) -> None:
+    settings = {
+        "moe_backend": "triton",
+        "expert_dtype": expert_dtype,
+        "host_expert_bytes": 50 * slot_bytes,
+    }
+    result = run_golden(tmp_path, settings, {"TRITON_INTERPRET": "1"}, "--short")
     (rank,) = result["ranks"]
     assert (rank["model_runner"], rank["moe_backend"]) == ("v1", "triton")
+    assert (rank["dtype"], rank["expert_dtype"]) == ("float32", held_in)
+    assert (rank["slot_bytes"], rank["slab_bytes"]) == (slot_bytes, 96 * slot_bytes)
+    assert (rank["host_experts"], rank["host_bytes"]) == (50, 50 * slot_bytes)
     assert result["worst"] < TOLERANCE and result["worst_moved"] < TOLERANCE
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import POOL_ROW_ARG, worker_cls_for
+from emo_serve.vllm_plugin import POOL_ROW_ARG, expert_bytes, worker_cls_for
 from emo_serve.vllm_plugin.batch_pools import PoolRows, attach_to_v1_runner
+from emo_serve.vllm_plugin.packed import ExpertShape
 
 CPU = torch.device("cpu")
 
@@ -33,6 +34,44 @@ def test_what_is_no_row_is_the_base_pools(caplog: pytest.LogCaptureFixture, row:
         assert rows.row_of(SimpleNamespace(extra_args={POOL_ROW_ARG: row})) == 0
     (record,) = caplog.records  # a client could fill the log
     assert "none of the 4 rows there are" in record.message and len(record.message) < 200
+
+
+# -- bytes of an expert --
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("expert_dtype", "dtype"),
+    [("auto", torch.bfloat16), ("auto", torch.float32), ("fp8_e4m3", torch.float8_e4m3fn)],
+)
+def test_a_slot_takes_what_the_front_end_counts(
+    expert_dtype: str, dtype: torch.dtype, num_ranks: int
+) -> None:
+    counted = expert_bytes(64, 96, expert_dtype, dtype.itemsize, num_ranks)
+    shape = ExpertShape(64, 96 // num_ranks, dtype)
+    in_slab, elsewhere = shape.slab(3).slot(2), shape.view(torch.zeros(counted, dtype=torch.uint8))
+    assert counted == shape.num_bytes == in_slab.num_bytes == elsewhere.num_bytes
+    for one, other in zip(in_slab.tensors(), elsewhere.tensors(), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        other.copy_(torch.randn(one.shape))  # parts that lay on each other would differ below
+        one.copy_(other)
+    assert all(map(torch.equal, in_slab.tensors(), elsewhere.tensors()))
+
+
+def test_an_expert_is_divided_among_the_devices() -> None:
+    released = expert_bytes(2048, 1024, "auto", dtype_bytes=2)
+    assert released == 3 * 2048 * 1024 * 2
+    assert expert_bytes(2048, 1024, "auto", 2, tensor_parallel_size=4) == released // 4
+    fp8 = expert_bytes(2048, 1024, "fp8_e4m3", dtype_bytes=2)
+    assert fp8 == 3 * 2048 * 1024 + 4 * (2 * 1024 + 2048)
+    # Every device scales all rows of w2, of which it holds some columns.
+    half = expert_bytes(2048, 1024, "fp8_e4m3", 2, tensor_parallel_size=2)
+    assert half == (fp8 + 4 * 2048) // 2
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 3 does not divide"):
+        expert_bytes(2048, 1024, "auto", 2, tensor_parallel_size=3)
+
+
+# -- rows of a batch --
 
 
 def test_one_row_a_token_and_padding_is_nobodys() -> None:

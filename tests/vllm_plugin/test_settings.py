@@ -19,7 +19,13 @@ from emo_serve.vllm_plugin.settings import (
 )
 from tests.golden.checkpoints import config_of
 
-GOOD = {"num_slots": 4, "num_pools": 8, "moe_backend": "auto", "host_expert_bytes": 0}
+GOOD = {
+    "num_slots": 4,
+    "num_pools": 8,
+    "moe_backend": "auto",
+    "expert_dtype": "auto",
+    "host_expert_bytes": 0,
+}
 
 
 def vllm_config(config: EmoConfig | None = None, **changes: Any) -> SimpleNamespace:
@@ -47,12 +53,13 @@ def vllm_config(config: EmoConfig | None = None, **changes: Any) -> SimpleNamesp
 
 
 def test_plain_vllm_holds_everything() -> None:
-    assert PluginSettings.read(vllm_config()) == PluginSettings(128, 1, "auto", 0, holds_all=True)
+    expected = PluginSettings(128, 1, "auto", "auto", 0, holds_all=True)
+    assert PluginSettings.read(vllm_config()) == expected
 
 
 def test_a_front_end_decides() -> None:
     given = vllm_config(additional_config={"emo_serve": GOOD})
-    assert PluginSettings.read(given) == PluginSettings(4, 8, "auto", 0, holds_all=False)
+    assert PluginSettings.read(given) == PluginSettings(4, 8, "auto", "auto", 0, holds_all=False)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +68,7 @@ def test_a_front_end_decides() -> None:
         ({"num_slots": 4}, r"has \['num_slots'\], expected"),
         ({**GOOD, "pools": 3}, "pools"),
         ({**GOOD, "moe_backend": "fast"}, "not one of auto, triton, cpu, reference"),
+        ({**GOOD, "expert_dtype": "fp4"}, "expert_dtype is not one of auto, fp8_e4m3"),
         ({**GOOD, "num_slots": 0}, "at least 1"),
     ],
 )
@@ -69,11 +77,17 @@ def test_bad_settings(given: dict[str, Any], words: str) -> None:
         PluginSettings.read(vllm_config(additional_config={"emo_serve": given}))
 
 
-def test_host_memory_holds_an_expert_or_is_none_at_all() -> None:
-    one_expert = 3 * 2048 * 1024 * 2 // 2  # bf16, half of it on each of two ranks
-
+@pytest.mark.parametrize(
+    ("expert_dtype", "one_expert"),  # half of it on each of two ranks
+    [
+        ("auto", 3 * 2048 * 512 * 2),
+        ("fp8_e4m3", 3 * 2048 * 512 + (2 * 512 + 2048) * 4),
+    ],
+)
+def test_host_memory_holds_an_expert_or_is_none_at_all(expert_dtype: str, one_expert: int) -> None:
     def read(host_expert_bytes: int) -> PluginSettings:
-        ours = {"emo_serve": {**GOOD, "host_expert_bytes": host_expert_bytes}}
+        changes = {"expert_dtype": expert_dtype, "host_expert_bytes": host_expert_bytes}
+        ours = {"emo_serve": {**GOOD, **changes}}
         return PluginSettings.read(vllm_config(additional_config=ours, tensor_parallel_size=2))
 
     assert read(one_expert).host_expert_bytes == one_expert
@@ -118,7 +132,7 @@ def test_reference_maths_alone_and_cuda_graphs_exclude_each_other(
     cuda = torch.device("cuda")
 
     def choose(name: str, **changes: Any) -> str:
-        settings = PluginSettings(4, 8, name, 0, holds_all=False)
+        settings = PluginSettings(4, 8, name, "auto", 0, holds_all=False)
         return backend_for(vllm_config(**changes), settings, cuda).name
 
     assert choose("reference") == "reference"
@@ -130,7 +144,7 @@ def test_reference_maths_alone_and_cuda_graphs_exclude_each_other(
 
 def test_an_experts_width_is_each_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    settings = PluginSettings(4, 8, "triton", 0, holds_all=False)
+    settings = PluginSettings(4, 8, "triton", "auto", 0, holds_all=False)
     config = EmoConfig(intermediate_size=96)
     assert backend_for(vllm_config(config, tensor_parallel_size=6), settings, torch.device("cuda"))
     with pytest.raises(ConfigError, match="each rank 8 .*divided by --tensor-parallel-size"):
