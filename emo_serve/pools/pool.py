@@ -9,12 +9,16 @@ The file, "emo-pool/1", is one JSON object:
     {"format": "emo-pool/1", "name": "math",
      "layers": [null, {"experts": [3, 17], "scores": [0.01, ...]}, ...],
      "description": "...", "router_temperature": 1.0,
-     "model": {"name": "...", "fingerprint": "..."},
-     "calibration": {"method": "router", "documents": 20, "tokens": 5120}}
+     "model": {"name": "...", "fingerprint": "...", "implied": [[], [31], ...]},
+     "calibration": {"method": "layerwise", "documents": 20, "tokens": 5120, "seed": 0,
+                     "experts": 16}}
 
 `layers` has one entry a layer, null for a dense one. `scores`, where present, ranks ALL experts of
 the layer, so that one file can be cut to any size. Shared and always-active experts are implied:
-they belong to every pool, listed or not. Whatever follows `layers` above may be left out.
+they belong to every pool, listed or not; `model.implied` names them, a list a layer, so that the
+file can be cut where the model is not. `calibration.experts` is the size the pool was found at.
+Whatever follows `layers` above may be left out, and so may each key of `model` and, but for
+`method`, of `calibration`.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -50,10 +54,12 @@ __all__ = [
     "PoolModel",
     "check_layer",
     "check_name",
+    "keep_best",
 ]
 
 FORMAT = "emo-pool/1"
 UNION = "+"
+_CALIBRATION_COUNTS = ("documents", "tokens", "seed", "experts")
 _NAME = re.compile(r"[a-z0-9._-]{1,64}")
 
 
@@ -72,19 +78,29 @@ class LayerExperts:
 
 @dataclass(frozen=True)
 class PoolModel:
-    """The model a pool was made for; the fingerprint covers its config and gates."""
+    """The model a pool was made for; the fingerprint covers its config and gates.
+
+    `implied` holds, a layer each, the ids that belong to every pool, ascending; () where dense.
+    """
 
     name: str | None = None
     fingerprint: str | None = None
+    implied: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
 class PoolCalibration:
-    """How a pool was found, and from how much text."""
+    """How a pool was found, and from how much text.
+
+    `experts` is how many a layer were kept when it was found. A cut pool keeps that number: the
+    scores of `layerwise` were taken on a path restricted to so many.
+    """
 
     method: str
     documents: int | None = None
     tokens: int | None = None
+    seed: int | None = None
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,7 @@ class ExpertPool:
         for index, layer in enumerate(self.layers):
             if layer is not None:
                 check_layer(source, index, layer.experts, layer.scores)
+        _check_implied(source, self.model, self.layers)
         temperature = _checked_temperature(source, self.router_temperature)
         object.__setattr__(self, "router_temperature", temperature)
 
@@ -175,33 +192,42 @@ class ExpertPool:
             model=self.model if self.model == other.model else None,
         )
 
-    def cut(self, k: int, moe_layers: Sequence[MoeLayer | None]) -> ExpertPool:
+    def cut(self, k: int, moe_layers: Sequence[MoeLayer | None] | None = None) -> ExpertPool:
         """Keep the `k` best-scored experts of each layer, implied ones included, never dropped.
 
         All experts of the layer compete, not only the pool's: with its scores a pool can grow as
         well as shrink. Ties go to the lower id; a layer of fewer than `k` experts keeps all.
-        Raises ConfigError for a `k` too small, PoolFileError for a layer without scores.
+        Without `moe_layers` the implied experts are those that `model.implied` names. Raises
+        ConfigError for a `k` too small, PoolFileError for what is needed and not there.
         """
         layers: list[LayerExperts | None] = []
-        for index, pair in enumerate(_paired(self, moe_layers)):
-            if pair is None:
+        for index, (layer, implied) in enumerate(
+            zip(self.layers, self._implied(moe_layers), strict=True)
+        ):
+            if layer is None:
                 layers.append(None)
                 continue
-            layer, model_layer = pair
-            implied = model_layer.implied
             if k < max(1, len(implied)):
                 raise ConfigError(
                     f"cannot cut pool {self.name!r} to {k} experts: layer {index} needs at least"
                     f" {max(1, len(implied))} (shared and always-active experts are never dropped)"
                 )
-            scores = layer.scores
-            if scores is None:
-                expected = f"{model_layer.num_experts} numbers, by which to cut to {k} experts"
+            if layer.scores is None:
+                expected = f"a number for each of its experts, by which to cut to {k} experts"
                 raise refusal(f"pool {self.name!r}", "scores", None, expected, index)
-            chosen = {e for e in range(model_layer.num_experts) if e not in implied}
-            best = sorted(chosen, key=lambda e: (-scores[e], e))[: k - len(implied)]
-            layers.append(replace(layer, experts=tuple({*implied, *best})))
+            layers.append(replace(layer, experts=keep_best(layer.scores, k, implied)))
         return replace(self, layers=tuple(layers))
+
+    def _implied(self, moe_layers: Sequence[MoeLayer | None] | None) -> Sequence[Collection[int]]:
+        """Return the ids that belong to every pool, a layer each."""
+        if moe_layers is not None:
+            self.check_fits(moe_layers, None, f"pool {self.name!r}")
+            return [() if layer is None else layer.implied for layer in moe_layers]
+        implied = self.model.implied if self.model else None
+        if implied is None:
+            expected = "the shared and always-active experts; without it, cut with the model"
+            raise refusal(f"pool {self.name!r}", "model.implied", None, expected)
+        return implied
 
     # -- fit --
 
@@ -228,6 +254,10 @@ class ExpertPool:
                 expected = f"experts: the layer has {model_layer.num_experts} and is not dense"
                 raise refusal(source, "the entry", None, expected, index)
             _check_layer_fits(source, index, layer, model_layer)
+            implied = self.model.implied[index] if self.model and self.model.implied else None
+            if implied is not None and set(implied) != model_layer.implied:
+                expected = f"the model's, {sorted(model_layer.implied)}"
+                raise refusal(source, "model.implied", list(implied), expected, index)
 
     # -- file --
 
@@ -260,6 +290,16 @@ class ExpertPool:
                 partial.unlink(missing_ok=True)
         except OSError as error:
             raise PoolFileError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def keep_best(scores: Sequence[float], k: int, implied: Collection[int]) -> tuple[int, ...]:
+    """Return the `k` best-scored ids of a layer, ascending, implied ones always among them.
+
+    Ties go to the lower id; a layer of fewer than `k` experts keeps all.
+    """
+    chosen = [expert for expert in range(len(scores)) if expert not in implied]
+    best = sorted(chosen, key=lambda e: (-scores[e], e))[: max(0, k - len(implied))]
+    return tuple(sorted({*implied, *best}))
 
 
 # -- checks --
@@ -299,6 +339,23 @@ def check_layer(
     if seen and len(scores) <= max(seen):
         expected = f"one for each expert of the layer, at least {max(seen) + 1}"
         raise refusal(source, "the number of scores", len(scores), expected, index)
+
+
+def _check_implied(
+    source: str, model: PoolModel | None, layers: Sequence[LayerExperts | None]
+) -> None:
+    """Refuse a record of implied experts that contradicts the layers."""
+    if model is None or model.implied is None:
+        return
+    if len(model.implied) != len(layers):
+        expected = f"one list a layer, {len(layers)}"
+        raise refusal(source, "the number of lists in model.implied", len(model.implied), expected)
+    for index, (layer, implied) in enumerate(zip(layers, model.implied, strict=True)):
+        scores = None if layer is None else layer.scores
+        limit = 0 if layer is None else None if scores is None else len(scores)
+        if implied and limit is not None and max(implied) >= limit:
+            expected = f"ids below {limit}" if limit else "[]: the layer is dense"
+            raise refusal(source, "model.implied", list(implied), expected, index)
 
 
 def _check_layer_fits(source: str, index: int, layer: LayerExperts, model_layer: MoeLayer) -> None:
@@ -369,27 +426,40 @@ def _parse_layer(source: str, index: int, entry: object) -> LayerExperts | None:
 def _parse_model(source: str, value: object) -> PoolModel | None:
     if value is None:
         return None
-    fields = required_object(source, "model", value, optional=("name", "fingerprint"))
+    fields = required_object(source, "model", value, optional=("name", "fingerprint", "implied"))
     return PoolModel(
+        implied=_parse_implied(source, fields.get("implied")),
         name=optional_text(source, "model.name", fields.get("name")),
         fingerprint=optional_text(source, "model.fingerprint", fields.get("fingerprint")),
     )
+
+
+def _parse_implied(source: str, value: object) -> tuple[tuple[int, ...], ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(ids, list) for ids in value):
+        raise refusal(source, "model.implied", value, "a list with one list of ids a layer")
+    for index, ids in enumerate(value):
+        for expert in ids:
+            if type(expert) is not int or expert < 0 or ids.count(expert) > 1:
+                expected = "ids of 0 or more, each once"
+                raise refusal(source, "model.implied", ids, expected, index)
+    return tuple(tuple(sorted(ids)) for ids in value)
 
 
 def _parse_calibration(source: str, value: object) -> PoolCalibration | None:
     if value is None:
         return None
     fields = required_object(
-        source, "calibration", value, required=("method",), optional=("documents", "tokens")
+        source, "calibration", value, required=("method",), optional=_CALIBRATION_COUNTS
     )
     if not isinstance(fields["method"], str):
         raise refusal(source, "calibration.method", fields["method"], "a string")
-    counts: dict[str, int | None] = {}
-    for key in ("documents", "tokens"):
-        count = counts[key] = fields.get(key)  # type: ignore[assignment]  # checked next
+    for key in _CALIBRATION_COUNTS:
+        count = fields.get(key)
         if count is not None and (type(count) is not int or count < 0):
             raise refusal(source, f"calibration.{key}", count, "a count of 0 or more")
-    return PoolCalibration(fields["method"], counts["documents"], counts["tokens"])
+    return PoolCalibration(**fields)  # type: ignore[arg-type]  # checked above
 
 
 def _format(pool: ExpertPool) -> str:

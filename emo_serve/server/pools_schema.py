@@ -98,6 +98,9 @@ class DocumentModel(_Strict):
 
     name: str | None = None
     fingerprint: str | None = Field(None, description="refused if it is not the served model's")
+    implied: list[list[int]] | None = Field(
+        None, description="shared and always-active experts, a list a layer"
+    )
 
 
 class DocumentCalibration(_Strict):
@@ -106,6 +109,8 @@ class DocumentCalibration(_Strict):
     method: str
     documents: int | None = Field(None, ge=0)
     tokens: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0)
+    experts: int | None = Field(None, ge=0, description="kept a layer when the pool was found")
 
 
 class PoolDocument(_Strict):

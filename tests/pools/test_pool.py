@@ -67,7 +67,9 @@ def pools_of(
         scores = st.lists(score, min_size=layer.num_experts, max_size=layer.num_experts)
         has_scores = draw(st.booleans()) if scored is None else scored
         layers.append(LayerExperts(tuple(experts), tuple(draw(scores)) if has_scores else None))
-    made_for = st.none() | st.builds(PoolModel, st.none() | st.text(), st.none() | st.text())
+    implied = tuple(() if layer is None else tuple(sorted(layer.implied)) for layer in model)
+    text = st.none() | st.text()
+    made_for = st.none() | st.builds(PoolModel, text, text, st.sampled_from([None, implied]))
     count = st.none() | st.integers(0, 10**12)
     return ExpertPool(
         name=draw(names),
@@ -75,7 +77,9 @@ def pools_of(
         router_temperature=draw(temperature),
         description=draw(st.text()),
         model=draw(made_for),
-        calibration=draw(st.none() | st.builds(PoolCalibration, st.text(), count, count)),
+        calibration=draw(
+            st.none() | st.builds(PoolCalibration, st.text(), count, count, count, count)
+        ),
     )
 
 
@@ -426,7 +430,7 @@ def test_equal_scores_go_to_the_lower_id() -> None:
 
 
 def test_a_pool_without_scores_cannot_be_cut() -> None:
-    with pytest.raises(PoolFileError, match="layer 2: scores is None; expected 16 numbers"):
+    with pytest.raises(PoolFileError, match="layer 2: scores is None; expected a number for each"):
         a_pool().cut(4, MODEL)
 
 
@@ -486,3 +490,71 @@ def test_a_fingerprint_is_checked_only_where_both_sides_have_one() -> None:
 def test_maths_refuses_a_pool_that_does_not_fit() -> None:
     with pytest.raises(PoolFileError, match="pool 'math': the number of layers"):
         a_pool().complete(MODEL[:2])
+
+
+# -- what a file says of its model --
+
+
+IMPLIED = ((), (7,), (2, 5))
+
+
+def test_a_file_that_names_the_implied_experts_is_cut_without_the_model(tmp_path: Path) -> None:
+    scores = tuple(float(expert) for expert in range(16))
+    layers = (None, LayerExperts((1, 3), SCORES), LayerExperts((0, 9), scores))
+    pool = ExpertPool("math", layers, model=PoolModel(implied=IMPLIED))
+    pool.write(tmp_path / "p.json")
+    read = ExpertPool.read(tmp_path / "p.json")
+    assert read == pool
+    assert read.cut(4) == read.cut(4, MODEL)
+    assert read.cut(3).expert_ids == ((), (5, 6, 7), (2, 5, 15))
+    with pytest.raises(ConfigError, match="layer 2 needs at least 2"):
+        read.cut(1)
+
+
+def test_without_model_and_record_nothing_is_cut() -> None:
+    with pytest.raises(
+        PoolFileError, match=r"model\.implied is None; expected .* cut with the model"
+    ):
+        a_pool().cut(4)
+
+
+@pytest.mark.parametrize(
+    ("implied", "message"),
+    [
+        ("all", "model.implied is 'all'; expected a list with one list of ids a layer"),
+        ([[], [7]], "the number of lists in model.implied is 2; expected one list a layer, 3"),
+        ([[], 7, []], "model.implied is [[], 7, []]"),
+        (
+            [[], [7, 7], []],
+            "layer 1: model.implied is [7, 7]; expected ids of 0 or more, each once",
+        ),
+        ([[], [-1], []], "layer 1: model.implied is [-1]"),
+        ([[], [True], []], "layer 1: model.implied is [True]"),
+        ([[0], [7], []], "layer 0: model.implied is [0]; expected []: the layer is dense"),
+        ([[], [8], []], "layer 1: model.implied is [8]; expected ids below 8"),
+    ],
+)
+def test_a_bad_record_of_implied_experts_is_refused(implied: object, message: str) -> None:
+    layers = [None, {"experts": [1], "scores": list(SCORES)}, {"experts": [2]}]
+    document = {"format": "emo-pool/1", "name": "p", "layers": layers}
+    ExpertPool.parse("p", {**document, "model": {"implied": [[], [7], [2, 5]]}})
+    with pytest.raises(PoolFileError) as caught:
+        ExpertPool.parse("p", {**document, "model": {"implied": implied}})
+    assert message in str(caught.value)
+
+
+def test_a_record_that_is_not_the_models_is_refused() -> None:
+    a_pool(model=PoolModel(implied=IMPLIED)).check_fits(MODEL, None, "p")
+    other = a_pool(model=PoolModel(implied=((), (6,), (2, 5))))
+    with pytest.raises(PoolFileError, match=r"layer 1: model\.implied is \[6\]; .* \[7\]"):
+        other.check_fits(MODEL, None, "p")
+
+
+def test_a_file_keeps_seed_and_size_of_its_calibration(tmp_path: Path) -> None:
+    made = PoolCalibration("layerwise", 20, 5120, seed=3, experts=16)
+    a_pool(calibration=made).write(tmp_path / "p.json")
+    assert ExpertPool.read(tmp_path / "p.json").calibration == made
+    for key in ("seed", "experts"):
+        document = {"format": "emo-pool/1", "name": "p", "layers": [None]}
+        with pytest.raises(PoolFileError, match=f"calibration.{key} is -1"):
+            ExpertPool.parse("p", {**document, "calibration": {"method": "m", key: -1}})

@@ -345,8 +345,8 @@ def test_the_schema_describes_what_the_parser_takes() -> None:
         (None, LayerExperts((1, 2), (0.5, 1.0, 2.0)), LayerExperts((1,))),
         2.0,
         "all fields",
-        PoolModel("emo", "fed"),
-        PoolCalibration("router", 3, 4),
+        PoolModel("emo", "fed", ((), (2,), ())),
+        PoolCalibration("router", 3, 4, 5, 2),
     )
     document = {
         "format": "emo-pool/1",
@@ -354,8 +354,14 @@ def test_the_schema_describes_what_the_parser_takes() -> None:
         "layers": [None, {"experts": [1, 2], "scores": [0.5, 1.0, 2.0]}, {"experts": [1]}],
         "router_temperature": 2.0,
         "description": "all fields",
-        "model": {"name": "emo", "fingerprint": "fed"},
-        "calibration": {"method": "router", "documents": 3, "tokens": 4},
+        "model": {"name": "emo", "fingerprint": "fed", "implied": [[], [2], []]},
+        "calibration": {
+            "method": "router",
+            "documents": 3,
+            "tokens": 4,
+            "seed": 5,
+            "experts": 2,
+        },
     }
     assert ExpertPool.parse("body", document) == pool
     described = PoolDocument.model_validate_json(json.dumps(document))
