@@ -21,8 +21,9 @@ import torch
 
 from common import append_result
 from emo_serve import demo
-from emo_serve.demo.evaluate import Experiment, encode_texts, heldout_loss, random_pool
-from emo_serve.pools.calibration import router_pool
+from emo_serve.demo.evaluate import Experiment, encode_texts, heldout_loss
+from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.pools.calibration.build import calibrate
 
 SIZES = (32, 16, 8, 4)
 RANDOM_SEEDS = (0, 1, 2)
@@ -31,17 +32,17 @@ RANDOM_SEEDS = (0, 1, 2)
 def measure(name: str, texts: int, matrix_texts: int) -> dict[str, object]:
     """Return every figure of one model."""
     experiment = Experiment.shipped(name, texts)
-    config = experiment.model.config
+    checkpoint = Checkpoint.open(demo.model_dir(name))
     by_method: dict[str, dict[str, float]] = {}
     for domain, ids_BT in experiment.texts.items():
         after = encode_texts(demo.model_dir(name), demo.heldout(domain)[texts : texts + 1])
         rows = {f"{k} kept": experiment.loss(domain, k) for k in SIZES}
         for k in (8, 4):
-            single = router_pool(domain, experiment.model, list(after), k)
+            single = calibrate(checkpoint, list(after), k, "router").pool(domain)
             rows[f"{k} kept, one document"] = heldout_loss(experiment.model, ids_BT, single)
         rows["8 kept, random"] = statistics.mean(
-            heldout_loss(experiment.model, ids_BT, random_pool(config, 8, seed))
-            for seed in RANDOM_SEEDS
+            heldout_loss(experiment.model, ids_BT, drawn.pool("random"))
+            for drawn in (calibrate(checkpoint, [], 8, "random", seed) for seed in RANDOM_SEEDS)
         )
         rows["shared only"] = experiment.loss(domain, 1)
         by_method[domain] = rows

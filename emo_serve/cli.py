@@ -60,6 +60,7 @@ def _asks_short_help(arguments: Sequence[str]) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from emo_serve import demo
     from emo_serve.demo.commands import add_demo_parser
     from emo_serve.pools.commands import add_pools_parser
 
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoint directory or Hub id (default: the small model that ships)",
     )
     add_serve_flags(serve)
-    add_pools_parser(commands)
+    add_pools_parser(commands, demo.model_dir())
     add_demo_parser(commands)
     return parser
 

@@ -22,9 +22,9 @@ from emo_serve.demo.corpus import HELDOUT_TOKENS
 from emo_serve.emo.checkpoint import load_model
 from emo_serve.emo.config import EmoConfig
 from emo_serve.emo.model import EmoForCausalLM
-from emo_serve.pools.pool import ExpertPool, LayerExperts
+from emo_serve.pools.pool import ExpertPool
 
-__all__ = ["Experiment", "encode_texts", "heldout_loss", "pool_masks", "random_pool"]
+__all__ = ["Experiment", "encode_texts", "heldout_loss", "pool_masks"]
 
 _TEXTS_PER_CALL = 8
 
@@ -59,21 +59,6 @@ def heldout_loss(model: EmoForCausalLM, ids_BT: Tensor, pool: ExpertPool | None 
         targets = part_BT[:, 1:].flatten()
         total += F.cross_entropy(logits_BTV.flatten(0, 1), targets, reduction="sum").item()
     return total / ids_BT[:, 1:].numel()
-
-
-def random_pool(config: EmoConfig, k: int, seed: int) -> ExpertPool:
-    """Return the control: `k` experts a layer by lot, implied ones among them."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = tuple(
-        None
-        if moe is None
-        else LayerExperts(
-            tuple(range(moe.num_experts)),
-            tuple(torch.rand(moe.num_experts, generator=generator).tolist()),
-        )
-        for moe in config.moe_layers
-    )
-    return ExpertPool("random", layers).cut(k, config.moe_layers)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from emo_serve.demo.tokenizer import save_tokenizer
 from emo_serve.demo.train import Batches
-from emo_serve.emo.checkpoint import Checkpoint, load_model, save_checkpoint
+from emo_serve.emo.checkpoint import Checkpoint, save_checkpoint
 from emo_serve.emo.model import EmoForCausalLM
-from emo_serve.pools.calibration import router_pool
-from emo_serve.pools.pool import PoolModel
+from emo_serve.pools.calibration.build import calibrate, model_record
 
 __all__ = ["POOL_SIZE", "calibration_documents", "release_model"]
 
@@ -40,19 +38,14 @@ def release_model(
     tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
     save_tokenizer(tokenizer, model_directory, model.config.max_position_embeddings)
     shutil.copytree(corpus / "heldout", directory / "heldout", dirs_exist_ok=True)
-    shipped = load_model(model_directory, torch.float32)
-    made_for = PoolModel(name, Checkpoint.open(model_directory).fingerprint())
+    shipped = Checkpoint.open(model_directory)
+    made_for = model_record(shipped)
     pools = directory / "pools" / name
     pools.mkdir(parents=True, exist_ok=True)
     for domain, documents in calibration_documents(corpus / "tokens.npz").items():
-        pool = router_pool(
-            domain,
-            shipped,
-            documents,
-            pool_size,
-            description=f"{pool_size} of {model.config.num_experts} experts a layer for {domain}",
-            made_for=made_for,
-        )
+        found = calibrate(shipped, documents, pool_size, "router")
+        description = f"{pool_size} of {model.config.num_experts} experts a layer for {domain}"
+        pool = found.pool(domain, made_for, description)
         pool.write(pools / f"{domain}.json")
 
 

@@ -26,12 +26,14 @@ from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.emo.routing import route, standard_probabilities
 
 __all__ = [
+    "DecoderLayer",
     "DenseMlp",
     "EmoForCausalLM",
     "EmoModel",
     "EmoMoe",
     "RouterRecord",
     "inverse_frequencies",
+    "rotation",
 ]
 
 
@@ -82,7 +84,7 @@ class EmoModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = enumerate(config.moe_layers)
-        self.layers = nn.ModuleList(_DecoderLayer(config, moe, index) for index, moe in layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, moe, index) for index, moe in layers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         frequencies, self.rope_scale = inverse_frequencies(config)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
@@ -96,9 +98,7 @@ class EmoModel(nn.Module):
     ) -> Tensor:
         """Return hidden states [B, T, D]; arguments as EmoForCausalLM.forward."""
         x_BTD = self.embed_tokens(ids_BT)
-        positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device, dtype=torch.float32)
-        angles_TC = torch.outer(positions_T, self.inverse_frequencies).repeat(1, 2)
-        rope = (angles_TC.cos() * self.rope_scale, angles_TC.sin() * self.rope_scale)
+        rope = rotation(self.inverse_frequencies, self.rope_scale, ids_BT.shape[1])
         for index, layer in enumerate(self.layers):
             pool_E = None if pool is None else pool[index]
             x_BTD = layer(x_BTD, rope, pool_E, temperature, record)
@@ -119,10 +119,19 @@ def inverse_frequencies(config: EmoConfig) -> tuple[Tensor, float]:
     return frequencies, float(scale)
 
 
+def rotation(frequencies: Tensor, scale: float, length: int) -> tuple[Tensor, Tensor]:
+    """Return RoPE's cos and sin [T, C] of the first `length` positions."""
+    positions_T = torch.arange(length, device=frequencies.device, dtype=torch.float32)
+    angles_TC = torch.outer(positions_T, frequencies).repeat(1, 2)
+    return angles_TC.cos() * scale, angles_TC.sin() * scale
+
+
 # -- layers --
 
 
-class _DecoderLayer(nn.Module):
+class DecoderLayer(nn.Module):
+    """One layer: attention, then a MoE or, where `moe` is None, a dense MLP."""
+
     def __init__(self, config: EmoConfig, moe: MoeLayer | None, index: int) -> None:
         super().__init__()
         self.pre_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -138,11 +147,16 @@ class _DecoderLayer(nn.Module):
         temperature: float,
         record: list[RouterRecord] | None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.pre_attention_layernorm(x_BTD), rope)
+        """Return the layer's output [B, T, D]; `rope` is what `rotation` gives."""
+        x_BTD = self.attend(x_BTD, rope)
         normed_BTD = self.pre_feedforward_layernorm(x_BTD)
         if isinstance(self.mlp, DenseMlp):
             return x_BTD + self.mlp(normed_BTD)  # type: ignore[no-any-return]
         return x_BTD + self.mlp(normed_BTD, pool, temperature, record)  # type: ignore[no-any-return]
+
+    def attend(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the residual stream after attention: what the layer's MLP or MoE reads."""
+        return x_BTD + self.self_attn(self.pre_attention_layernorm(x_BTD), rope)  # type: ignore[no-any-return]
 
 
 class _Attention(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from emo_serve.emo.config import MoeLayer
 
-__all__ = ["Routing", "route", "standard_probabilities"]
+__all__ = ["Routing", "route", "router_probabilities", "standard_probabilities"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,16 @@ def standard_probabilities(logits_TE: Tensor, layer: MoeLayer, pool_TE: Tensor |
     outside_TS = ~pool_TE[:, : layer.num_experts - num_shared]
     masked_TS = standard_TS.masked_fill(outside_TS, float("-inf")).softmax(-1)
     return masked_TS.masked_fill(outside_TS, 0.0)  # an empty pool's softmax is nan
+
+
+def router_probabilities(logits_TE: Tensor, layer: MoeLayer) -> Tensor:
+    """Return the full router's probability of each expert, fp32 [T, E].
+
+    Shared experts have a softmax of their own; with always-active experts there is one over all.
+    """
+    standard_TS = standard_probabilities(logits_TE, layer, None)
+    shared_TN = logits_TE[:, standard_TS.shape[-1] :].float().softmax(-1)
+    return torch.cat([standard_TS, shared_TN], -1)
 
 
 def _top_k(probabilities_TS: Tensor, k: int) -> tuple[Tensor, Tensor]:

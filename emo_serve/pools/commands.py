@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emo_serve.errors import ConfigError, EmoServeError, Unavailable
+from emo_serve.pools.calibration.commands import add_calibration_commands
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.export import read_pruning_metadata
 from emo_serve.pools.file_commands import add_file_commands
@@ -37,9 +38,15 @@ _CHANGE_SECONDS = 600.0  # a load may have to wait for long requests to end
 _Command = Callable[[argparse.Namespace], int]
 
 
-def add_pools_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `pools` and its commands; each sets `run`, a function from the arguments to a status."""
-    text = "list, show and import pool files; ask and change the pools of a running server"
+def add_pools_parser(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    default_model: Path | None = None,
+) -> None:
+    """Add `pools` and its commands; each sets `run`, a function from the arguments to a status.
+
+    `default_model` is the checkpoint that `build` calibrates on when it is told none.
+    """
+    text = "build, list, show and import pool files; ask and change the pools of a running server"
     parser = subparsers.add_parser("pools", help=text, description=text)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -73,6 +80,7 @@ def add_pools_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     for command in (listing, show):
         _add_server_flags(command, is_required=False, seconds=_READ_SECONDS)
     add_file_commands(add)
+    add_calibration_commands(add, default_model)
     _add_changing(add)
 
 

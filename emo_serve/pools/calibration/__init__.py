@@ -1,0 +1,8 @@
+"""Finding a domain's pool from examples of it: read, run layer by layer, score, keep the best."""
+
+from __future__ import annotations
+
+__all__ = ["DEFAULT_METHOD", "METHODS"]
+
+DEFAULT_METHOD = "layerwise"
+METHODS = (DEFAULT_METHOD, "router", "easy-ep", "random")

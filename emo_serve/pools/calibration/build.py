@@ -1,0 +1,264 @@
+"""Find a domain's pool: run its documents through a checkpoint, score every expert, keep the best.
+
+Four methods share one walk over the layers (`layer_walk`); no padding exists in it. They differ in
+what scores an expert and in which experts compute what the next layer reads:
+
+- `layerwise`: the router's softmax averaged over all tokens; layer l is scored with layers 0..l-1
+  already restricted to what was kept of them, so only K experts of a layer are ever read. The
+  published default.
+- `router`: the same score, on the path of the full model.
+- `easy-ep` (arXiv 2504.06792): the sum over tokens of weight x norm x change, on the path of the
+  full model. The weight is the router's, 0 for an expert the token does not take; the norm is the
+  L2 norm of that expert's own output, unweighted; the change is 1 - cos(h, h + y), not below 0,
+  where h is the residual stream that enters the MoE block, after attention and BEFORE the block's
+  RMSNorm, and y what the block adds to it, shared experts included. So the paper's authors measure
+  it (github.com/RUCAIBox/EASYEP, pruning/model_new.py), but for the shared experts, which they
+  leave out of y; EMO's script (easy_ep_prune.py) takes the normed h.
+- `random`: the control. Scores are drawn from a seed; needs no documents. With some, the path is
+  restricted as in `layerwise` and the coverage known.
+
+Shared experts are scored apart, by the softmax among themselves; always-active layers have one
+softmax over all experts. Either kind is in the pool whatever it scores. Softmax in fp32, sums over
+tokens in fp64. Every expert keeps its score, so the same run can be served at any size
+(`ExpertPool.cut`).
+
+Shapes: N tokens of all documents, P passages, E experts, K experts a token takes, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.emo.config import EmoConfig, MoeLayer
+from emo_serve.emo.routing import Routing, route, router_probabilities
+from emo_serve.errors import ConfigError
+from emo_serve.pools.calibration import DEFAULT_METHOD, METHODS
+from emo_serve.pools.calibration.advice import passages
+from emo_serve.pools.calibration.layer_walk import LayerWalk, Mixture
+from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration, PoolModel, keep_best
+
+__all__ = [
+    "Calibration",
+    "LayerFindings",
+    "calibrate",
+    "check_request",
+    "model_record",
+    "num_steps",
+    "random_scores",
+]
+
+_OF_THE_FULL_MODEL = ("router", "easy-ep")
+
+
+@dataclass(frozen=True)
+class LayerFindings:
+    """What was found about one MoE layer: a score for each expert, and the ids kept.
+
+    `coverage` is the share of the full router's mass inside `experts`, mean over tokens, and
+    `own_coverage` what pools of the same size, one for each passage alone, would cover (`advice`);
+    shared experts count in neither. None without documents, or where all experts are shared.
+    """
+
+    scores: tuple[float, ...]
+    experts: tuple[int, ...]
+    coverage: float | None
+    own_coverage: float | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The outcome of one run; None in `layers` stands for a dense layer.
+
+    `experts_read` counts the experts read from the checkpoint, a layer each.
+    """
+
+    method: str
+    seed: int
+    k: int
+    documents: int
+    tokens: int
+    layers: tuple[LayerFindings | None, ...]
+    experts_read: tuple[int, ...]
+    bytes_read: int
+
+    @property
+    def coverage(self) -> float | None:
+        """Return the share of the full router's mass in the pool, mean over tokens and layers."""
+        return _mean([layer.coverage for layer in self.layers if layer is not None])
+
+    @property
+    def own_coverage(self) -> float | None:
+        """Return the coverage that passages would have if each had a pool of its own."""
+        return _mean([layer.own_coverage for layer in self.layers if layer is not None])
+
+    def pool(
+        self, name: str, made_for: PoolModel | None = None, description: str = ""
+    ) -> ExpertPool:
+        """Return the pool of the experts kept, with the scores of all and how it was found."""
+        layers = (
+            None if found is None else LayerExperts(found.experts, found.scores)
+            for found in self.layers
+        )
+        record = PoolCalibration(self.method, self.documents, self.tokens, self.seed, self.k)
+        return ExpertPool(
+            name, tuple(layers), description=description, model=made_for, calibration=record
+        )
+
+
+def check_request(config: EmoConfig, method: str, k: int, seed: int = 0) -> None:
+    """Raise ConfigError for an unknown method, or a size or seed that this model cannot have."""
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; give one of {', '.join(METHODS)}")
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; give 0 or more")
+    sizes = [(moe.num_experts, index) for index, moe in enumerate(config.moe_layers) if moe]
+    if not sizes:
+        raise ConfigError("the model has no MoE layer, so there is nothing to keep a pool of")
+    if k > max(sizes)[0]:
+        raise ConfigError(
+            f"a pool of {k} experts a layer is more than the model has: {max(sizes)[0]} at most"
+            f" (layer {max(sizes)[1]}); give fewer"
+        )
+    for index, moe in enumerate(config.moe_layers):
+        if moe is not None and k < max(1, len(moe.implied)):
+            raise ConfigError(
+                f"a pool of {k} experts a layer is too small: layer {index} needs at least"
+                f" {max(1, len(moe.implied))} (shared and always-active experts are never dropped)"
+            )
+
+
+def model_record(checkpoint: Checkpoint) -> PoolModel:
+    """Return what a pool file says of the model it was made for."""
+    implied = (
+        () if moe is None else tuple(sorted(moe.implied)) for moe in checkpoint.config.moe_layers
+    )
+    name = checkpoint.directory.resolve().name
+    return PoolModel(name, checkpoint.fingerprint(), tuple(implied))
+
+
+def num_steps(config: EmoConfig, method: str, k: int, num_documents: int) -> int:
+    """Return how many steps `calibrate` will report at most: a document or an expert of a layer."""
+    last = _last_moe(config)
+    experts = [0 if moe is None else moe.num_experts for moe in config.moe_layers[: last + 1]]
+    if method != "easy-ep":
+        experts.pop()
+    if method not in _OF_THE_FULL_MODEL:
+        experts = [min(k, count) for count in experts]
+    return (last + 1) * num_documents + sum(experts) if num_documents else 0
+
+
+@torch.no_grad()
+def calibrate(
+    checkpoint: Checkpoint,
+    documents: Sequence[Tensor],
+    k: int,
+    method: str = DEFAULT_METHOD,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> Calibration:
+    """Score every expert on `documents`, int64 ids [T] each, and keep the `k` best a layer.
+
+    The same arguments give the same result on the same machine; `seed` matters to `random` alone.
+    Raises ConfigError for a request that `check_request` refuses, and without any token.
+    """
+    config = checkpoint.config
+    check_request(config, method, k, seed)
+    documents = [ids_T for ids_T in documents if len(ids_T)]
+    drawn = random_scores(config, seed) if method == "random" else None
+    if not documents and drawn is None:
+        raise ConfigError("calibration needs at least one token of the domain's text")
+    layers: list[LayerFindings | None] = [None] * config.num_hidden_layers
+    if not documents and drawn is not None:
+        for index, moe in enumerate(config.moe_layers):
+            if moe is not None:
+                layers[index] = _findings(drawn[index], moe, k)
+        return Calibration(method, seed, k, 0, 0, tuple(layers), (0,) * len(layers), 0)
+    walk = LayerWalk(checkpoint, documents, advance)
+    last = _last_moe(config)  # what comes after it changes no score
+    for index, moe in enumerate(config.moe_layers[: last + 1]):
+        walk.attend(index)
+        if moe is None:
+            walk.add_dense()
+            continue
+        logits_NE = walk.logits()
+        mass_PE = _mass(logits_NE, moe, list(passages(walk.spans)))
+        scores_E = mass_PE.sum(0) / len(logits_NE) if drawn is None else drawn[index]
+        pool_1E = None
+        if method not in _OF_THE_FULL_MODEL:
+            pool_1E = torch.zeros(1, moe.num_experts, dtype=torch.bool)
+            pool_1E[0, list(keep_best(scores_E.tolist(), k, moe.implied))] = True
+        routing = route(logits_NE, moe, pool_1E, norm_topk_prob=config.norm_topk_prob)
+        if method == "easy-ep":
+            scores_E = _easy_ep_scores(routing, walk.add_experts(index, routing), moe)
+        elif index < last:
+            walk.add_experts(index, routing)
+        layers[index] = _findings(scores_E, moe, k, mass_PE)
+    return Calibration(
+        method,
+        seed,
+        k,
+        documents=len(documents),
+        tokens=sum(map(len, documents)),
+        layers=tuple(layers),
+        experts_read=tuple(walk.experts_read),
+        bytes_read=walk.bytes_read,
+    )
+
+
+# -- scores --
+
+
+def random_scores(config: EmoConfig, seed: int) -> list[Tensor]:
+    """Draw a score for every expert, [E] a layer; the same seed gives the same draw."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [0 if moe is None else moe.num_experts for moe in config.moe_layers]
+    return [torch.rand(count, generator=generator) for count in counts]
+
+
+def _mass(logits_NE: Tensor, moe: MoeLayer, spans: Sequence[slice]) -> Tensor:
+    """Return the full router's probability of each expert, summed over a passage, fp64 [P, E]."""
+    return torch.stack(
+        [router_probabilities(logits_NE[span], moe).double().sum(0) for span in spans]
+    )
+
+
+def _easy_ep_scores(routing: Routing, mixture: Mixture, moe: MoeLayer) -> Tensor:
+    change_N1 = (1 - mixture.cosines_N.double()).clamp(min=0)[:, None]
+    parts_NK = routing.weights_TK.double() * mixture.norms_NK.double() * change_N1
+    scores_E = torch.zeros(moe.num_experts, dtype=torch.float64)
+    return scores_E.index_add(0, routing.experts_TK.flatten(), parts_NK.flatten())
+
+
+# -- findings --
+
+
+def _findings(
+    scores_E: Tensor, moe: MoeLayer, k: int, mass_PE: Tensor | None = None
+) -> LayerFindings:
+    scores = scores_E.tolist()
+    experts = keep_best(scores, k, moe.implied)
+    num_standard = moe.num_experts - (0 if moe.always_active else moe.num_shared_experts)
+    if mass_PE is None or num_standard == 0:
+        return LayerFindings(tuple(scores), experts, None, None)
+    mass_PS = mass_PE[:, :num_standard]
+    tokens = mass_PS.sum()  # each token's standard probabilities sum to 1
+    inside = sum(mass_PS[:, [e for e in experts if e < num_standard]].sum(0).tolist())
+    own = sum(
+        sum(mass_S[e] for e in keep_best(mass_S, k, moe.implied) if e < num_standard)
+        for mass_S in mass_PS.tolist()
+    )
+    return LayerFindings(tuple(scores), experts, inside / float(tokens), own / float(tokens))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _last_moe(config: EmoConfig) -> int:
+    return max(index for index, moe in enumerate(config.moe_layers) if moe is not None)
