@@ -2,7 +2,8 @@
 
 lm_eval is a dependency of nobody here and is imported only to see whether it is there; it runs as
 a process of its own. Its tasks come from the Hugging Face hub, or from a directory of task files
-given by `--lm-eval-flags "--include_path DIR"`.
+given by `--lm-eval-flags "--include_path DIR"`. Unless told otherwise it leaves out the token that
+a tokenizer opens every text with; a model that was trained behind one gets it here too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from emo_serve.emo.tokenizer import ModelTokenizer
 
 __all__ = ["check_installed", "command", "run_lm_eval"]
 
@@ -37,6 +40,7 @@ def command(
         "base_url": f"{url}/v1/completions",
         "tokenizer": str(tokenizer),
         "tokenized_requests": "True",
+        "add_bos_token": str(bool(ModelTokenizer(tokenizer).encode(""))),
         "num_concurrent": "8",
         "max_retries": "3",
     }

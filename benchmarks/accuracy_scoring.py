@@ -51,11 +51,11 @@ class Score:
 
 
 class Endpoint:
-    """A server's OpenAI endpoint and its pools."""
+    """A server's OpenAI endpoint and its pools; `http` is its caller's to close."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.http = httpx.Client(base_url=url, timeout=600)
+    def __init__(self, http: httpx.Client) -> None:
+        self.http = http
+        self.url = str(http.base_url).rstrip("/")
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
         """Return the JSON of an answer; anything but success ends the benchmark, saying why."""

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from benchmarks.accuracy_scoring import Endpoint, score_domain
 from benchmarks.accuracy_texts import Domain
 from benchmarks.servers import ServerProcess
@@ -30,8 +32,11 @@ def serve(model: Path, flags: Sequence[str]) -> Iterator[tuple[Endpoint, dict[st
     """Start `emo-serve serve`; yield its endpoint and the memory it reports."""
     with tempfile.TemporaryFile() as output:
         command = [sys.executable, "-m", "emo_serve.cli", "serve", str(model), *flags]
-        with ServerProcess(command, output) as process:
-            endpoint = Endpoint(process.url)
+        with (
+            ServerProcess(command, output) as process,
+            httpx.Client(base_url=process.url, timeout=600) as http,
+        ):
+            endpoint = Endpoint(http)
             output.seek(0)
             yield endpoint, memory_of(output.read().decode(), endpoint.ask("GET", "/v1/pools"))
 
