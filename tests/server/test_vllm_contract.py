@@ -59,6 +59,8 @@ from emo_serve.errors import (
 from emo_serve.server import vllm_openai
 from emo_serve.server.http_errors import error_body, status_of
 from emo_serve.server.unsupported_flags import _UNSUPPORTED
+from emo_serve.vllm_plugin.settings import PluginSettings
+from tests.vllm_plugin.test_settings import vllm_config
 
 SITE = Path(inspect.getfile(AsyncLLM)).parents[2]
 
@@ -284,6 +286,24 @@ def test_fp8_experts_are_refused_before_the_engine_starts(monkeypatch: pytest.Mo
         settings = ServeSettings(moe_backend=backend, expert_dtype="fp8_e4m3")
         with pytest.raises(ConfigError, match=f"--moe-backend is {backend} and the device is cpu"):
             vllm_openai.start_engine(argparse.Namespace(), settings, 4)
+
+
+def test_workers_read_what_the_front_end_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    class StopHere(Exception):
+        pass
+
+    def stop(_: object) -> None:
+        raise StopHere
+
+    monkeypatch.setattr(vllm_openai, "_engine_args", stop)
+    monkeypatch.setattr(vllm_openai.current_platform, "device_type", "cuda")
+    args = argparse.Namespace(additional_config={"other": 1}, enforce_eager=False)
+    settings = ServeSettings(expert_dtype="fp8_e4m3", max_pools=8, host_expert_bytes=1 << 30)
+    with pytest.raises(StopHere):
+        vllm_openai.start_engine(args, settings, 4)
+    read = PluginSettings.read(vllm_config(additional_config=args.additional_config))
+    assert read == PluginSettings(4, 8, "auto", "fp8_e4m3", 1 << 30, holds_all=False)
+    assert args.additional_config["other"] == 1
 
 
 def test_our_flags_take_no_other_of_vllms_names() -> None:
