@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ class Table:
         path.write_text(f"[\n{lines}\n]\n")
 
 
+@lru_cache(maxsize=4096)  # a lookup goes through the whole table, and a step has many
 def choose(
     device: torch.device, tokens: int, slots: int, weights: torch.dtype, tokens_dtype: torch.dtype
 ) -> Config:
