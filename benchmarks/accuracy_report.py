@@ -81,23 +81,28 @@ def _size_table(results: dict[str, Row]) -> list[str]:
     for k, row in headline(first).items():
         share = 100 * k / largest
         name = "shared only" if row["method"] == "trunk" else f"{share:g} %"
-        cells = [cell for result in results.values() for cell in _figures(headline(result).get(k))]
+        cells = [cell for result in results.values() for cell in _figures(headline(result), k)]
         paper = [f"*{value}*" for value in PAPER.get(share, ())] if name != "shared only" else []
         paper = paper or [""] * (2 + len(theirs))
         lines.append(_line(name, k, f"{gib[k]:.4f}" if k in gib else "", *cells, *paper))
     texts, questions = first["measured_texts"], first["questions"]
     note = (
-        f"{texts} texts, {first['measured_tokens']} tokens, {questions} questions; "
-        "every domain weighs the same."
+        f"{texts} texts, {first['measured_tokens']} tokens, {questions} questions; every domain"
+        " weighs the same. In brackets: against all experts, with its standard error over texts."
     )
     return [*lines, "", note]
 
 
-def _figures(row: Row | None) -> list[str]:
+def _figures(rows: dict[int, Row], k: int) -> list[str]:
+    row, full = rows.get(k), next(iter(rows.values()))
     if row is None:
         return ["", "", ""]
+    loss = f"{row['loss']:.3f}"
+    if row is not full:
+        error = row["loss_difference_standard_error"]
+        loss += f" ({row['loss'] - full['loss']:+.3f} +-{error:.3f})"
     choices = f"{100 * row['choices']:.1f} %" if "choices" in row else ""
-    return [f"{row['loss']:.3f}", f"{100 * row['accuracy']:.1f} %", choices]
+    return [loss, f"{100 * row['accuracy']:.1f} %", choices]
 
 
 def _method_table(results: dict[str, Row]) -> list[str]:

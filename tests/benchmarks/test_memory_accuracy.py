@@ -249,7 +249,8 @@ def test_memory_of_a_summary() -> None:
 
 def row(method: str, k: int, loss: float, **more: object) -> dict[str, object]:
     figures = {"loss": loss, "accuracy": 0.25, "choices": 0.5}
-    return {"method": method, "k": k, "examples": 0, "seed": 0, "temperature": 1, **figures, **more}
+    case = {"method": method, "k": k, "examples": 0, "seed": 0, "temperature": 1}
+    return {**case, **figures, "loss_difference_standard_error": 0.0625, **more}
 
 
 def test_report_takes_the_latest_and_lays_the_paper_beside(
@@ -270,8 +271,8 @@ def test_report_takes_the_latest_and_lays_the_paper_beside(
     printed = capsys.readouterr().out.splitlines()
     assert not any("9.000" in line for line in printed)
     paper = "*32* | *7.8* | *41.4* | *30.8* | *17.6* | *13.2* | *11.7* | *2.9* |"
-    assert f"| 25 % | 8 | 0.2500 | 2.625 | 25.0 % | 50.0 % | {paper}" in printed
-    assert any(line.startswith("| shared only | 1 | 0.1250 | 5.500 |") for line in printed)
+    assert f"| 25 % | 8 | 0.2500 | 2.625 (+0.125 +-0.062) | 25.0 % | 50.0 % | {paper}" in printed
+    assert any(line.startswith("| shared only | 1 | 0.1250 | 5.500 (+3.000") for line in printed)
     assert any("ANOTHER MODEL" in line for line in printed)
     assert "| random | 4.250 (4.000-4.500) |" in printed
     assert "| EMO, 8 | 2.625 | 2.750 |" in printed
