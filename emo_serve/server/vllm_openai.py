@@ -68,6 +68,7 @@ from emo_serve.vllm_plugin import (
     POOL_ROW_ARG,
     WORKER_EXTENSION_CLS,
     check_expert_dtype,
+    check_moe_backend,
     worker_cls_for,
 )
 
@@ -304,6 +305,7 @@ def dtype_bytes(args: argparse.Namespace) -> int:
 def start_engine(args: argparse.Namespace, settings: ServeSettings, num_slots: int) -> PooledLLM:
     """Start vLLM's engine with empty expert slots; `args.model` is a local directory."""
     check_expert_dtype(settings.expert_dtype, settings.moe_backend, current_platform.device_type)
+    check_moe_backend(settings.moe_backend, current_platform.device_type)
     args.load_format = LOAD_FORMAT
     args.worker_cls = worker_cls_for(current_platform.device_type)
     args.worker_extension_cls = WORKER_EXTENSION_CLS

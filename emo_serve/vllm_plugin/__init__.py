@@ -19,6 +19,8 @@ __all__ = [
     "POOL_ROW_ARG",
     "WORKER_EXTENSION_CLS",
     "check_expert_dtype",
+    "check_moe_backend",
+    "device_obstacle",
     "expert_bytes",
     "register",
     "worker_cls_for",
@@ -70,6 +72,27 @@ def worker_cls_for(device_type: str) -> str:
     if device_type not in _WORKERS:
         raise ConfigError(f"device {device_type!r} is not served; one of {', '.join(_WORKERS)} is")
     return _WORKERS[device_type]
+
+
+def device_obstacle(moe_backend: str, device_type: str) -> str | None:
+    """Return why no device of this kind can run a backend; None where one may."""
+    if moe_backend == "cpu" and device_type != "cpu":
+        return f"--moe-backend cpu needs a CPU; the device is {device_type}"
+    if moe_backend == "triton" and device_type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return (
+            "--moe-backend triton needs a CUDA device; on a CPU it runs, very slowly, with"
+            " TRITON_INTERPRET=1 in the environment"
+        )
+    return None
+
+
+def check_moe_backend(moe_backend: str, device_type: str) -> None:
+    """Raise ConfigError where the device can be told in advance not to run the backend."""
+    obstacle = device_obstacle(moe_backend, device_type)
+    if obstacle is not None:
+        raise ConfigError(f"{obstacle}; use --moe-backend reference")
 
 
 def check_expert_dtype(expert_dtype: str, moe_backend: str, device_type: str | None = None) -> None:

@@ -9,7 +9,6 @@ Shapes: T tokens, D hidden size, F expert width on this rank, E experts, S slots
 from __future__ import annotations
 
 import logging
-import os
 from functools import cache
 from typing import Protocol
 
@@ -22,7 +21,12 @@ from emo_kernels import PoolTables, Router
 from emo_serve.emo.config import MoeLayer
 from emo_serve.emo.routing import route
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import EXPERT_DTYPES, MOE_BACKENDS, check_expert_dtype
+from emo_serve.vllm_plugin import (
+    EXPERT_DTYPES,
+    MOE_BACKENDS,
+    check_expert_dtype,
+    device_obstacle,
+)
 from emo_serve.vllm_plugin.packed import PackedMatrix, Slab
 
 __all__ = [
@@ -239,10 +243,10 @@ def choose_backend(
     chosen = name
     if name == "auto":
         chosen = "triton" if device.type == "cuda" else "cpu"
-    obstacle = None
-    if chosen == "cpu":
-        obstacle = _obstacle_to_cpu(device, hidden_size, width)
-    elif chosen == "triton":
+    obstacle = device_obstacle(chosen, device.type)
+    if obstacle is None and chosen == "cpu":
+        obstacle = _misaligned("cpu", CpuBackend.alignment, hidden_size, width)
+    elif obstacle is None and chosen == "triton":
         obstacle = _obstacle_to_triton(device, hidden_size, width, dtype)
     if obstacle is not None:
         if is_fp8:
@@ -256,12 +260,6 @@ def choose_backend(
     return CpuBackend() if chosen == "cpu" else ReferenceBackend()
 
 
-def _obstacle_to_cpu(device: torch.device, hidden_size: int, width: int) -> str | None:
-    if device.type != "cpu":
-        return f"--moe-backend cpu needs a CPU; the device is {device.type}"
-    return _misaligned("cpu", CpuBackend.alignment, hidden_size, width)
-
-
 def _obstacle_to_triton(
     device: torch.device, hidden_size: int, width: int, dtype: torch.dtype
 ) -> str | None:
@@ -272,11 +270,6 @@ def _obstacle_to_triton(
                 f"--moe-backend triton needs compute capability {_dotted(least)}; the device has"
                 f" {_dotted(found)}"
             )
-    elif os.environ.get("TRITON_INTERPRET") != "1":
-        return (
-            "--moe-backend triton needs a CUDA device; on a CPU it runs, very slowly, with"
-            " TRITON_INTERPRET=1 in the environment"
-        )
     elif dtype == torch.bfloat16:  # its products of bfloat16 are wrong
         return "--moe-backend triton in Triton's interpreter needs --dtype float32 or float16"
     return _misaligned("triton", TritonBackend.alignment, hidden_size, width)

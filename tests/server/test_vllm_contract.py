@@ -288,6 +288,26 @@ def test_fp8_experts_are_refused_before_the_engine_starts(monkeypatch: pytest.Mo
             vllm_openai.start_engine(argparse.Namespace(), settings, 4)
 
 
+@pytest.mark.parametrize(
+    ("backend", "device", "message"),
+    [
+        ("triton", "cpu", "triton needs a CUDA device; .*; use --moe-backend reference"),
+        ("cpu", "cuda", "cpu needs a CPU; the device is cuda; use --moe-backend reference"),
+    ],
+)
+def test_a_backend_of_another_device_is_refused_before_the_engine_starts(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr(vllm_openai, "_engine_args", fail)
+    monkeypatch.setattr(vllm_openai.current_platform, "device_type", device)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ConfigError, match=message):
+        vllm_openai.start_engine(argparse.Namespace(), ServeSettings(moe_backend=backend), 4)
+
+
 def test_workers_read_what_the_front_end_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     class StopHere(Exception):
         pass
