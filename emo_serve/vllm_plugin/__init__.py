@@ -102,10 +102,12 @@ def check_expert_dtype(expert_dtype: str, moe_backend: str, device_type: str | N
     """
     if expert_dtype == EXPERT_DTYPES[0]:
         return
-    can_run = moe_backend in ("auto", "triton")
-    if device_type not in (None, "cuda"):  # the interpreter is for who asks for it
-        can_run = moe_backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if not can_run:
+    # auto takes our kernels on CUDA alone: the interpreter is for who asks for it.
+    wants_them = moe_backend == "triton" or (
+        moe_backend == "auto" and device_type in (None, "cuda")
+    )
+    obstacle = None if device_type is None else device_obstacle("triton", device_type)
+    if not wants_them or obstacle is not None:
         where = "" if device_type is None else f" and the device is {device_type}"
         raise ConfigError(
             f"--expert-dtype {expert_dtype} needs --moe-backend triton on a CUDA device;"

@@ -130,19 +130,22 @@ def test_import_refuses_what_does_not_fit_and_writes_nothing(
     assert not out.exists()
 
 
-def test_a_pool_command_without_a_model_imports_nothing_heavy(directory: Path) -> None:
+@pytest.mark.parametrize("command", ["list", "compare"])
+def test_a_pool_command_without_a_model_imports_nothing_heavy(
+    command: str, directory: Path
+) -> None:
     program = (
         "import argparse, sys\n"
         "from emo_serve.pools.commands import add_pools_parser\n"
         "parser = argparse.ArgumentParser()\n"
         "add_pools_parser(parser.add_subparsers())\n"
-        "arguments = parser.parse_args(['pools', 'list', sys.argv[1]])\n"
+        "arguments = parser.parse_args(['pools', *sys.argv[1:]])\n"
         "status = arguments.run(arguments)\n"
-        "heavy = {'torch', 'transformers', 'vllm', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(status or ', '.join(heavy) or 0)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(directory)],
+        [sys.executable, "-c", program, command, str(directory)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -165,23 +164,3 @@ def test_compare_without_matplotlib_refuses_before_it_prints(
     assert "pip install 'emo-serve[plot]'" in err
     assert run("compare", str(POOLS)) == 0  # the table needs none
     assert heat_maps.__name__ in sys.modules
-
-
-def test_compare_without_a_model_or_picture_imports_nothing_heavy() -> None:
-    program = (
-        "import argparse, sys\n"
-        "from emo_serve.pools.commands import add_pools_parser\n"
-        "parser = argparse.ArgumentParser()\n"
-        "add_pools_parser(parser.add_subparsers())\n"
-        "arguments = parser.parse_args(['pools', 'compare', sys.argv[1]])\n"
-        "status = arguments.run(arguments)\n"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"
-        "sys.exit(status or ', '.join(heavy) or 0)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(POOLS)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
