@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 
 START_SECONDS = 300.0
 
@@ -97,6 +98,23 @@ def serve(directory: Path, *arguments: str) -> Iterator[RunningServer]:
         wait_for(lambda: "  try " in server.output or server.has_ended, START_SECONDS)
         assert not server.has_ended, f"{server.output[-4000:]}\n{server.log[-4000:]}"
         yield server
+
+
+def engines_of(server: RunningServer) -> list[psutil.Process]:
+    """Return the processes of the server's engine; none before it has started one."""
+    children = psutil.Process(server.process.pid).children()
+    return [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+
+
+@contextmanager
+def stopped_engine(server: RunningServer) -> Iterator[None]:
+    """Hold the engine still: requests that the front end has handed to it run on and on."""
+    (engine,) = engines_of(server)
+    engine.suspend()
+    try:
+        yield
+    finally:
+        engine.resume()
 
 
 class RawRequest:

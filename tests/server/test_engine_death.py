@@ -7,14 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.server.running import RawRequest, RunningServer, serve, start, wait_for
+from tests.server.running import RawRequest, engines_of, serve, start, wait_for
 
 pytestmark = pytest.mark.vllm
-
-
-def engines_of(server: RunningServer) -> list[psutil.Process]:
-    children = psutil.Process(server.process.pid).children()
-    return [child for child in children if "EngineCore" in " ".join(child.cmdline())]
 
 
 def test_a_dead_engine_ends_streams_and_the_server(

@@ -12,7 +12,14 @@ import httpx
 import openai
 import pytest
 
-from tests.server.running import RawRequest, RunningServer, error_of, serve, wait_for
+from tests.server.running import (
+    RawRequest,
+    RunningServer,
+    error_of,
+    serve,
+    stopped_engine,
+    wait_for,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -79,10 +86,11 @@ def test_a_wait_past_the_deadline_is_a_503_even_for_a_stream(
         for pool in ("math", "code"):
             client.completions.create(model=pool, prompt="a", max_tokens=1)
         with (
-            RawRequest(server, model="math", prompt=["a"] * 200),
-            RawRequest(server, model="code", prompt=["a"] * 200),
+            stopped_engine(server),
+            RawRequest(server, model="math", prompt="a"),
+            RawRequest(server, model="code", prompt="a"),
         ):
-            wait_for(lambda: all(card(http, p)["running_requests"] > 9 for p in ("math", "code")))
+            wait_for(lambda: all(card(http, p)["running_requests"] == 1 for p in ("math", "code")))
             start = time.monotonic()
             with pytest.raises(openai.InternalServerError) as refusal:
                 client.completions.create(model="law", prompt="a", max_tokens=1, stream=stream)
@@ -96,14 +104,14 @@ def test_a_wait_past_the_deadline_is_a_503_even_for_a_stream(
 
 
 def test_the_line_is_bounded(server: RunningServer, http: httpx.Client) -> None:
-    with (
-        RawRequest(server, model="math", prompt=["a"] * 200),
-        RawRequest(server, model="code", prompt=["a"] * 200),
-    ):
-        wait_for(lambda: all(card(http, p)["running_requests"] > 9 for p in ("math", "code")))
+    with server.client() as client:
+        for pool in ("math", "code"):
+            client.completions.create(model=pool, prompt="a", max_tokens=1)
         with (
+            stopped_engine(server),
+            RawRequest(server, model="math", prompt="a"),
+            RawRequest(server, model="code", prompt="a"),
             RawRequest(server, model="law", prompt=["a"] * 8),
-            server.client() as client,
             pytest.raises(openai.InternalServerError) as refusal,
         ):
             wait_for(lambda: card(http, "law")["waiting_requests"] == 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -10,7 +11,7 @@ import openai
 import pytest
 
 from tests.server.conftest import POOLS
-from tests.server.running import RawRequest, RunningServer, error_of, wait_for
+from tests.server.running import RawRequest, RunningServer, error_of, stopped_engine, wait_for
 
 pytestmark = pytest.mark.vllm
 
@@ -88,22 +89,22 @@ def quiet(http: httpx.Client) -> Iterator[None]:
     wait_for(lambda: engine_is_idle(http))
 
 
-# Requests of many prompts: long enough that a test that is held up for seconds still meets some of
-# them running. How many at one moment is the machine's business, not the test's.
-MANY = 200
-
-
 @pytest.mark.parametrize(("stream", "events"), [(True, 3), (True, 0), (False, 0)])
 def test_a_client_that_leaves_gives_its_leases_back(
     server: RunningServer, http: httpx.Client, quiet: None, stream: bool, events: int
 ) -> None:
     before = metric(http, "emo_serve_requests_total", pool="math", outcome="aborted")
-    with RawRequest(server, model="math", prompt=["a"] * MANY, stream=stream) as request:
-        request.read_events(events)
-        wait_for(lambda: running(http, "math") > 0)
-    wait_for(lambda: running(http, "math") == 0)
+    with ExitStack() as stack:
+        if not events:
+            stack.enter_context(stopped_engine(server))
+        with RawRequest(server, model="math", prompt=["a"] * 24, stream=stream) as request:
+            request.read_events(events)
+            if events:
+                stack.enter_context(stopped_engine(server))
+            wait_for(lambda: running(http, "math") == 24)
+        wait_for(lambda: running(http, "math") == 0)
     after = metric(http, "emo_serve_requests_total", pool="math", outcome="aborted")
-    assert after > before
+    assert after - before == 24
 
 
 def test_a_client_that_stops_reading_does_not_hold_the_pool(
@@ -127,15 +128,16 @@ def test_a_client_that_stops_reading_does_not_hold_the_pool(
 def test_running_requests_are_shown_while_they_run(
     server: RunningServer, http: httpx.Client, quiet: None
 ) -> None:
-    with (
-        RawRequest(server, model="math", prompt=["a"] * MANY),
-        RawRequest(server, model="code", prompt=["a"] * 3),
-        RawRequest(server, model="math+law", prompt=["a"] * 2),
-    ):
-        wait_for(lambda: all(running(http, pool) > 0 for pool in ("math", "code", "math+law")))
+    with RawRequest(server, model="math+law", prompt=["a"] * 2) as union, ExitStack() as stack:
+        union.read_events(1)  # a union's row is published by the engine
+        stack.enter_context(stopped_engine(server))
+        stack.enter_context(RawRequest(server, model="math", prompt=["a"] * 20))
+        stack.enter_context(RawRequest(server, model="code", prompt=["a"] * 3))
+        counts = {"math": 20, "code": 3, "math+law": 2}
+        wait_for(lambda: {pool: running(http, pool) for pool in counts} == counts)
         assert running(http, "law") == 0
-        assert 0 < metric(http, "emo_serve_running_requests", pool="math") <= MANY
-        assert 0 < metric(http, "emo_serve_running_requests", pool="(union)") <= 2
+        assert metric(http, "emo_serve_running_requests", pool="math") == 20
+        assert metric(http, "emo_serve_running_requests", pool="(union)") == 2
 
 
 # -- accounts --
