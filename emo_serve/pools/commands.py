@@ -22,18 +22,21 @@ from emo_serve.pools.export import read_pruning_metadata
 from emo_serve.pools.file_commands import add_file_commands
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.remote_tables import describe_card, slab_map, status_line, status_table
+from emo_serve.pools.server_flags import (
+    CHANGE_SECONDS,
+    READ_SECONDS,
+    add_server_flags,
+    server_of,
+)
 from emo_serve.pools.tables import describe_pool, pool_table, printable, size_range
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
-    from emo_serve.pools.remote import PoolServer
 
 __all__ = ["add_pools_parser"]
 
 _REFUSED = 2
 _SERVER_FAILED = 1
-_READ_SECONDS = 30.0
-_CHANGE_SECONDS = 600.0  # a load may have to wait for long requests to end
 
 _Command = Callable[[argparse.Namespace], int]
 
@@ -78,7 +81,7 @@ def add_pools_parser(
             help="checkpoint directory of the model the pools are for; checks that they fit it",
         )
     for command in (listing, show):
-        _add_server_flags(command, is_required=False, seconds=_READ_SECONDS)
+        add_server_flags(command, is_required=False, seconds=READ_SECONDS)
     add_file_commands(add)
     add_calibration_commands(add, default_model)
     _add_changing(add)
@@ -103,31 +106,7 @@ def _add_changing(add: Callable[[str, _Command, str], argparse.ArgumentParser]) 
     added.add_argument("path", type=Path, metavar="FILE", help="pool file")
     added.add_argument("--replace", action="store_true", help="redefine a pool of that name")
     for command in (load, evict, pin, unpin, remove, added):
-        _add_server_flags(command, is_required=True, seconds=_CHANGE_SECONDS)
-
-
-def _add_server_flags(
-    command: argparse.ArgumentParser, *, is_required: bool, seconds: float
-) -> None:
-    command.add_argument(
-        "--server",
-        required=is_required,
-        metavar="URL",
-        help="ask the emo-serve server there, e.g. http://127.0.0.1:8000",
-    )
-    command.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help="the server's key; without it that of EMO_SERVE_ADMIN_API_KEY, EMO_SERVE_API_KEY or"
-        " VLLM_API_KEY, in this order",
-    )
-    command.add_argument(
-        "--timeout",
-        type=float,
-        default=seconds,
-        metavar="SECONDS",
-        help="how long to wait for its answer (default: %(default)g)",
-    )
+        add_server_flags(command, is_required=True, seconds=CHANGE_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -182,7 +161,7 @@ def _run_list(arguments: argparse.Namespace) -> int:
 def _list_server(arguments: argparse.Namespace) -> int:
     _refuse_with_server("list", "DIR", arguments.path)
     _refuse_with_server("list", "--model", arguments.model)
-    with _server(arguments) as server:
+    with server_of(arguments) as server:
         answer = server.list_pools(experts=arguments.map)
     print(status_table(answer))
     if arguments.map:
@@ -194,7 +173,7 @@ def _list_server(arguments: argparse.Namespace) -> int:
 def _run_show(arguments: argparse.Namespace) -> int:
     if arguments.server is not None:
         _refuse_with_server("show", "--model", arguments.model)
-        with _server(arguments) as server:
+        with server_of(arguments) as server:
             print(describe_card(server.show(arguments.path)))
         return 0
     model = _Model.open(arguments.model)
@@ -226,47 +205,38 @@ def _report_refused(refused: Iterable[str]) -> int:
 # -- a server --
 
 
-def _server(arguments: argparse.Namespace) -> PoolServer:
-    from emo_serve.pools.remote import PoolServer, key_from
-
-    if not arguments.timeout > 0:
-        raise ConfigError(f"--timeout is {arguments.timeout:g}; give seconds, more than 0")
-    key = key_from(arguments.api_key)
-    return PoolServer(arguments.server, key, timeout_seconds=arguments.timeout)
-
-
 def _refuse_with_server(command: str, argument: str, value: object) -> None:
     if value is not None:
         raise ConfigError(f"pools {command}: {argument} is for files and --server is not; give one")
 
 
 def _run_load(arguments: argparse.Namespace) -> int:
-    with _server(arguments) as server:
+    with server_of(arguments) as server:
         print(status_line(server.load(arguments.name, pin=arguments.pin)))
     return 0
 
 
 def _run_evict(arguments: argparse.Namespace) -> int:
-    with _server(arguments) as server:
+    with server_of(arguments) as server:
         print(status_line(server.evict(arguments.name, drain=arguments.drain)))
     return 0
 
 
 def _run_pin(arguments: argparse.Namespace) -> int:
-    with _server(arguments) as server:
+    with server_of(arguments) as server:
         print(status_line(server.pin(arguments.name)))
     return 0
 
 
 def _run_unpin(arguments: argparse.Namespace) -> int:
-    with _server(arguments) as server:
+    with server_of(arguments) as server:
         print(status_line(server.unpin(arguments.name)))
     return 0
 
 
 def _run_add(arguments: argparse.Namespace) -> int:
     pool = ExpertPool.read(arguments.path)  # says what is wrong before anything is sent
-    with _server(arguments) as server:
+    with server_of(arguments) as server:
         card = server.add(arguments.path.read_bytes(), replace=arguments.replace)
     stored = "stored" if card["persisted"] else "not stored: until the server ends"
     print(f"pool {pool.name}: version {card['version']}, {stored}")
@@ -275,7 +245,7 @@ def _run_add(arguments: argparse.Namespace) -> int:
 
 
 def _run_remove(arguments: argparse.Namespace) -> int:
-    with _server(arguments) as server:
+    with server_of(arguments) as server:
         server.remove(arguments.name)
     print(f"pool {arguments.name} is removed")
     return 0
