@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # torch is imported by what calibrates, not by what talks about it
     from emo_serve.emo.config import EmoConfig
     from emo_serve.pools.calibration.build import Calibration
+    from emo_serve.pools.calibration.examples import Documents
 
 __all__ = [
     "MIXED_BOUND",
     "PASSAGE_TOKENS",
     "SHORTEST_TOLD",
     "TOKENS_PER_EXPERT",
+    "cut_notes",
     "notes",
     "passages",
 ]
@@ -84,3 +86,14 @@ def notes(found: Calibration, config: EmoConfig) -> list[str]:
     if found.k < top_k:
         said.append(f"the pool has fewer experts than a token takes, {found.k} of {top_k}")
     return said
+
+
+def cut_notes(documents: Documents) -> list[str]:
+    """Return what a user should know of documents that were too long, if any was."""
+    if not documents.num_cut:
+        return []
+    return [
+        f"{documents.num_cut} of {len(documents.ids)} documents are longer than the model's context"
+        f" of {documents.limit} tokens: {documents.tokens_cut} tokens after it were left out; give"
+        " them as documents of their own to use them"
+    ]

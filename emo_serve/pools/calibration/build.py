@@ -47,6 +47,7 @@ __all__ = [
     "LayerFindings",
     "calibrate",
     "check_request",
+    "find_layer",
     "model_record",
     "num_steps",
     "random_scores",
@@ -74,7 +75,8 @@ class LayerFindings:
 class Calibration:
     """The outcome of one run; None in `layers` stands for a dense layer.
 
-    `experts_read` counts the experts read from the checkpoint, a layer each.
+    `experts_read` counts the experts read from the checkpoint, a layer each; a run on a server
+    reads none for itself.
     """
 
     method: str
@@ -187,17 +189,22 @@ def calibrate(
             continue
         logits_NE = walk.logits()
         mass_PE = _mass(logits_NE, moe, list(passages(walk.spans)))
-        scores_E = mass_PE.sum(0) / len(logits_NE) if drawn is None else drawn[index]
+        found = (
+            find_layer(mass_PE, len(logits_NE), moe, k)
+            if drawn is None
+            else _findings(drawn[index], moe, k, mass_PE)
+        )
         pool_1E = None
         if method not in _OF_THE_FULL_MODEL:
             pool_1E = torch.zeros(1, moe.num_experts, dtype=torch.bool)
-            pool_1E[0, list(keep_best(scores_E.tolist(), k, moe.implied))] = True
+            pool_1E[0, list(found.experts)] = True
         routing = route(logits_NE, moe, pool_1E, norm_topk_prob=config.norm_topk_prob)
         if method == "easy-ep":
             scores_E = _easy_ep_scores(routing, walk.add_experts(index, routing), moe)
+            found = _findings(scores_E, moe, k, mass_PE)
         elif index < last:
             walk.add_experts(index, routing)
-        layers[index] = _findings(scores_E, moe, k, mass_PE)
+        layers[index] = found
     return Calibration(
         method,
         seed,
@@ -235,6 +242,17 @@ def _easy_ep_scores(routing: Routing, mixture: Mixture, moe: MoeLayer) -> Tensor
 
 
 # -- findings --
+
+
+def find_layer(
+    mass_PE: Tensor | Sequence[Sequence[float]], num_tokens: int, moe: MoeLayer, k: int
+) -> LayerFindings:
+    """Score a layer as `router` and `layerwise` do: the full router's mass, mean over tokens.
+
+    `mass_PE` is that mass summed over the tokens of each passage, `num_tokens` those of all.
+    """
+    mass_PE = torch.as_tensor(mass_PE, dtype=torch.float64)
+    return _findings(mass_PE.sum(0) / num_tokens, moe, k, mass_PE)
 
 
 def _findings(

@@ -108,7 +108,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
     if arguments.examples is None and arguments.method != "random":
         raise ConfigError("pools build: give --examples FILE; only random does without")
     from emo_serve.emo.checkpoint import Checkpoint
-    from emo_serve.pools.calibration.advice import notes
+    from emo_serve.pools.calibration.advice import cut_notes, notes
     from emo_serve.pools.calibration.build import (
         calibrate,
         check_request,
@@ -134,7 +134,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
     )
     rows["took"] = f"{time.monotonic() - started:.1f} s"
     print(facts(rows))
-    for note in [*_cut_notes(documents, config.max_position_embeddings), *notes(found, config)]:
+    for note in [*cut_notes(documents), *notes(found, config)]:
         print(f"note: {note}")
     print(f"\nserve it:    emo-serve serve {arguments.model} --pools {out.parent}")
     print(f"or add it:   emo-serve pools add {out} --server URL")
@@ -150,16 +150,6 @@ def _read_documents(paths: list[Path], checkpoint: Checkpoint) -> Documents:
         return Documents(())
     examples = read_examples(paths)
     return encode_examples(examples, ModelTokenizer(checkpoint.directory), checkpoint.config)
-
-
-def _cut_notes(documents: Documents, limit: int) -> list[str]:
-    if not documents.num_cut:
-        return []
-    return [
-        f"{documents.num_cut} of {len(documents.ids)} documents are longer than the model's context"
-        f" of {limit} tokens: {documents.tokens_cut} tokens after it were left out; give them as"
-        " documents of their own to use them"
-    ]
 
 
 def _outcome(

@@ -3,8 +3,10 @@
 A `.txt` file is ONE document, blank lines and all: paragraphs belong together. Give several files
 for several documents. A `.jsonl` file has one document a line: a JSON string, or an object with
 "text", or with "messages", a chat that the model's template renders; other keys are ignored, and
-so are blank lines. A document longer than the model's context is cut to it, as the released scripts
-do.
+so are blank lines. A running server takes the same values in a request's body (`parse_example`). A
+document longer than the model's context is cut to it, as the released scripts do.
+
+torch is imported to encode examples, not to read them: who sends them to a server needs none.
 """
 
 from __future__ import annotations
@@ -13,15 +15,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from emo_serve.emo.config import EmoConfig
-from emo_serve.emo.tokenizer import ModelTokenizer
 from emo_serve.errors import ConfigError
 
-__all__ = ["Documents", "Example", "encode_examples", "read_examples"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from emo_serve.emo.config import EmoConfig
+    from emo_serve.emo.tokenizer import ModelTokenizer
+
+__all__ = ["Documents", "Example", "encode_examples", "parse_example", "read_examples"]
 
 _LINES = (".jsonl", ".ndjson")
 _TEXT = (".txt",)
@@ -39,11 +43,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents as int64 ids [T], and what was left of those longer than the model's context."""
+    """Documents as int64 ids [T], and what was left of those longer than `limit` tokens."""
 
     ids: tuple[Tensor, ...]
     num_cut: int = 0
     tokens_cut: int = 0
+    limit: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens of all documents, without those that were cut off."""
+        return sum(map(len, self.ids))
 
 
 def read_examples(paths: Iterable[Path]) -> list[Example]:
@@ -52,10 +62,15 @@ def read_examples(paths: Iterable[Path]) -> list[Example]:
 
 
 def encode_examples(
-    examples: Sequence[Example], tokenizer: ModelTokenizer, config: EmoConfig
+    examples: Sequence[Example],
+    tokenizer: ModelTokenizer,
+    config: EmoConfig,
+    max_tokens: int | None = None,
 ) -> Documents:
-    """Tokenize the examples and cut them to the model's context."""
-    limit = config.max_position_embeddings
+    """Tokenize the examples and cut them to the model's context, or to `max_tokens` if less."""
+    import torch
+
+    limit = min(config.max_position_embeddings, max_tokens or config.max_position_embeddings)
     documents: list[Tensor] = []
     num_cut = tokens_cut = 0
     for example in examples:
@@ -77,7 +92,7 @@ def encode_examples(
         num_cut += len(ids) > limit
         tokens_cut += max(0, len(ids) - limit)
         documents.append(torch.tensor(ids[:limit]))
-    return Documents(tuple(documents), num_cut, tokens_cut)
+    return Documents(tuple(documents), num_cut, tokens_cut, limit)
 
 
 def _read_file(path: Path) -> Iterator[Example]:
@@ -104,6 +119,11 @@ def _parse_line(source: str, line: str) -> Example:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: is not JSON: {error}") from error
+    return parse_example(source, value)
+
+
+def parse_example(source: str, value: object) -> Example:
+    """Return the document that a JSON value stands for; ConfigError names `source`."""
     if isinstance(value, str):
         value = {"text": value}
     if not isinstance(value, dict) or ("text" in value) == ("messages" in value):
