@@ -8,6 +8,9 @@ Requests
     emo_serve_prompt_tokens_total{pool}          prompt tokens of requests that began to answer
     emo_serve_generation_tokens_total{pool}      tokens generated
     emo_serve_refused_requests_total{reason}     requests refused before generation
+    emo_serve_request_coverage{pool}             histogram: share of the full router's mass inside
+                                                 the pool, mean over an engine request's tokens
+                                                 and MoE layers; low: wrong pool for that text
     emo_serve_running_requests{pool}             engine requests that hold the pool
     emo_serve_waiting_requests{pool}             requests that wait for the pool to be loaded
     emo_serve_waiting_seconds{outcome}           histogram: how long requests waited, and what
@@ -72,6 +75,7 @@ _SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0),
 )
+_SHARES = tuple(count / 20 for count in range(1, 21))
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,13 @@ class PoolMetrics:
         )
         self._generation_tokens = counter("generation_tokens", "Tokens generated", "pool")
         self._refused = counter("refused_requests", "Requests refused before generation", "reason")
+        self._coverage = Histogram(
+            "emo_serve_request_coverage",
+            "Share of the full router's mass inside a request's pool",
+            ("pool",),
+            registry=registry,
+            buckets=_SHARES,
+        )
         self._waits = seconds("waiting", "Time requests waited for a pool to be loaded", "outcome")
         self._hits = counter("pool_hits", "Requests that found their pool resident", "pool")
         self._misses = counter("pool_misses", "Requests whose pool was not resident", "pool")
@@ -146,12 +157,13 @@ class PoolMetrics:
             "pool_evictions", "Pools that gave up their slots", "pool", "reason"
         )
         registry.register(_GaugeCollector(snapshot))
-        self._by_pool: tuple[tuple[Counter, tuple[str, ...]], ...] = (
+        self._by_pool: tuple[tuple[Counter | Histogram, tuple[str, ...]], ...] = (
             (self._requests, OUTCOMES),
             (self._loads, LOAD_OUTCOMES),
             (self._evictions, EVICTION_REASONS),
             *((c, ()) for c in (self._prompt_tokens, self._generation_tokens)),
             *((c, ()) for c in (self._hits, self._misses)),
+            (self._coverage, ()),
         )
         self._known: set[str] = set()
         for pool in (*pools, _UNION_LABEL):
@@ -166,22 +178,22 @@ class PoolMetrics:
     # -- which pools there are --
 
     def add_pool(self, name: str) -> None:
-        """Show a pool's counters, at zero; a no-op for one that is shown already."""
+        """Show a pool's series, at zero; a no-op for one that is shown already."""
         label = pool_label(name)
         self._known.add(label)
-        for counter, values in self._by_pool:
+        for family, values in self._by_pool:
             for child in ((label, value) for value in values) if values else ((label,),):
-                counter.labels(*child)
+                family.labels(*child)
 
     def remove_pool(self, name: str) -> None:
-        """Show a pool's counters no more; a no-op for one not shown and for unions."""
+        """Show a pool's series no more; a no-op for one not shown and for unions."""
         label = pool_label(name)
         if label == _UNION_LABEL or label not in self._known:
             return
         self._known.remove(label)
-        for counter, values in self._by_pool:
+        for family, values in self._by_pool:
             for child in ((label, value) for value in values) if values else ((label,),):
-                counter.remove(*child)
+                family.remove(*child)
 
     def _label(self, pool: str) -> str:
         label = pool_label(pool)
@@ -198,6 +210,10 @@ class PoolMetrics:
         """Add the tokens of one engine request."""
         self._prompt_tokens.labels(self._label(pool)).inc(prompt_tokens)
         self._generation_tokens.labels(self._label(pool)).inc(generation_tokens)
+
+    def observe_coverage(self, pool: str, share: float) -> None:
+        """Add one engine request's coverage, from 0 to 1."""
+        self._coverage.labels(self._label(pool)).observe(share)
 
     def count_refusal(self, reason: str) -> None:
         """Count a request refused before generation."""

@@ -44,6 +44,7 @@ NAMES = {
     "emo_serve_prompt_tokens",
     "emo_serve_generation_tokens",
     "emo_serve_refused_requests",
+    "emo_serve_request_coverage",
     "emo_serve_running_requests",
     "emo_serve_waiting_requests",
     "emo_serve_waiting_seconds",
@@ -130,6 +131,9 @@ def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> No
     metrics.count_request("code+math", "aborted")
     metrics.count_tokens("math", prompt_tokens=7, generation_tokens=3)
     metrics.count_refusal("unknown_pool")
+    for share in (0.4, 0.88, 1.0):
+        metrics.observe_coverage("math", share)
+    metrics.observe_coverage("code+math", 0.97)
     metrics.count_ask("math", is_hit=True)
     metrics.count_ask("a+b", is_hit=False)
     metrics.count_wait("math", "granted", 0.3)
@@ -142,6 +146,12 @@ def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> No
         ("prompt_tokens_total", {"pool": "math"}, 7),
         ("generation_tokens_total", {"pool": "math"}, 3),
         ("refused_requests_total", {"reason": "unknown_pool"}, 1),
+        ("request_coverage_count", {"pool": "math"}, 3),
+        ("request_coverage_bucket", {"pool": "math", "le": "0.85"}, 1),
+        ("request_coverage_bucket", {"pool": "math", "le": "0.9"}, 2),
+        ("request_coverage_bucket", {"pool": "math", "le": "1.0"}, 3),
+        ("request_coverage_count", {"pool": "base"}, 0),
+        ("request_coverage_count", {"pool": "(union)"}, 1),
         ("pool_hits_total", {"pool": "math"}, 1),
         ("pool_misses_total", {"pool": "math"}, 0),
         ("pool_misses_total", {"pool": "(union)"}, 1),
@@ -228,6 +238,7 @@ def test_a_removed_pool_disappears_and_what_still_ends_of_it_is_not_lost(
     assert shown(registry, "(removed)") == set()
     metrics.count_request("math", "finished")
     metrics.count_eviction("math", "retired")
+    metrics.observe_coverage("math", 0.5)
     assert shown(registry, "math") == set()
     labels = {"pool": "(removed)", "outcome": "finished"}
     assert registry.get_sample_value("emo_serve_requests_total", labels) == 1
