@@ -6,7 +6,10 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
+
 from emo_serve.errors import EmoServeError, LoadDeadlineExceeded
+from emo_serve.server.engine_calls import CoverageSum
 from emo_serve.server.gate import Message, RequestGate, Scope, Send, current_request
 from tests.fakes import settle
 
@@ -200,3 +203,194 @@ async def test_a_client_that_leaves_before_its_stream_begins_is_let_go() -> None
     await asyncio.gather(request, return_exceptions=True)
     assert (client.sent, gate.num_running) == ([], 0)
     assert not app.admissions[0].cancelled()  # others may look at it
+
+
+# -- pool and coverage on the way out --
+
+WANTED = [(b"x-emo-coverage", b"true")]
+FIELD = {"pool": "math", "coverage": 0.75, "routed_tokens": 4}
+
+
+class Generates:
+    """An app that answers with these bodies, after engine requests in these pools.
+
+    Coverage is known when the test resolves it, in `coverages`.
+    """
+
+    def __init__(
+        self,
+        *bodies: bytes,
+        pools: tuple[str, ...] = ("math",),
+        kind: bytes = b"application/json",
+        status: int = 200,
+        encoding: bytes = b"",
+    ) -> None:
+        self.bodies, self.pools, self.status = bodies, pools, status
+        self.headers = [(b"content-type", kind), (b"Content-Length", b"%d" % len(b"".join(bodies)))]
+        if encoding:
+            self.headers.append((b"content-encoding", encoding))
+        if kind.startswith(b"text/event-stream"):
+            del self.headers[1]
+        self.coverages: list[asyncio.Future[CoverageSum | None]] = []
+
+    async def __call__(self, scope: Scope, receive: object, send: Send) -> None:
+        context = current_request()
+        context.pool_names += self.pools
+        if context.wants_coverage:
+            loop = asyncio.get_running_loop()
+            self.coverages = [loop.create_future() for _ in self.pools]
+            context.coverages += self.coverages
+        start = {"type": "http.response.start", "status": self.status, "headers": self.headers}
+        await send(start)
+        for number, body in enumerate(self.bodies, 1):
+            more = number < len(self.bodies)
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+    def resolve(self) -> None:
+        """Say what was covered: 3/4 over all, however many engine requests there were."""
+        for number, coverage in enumerate(self.coverages):
+            coverage.set_result(None if number else CoverageSum(3.0, 4))
+
+
+async def answered(app: Generates, headers: Any = WANTED) -> Client:
+    client = Client(RequestGate(app))
+    request = asyncio.create_task(client.request(headers=headers))
+    await settle()
+    app.resolve()
+    await request
+    return client
+
+
+def body_of(client: Client) -> bytes:
+    return b"".join(message["body"] for message in client.sent[1:])
+
+
+@pytest.mark.parametrize(
+    ("pools", "header"),
+    [((), None), (("math",) * 3, b"math"), (("math", "code", "math"), b"math, code")],
+)
+async def test_the_pool_that_served_is_named_once(
+    pools: tuple[str, ...], header: bytes | None
+) -> None:
+    for status in (200, 503):
+        client = await answered(Generates(b"{}", pools=pools, status=status), headers=[])
+        assert client.headers.get(b"x-emo-pool") == header
+        assert body_of(client) == b"{}"
+        assert b"x-emo-coverage" not in client.headers
+
+
+async def test_a_whole_answer_has_the_coverage_in_header_and_body() -> None:
+    for app in (Generates(b'{"id": "x"}'), Generates(b'{"id"', b': "x"}', pools=("math",) * 3)):
+        client = await answered(app)
+        assert json.loads(body_of(client)) == {"id": "x", "emo_serve": FIELD}
+        assert client.headers[b"x-emo-coverage"] == b"0.7500"
+        assert client.headers[b"x-emo-pool"] == b"math"
+        lengths = [
+            value for key, value in client.sent[0]["headers"] if key.lower() == b"content-length"
+        ]
+        assert lengths == [str(len(body_of(client))).encode()]
+
+
+async def test_a_whole_answer_waits_for_every_engine_requests_coverage() -> None:
+    app = Generates(b"{}", pools=("math", "math"))
+    client = Client(RequestGate(app))
+    request = asyncio.create_task(client.request(headers=WANTED))
+    await settle()
+    app.coverages[0].set_result(CoverageSum(3.0, 4))
+    await settle()
+    assert client.sent == []
+    app.coverages[1].set_result(CoverageSum(0.0, 4))
+    await request
+    assert client.headers[b"x-emo-coverage"] == b"0.3750"
+
+
+async def test_nothing_routed_is_no_header_and_null_in_the_body() -> None:
+    app = Generates(b"{}")
+    client = Client(RequestGate(app))
+    request = asyncio.create_task(client.request(headers=WANTED))
+    await settle()
+    app.coverages[0].set_result(None)
+    await request
+    assert b"x-emo-coverage" not in client.headers
+    assert json.loads(body_of(client))["emo_serve"]["coverage"] is None
+
+
+@pytest.mark.parametrize(
+    "app",
+    [
+        Generates(b"{}", pools=()),
+        Generates(b'{"error": 1}', status=400),
+        Generates(b"hello", kind=b"text/plain"),
+    ],
+    ids=["nothing generated", "error", "text"],
+)
+async def test_other_answers_are_left_as_they_are(app: Generates) -> None:
+    client = await answered(app)
+    assert [message["body"] for message in client.sent[1:]] == list(app.bodies)
+    assert b"x-emo-coverage" not in client.headers
+    assert client.headers[b"Content-Length"] == b"%d" % len(app.bodies[0])
+
+
+async def test_a_compressed_body_is_left_as_it_is_beside_the_header() -> None:
+    client = await answered(Generates(b"{}", encoding=b"gzip"))
+    assert (body_of(client), client.headers[b"x-emo-coverage"]) == (b"{}", b"0.7500")
+
+
+CHUNK = b'data: {"id":"1","object":"chat.completion.chunk","created":2,"model":"emo"}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+async def test_a_stream_flows_and_gets_its_event_before_the_last() -> None:
+    app = Generates(CHUNK, b"data: more\n\n", DONE, b"", kind=b"text/event-stream; charset=utf-8")
+    client = Client(RequestGate(app))
+    request = asyncio.create_task(client.request(headers=WANTED))
+    await settle()
+    assert [message["body"] for message in client.sent[1:]] == [CHUNK, b"data: more\n\n"]
+    app.resolve()
+    await request
+    *_, event, done = body_of(client).removesuffix(b"\n\n").split(b"\n\n")
+    assert json.loads(event.removeprefix(b"data: ")) == {
+        **json.loads(CHUNK[6:]),
+        "choices": [],
+        "emo_serve": FIELD,
+    }
+    assert done == b"data: [DONE]"
+    assert b"x-emo-coverage" not in client.headers
+    assert [message["more_body"] for message in client.sent[1:]] == [True, True, True, False]
+
+
+async def test_a_stream_that_does_not_end_with_done_is_left_as_it_is() -> None:
+    bodies = (b"event: response.created\ndata: {}\n\n", b"event: response.completed\n", b"data: {}")
+    client = await answered(Generates(*bodies, kind=b"text/event-stream"))
+    assert body_of(client) == b"".join(bodies)
+
+
+async def test_a_stream_nobody_asked_the_coverage_of_passes_message_by_message() -> None:
+    app = Generates(CHUNK[:20], CHUNK[20:], DONE, kind=b"text/event-stream")
+    client = await answered(app, headers=[(b"x-emo-coverage", b"false")])
+    assert [message["body"] for message in client.sent[1:]] == list(app.bodies)
+
+
+@pytest.mark.parametrize("values", [[b"maybe"], [b"true", b"false"]])
+async def test_a_wish_that_cannot_be_read_is_a_400_and_runs_nothing(values: list[bytes]) -> None:
+    app = FakeApp()
+    gate = RequestGate(app)
+    client = Client(gate)
+    await client.request(headers=[(b"x-emo-coverage", value) for value in values])
+    assert (client.status, app.headers_seen, gate.num_running) == (400, [], 0)
+    error = json.loads(client.sent[1]["body"])["error"]
+    assert (error["code"], error["type"]) == (400, "Bad Request")
+    assert error["message"].startswith("x-emo-coverage is ")
+
+
+async def test_a_refused_stream_names_its_pool() -> None:
+    app = Stream()
+
+    async def in_law(scope: Scope, receive: object, send: Send) -> None:
+        current_request().pool_names.append("law")
+        await app(scope, receive, send)
+
+    client = Client(RequestGate(in_law))
+    app.admissions[0].set_result(LoadDeadlineExceeded("too late", retry_after_seconds=9))
+    await client.request(headers=WANTED)
+    assert (client.status, client.headers[b"x-emo-pool"]) == (503, b"law")
