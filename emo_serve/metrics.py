@@ -38,7 +38,8 @@ Loads
 
 A pool added at run time is shown at once, with zeros; one that is removed disappears. All unions
 share the label `(union)`: their number is not bounded by the operator. What still ends of a pool
-that was removed counts as `(removed)`.
+that was removed counts as `(removed)`. Requests by which the server builds a pool count as
+`(build)`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 __all__ = [
+    "BUILD_POOL",
     "EVICTION_REASONS",
     "LOAD_OUTCOMES",
     "OUTCOMES",
@@ -67,6 +69,9 @@ WAIT_OUTCOMES = ("granted", "deadline", "failed", "left")
 LOAD_OUTCOMES = ("loaded", "failed")
 EVICTION_REASONS = ("room", "operator", "retired")
 TIERS = ("slab", "host", "disk")
+
+BUILD_POOL = "(build)"
+"""What the temporary pools of a build are called; no client can name a pool so."""
 
 _UNION_LABEL = "(union)"
 _REMOVED_LABEL = "(removed)"
@@ -166,7 +171,7 @@ class PoolMetrics:
             (self._coverage, ()),
         )
         self._known: set[str] = set()
-        for pool in (*pools, _UNION_LABEL):
+        for pool in (*pools, _UNION_LABEL, BUILD_POOL):
             self.add_pool(pool)
         for reason in refusal_reasons:
             self._refused.labels(reason)

@@ -54,6 +54,7 @@ __all__ = [
     "PoolModel",
     "check_layer",
     "check_name",
+    "check_temperature",
     "keep_best",
 ]
 
@@ -125,7 +126,7 @@ class ExpertPool:
             if layer is not None:
                 check_layer(source, index, layer.experts, layer.scores)
         _check_implied(source, self.model, self.layers)
-        temperature = _checked_temperature(source, self.router_temperature)
+        temperature = check_temperature(source, self.router_temperature)
         object.__setattr__(self, "router_temperature", temperature)
 
     # -- views --
@@ -313,7 +314,8 @@ def check_name(source: str, name: object) -> str:
     raise refusal(source, "name", name, expected)
 
 
-def _checked_temperature(source: str, value: object) -> float:
+def check_temperature(source: str, value: object) -> float:
+    """Return the number that divides the gate's logits, or raise PoolFileError."""
     expected = "a finite number above 0"
     temperature = required_real(source, "router_temperature", value, expected)
     if temperature <= 0:
@@ -401,7 +403,7 @@ def _parse(source: str, document: object) -> ExpertPool:
     return ExpertPool(
         name=check_name(source, fields["name"]),
         layers=tuple(_parse_layer(source, index, entry) for index, entry in enumerate(layers)),
-        router_temperature=_checked_temperature(source, fields.get("router_temperature", 1.0)),
+        router_temperature=check_temperature(source, fields.get("router_temperature", 1.0)),
         description=description,
         model=_parse_model(source, fields.get("model")),
         calibration=_parse_calibration(source, fields.get("calibration")),

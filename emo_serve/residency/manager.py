@@ -100,6 +100,10 @@ class ResidencyManager:
         if self._line.open_entry(pool) is None:
             self._line.check_may_wait(pool)
 
+    def check_can_ever_fit(self, pool: ExpertPool) -> None:
+        """Raise PoolTooLarge for a pool that even the empty slab could not hold."""
+        self._room.check_can_ever_fit(pool)
+
     # -- leases --
 
     @asynccontextmanager
@@ -177,6 +181,14 @@ class ResidencyManager:
         """
         self._policy.forget(pool.content_hash)
         self._line.retire(pool.content_hash)
+
+    def revive(self, pool: ExpertPool) -> None:
+        """Let a pool stay that was retired: somebody wants the same content again."""
+        self._line.revive(pool.content_hash)
+
+    def cool(self, pool: ExpertPool) -> None:
+        """Have a pool go before others when the next one needs room, as if nobody asked for it."""
+        self._policy.forget(pool.content_hash)
 
     # -- shutdown --
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from functools import reduce
@@ -70,6 +71,7 @@ class PoolService:
         self._base_pool = base_pool
         self._one_change = asyncio.Lock()
         self._changes: set[asyncio.Task[object]] = set()  # asyncio keeps weak references
+        self._unnamed: Counter[str] = Counter()  # content hashes of pools without a name, by use
         self.find(None)  # the default pool exists
 
     @property
@@ -137,23 +139,51 @@ class PoolService:
         PoolStoreError before anything has changed. If a redefined pool was pinned and the new
         content cannot be made resident, that is raised with the pool redefined and not pinned.
         """
-        return await self._to_the_end(self._add(pool, replace))
+        return await self.to_the_end(self._add(pool, replace))
 
     async def remove(self, name: str) -> None:
         """Forget a pool; its running requests end as they would have.
 
         Raises UnknownPool, StateConflict for the base and the default pool, PoolStoreError.
         """
-        await self._to_the_end(self._remove(name))
+        await self.to_the_end(self._remove(name))
+
+    def plan_add(self, pool: ExpertPool, *, replace: bool) -> CatalogChange:
+        """Decide how to define a pool: what `add` checks first; changes nothing.
+
+        Raises RequestError, PoolExists and StateConflict.
+        """
+        assert self.catalog.moe_layers is not None, "nobody could check the pool"
+        try:
+            self.names.check_free((pool.name,))
+            return self.catalog.plan_add(pool, replace=replace)
+        except (ConfigError, PoolFileError) as error:
+            raise RequestError(str(error)) from error
+
+    def keep(self, pool: ExpertPool) -> None:
+        """Let a pool that no name leads to be leased and loaded, until `forget`, once for each."""
+        self._unnamed[pool.content_hash] += 1
+        self.manager.revive(pool)
+
+    def forget(self, pool: ExpertPool) -> None:
+        """End a `keep`: the pool goes, unless others keep it or a definition has its content."""
+        self._unnamed[pool.content_hash] -= 1
+        self._unnamed += Counter()  # drops what is 0
+        is_defined = pool.content_hash in {known.content_hash for known in self.pools}
+        is_pinned = self.manager.is_pinned(pool)  # a union of that content may be
+        if not (pool.content_hash in self._unnamed or is_defined or is_pinned):
+            self.manager.retire(pool)
+
+    async def to_the_end(self, change: Coroutine[object, object, _T]) -> _T:
+        """Await a change that goes on when the client who asked for it leaves."""
+        task = asyncio.ensure_future(change)
+        self._changes.add(task)
+        task.add_done_callback(self._forget)
+        return await asyncio.shield(task)
 
     async def _add(self, pool: ExpertPool, replace: bool) -> tuple[PoolStatus, bool]:
-        assert self.catalog.moe_layers is not None, "nobody could check the pool"
         async with self._one_change:
-            try:
-                self.names.check_free((pool.name,))
-                change = self.catalog.plan_add(pool, replace=replace)
-            except (ConfigError, PoolFileError) as error:
-                raise RequestError(str(error)) from error
+            change = self.plan_add(pool, replace=replace)
             assert change.pool is not None
             self._check_wanted(change.pool)
             is_new = pool.name not in self.catalog.pools
@@ -191,6 +221,7 @@ class PoolService:
             logger.info("pool %s is defined, version %d", change.name, version)
         pinned = [pool.name for pool in old if self.manager.is_pinned(pool)]
         current = {pool.content_hash for pool in (*self.pools, *self._made_of(change.name))}
+        current |= self._unnamed.keys()
         for pool in old:
             if pool.content_hash not in current:
                 self.manager.retire(pool)
@@ -235,13 +266,6 @@ class PoolService:
         for needed in wanted:
             with suppress(Unavailable):  # that may pass
                 self.manager.check_admissible(needed)
-
-    async def _to_the_end(self, change: Coroutine[object, object, _T]) -> _T:
-        """Await a change that goes on when the client who asked for it leaves."""
-        task = asyncio.ensure_future(change)
-        self._changes.add(task)
-        task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
 
     def _forget(self, task: asyncio.Task[object]) -> None:
         self._changes.discard(task)
