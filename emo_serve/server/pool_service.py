@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from functools import reduce
 from typing import TypeVar
@@ -36,6 +36,7 @@ from emo_serve.pools.catalog import CatalogChange, PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import Lease, ResidencyManager
 from emo_serve.residency.statistics import ResidencyStats
+from emo_serve.server.engine_calls import PoolUsage
 from emo_serve.server.pool_choice import UNION, ModelNames, canonical_name
 from emo_serve.server.pool_status import (
     Overview,
@@ -53,7 +54,10 @@ _T = TypeVar("_T")
 
 
 class PoolService:
-    """Find pools by what requests call them, lend them, and change them for operators."""
+    """Find pools by what requests call them, lend them, and change them for operators.
+
+    `usage_of` asks the engine what a pool's content has used; without it nobody can know.
+    """
 
     def __init__(
         self,
@@ -62,12 +66,14 @@ class PoolService:
         catalog: PoolCatalog,
         manager: ResidencyManager,
         metrics: PoolMetrics | None = None,
+        usage_of: Callable[[ExpertPool], Awaitable[PoolUsage]] | None = None,
     ) -> None:
         names.check_free(tuple(catalog.pools))
         self.names = names
         self.manager = manager
         self.catalog = catalog
         self._metrics = metrics
+        self._usage_of = usage_of
         self._base_pool = base_pool
         self._one_change = asyncio.Lock()
         self._changes: set[asyncio.Task[object]] = set()  # asyncio keeps weak references
@@ -278,6 +284,17 @@ class PoolService:
         """Return one pool's state now."""
         stats = self.manager.statistics()
         return self._status(pool, stats, self._sharing(stats))
+
+    async def usage(self, name: str) -> tuple[ExpertPool, PoolUsage]:
+        """Return a pool and what was routed in it since the engine started.
+
+        The account is of its content: pools of equal experts and temperature share one, whatever
+        their names, and a union has its own. Raises Unavailable where no routing is recorded.
+        """
+        pool = self.find(name)
+        if self._usage_of is None:
+            raise Unavailable("this server does not record what its pools use")
+        return pool, await self._usage_of(pool)
 
     def overview(self) -> Overview:
         """Return every pool's state now, and unions while they are in use."""

@@ -1,8 +1,10 @@
 """/v1/pools: what exists and who is resident; load, evict, pin; define, redefine and remove.
 
     GET    /v1/pools                 every pool, the slab's slots, who waits
-    POST   /v1/pools                 define the pool in the body; ?replace=true redefines one
+    POST   /v1/pools                 define the pool in the body, or build one of the examples in
+                                     the body; ?replace=true redefines one
     GET    /v1/pools/{name}          one pool or union, with its expert ids
+    GET    /v1/pools/{name}/usage    how often each of its experts was taken
     DELETE /v1/pools/{name}          forget it, file included
     POST   /v1/pools/{name}/load     make it resident; also evict, pin and unpin
 
@@ -16,14 +18,22 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ValidationError
 
-from emo_serve.errors import EmoServeError, PoolFileError, RequestError
+from emo_serve.errors import EmoServeError, PoolFileError, RequestError, Unavailable
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.strict_json import parse_json
+from emo_serve.server.build_schema import (
+    BuildDocument,
+    BuildRequest,
+    BuiltPool,
+    built_of,
+    is_build,
+    parse_build,
+)
 from emo_serve.server.pool_service import PoolService
 from emo_serve.server.pools_schema import (
     DeletedPool,
@@ -36,16 +46,24 @@ from emo_serve.server.pools_schema import (
     PoolDocument,
     PoolList,
     ReplaceOptions,
+    UsageAnswer,
     body_schema,
     card_of,
     details_of,
     list_of,
+    usage_answer,
 )
+
+if TYPE_CHECKING:
+    from emo_serve.server.pool_builder import PoolBuilder
 
 __all__ = ["MAX_DOCUMENT_BYTES", "create_router"]
 
 MAX_DOCUMENT_BYTES = 8 * 2**20
-"""64 layers of 1024 experts with a score each take 1.7 MB a line a layer, 2.7 MB indented."""
+"""64 layers of 1024 experts with a score each take 1.7 MB a line a layer, 2.7 MB indented.
+
+Examples have the same limit; it is some two million tokens.
+"""
 
 _MAX_OPTIONS_BYTES = 64 * 2**10
 _RESPONSES: dict[int, dict[str, Any]] = {
@@ -64,12 +82,17 @@ _Options = TypeVar("_Options", bound=BaseModel)
 
 
 def create_router(
-    service: PoolService, to_http_error: Callable[[EmoServeError], Exception]
+    service: PoolService,
+    to_http_error: Callable[[EmoServeError], Exception],
+    builder: PoolBuilder | None = None,
 ) -> APIRouter:
-    """Return the routes; `to_http_error` turns our errors into those the app's handlers answer."""
+    """Return the routes; `to_http_error` turns our errors into those the app's handlers answer.
+
+    Without a `builder` pools are not built of examples.
+    """
     router = APIRouter(prefix="/v1/pools", tags=["pools"])
     _add_reading(router, service, to_http_error)
-    _add_definitions(router, service, to_http_error)
+    _add_definitions(router, service, to_http_error, builder)
     _add_residency(router, service, to_http_error)
     return router
 
@@ -94,27 +117,48 @@ def _add_reading(
             status = service.status(service.find(name))
             return details_of(service.overview(), status)
 
+    @router.get("/{name}/usage", responses=_responses(400, 404, 500, 503))
+    async def show_usage(name: str) -> UsageAnswer:
+        """Show how often each expert of a pool or union was taken since the engine started."""
+        with _answering(to_http_error):
+            return usage_answer(*await service.usage(name))
+
 
 def _add_definitions(
-    router: APIRouter, service: PoolService, to_http_error: Callable[[EmoServeError], Exception]
+    router: APIRouter,
+    service: PoolService,
+    to_http_error: Callable[[EmoServeError], Exception],
+    builder: PoolBuilder | None,
 ) -> None:
     @router.post(
         "",
         response_model_exclude_unset=True,
         status_code=HTTPStatus.CREATED,
         responses=_responses(200, 400, 401, 403, 409, 413, 500, 503),
-        openapi_extra=body_schema(PoolDocument, required=True),
+        openapi_extra=body_schema(PoolDocument, BuildDocument, required=True),
     )
     async def define_pool(
         request: Request, response: Response, options: Annotated[ReplaceOptions, Query()]
-    ) -> PoolCard:
-        """Define a pool, or redefine it; running requests end with the old experts."""
+    ) -> BuiltPool | PoolCard:
+        """Define a pool, or redefine it; running requests end with the old experts.
+
+        The body is the pool, or examples of what it is for: then it is built first, beside the
+        requests of others, and the answer comes when that is done.
+        """
+        card: BuiltPool | PoolCard
         with _answering(to_http_error):
             body = await _read_body(request, MAX_DOCUMENT_BYTES)
-            pool = await asyncio.to_thread(_parse_pool, body)
-            status, is_new = await service.add(pool, replace=options.replace)
+            wanted = await asyncio.to_thread(_parse_definition, body)
+            if isinstance(wanted, ExpertPool):
+                status, is_new = await service.add(wanted, replace=options.replace)
+                card = card_of(status)
+            elif builder is not None:
+                build = await builder.build(wanted, replace=options.replace)
+                card, is_new = built_of(build), build.is_new
+            else:
+                raise Unavailable("this server builds no pools; use emo-serve pools build")
         response.status_code = HTTPStatus.CREATED if is_new else HTTPStatus.OK
-        return card_of(status)
+        return card
 
     @router.delete("/{name}", responses=_responses(400, 401, 403, 404, 409, 500))
     async def remove_pool(name: str) -> DeletedPool:
@@ -195,9 +239,10 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _parse_pool(body: bytes) -> ExpertPool:
+def _parse_definition(body: bytes) -> ExpertPool | BuildRequest:
     try:
-        return ExpertPool.parse("body", parse_json("body", body))
+        document = parse_json("body", body)
+        return parse_build(document) if is_build(document) else ExpertPool.parse("body", document)
     except PoolFileError as error:
         raise RequestError(str(error)) from error
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from emo_serve.pools.pool import FORMAT
+from emo_serve.pools.pool import FORMAT, ExpertPool
+from emo_serve.server.engine_calls import PoolUsage
 from emo_serve.server.pool_status import Overview, PoolStatus
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DocumentLayer",
     "DocumentModel",
     "EvictOptions",
+    "LayerUsage",
     "ListOptions",
     "LoadOptions",
     "NoOptions",
@@ -28,10 +30,12 @@ __all__ = [
     "PoolList",
     "ReplaceOptions",
     "SlotAccount",
+    "UsageAnswer",
     "body_schema",
     "card_of",
     "details_of",
     "list_of",
+    "usage_answer",
 ]
 
 
@@ -127,11 +131,17 @@ class PoolDocument(_Strict):
     calibration: DocumentCalibration | None = None
 
 
-def body_schema(model: type[BaseModel], *, required: bool = False) -> dict[str, Any]:
-    """Return what a route's `openapi_extra` says of a body that the route reads itself."""
-    schema = model.model_json_schema()
-    definitions = schema.pop("$defs", {})
-    content = {"application/json": {"schema": _inlined(schema, definitions)}}
+def body_schema(*models: type[BaseModel], required: bool = False) -> dict[str, Any]:
+    """Return what a route's `openapi_extra` says of a body that the route reads itself.
+
+    The body is of any one of the models.
+    """
+    schemas = []
+    for model in models:
+        schema = model.model_json_schema()
+        definitions = schema.pop("$defs", {})
+        schemas.append(_inlined(schema, definitions))
+    content = {"application/json": {"schema": {"anyOf": schemas} if schemas[1:] else schemas[0]}}
     return {"requestBody": {"required": required, "content": content}}
 
 
@@ -221,6 +231,28 @@ class PoolList(_Answer):
     )
 
 
+class LayerUsage(_Answer):
+    """What the pool's experts of one MoE layer did."""
+
+    num_experts: int = Field(description="of the model's layer")
+    experts: list[int] = Field(description="the pool's expert ids, ascending")
+    counts: list[int] = Field(description="for each of them, the routed tokens that took it")
+
+
+class UsageAnswer(_Answer):
+    """How often a pool's experts were taken since the engine started.
+
+    The account is of the pool's content: pools with equal experts and temperature share it, and a
+    union has its own, apart from those of its parts.
+    """
+
+    object: Literal["pool.usage"] = "pool.usage"
+    name: str
+    content_hash: str
+    tokens: int = Field(description="routed in the pool; those from the prefix cache are not")
+    layers: list[LayerUsage | None] = Field(description="one a layer, null for a dense layer")
+
+
 class DeletedPool(_Answer):
     """A pool that is no more."""
 
@@ -264,6 +296,19 @@ def list_of(overview: Overview, refused: list[str], *, persists: bool, experts: 
             "waiting_requests": stats.waiting_requests,
             **maps,
         }
+    )
+
+
+def usage_answer(pool: ExpertPool, usage: PoolUsage) -> UsageAnswer:
+    """Build the answer about what a pool's experts did."""
+    layers = [
+        LayerUsage(num_experts=len(counts), experts=list(ids), counts=[counts[e] for e in ids])
+        if ids
+        else None
+        for ids, counts in zip(pool.expert_ids, usage.counts, strict=True)
+    ]
+    return UsageAnswer(
+        name=pool.name, content_hash=pool.content_hash, tokens=usage.tokens, layers=layers
     )
 
 

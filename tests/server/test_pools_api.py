@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from emo_serve.errors import EmoServeError
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration, PoolModel
+from emo_serve.server.engine_calls import PoolUsage
 from emo_serve.server.http_errors import status_of
 from emo_serve.server.pool_service import PoolService
 from emo_serve.server.pools_api import MAX_DOCUMENT_BYTES, create_router
@@ -221,6 +222,64 @@ async def test_a_bad_body_changes_nothing(
     assert service.manager.statistics().pools == ()
 
 
+# -- usage --
+
+
+def with_usage(service: PoolService) -> PoolService:
+    """Return a service whose engine has routed ten tokens in `math` and none elsewhere."""
+    math = service.find("math").content_hash
+    counts = ((), (3, 0, 0, 0, 0, 0, 0, 10), (1, 2, 0, 0, 0, 0, 0, 10))
+    nothing = PoolUsage(0, ((), (0,) * 8, (0,) * 8))
+
+    async def usage_of(pool: ExpertPool) -> PoolUsage:
+        return PoolUsage(10, counts) if pool.content_hash == math else nothing
+
+    return PoolService(
+        service.names, service.pools[0], service.catalog, service.manager, usage_of=usage_of
+    )
+
+
+async def test_usage_is_that_of_the_pools_own_experts(service: PoolService) -> None:
+    async with client_of(with_usage(service)) as client:
+        answer = (await client.get("/v1/pools/emo:math/usage")).json()
+    assert answer == {
+        "object": "pool.usage",
+        "name": "math",
+        "content_hash": service.find("math").content_hash,
+        "tokens": 10,
+        "layers": [
+            None,
+            {"num_experts": 8, "experts": [0, 1, 7], "counts": [3, 0, 10]},
+            {"num_experts": 8, "experts": [0, 1, 7], "counts": [1, 2, 10]},
+        ],
+    }
+
+
+async def test_a_pool_or_union_that_was_never_resident_has_zeros(service: PoolService) -> None:
+    async with client_of(with_usage(service)) as client:
+        for name, experts in (("law", [4, 5, 6, 7]), ("math+code", [0, 1, 2, 3, 7])):
+            answer = (await client.get(f"/v1/pools/{name}/usage")).json()
+            layer = {"num_experts": 8, "experts": experts, "counts": [0] * len(experts)}
+            assert (answer["tokens"], answer["layers"]) == (0, [None, layer, layer])
+
+
+async def test_pools_of_equal_content_share_an_account(service: PoolService) -> None:
+    service = with_usage(service)
+    layer = {"experts": [0, 1]}
+    async with client_of(service) as client:
+        again = {**POEMS, "name": "sums", "layers": [None, layer, layer]}
+        assert (await client.post("/v1/pools", json=again)).status_code == 201
+        assert (await client.get("/v1/pools/sums/usage")).json()["tokens"] == 10
+
+
+async def test_usage_of_an_unknown_pool_and_where_nothing_is_recorded(
+    service: PoolService, client: httpx.AsyncClient
+) -> None:
+    assert (await client.get("/v1/pools/nope/usage")).status_code == 404
+    answer = await client.get("/v1/pools/math/usage")
+    assert (answer.status_code, "does not record" in answer.json()["detail"]) == (503, True)
+
+
 # -- definitions --
 
 
@@ -383,6 +442,7 @@ def test_every_route_is_documented(service: PoolService) -> None:
         "GET /v1/pools",
         "POST /v1/pools",
         "GET /v1/pools/{name}",
+        "GET /v1/pools/{name}/usage",
         "DELETE /v1/pools/{name}",
         *(f"POST /v1/pools/{{name}}/{verb}" for verb in ("load", "evict", "pin", "unpin")),
     }
