@@ -91,6 +91,7 @@ class Bench:
             "moe_backend": "auto",
             "expert_dtype": "auto",
             "host_expert_bytes": self.args.host_memory << 20,
+            "records_routing": True,
         }
         engine_args = AsyncEngineArgs(
             str(directory),

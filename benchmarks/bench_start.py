@@ -63,6 +63,7 @@ def measure(args: argparse.Namespace, experts: str, eager: bool) -> dict[str, An
         "moe_backend": "auto",
         "expert_dtype": "auto",
         "host_expert_bytes": 0,
+        "records_routing": True,
     }
     llm = LLM(
         str(args.model),

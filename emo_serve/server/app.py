@@ -36,6 +36,7 @@ from emo_serve.residency.policy import make_policy
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server import pools_api
 from emo_serve.server.checkpoint_dir import resolve_checkpoint
+from emo_serve.server.coverage import CoverageBook
 from emo_serve.server.engine_calls import EngineFacts, WorkerCalls
 from emo_serve.server.gate import RequestGate
 from emo_serve.server.http_errors import REFUSAL_REASONS
@@ -43,6 +44,7 @@ from emo_serve.server.key_guard import KeyGuard
 from emo_serve.server.plan import StartPlan, make_plan
 from emo_serve.server.pool_service import PoolService
 from emo_serve.server.request_log import RequestLog
+from emo_serve.server.router_probe import RouterProbe
 from emo_serve.server.shutdown import StopSignals, drain
 from emo_serve.server.summary import PoolLine, ServerAddress, Summary, format_summary
 from emo_serve.server.unsupported_flags import refuse_unsupported
@@ -199,8 +201,13 @@ class _Server:
         service = PoolService(
             self.plan.names, self.plan.base_pool, self.plan.catalog, manager, metrics
         )
+        coverage = CoverageBook(calls.read_coverage, metrics.observe_coverage)
+        longest = self.llm.model_config.max_model_len - 1  # and one token that is generated
+        probe = RouterProbe(manager, self.llm.run_probe, calls.read_mass, longest)
         await _load_pools(manager, self.plan)
-        app = await build_http_app(self.llm, self.args, service, metrics, self.parts.request_log)
+        app = await build_http_app(
+            self.llm, self.args, service, metrics, coverage, self.parts.request_log
+        )
         await self._warm_up(service)
         gate = RequestGate(app)
         _add_routes(app, gate, service, self.llm)
@@ -213,7 +220,11 @@ class _Server:
         )
         server = create_http_server(guard, app, self.args)
         summary = self._summarise(facts, service)
-        return await self._answer(server, sock, gate, manager, signals, announce, summary)
+        watching = asyncio.create_task(coverage.run())
+        try:
+            return await self._answer(server, sock, gate, manager, signals, announce, summary)
+        finally:
+            watching.cancel()
 
     def _manager(
         self, calls: WorkerCalls, facts: EngineFacts, metrics: PoolMetrics

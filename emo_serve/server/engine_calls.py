@@ -21,7 +21,7 @@ from emo_serve.errors import CheckpointError, EngineDead, PoolLoadFailed
 from emo_serve.residency.ports import LoadReport
 from emo_serve.residency.slots import Copy, ExpertIds
 
-__all__ = ["EngineFacts", "WorkerCalls"]
+__all__ = ["CoverageSum", "EngineFacts", "PoolUsage", "RouterMass", "WorkerCalls"]
 
 _Reply = Mapping[str, Any]
 _DEATH_CHECK_SECONDS = 0.5
@@ -47,11 +47,49 @@ class EngineFacts:
     expert_dtype: str
     moe_backend: str
     routes_by_pool: bool
+    records_routing: bool
 
     @property
     def slot_bytes_all_ranks(self) -> int:
         """Return what one expert of one layer takes on all devices together."""
         return self.slot_bytes * self.num_ranks
+
+
+@dataclass(frozen=True)
+class CoverageSum:
+    """Over some tokens, the share of the full router's mass inside their pool, added up.
+
+    Each token's share is a mean over MoE layers; coverage is `mass / tokens`.
+    """
+
+    mass: float
+    tokens: int
+
+    def __add__(self, other: CoverageSum) -> CoverageSum:
+        return CoverageSum(self.mass + other.mass, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
+class PoolUsage:
+    """How many tokens a pool routed, and how many of them took each expert.
+
+    `counts` are [E] a layer, () for a dense layer.
+    """
+
+    tokens: int
+    counts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class RouterMass:
+    """The full router's probability of each expert, added up over tokens; fp64.
+
+    `layers` are [E] a layer, () for a dense layer: the softmax over standard experts, and shared
+    ones' own (`emo.routing.router_probabilities`).
+    """
+
+    tokens: int
+    layers: tuple[tuple[float, ...], ...]
 
 
 class WorkerCalls:
@@ -129,7 +167,27 @@ class WorkerCalls:
             expert_dtype=first["expert_dtype"],
             moe_backend=first["moe_backend"],
             routes_by_pool=all(reply["routes_by_pool"] for reply in replies),
+            records_routing=first["records_routing"],
         )
+
+    # Gates are the same on every rank, so the first one's record is the record.
+
+    async def read_coverage(self) -> dict[int, CoverageSum]:
+        """Return, by account, what was summed up since the last call, and forget it."""
+        replies = await self._call("emo_read_coverage")
+        rows = replies[0]["coverage"]
+        return {account: CoverageSum(mass, tokens) for account, mass, tokens in rows}
+
+    async def read_mass(self, slot: int) -> RouterMass:
+        """Return what the requests of a mass slot gave, and forget it."""
+        replies = await self._call("emo_read_mass", slot)
+        return RouterMass(replies[0]["tokens"], tuple(map(tuple, replies[0]["mass"])))
+
+    async def usage(self, expert_ids: ExpertIds, temperature: float) -> PoolUsage:
+        """Return what pools of this content have used since the engine started."""
+        ids = [list(layer) for layer in expert_ids]
+        replies = await self._call("emo_usage", ids, temperature)
+        return PoolUsage(replies[0]["tokens"], tuple(map(tuple, replies[0]["counts"])))
 
     async def _settled(
         self, load_id: int, table_row: tuple[int, list[list[int]], float], total: int

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
+import itertools
 import os
 import socket
 import weakref
@@ -57,20 +58,28 @@ from emo_serve.config import ServeSettings, add_serve_flags
 from emo_serve.errors import ConfigError, EmoServeError, EngineDead
 from emo_serve.metrics import PoolMetrics
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.server.coverage import CoverageBook
+from emo_serve.server.engine_calls import CoverageSum
 from emo_serve.server.gate import AsgiApp, current_request
 from emo_serve.server.http_errors import reason_of, retry_after_of, status_of
 from emo_serve.server.pool_service import PoolService
 from emo_serve.server.request_account import RequestAccount
 from emo_serve.server.request_log import RequestLog
 from emo_serve.vllm_plugin import (
+    ACCOUNT_ARG,
     ADDITIONAL_CONFIG_KEY,
     LOAD_FORMAT,
+    MASS_SLOT_ARG,
+    NO_ACCOUNT,
+    NO_MASS_SLOT,
     POOL_ROW_ARG,
     WORKER_EXTENSION_CLS,
     check_expert_dtype,
     check_moe_backend,
     worker_cls_for,
 )
+
+_RECORD_VARIABLE = "EMO_SERVE_RECORD_ROUTING"  # for benchmarks: 0 shows what recording costs
 
 __all__ = [
     "PooledLLM",
@@ -157,13 +166,24 @@ class PooledLLM(AsyncLLM):
 
     _service: PoolService | None = None
     _metrics: PoolMetrics | None = None
+    _probe_ids = itertools.count(1)
 
     def attach_pools(
-        self, service: PoolService, metrics: PoolMetrics, request_log: RequestLog | None = None
+        self,
+        service: PoolService,
+        metrics: PoolMetrics,
+        coverage: CoverageBook | None = None,
+        request_log: RequestLog | None = None,
+        *,
+        honours_priority: bool = False,
     ) -> None:
-        """Give the client what requests need; before that none can be served."""
+        """Give the client what requests need; before that none can be served.
+
+        Without `honours_priority` all clients' requests have the same.
+        """
         self._service, self._metrics, self._request_log = service, metrics, request_log
-        self._pumps: set[asyncio.Task[None]] = set()  # asyncio keeps weak references
+        self._coverage, self._honours_priority = coverage, honours_priority
+        self._tasks: set[asyncio.Task[Any]] = set()  # asyncio keeps weak references
 
     def generate(
         self,
@@ -186,14 +206,22 @@ class PooledLLM(AsyncLLM):
             metrics.count_refusal(reason_of(error))
             raise to_http_error(error) from error
         salted = salt_prompt(prompt, pool.content_hash)
+        if not self._honours_priority:
+            options["priority"] = 0
+        context = current_request()
+        context.pool_names.append(pool.name)
+        covered: asyncio.Future[CoverageSum | None] | None = None
+        if context.wants_coverage:
+            covered = asyncio.get_running_loop().create_future()
+            context.coverages.append(covered)
         collector = RequestOutputCollector(sampling_params.output_kind, request_id)
         admission: asyncio.Future[EmoServeError | None]
         admission = asyncio.get_running_loop().create_future()
-        current_request().admissions.append(admission)
+        context.admissions.append(admission)
         request = (salted, sampling_params, request_id, options)
-        pump = asyncio.create_task(self._pump(collector, admission, pool, *request))
-        self._pumps.add(pump)
-        pump.add_done_callback(self._pumps.discard)
+        pump = asyncio.create_task(self._pump(collector, admission, covered, pool, *request))
+        self._tasks.add(pump)
+        pump.add_done_callback(self._tasks.discard)
         stream = _collected(collector, pump)
         # One that is never begun runs no `finally`: its client left while it waited.
         weakref.finalize(stream, pump.cancel).atexit = False
@@ -216,10 +244,29 @@ class PooledLLM(AsyncLLM):
             async for _ in super().generate(prompt, placed, "emo-serve-warm-up"):
                 pass
 
+    async def run_probe(
+        self, pool: ExpertPool, row: int, token_ids: Sequence[int], mass_slot: int, priority: int
+    ) -> None:
+        """Run tokens in a row that is leased, so that the router's mass is in the slot after it.
+
+        For RouterProbe. None of them comes out of the prefix cache: such are not routed.
+        """
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True
+        )
+        placed = place_in_row(params, row, mass_slot=mass_slot)
+        prompt = salt_prompt(tokens_input(list(token_ids)), pool.content_hash)
+        request_id = f"emo-serve-probe-{next(self._probe_ids)}"
+        stream = super().generate(prompt, placed, request_id, priority=priority)
+        async with aclosing(stream):
+            async for _ in stream:
+                pass
+
     async def _pump(
         self,
         collector: RequestOutputCollector,
         admission: asyncio.Future[EmoServeError | None],
+        covered: asyncio.Future[CoverageSum | None] | None,
         pool: ExpertPool,
         prompt: Any,
         params: SamplingParams,
@@ -229,12 +276,13 @@ class PooledLLM(AsyncLLM):
         """Hold the lease while the engine works; errors go to the reader, cancelling aborts."""
         service, metrics = self._pools()
         account = RequestAccount(pool.name, is_delta=params.output_kind == RequestOutputKind.DELTA)
+        number = self._coverage.open(pool.name) if self._coverage is not None else NO_ACCOUNT
         outcome = "failed"
         try:
             async with service.lease(pool) as lease:
                 account.note_granted(is_hit=lease.is_hit)
                 admission.set_result(None)
-                placed = place_in_row(params, lease.row)
+                placed = place_in_row(params, lease.row, account=number)
                 stream = super().generate(prompt, placed, request_id, **options)
                 async with aclosing(stream):  # an abort is sent before the lease ends
                     async for output in stream:
@@ -256,10 +304,32 @@ class PooledLLM(AsyncLLM):
         finally:
             if not admission.done():
                 admission.set_result(None)
+            self._settle_coverage(number, covered)
             metrics.count_request(pool.name, outcome)
             metrics.count_tokens(pool.name, account.prompt_tokens, account.generation_tokens)
             if self._request_log is not None:
                 self._request_log.append(account.record(outcome))
+
+    def _settle_coverage(
+        self, number: int, covered: asyncio.Future[CoverageSum | None] | None
+    ) -> None:
+        """Close a request's account; whoever asked hears of it beside the answer's last part."""
+        if self._coverage is None:
+            if covered is not None:
+                covered.set_result(None)
+            return
+        if covered is None:
+            self._coverage.close(number)
+            return
+        reading = asyncio.ensure_future(self._coverage.result(number))
+        self._tasks.add(reading)
+
+        def settle(reading: asyncio.Task[CoverageSum | None]) -> None:
+            self._tasks.discard(reading)
+            failed = reading.cancelled() or reading.exception() is not None
+            covered.set_result(None if failed else reading.result())
+
+        reading.add_done_callback(settle)
 
     def _pools(self) -> tuple[PoolService, PoolMetrics]:
         assert self._service is not None and self._metrics is not None, "attach_pools comes first"
@@ -290,10 +360,13 @@ def salt_prompt(prompt: Any, content_hash: str) -> dict[str, Any]:
     return {**prompt, "cache_salt": f"emo:{content_hash}:{prompt.get('cache_salt') or ''}"}
 
 
-def place_in_row(params: SamplingParams, row: int) -> SamplingParams:
+def place_in_row(
+    params: SamplingParams, row: int, *, account: int = NO_ACCOUNT, mass_slot: int = NO_MASS_SLOT
+) -> SamplingParams:
     """Return a copy that routes in `row`, whatever the client put there; callers share params."""
     placed = copy.copy(params)
-    placed.extra_args = {**(params.extra_args or {}), POOL_ROW_ARG: row}
+    ours = {POOL_ROW_ARG: row, ACCOUNT_ARG: account, MASS_SLOT_ARG: mass_slot}
+    placed.extra_args = {**(params.extra_args or {}), **ours}
     return placed
 
 
@@ -313,6 +386,7 @@ def start_engine(args: argparse.Namespace, settings: ServeSettings, num_slots: i
         "num_slots": num_slots,
         "num_pools": settings.max_pools,
         "host_expert_bytes": settings.host_expert_bytes,
+        "records_routing": os.environ.get(_RECORD_VARIABLE) != "0",
         "moe_backend": settings.moe_backend,
         "expert_dtype": settings.expert_dtype,
     }
@@ -322,6 +396,7 @@ def start_engine(args: argparse.Namespace, settings: ServeSettings, num_slots: i
         # need a C++ compiler and 14 s at first use.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     engine_args, usage = _engine_args(args), UsageContext.OPENAI_API_SERVER
+    engine_args.scheduling_policy = "priority"  # pools are built behind everybody's requests
     config = _resolved(lambda: engine_args.create_engine_config(usage_context=usage))
     try:
         return PooledLLM.from_vllm_config(  # type: ignore[no-any-return]
@@ -407,6 +482,7 @@ async def build_http_app(
     args: argparse.Namespace,
     service: PoolService,
     metrics: PoolMetrics,
+    coverage: CoverageBook,
     request_log: RequestLog | None = None,
 ) -> FastAPI:
     """Build vLLM's app around the engine and teach it the pools' names."""
@@ -416,7 +492,8 @@ async def build_http_app(
     models = app.state.openai_serving_models
     models.lora_requests = _PoolNames(service, metrics)
     models.show_available_models = partial(_list_models, models.registry, service)
-    llm.attach_pools(service, metrics, request_log)
+    honours_priority = args.scheduling_policy == "priority"
+    llm.attach_pools(service, metrics, coverage, request_log, honours_priority=honours_priority)
     return app
 
 

@@ -12,10 +12,15 @@ import os
 from emo_serve.errors import ConfigError
 
 __all__ = [
+    "ACCOUNT_ARG",
     "ADDITIONAL_CONFIG_KEY",
     "EXPERT_DTYPES",
     "LOAD_FORMAT",
+    "MASS_SLOTS",
+    "MASS_SLOT_ARG",
     "MOE_BACKENDS",
+    "NO_ACCOUNT",
+    "NO_MASS_SLOT",
     "POOL_ROW_ARG",
     "WORKER_EXTENSION_CLS",
     "check_expert_dtype",
@@ -34,6 +39,16 @@ LOAD_FORMAT = "emo"
 
 POOL_ROW_ARG = "emo_pool_row"
 """Key of SamplingParams.extra_args: the row of the pool table a request routes within."""
+
+ACCOUNT_ARG = "emo_account"
+"""Likewise: the number, from 1, under which the request's coverage is summed up."""
+
+MASS_SLOT_ARG = "emo_mass_slot"
+"""Likewise: which of MASS_SLOTS sums the router's mass of each expert is added to."""
+
+MASS_SLOTS = 16
+NO_ACCOUNT = 0
+NO_MASS_SLOT = -1
 
 MOE_BACKENDS = ("auto", "triton", "cpu", "reference")
 """Expert maths: our CUDA kernels, vLLM's CPU kernel, or plain torch on any device."""

@@ -2,8 +2,9 @@
 
 vLLM has two model runners, and each keeps its requests in its own way. What they share is here:
 `PoolRows` turns one row a request into one row a token, in a buffer that never moves, as CUDA
-graphs require. The V1 runner (CPU) is given its rows by `attach_to_v1_runner`; the V2 runner
-(CUDA's default) finds `EmoModelState` through the model.
+graphs require, and tells the `RoutingRecord` whose tokens come. The V1 runner (CPU) is given its
+rows by `attach_to_v1_runner`; the V2 runner (CUDA's default) finds `EmoModelState` through the
+model.
 
 A row comes from the front end, or, with plain `vllm serve`, from any client at all. One that no
 table has must reach neither the device, where a kernel would read past the table, nor an exception,
@@ -17,6 +18,7 @@ v1/worker/gpu/model_states/default.py (DefaultModelState).
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,15 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from emo_serve.vllm_plugin import POOL_ROW_ARG
+from emo_serve.vllm_plugin import (
+    ACCOUNT_ARG,
+    MASS_SLOT_ARG,
+    MASS_SLOTS,
+    NO_ACCOUNT,
+    NO_MASS_SLOT,
+    POOL_ROW_ARG,
+)
+from emo_serve.vllm_plugin.routing_record import RequestTag, RoutingRecord
 from emo_serve.vllm_plugin.settings import PluginSettings
 
 __all__ = [
@@ -41,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 BASE_POOL_ROW = 0
 """The base pool's row; also that of requests that name none."""
+
+_MOST_ACCOUNTS = 2**62
 
 PADDING_ROW = -1
 """The row of tokens that are nobody's: they take no expert."""
@@ -58,33 +70,52 @@ class PoolRows:
         self._num_rows = num_rows
         self._has_warned = False
 
-    def row_of(self, sampling_params: Any) -> int:
-        """Return the row a request carries; the base pool's for none and for what is no row."""
+    def tag_of(self, sampling_params: Any) -> RequestTag:
+        """Return what a request carries; the base pool's row for none and for what is no row."""
         extra_args = getattr(sampling_params, "extra_args", None) or {}
         row = extra_args.get(POOL_ROW_ARG, BASE_POOL_ROW)
-        if type(row) is int and 0 <= row < self._num_rows:
-            return row
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "a request carries %s %.40r, which is none of the %d rows there are; such requests"
-                " route in the base pool",
-                POOL_ROW_ARG,
-                row,
-                self._num_rows,
-            )
-        return BASE_POOL_ROW
+        if not _is_index(row, self._num_rows):
+            self._warn_of(row)
+            row = BASE_POOL_ROW
+        account = extra_args.get(ACCOUNT_ARG, NO_ACCOUNT)
+        slot = extra_args.get(MASS_SLOT_ARG, NO_MASS_SLOT)
+        return RequestTag(
+            row,
+            account if _is_index(account, _MOST_ACCOUNTS) else NO_ACCOUNT,
+            slot if _is_index(slot, MASS_SLOTS) else NO_MASS_SLOT,
+        )
 
-    def fill(self, row_of_request: np.ndarray, query_start: np.ndarray) -> Tensor:
+    def _warn_of(self, row: object) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        logger.warning(
+            "a request carries %s %.40r, which is none of the %d rows there are; such requests"
+            " route in the base pool",
+            POOL_ROW_ARG,
+            row,
+            self._num_rows,
+        )
+
+    def fill(
+        self, tags: Sequence[RequestTag], query_start: np.ndarray, record: RoutingRecord | None
+    ) -> Tensor:
         """Write the rows of a batch and return the whole buffer; the rest is padding.
 
         `query_start` holds the first token of each request and, last, the number of tokens. Does
         not wait for the device: a step may be running there that still reads the last batch's.
         """
+        row_of_request = np.array([tag.row for tag in tags], dtype=np.int64)
         rows_T = np.repeat(row_of_request, np.diff(query_start))
         async_tensor_h2d(rows_T, out=self.buffer_T[: len(rows_T)])
         self.buffer_T[len(rows_T) :].fill_(PADDING_ROW)
+        if record is not None:
+            record.begin(tags, query_start)
         return self.buffer_T
+
+
+def _is_index(value: object, count: int) -> bool:
+    return type(value) is int and 0 <= value < count
 
 
 def attach_to_v1_runner(runner: Any, num_rows: int) -> None:
@@ -92,16 +123,24 @@ def attach_to_v1_runner(runner: Any, num_rows: int) -> None:
     rows = PoolRows(runner.max_num_tokens, num_rows, runner.device)
     upstream = runner._init_model_kwargs
 
+    def tag_of(state: Any) -> RequestTag:
+        tag: RequestTag | None = getattr(state, "emo_tag", None)
+        if tag is None:
+            tag = state.emo_tag = rows.tag_of(state.sampling_params)
+        return tag
+
     def with_pool_rows(num_reqs: int | None = None) -> dict[str, Any]:
         kwargs: dict[str, Any] = upstream(num_reqs)
+        record: RoutingRecord | None = runner.get_model().record
         if num_reqs == 0:  # vLLM's mark of a dummy run, such as a CUDA graph's capture
+            if record is not None:
+                record.pause()
             kwargs["pool_rows"] = rows.buffer_T
             return kwargs
         batch = runner.input_batch
-        ids = batch.req_ids[: batch.num_reqs]
-        row_of_request = [rows.row_of(runner.requests[id].sampling_params) for id in ids]
+        tags = [tag_of(runner.requests[id]) for id in batch.req_ids[: batch.num_reqs]]
         query_start = runner.query_start_loc.np[: batch.num_reqs + 1]
-        kwargs["pool_rows"] = rows.fill(np.array(row_of_request, dtype=np.int64), query_start)
+        kwargs["pool_rows"] = rows.fill(tags, query_start, record)
         return kwargs
 
     runner._init_model_kwargs = with_pool_rows
@@ -115,23 +154,26 @@ class EmoModelState(DefaultModelState):
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self._row_of_state = np.full(self.max_num_reqs, BASE_POOL_ROW, dtype=np.int64)
+        self._tag_of_state = [RequestTag(BASE_POOL_ROW)] * self.max_num_reqs
+        self._record: RoutingRecord | None = getattr(model, "record", None)
         num_rows = PluginSettings.read(vllm_config).num_pools
         self._rows = PoolRows(self.max_num_tokens, num_rows, device)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self._row_of_state[req_index] = self._rows.row_of(new_req_data.sampling_params)
+        self._tag_of_state[req_index] = self._rows.tag_of(new_req_data.sampling_params)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         kwargs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
         num_reqs = input_batch.num_reqs
-        row_of_request = self._row_of_state[input_batch.idx_mapping_np[:num_reqs]]
+        tags = [self._tag_of_state[index] for index in input_batch.idx_mapping_np[:num_reqs]]
         query_start = input_batch.query_start_loc_np[: num_reqs + 1]
-        kwargs["pool_rows"] = self._rows.fill(row_of_request, query_start)
+        kwargs["pool_rows"] = self._rows.fill(tags, query_start, self._record)
         return kwargs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         kwargs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        if self._record is not None:
+            self._record.pause()
         kwargs["pool_rows"] = self._rows.buffer_T
         return kwargs

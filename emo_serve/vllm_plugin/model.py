@@ -48,6 +48,7 @@ from emo_serve.vllm_plugin.expert_store import ExpertStore, HostMemory
 from emo_serve.vllm_plugin.loads import CpuMover, CudaMover, ExpertLoad, Mover, SlotCopy
 from emo_serve.vllm_plugin.moe import PooledMoE
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert
+from emo_serve.vllm_plugin.routing_record import RoutingRecord, pool_key
 from emo_serve.vllm_plugin.settings import (
     PluginSettings,
     backend_for,
@@ -104,9 +105,22 @@ class EmoForCausalLM(nn.Module):
             self.backend.slab_dtype(vllm_config.model_config.dtype),
             get_tensor_model_parallel_rank(),
         )
+        self.record = self._make_record(max_tokens)
         self.store: ExpertStore | None = None
         self.trunk_bytes = 0
         self._stepped_at = -math.inf
+
+    def _make_record(self, max_num_tokens: int) -> RoutingRecord | None:
+        """Have the layers record what the router does, on the first rank: gates are replicated."""
+        if not self.settings.records_routing or get_tensor_model_parallel_rank():
+            return None
+        rows, renormalize = self.settings.num_pools, self.config.norm_topk_prob
+        record = RoutingRecord(rows, max_num_tokens, renormalize, self.base_rows.device)
+        for index, layer in self.moe_layers.items():
+            dtype = layer.gate.weight.dtype
+            tables = (layer.pool_table, layer.temperatures)
+            layer.record = record.add_layer(index, layer.moe, *tables, dtype)
+        return record
 
     @staticmethod
     def get_model_state_cls() -> type[EmoModelState]:
@@ -196,6 +210,8 @@ class EmoForCausalLM(nn.Module):
 
     def publish_pool(self, row: int, expert_ids: list[list[int]], temperature: float) -> None:
         """Let requests of `row` route among `expert_ids`, one list a layer, empty if dense."""
+        if self.record is not None:
+            self.record.rebind(row, pool_key(expert_ids, temperature))
         for index, layer in self.moe_layers.items():
             layer.publish(row, expert_ids[index], temperature)
 

@@ -29,6 +29,7 @@ from emo_kernels import PoolTables, Router
 from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert, PackedMatrix, Slab
+from emo_serve.vllm_plugin.routing_record import LayerRecord
 
 __all__ = ["PooledMoE"]
 
@@ -82,6 +83,7 @@ class PooledMoE(nn.Module):
         }
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
+        self.record: LayerRecord | None = None
         layers = get_current_vllm_config().compilation_config.static_forward_context
         layers[prefix] = self
 
@@ -95,6 +97,8 @@ class PooledMoE(nn.Module):
 
     def compute(self, x_TD: Tensor, logits_TE: Tensor, pool_rows_T: Tensor) -> Tensor:
         """Route and mix this rank's part of the experts; reads the tables as they are now."""
+        if self.record is not None:
+            self.record.note(logits_TE)
         tables = PoolTables(self.pool_table, self.temperatures, self.slot_of_expert)
         return self.backend(x_TD, logits_TE, pool_rows_T, tables, self.router, self.slab)
 

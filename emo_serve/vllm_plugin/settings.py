@@ -36,7 +36,7 @@ class PluginSettings:
     """What the front end decided for the workers.
 
     `holds_all` is plain `vllm serve`: no front end, so every expert is loaded with the model and
-    the base pool is published.
+    the base pool is published. `records_routing` is off there: nobody would read it.
     """
 
     num_slots: int
@@ -44,6 +44,7 @@ class PluginSettings:
     moe_backend: str
     expert_dtype: str
     host_expert_bytes: int
+    records_routing: bool
     holds_all: bool
 
     @classmethod
@@ -54,7 +55,15 @@ class PluginSettings:
             most = max(
                 (moe.num_experts for moe in emo_config(vllm_config).moe_layers if moe), default=1
             )
-            return cls(most, 1, "auto", EXPERT_DTYPES[0], host_expert_bytes=0, holds_all=True)
+            return cls(
+                most,
+                1,
+                "auto",
+                EXPERT_DTYPES[0],
+                host_expert_bytes=0,
+                records_routing=False,
+                holds_all=True,
+            )
         name = f"additional_config[{ADDITIONAL_CONFIG_KEY!r}]"
         expected = {field.name for field in fields(cls)} - {"holds_all"}
         if set(given) != expected:

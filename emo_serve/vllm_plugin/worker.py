@@ -7,7 +7,7 @@ raised error would leave their replies out of step. Each answers {"call_id", "ok
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from emo_serve.errors import EmoServeError
 from emo_serve.vllm_plugin.batch_pools import EmoModelState, attach_to_v1_runner
 from emo_serve.vllm_plugin.loads import ExpertLoad
 from emo_serve.vllm_plugin.model import EmoForCausalLM
+from emo_serve.vllm_plugin.routing_record import pool_key
 from emo_serve.vllm_plugin.settings import PluginSettings
 
 __all__ = ["EmoWorkerExtension", "PoolRowsWorker"]
@@ -85,6 +86,37 @@ class EmoWorkerExtension:
 
         return _answer(call_id, publish)
 
+    def emo_read_coverage(self, call_id: int) -> dict[str, Any]:
+        """Add `coverage`: [account, mass inside the pool, tokens] since the last call."""
+
+        def read() -> dict[str, Any]:
+            record = self._emo_model().record
+            return {"coverage": [] if record is None else record.read_coverage()}
+
+        return _answer(call_id, read)
+
+    def emo_read_mass(self, call_id: int, slot: int) -> dict[str, Any]:
+        """Add `tokens` and `mass`, [E] a layer, of a mass slot, and forget them."""
+
+        def read() -> dict[str, Any]:
+            model = self._emo_model()
+            tokens, mass = (0, {}) if model.record is None else model.record.read_mass(slot)
+            return {"tokens": tokens, "mass": _all_layers(model, mass)}
+
+        return _answer(call_id, read)
+
+    def emo_usage(
+        self, call_id: int, expert_ids: list[list[int]], temperature: float
+    ) -> dict[str, Any]:
+        """Add `tokens` and `counts`, [E] a layer, of the pool with this content."""
+
+        def usage() -> dict[str, Any]:
+            model, key = self._emo_model(), pool_key(expert_ids, temperature)
+            tokens, counts = (0, {}) if model.record is None else model.record.usage(key)
+            return {"tokens": tokens, "counts": _all_layers(model, counts)}
+
+        return _answer(call_id, usage)
+
     def emo_describe(self, call_id: int) -> dict[str, Any]:
         """Report sizes in bytes on this rank, the backend, the model runner and peak memory."""
 
@@ -107,6 +139,7 @@ class EmoWorkerExtension:
                 "expert_dtype": str(model.expert_shape.dtype).removeprefix("torch."),
                 "moe_backend": model.backend.name,
                 "model_runner": "v1" if hasattr(self.model_runner, "emo_pool_rows") else "v2",
+                "records_routing": model.record is not None,
                 "routes_by_pool": self._emo_routes_by_pool(),
             }
 
@@ -146,6 +179,11 @@ class PoolRowsWorker:
         if load is not None:
             load.stop()
         super().shutdown()  # type: ignore[misc]
+
+
+def _all_layers(model: EmoForCausalLM, found: Mapping[int, list[Any]]) -> list[list[Any]]:
+    """Return one list a layer of the model, empty for a dense one."""
+    return [found.get(index, []) for index in range(model.config.num_hidden_layers)]
 
 
 def _answer(call_id: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

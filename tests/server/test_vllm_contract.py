@@ -322,7 +322,9 @@ def test_workers_read_what_the_front_end_decides(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(StopHere):
         vllm_openai.start_engine(args, settings, 4)
     read = PluginSettings.read(vllm_config(additional_config=args.additional_config))
-    assert read == PluginSettings(4, 8, "auto", "fp8_e4m3", 1 << 30, holds_all=False)
+    assert read == PluginSettings(
+        4, 8, "auto", "fp8_e4m3", 1 << 30, records_routing=True, holds_all=False
+    )
     assert args.additional_config["other"] == 1
 
 

@@ -106,6 +106,7 @@ def pooled_engine(
         "moe_backend": moe_backend,
         "expert_dtype": expert_dtype,
         "host_expert_bytes": host_expert_bytes,
+        "records_routing": True,
     }
     llm = LLM(
         str(directory),

@@ -12,6 +12,8 @@ from vllm import LLM, SamplingParams
 
 from emo_serve.emo.checkpoint import Checkpoint, load_model
 from emo_serve.emo.model import EmoForCausalLM
+from emo_serve.emo.routing import router_probabilities
+from emo_serve.vllm_plugin import ACCOUNT_ARG, MASS_SLOT_ARG
 from tests.emo.test_model import logprobs, masks
 from tests.golden.checkpoints import CASES, golden, pools_of, prompts_of, write_checkpoint
 from tests.vllm_plugin.engines import SMALL, PooledEngine, chosen_logprobs, pooled_engine
@@ -238,3 +240,78 @@ def test_router_temperature_is_the_pools(compiled: PooledEngine, reference: EmoF
     theirs = logprobs(reference, [ids], pool=masks(experts, "shared1"), temperature=2.5)[0]
     assert got == pytest.approx(theirs.tolist(), abs=TOLERANCE)
     assert worst_difference(compiled) < TOLERANCE
+
+
+# -- what the router did --
+
+
+def router_logits(model: EmoForCausalLM, ids: list[int], pool: str) -> list[torch.Tensor]:
+    """Return the reference's gate logits [T, E] of each layer, on the pool's path."""
+    found: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda _, __, out: found.append(out.flatten(0, -2)))
+        for layer in model.model.layers
+    ]
+    try:
+        with torch.no_grad():
+            model(torch.tensor([ids]), pool=masks(golden_pools()[pool], "shared1"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def test_the_engine_records_what_the_router_does(
+    compiled: PooledEngine, reference: EmoForCausalLM
+) -> None:
+    """Coverage by request, mass by slot and usage by pool, of prompts and of what follows them."""
+    moes = reference.config.moe_layers
+    pools = list(golden_pools())
+    requests = [(pool, prompt) for prompt in golden().prompts for pool in pools]
+    before = {pool: compiled.call("emo_usage", golden_pools()[pool], 1.0)[0] for pool in pools}
+    compiled.call("emo_read_coverage")
+    params = []
+    for account, (pool, _) in enumerate(requests, 1):
+        slot = pools.index(pool)
+        params.append(compiled.params(pool, max_tokens=5, ignore_eos=True))
+        params[-1].extra_args |= {ACCOUNT_ARG: account, MASS_SLOT_ARG: slot}
+        params[-1].skip_reading_prefix_cache = True
+    prompts = [{"prompt_token_ids": ids} for _, ids in requests]
+    outputs = compiled.llm.generate(prompts, params, use_tqdm=False)
+    (coverage,) = (answer["coverage"] for answer in compiled.call("emo_read_coverage"))
+    assert sorted(account for account, _, _ in coverage) == list(range(1, len(requests) + 1))
+    found = {account: (mass, tokens) for account, mass, tokens in coverage}
+    masses = {pool: [torch.zeros(moe.num_experts).double() for moe in moes] for pool in pools}
+    routed = dict.fromkeys(pools, 0)
+    for account, ((pool, prompt), output) in enumerate(zip(requests, outputs, strict=True), 1):
+        ids = [*prompt, *output.outputs[0].token_ids[:-1]]  # the last one is not routed
+        shares = []
+        for index, (moe, logits) in enumerate(
+            zip(moes, router_logits(reference, ids, pool), strict=True)
+        ):
+            probabilities = router_probabilities(logits, moe)
+            masses[pool][index] += probabilities.double().sum(0)
+            standard = range(moe.num_experts - moe.num_shared_experts)
+            inside = [e for e in golden_pools()[pool][index] if e in standard]
+            shares.append(probabilities[:, inside].sum(-1))
+        mass, tokens = found[account]
+        assert tokens == len(ids)
+        assert mass == pytest.approx(float(torch.stack(shares).mean(0).sum()), abs=1e-4 * tokens)
+        routed[pool] += tokens
+    for slot, pool in enumerate(pools):
+        (mass,) = compiled.call("emo_read_mass", slot)
+        assert mass["tokens"] == routed[pool]
+        for layer, expected in zip(mass["mass"], masses[pool], strict=True):
+            assert layer == pytest.approx(expected.tolist(), abs=1e-4 * routed[pool])
+        (emptied,) = compiled.call("emo_read_mass", slot)
+        assert emptied["tokens"] == 0 and not any(map(any, emptied["mass"]))
+    for pool in pools:
+        (usage,) = compiled.call("emo_usage", golden_pools()[pool], 1.0)
+        assert usage["tokens"] - before[pool]["tokens"] == routed[pool]
+        for moe, kept, old, new in zip(
+            moes, golden_pools()[pool], before[pool]["counts"], usage["counts"], strict=True
+        ):
+            taken = [b - a for a, b in zip(old, new, strict=True)]
+            assert sum(taken) == routed[pool] * min(moe.top_k, len(kept))
+            assert all(taken[e] == routed[pool] for e in moe.implied)
+            assert {e for e, count in enumerate(taken) if count} <= set(kept)

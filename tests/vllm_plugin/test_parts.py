@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,19 +10,32 @@ import pytest
 import torch
 
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import POOL_ROW_ARG, expert_bytes, worker_cls_for
+from emo_serve.vllm_plugin import (
+    ACCOUNT_ARG,
+    MASS_SLOT_ARG,
+    MASS_SLOTS,
+    NO_ACCOUNT,
+    NO_MASS_SLOT,
+    POOL_ROW_ARG,
+    expert_bytes,
+    worker_cls_for,
+)
 from emo_serve.vllm_plugin.batch_pools import PoolRows, attach_to_v1_runner
 from emo_serve.vllm_plugin.packed import ExpertShape
+from emo_serve.vllm_plugin.routing_record import RequestTag
 
 CPU = torch.device("cpu")
 
 
 def test_pool_row_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
     rows = PoolRows(10, 4, CPU)
-    assert rows.row_of(SimpleNamespace(extra_args={POOL_ROW_ARG: 3})) == 3
-    assert rows.row_of(SimpleNamespace(extra_args={"other": 3})) == 0
-    assert rows.row_of(SimpleNamespace(extra_args=None)) == 0
-    assert rows.row_of(None) == 0
+    assert rows.tag_of(SimpleNamespace(extra_args={POOL_ROW_ARG: 3})) == RequestTag(3)
+    assert rows.tag_of(SimpleNamespace(extra_args={"other": 3})) == RequestTag(0)
+    assert rows.tag_of(SimpleNamespace(extra_args=None)) == RequestTag(0)
+    assert rows.tag_of(None) == RequestTag(0)
+    counted = {POOL_ROW_ARG: 3, ACCOUNT_ARG: 2**40, MASS_SLOT_ARG: MASS_SLOTS - 1}
+    tag = rows.tag_of(SimpleNamespace(extra_args=counted))
+    assert tag == RequestTag(3, 2**40, MASS_SLOTS - 1)
     assert not caplog.records
 
 
@@ -31,9 +45,18 @@ def test_pool_row_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
 def test_what_is_no_row_is_the_base_pools(caplog: pytest.LogCaptureFixture, row: object) -> None:
     rows = PoolRows(10, 4, CPU)
     for _ in range(2):
-        assert rows.row_of(SimpleNamespace(extra_args={POOL_ROW_ARG: row})) == 0
+        assert rows.tag_of(SimpleNamespace(extra_args={POOL_ROW_ARG: row})) == RequestTag(0)
     (record,) = caplog.records  # a client could fill the log
     assert "none of the 4 rows there are" in record.message and len(record.message) < 200
+
+
+@pytest.mark.parametrize("value", [-2, 2**70, True, 1.5, "1", None, [1], MASS_SLOTS])
+def test_what_is_no_mass_slot_or_account_is_none(value: object) -> None:
+    rows = PoolRows(10, 4, CPU)
+    slot = rows.tag_of(SimpleNamespace(extra_args={MASS_SLOT_ARG: value}))
+    assert slot.mass_slot == NO_MASS_SLOT
+    if value != MASS_SLOTS:
+        assert rows.tag_of(SimpleNamespace(extra_args={ACCOUNT_ARG: value})).account == NO_ACCOUNT
 
 
 # -- bytes of an expert --
@@ -77,14 +100,15 @@ def test_an_expert_is_divided_among_the_devices() -> None:
 def test_one_row_a_token_and_padding_is_nobodys() -> None:
     rows = PoolRows(10, 8, CPU)
     assert rows.buffer_T.tolist() == [0] * 10, "vLLM measures memory before the first batch"
-    first = rows.fill(np.array([4, 2, 7]), np.array([0, 3, 4, 6]))
+    first = rows.fill([RequestTag(4), RequestTag(2), RequestTag(7)], np.array([0, 3, 4, 6]), None)
     assert first.tolist() == [4, 4, 4, 2, 7, 7, -1, -1, -1, -1]
-    second = rows.fill(np.array([5]), np.array([0, 1]))
+    second = rows.fill([RequestTag(5)], np.array([0, 1]), None)
     assert second.tolist() == [5] + [-1] * 9
     assert first.data_ptr() == second.data_ptr(), "CUDA graphs need one address"
 
 
 def test_every_step_of_the_v1_runner_reads_one_buffer() -> None:
+    record = RecordOfCalls()
     requests = {name: request_of(row) for name, row in (("a", 4), ("b", 2))}
     runner = SimpleNamespace(
         max_num_tokens=8,
@@ -93,6 +117,7 @@ def test_every_step_of_the_v1_runner_reads_one_buffer() -> None:
         input_batch=SimpleNamespace(num_reqs=2, req_ids=["b", "a", None]),
         query_start_loc=SimpleNamespace(np=np.array([0, 1, 4, 4, 4])),
         _init_model_kwargs=lambda num_reqs=None: {"upstream": num_reqs},
+        get_model=lambda: SimpleNamespace(record=record),
     )
     attach_to_v1_runner(runner, num_rows=5)
     captured = runner._init_model_kwargs(num_reqs=0)
@@ -100,6 +125,20 @@ def test_every_step_of_the_v1_runner_reads_one_buffer() -> None:
     real = runner._init_model_kwargs()
     assert real["pool_rows"].tolist() == [2, 4, 4, 4] + [-1] * 4
     assert real["pool_rows"].data_ptr() == captured["pool_rows"].data_ptr()
+    assert record.calls == ["pause", ([2, 4], [0, 1, 4])]
+
+
+class RecordOfCalls:
+    """What the runner tells the routing record."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    def pause(self) -> None:
+        self.calls.append("pause")
+
+    def begin(self, tags: Sequence[RequestTag], query_start: np.ndarray) -> None:
+        self.calls.append(([tag.row for tag in tags], query_start.tolist()))
 
 
 def request_of(row: int) -> SimpleNamespace:

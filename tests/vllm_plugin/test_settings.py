@@ -25,6 +25,7 @@ GOOD = {
     "moe_backend": "auto",
     "expert_dtype": "auto",
     "host_expert_bytes": 0,
+    "records_routing": True,
 }
 
 
@@ -53,13 +54,15 @@ def vllm_config(config: EmoConfig | None = None, **changes: Any) -> SimpleNamesp
 
 
 def test_plain_vllm_holds_everything() -> None:
-    expected = PluginSettings(128, 1, "auto", "auto", 0, holds_all=True)
+    expected = PluginSettings(128, 1, "auto", "auto", 0, records_routing=False, holds_all=True)
     assert PluginSettings.read(vllm_config()) == expected
 
 
 def test_a_front_end_decides() -> None:
     given = vllm_config(additional_config={"emo_serve": GOOD})
-    assert PluginSettings.read(given) == PluginSettings(4, 8, "auto", "auto", 0, holds_all=False)
+    assert PluginSettings.read(given) == PluginSettings(
+        4, 8, "auto", "auto", 0, records_routing=True, holds_all=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,7 @@ def test_reference_maths_alone_and_cuda_graphs_exclude_each_other(
     cuda = torch.device("cuda")
 
     def choose(name: str, **changes: Any) -> str:
-        settings = PluginSettings(4, 8, name, "auto", 0, holds_all=False)
+        settings = PluginSettings(4, 8, name, "auto", 0, records_routing=True, holds_all=False)
         return backend_for(vllm_config(**changes), settings, cuda).name
 
     assert choose("reference") == "reference"
@@ -144,7 +147,7 @@ def test_reference_maths_alone_and_cuda_graphs_exclude_each_other(
 
 def test_an_experts_width_is_each_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    settings = PluginSettings(4, 8, "triton", "auto", 0, holds_all=False)
+    settings = PluginSettings(4, 8, "triton", "auto", 0, records_routing=True, holds_all=False)
     config = EmoConfig(intermediate_size=96)
     assert backend_for(vllm_config(config, tensor_parallel_size=6), settings, torch.device("cuda"))
     with pytest.raises(ConfigError, match="each rank 8 .*divided by --tensor-parallel-size"):

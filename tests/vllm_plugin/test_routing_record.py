@@ -1,0 +1,205 @@
+"""The routing record against what emo.routing says of each token, one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emo_serve.emo.config import MoeLayer
+from emo_serve.emo.routing import route, router_probabilities
+from emo_serve.vllm_plugin import MASS_SLOTS, NO_ACCOUNT, NO_MASS_SLOT
+from emo_serve.vllm_plugin.routing_record import (
+    LayerRecord,
+    PoolKey,
+    RequestTag,
+    RoutingRecord,
+    pool_key,
+)
+
+CPU = torch.device("cpu")
+LAYERS = {
+    0: MoeLayer(num_experts=6, num_shared_experts=1, always_active=(), top_k=3),
+    2: MoeLayer(num_experts=5, num_shared_experts=0, always_active=(1,), top_k=2),
+    3: MoeLayer(num_experts=2, num_shared_experts=2, always_active=(), top_k=2),
+}
+NUM_ROWS, MAX_TOKENS = 3, 40
+
+
+@dataclass
+class Twin:
+    """A record, and the same sums made the plain way."""
+
+    record: RoutingRecord
+    layers: dict[int, LayerRecord]
+    tables: dict[int, torch.Tensor]
+    temperatures: torch.Tensor
+    coverage: dict[int, list[float]] = field(default_factory=dict)
+    mass: dict[int, list[dict[int, torch.Tensor]]] = field(default_factory=dict)
+    usage: dict[PoolKey, list[dict[int, torch.Tensor]]] = field(default_factory=dict)
+    keys: dict[int, PoolKey] = field(default_factory=dict)
+
+    def publish(self, row: int, seed: int) -> None:
+        """Give a row a pool drawn from a seed, as the model does."""
+        generator = torch.Generator().manual_seed(seed)
+        temperature = 0.5 + seed % 3
+        ids: list[list[int]] = [[], [], [], []]
+        masks = {}
+        for index, moe in LAYERS.items():
+            mask = torch.rand(moe.num_experts, generator=generator) < 0.6
+            mask[list(moe.implied)] = True
+            masks[index], ids[index] = mask, mask.nonzero().flatten().tolist()
+        self.record.rebind(row, pool_key(ids, temperature))
+        self.keys[row] = pool_key(ids, temperature)
+        for index, mask in masks.items():
+            self.tables[index][row] = mask
+        self.temperatures[row] = temperature
+
+    def step(self, tags: list[RequestTag], lengths: list[int], seed: int, padding: int = 0) -> None:
+        """Route tokens as a step of the engine would."""
+        generator = torch.Generator().manual_seed(seed)
+        self.record.begin(tags, np.cumsum([0, *lengths]))
+        num_tokens = sum(lengths)
+        logits = {
+            index: torch.randn(num_tokens + padding, moe.num_experts, generator=generator) * 2
+            for index, moe in LAYERS.items()
+        }
+        for index, record in self.layers.items():
+            record.note(logits[index])
+        of_token = [tag for tag, length in zip(tags, lengths, strict=True) for _ in range(length)]
+        for token, tag in enumerate(of_token):
+            self._note({index: each[token, None] for index, each in logits.items()}, tag)
+
+    def _note(self, logits: dict[int, torch.Tensor], tag: RequestTag) -> None:
+        shares, masses, taken = [], {}, {}
+        for index, moe in LAYERS.items():
+            pool_1E = self.tables[index][tag.row][None]
+            probabilities = router_probabilities(logits[index], moe)[0]
+            num_standard = moe.num_experts - (0 if moe.always_active else moe.num_shared_experts)
+            if num_standard:
+                inside = probabilities[:num_standard][pool_1E[0, :num_standard]]
+                shares.append(float(inside.sum()))
+            temperature = float(self.temperatures[tag.row])
+            routing = route(logits[index], moe, pool_1E, temperature)
+            taken[index] = torch.zeros(moe.num_experts, dtype=torch.int64)
+            taken[index][routing.experts_TK[routing.weights_TK != 0]] = 1
+            masses[index] = probabilities.double()
+        self.coverage.setdefault(tag.account, []).append(sum(shares) / len(shares))
+        self.mass.setdefault(tag.mass_slot, []).append(masses)
+        self.usage.setdefault(self.keys[tag.row], []).append(taken)
+
+    def check(self) -> None:
+        """Ask for everything."""
+        self.coverage.pop(NO_ACCOUNT, None)
+        found = {account: (mass, tokens) for account, mass, tokens in self.record.read_coverage()}
+        expected = {account: (sum(s), len(s)) for account, s in self.coverage.items()}
+        assert found.keys() == expected.keys()
+        for account, (mass, tokens) in found.items():
+            assert mass == pytest.approx(expected[account][0], abs=1e-5 * tokens)
+            assert tokens == expected[account][1]
+        self.coverage.clear()
+        for slot in range(MASS_SLOTS):
+            per_token = self.mass.pop(slot, [])
+            tokens, masses = self.record.read_mass(slot)
+            assert tokens == len(per_token)
+            for index, moe in LAYERS.items():
+                total = sum((m[index] for m in per_token), torch.zeros(moe.num_experts).double())
+                assert masses[index] == pytest.approx(total.tolist(), abs=1e-6)
+        for key, per_token in self.usage.items():
+            tokens, counts = self.record.usage(key)
+            assert tokens == len(per_token)
+            for index in LAYERS:
+                assert counts[index] == sum(taken[index] for taken in per_token).tolist()
+
+
+def twin() -> Twin:
+    record = RoutingRecord(NUM_ROWS, MAX_TOKENS, norm_topk_prob=False, device=CPU)
+    tables = {i: torch.zeros(NUM_ROWS, m.num_experts, dtype=torch.bool) for i, m in LAYERS.items()}
+    temperatures = torch.ones(NUM_ROWS)
+    layers = {
+        index: record.add_layer(index, moe, tables[index], temperatures, torch.float32)
+        for index, moe in LAYERS.items()
+    }
+    made = Twin(record, layers, tables, temperatures)
+    for row in range(NUM_ROWS):
+        made.publish(row, row)
+    return made
+
+
+tags = st.builds(
+    RequestTag,
+    row=st.integers(0, NUM_ROWS - 1),
+    account=st.sampled_from([NO_ACCOUNT, 1, 2, 2**40]),
+    mass_slot=st.sampled_from([NO_MASS_SLOT, 0, MASS_SLOTS - 1]),
+)
+steps = st.tuples(
+    st.just("step"),
+    st.lists(st.tuples(tags, st.integers(1, 10)), min_size=1, max_size=4),
+    st.integers(0, 5),
+)
+publications = st.tuples(st.just("publish"), st.integers(0, NUM_ROWS - 1), st.integers(0, 4))
+others = st.tuples(st.sampled_from(["check", "pause", "count"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(steps, steps, publications, others), max_size=25))
+def test_it_counts_what_was_routed(operations: list[tuple]) -> None:  # type: ignore[type-arg]
+    made = twin()
+    made.record.capacity = 60  # so that it is full now and then; the ring is longer
+    for number, (what, *arguments) in enumerate(operations):
+        if what == "step":
+            requests, padding = arguments
+            made.step([tag for tag, _ in requests], [n for _, n in requests], number, padding)
+        elif what == "publish":
+            made.publish(*arguments)
+        elif what == "check":
+            made.check()
+        elif what == "count":
+            made.record.count()
+        else:  # a dummy run, as long as vLLM likes
+            made.record.pause()
+            for index, record in made.layers.items():
+                record.note(torch.full((MAX_TOKENS, LAYERS[index].num_experts), 9.0))
+    made.check()
+
+
+def test_a_full_ring_is_counted_and_the_next_step_is_not_lost() -> None:
+    made = twin()
+    request = RequestTag(0, account=7)
+    steps = made.record.capacity // MAX_TOKENS + 3
+    for seed in range(steps):
+        made.step([request], [MAX_TOKENS], seed)
+    ((account, mass, tokens),) = made.record.read_coverage()
+    assert (account, tokens) == (7, steps * MAX_TOKENS)
+    assert mass == pytest.approx(sum(made.coverage[7]), rel=1e-5)
+    assert made.record.read_coverage() == []
+
+
+def test_half_precision_logits_are_kept_as_they_were_routed() -> None:
+    moe = LAYERS[0]
+    record = RoutingRecord(1, 4, norm_topk_prob=False, device=CPU)
+    table = torch.tensor([[True, False, True, False, False, True]])
+    layer = record.add_layer(0, moe, table, torch.ones(1), torch.bfloat16)
+    record.rebind(0, pool_key([[0, 2, 5]], 1.0))
+    logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    record.begin([RequestTag(0, 1)], np.array([0, 2]))
+    layer.note(logits)
+    ((_, mass, _),) = record.read_coverage()
+    share = router_probabilities(logits, moe)[:, [0, 2]].sum()
+    assert mass == pytest.approx(float(share), abs=1e-6)
+
+
+def test_the_usage_of_a_pool_outlives_its_row() -> None:
+    made = twin()
+    made.step([RequestTag(1)], [5], seed=0)
+    key = made.keys[1]
+    made.publish(1, 4)
+    assert made.record.usage(key)[0] == 5
+    made.publish(2, 1)  # the first pool again, in another row
+    made.step([RequestTag(2)], [3], seed=1)
+    made.check()
+    assert made.record.usage(key)[0] == 8
