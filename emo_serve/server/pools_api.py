@@ -67,7 +67,7 @@ Examples have the same limit; it is some two million tokens.
 
 _MAX_OPTIONS_BYTES = 64 * 2**10
 _RESPONSES: dict[int, dict[str, Any]] = {
-    200: {"description": "redefined", "model": PoolCard},
+    200: {"description": "redefined", "model": BuiltPool | PoolCard},
     400: {"description": "the request must change; the message names field, layer and value"},
     401: {"description": "no key, or one the server does not know"},
     403: {"description": "an API key where an admin key is needed"},

@@ -450,9 +450,11 @@ def test_every_route_is_documented(service: PoolService) -> None:
         assert entry["description"], route
         assert ("requestBody" in entry) == route.startswith("POST"), route
     body = routes["POST /v1/pools"]["requestBody"]["content"]["application/json"]["schema"]
-    assert body["additionalProperties"] is False
+    document, build = body["anyOf"]
+    assert document["additionalProperties"] is build["additionalProperties"] is False
     assert "$ref" not in json.dumps(body)
-    assert body["properties"]["layers"]["items"]["anyOf"][0]["properties"]["experts"]
+    assert document["properties"]["layers"]["items"]["anyOf"][0]["properties"]["experts"]
+    assert build["properties"]["examples"]["items"]["anyOf"][2]["properties"]["messages"]
     assert {"200", "201", "400", "401", "403", "409", "413"} <= set(
         routes["POST /v1/pools"]["responses"]
     )
