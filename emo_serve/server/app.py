@@ -199,7 +199,12 @@ class _Server:
         )
         manager = self._manager(calls, facts, metrics)
         service = PoolService(
-            self.plan.names, self.plan.base_pool, self.plan.catalog, manager, metrics
+            self.plan.names,
+            self.plan.base_pool,
+            self.plan.catalog,
+            manager,
+            metrics,
+            lambda pool: calls.usage(pool.expert_ids, pool.router_temperature),
         )
         coverage = CoverageBook(calls.read_coverage, metrics.observe_coverage)
         longest = self.llm.model_config.max_model_len - 1  # and one token that is generated
