@@ -94,7 +94,9 @@ def main(directory: str, engine_args: str, *flags: str) -> None:
         move_every_expert(engine)
         worst_moved = worst_difference(engine, expected, *after)
         ranks = engine.call("emo_describe")
-        print(json.dumps({"worst": worst, "worst_moved": worst_moved, "ranks": ranks}))
+        usage = {pool: engine.call("emo_usage", kept, 1.0) for pool, kept in golden_pools().items()}
+        result = {"worst": worst, "worst_moved": worst_moved, "ranks": ranks, "usage": usage}
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

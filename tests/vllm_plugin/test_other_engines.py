@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.golden.checkpoints import write_checkpoint
+from tests.vllm_plugin.golden_run import golden_pools
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,18 @@ def run_golden(
     return result
 
 
+def check_usage(result: dict[str, Any], num_tokens: int) -> None:
+    """Check that the first rank has recorded every token of every pool, and the others none."""
+    for pool, ids in golden_pools().items():
+        first, *others = result["usage"][pool]
+        assert first["tokens"] == num_tokens
+        assert [len(layer) for layer in first["counts"]] == [32] * len(ids)
+        for kept, counts in zip(ids, first["counts"], strict=True):
+            assert sum(counts) == num_tokens * min(4, len(kept))
+            assert {e for e, count in enumerate(counts) if count} <= set(kept)
+        assert not any(rank["tokens"] for rank in others)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_v2_model_runner_under_the_interpreter(tmp_path: Path, backend: str) -> None:
     result = run_golden(tmp_path, {"moe_backend": backend}, V2, "--short")
@@ -52,6 +65,7 @@ def test_v2_model_runner_under_the_interpreter(tmp_path: Path, backend: str) -> 
     assert (rank["model_runner"], rank["moe_backend"]) == ("v2", backend)
     assert rank["routes_by_pool"]
     assert result["worst"] < TOLERANCE and result["worst_moved"] < TOLERANCE
+    check_usage(result, num_tokens=2 * 16)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +102,4 @@ def test_tensor_parallel_over_two_processes(tmp_path: Path) -> None:
     assert [rank["slot_bytes"] for rank in result["ranks"]] == [slot_bytes] * 2
     assert result["worst"] < TOLERANCE and result["worst_moved"] < TOLERANCE
     assert [rank["disk_reads"] for rank in result["ranks"]] == [2 * 96] * 2
+    check_usage(result, num_tokens=2 * 3 * 40)
