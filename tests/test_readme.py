@@ -35,6 +35,6 @@ def test_it_lists_every_flag_of_serve_with_its_default() -> None:
 def test_it_shows_every_command_that_asks_a_server() -> None:
     parser = argparse.ArgumentParser()
     add_pools_parser(parser.add_subparsers())
-    for command in ("list", "show", "load", "evict", "pin", "add", "remove"):
+    for command in ("list", "show", "usage", "load", "evict", "pin", "add", "remove"):
         assert re.search(rf"emo-serve pools {command} .*--server URL", README), command
     assert "# and unpin" in README

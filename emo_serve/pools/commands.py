@@ -1,9 +1,10 @@
 """`emo-serve pools ...`: pool files on the command line, and the pools of a running server.
 
-`list` and `show` read files, or with --server ask a server; `load`, `evict`, `pin`, `unpin`, `add`
-and `remove` change one. Tables go to stdout; a refusal is one line on stderr and status 2, a server
-that fails or does not answer is status 1. Without --model a file is checked against itself only;
-with it, against the model. torch, transformers and httpx are imported only where they are needed.
+`list` and `show` read files, or with --server ask a server; `usage` asks one; `load`, `evict`,
+`pin`, `unpin`, `add` and `remove` change one. Tables go to stdout; a refusal is one line on stderr
+and status 2, a server that fails or does not answer is status 1. Without --model a file is checked
+against itself only; with it, against the model. torch, transformers and httpx are imported only
+where they are needed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from emo_serve.pools.server_flags import (
     server_of,
 )
 from emo_serve.pools.tables import describe_pool, pool_table, printable, size_range
+from emo_serve.pools.usage_commands import add_usage_command
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
@@ -82,6 +84,7 @@ def add_pools_parser(
         )
     for command in (listing, show):
         add_server_flags(command, is_required=False, seconds=READ_SECONDS)
+    add_usage_command(add)
     add_file_commands(add)
     add_calibration_commands(add, default_model)
     _add_changing(add)

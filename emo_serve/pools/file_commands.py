@@ -141,12 +141,9 @@ def _run_compare(arguments: argparse.Namespace) -> int:
 
 
 def _draw(comparison: PoolComparison, path: Path) -> None:
-    from emo_serve.pools.heat_maps import comparison_png
+    from emo_serve.pools.heat_maps import comparison_png, write_picture
 
-    try:
-        path.write_bytes(comparison_png(comparison))
-    except OSError as error:
-        raise ConfigError(f"--png {path} cannot be written: {error.strerror or error}") from error
+    write_picture(comparison_png(comparison), path)
     print(f"drew {path}")
 
 

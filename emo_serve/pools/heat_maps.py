@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from emo_serve.errors import ConfigError
 from emo_serve.pools.comparison import PoolComparison
 
-__all__ = ["comparison_png", "require_matplotlib"]
+__all__ = ["comparison_png", "require_matplotlib", "usage_png", "write_picture"]
 
 _DPI = 120
 _MOST_LABELLED = 16  # pools up to which a cell has room for its number
 _CELL_INCHES = 0.42
+_EXPERT_INCHES = 0.12
+_NOT_IN_POOL = float("nan")
 
 
 def require_matplotlib() -> None:
@@ -59,6 +62,56 @@ def comparison_png(comparison: PoolComparison) -> bytes:
     overlap.set_ylabel("layer")
     for axes in (similarity, overlap):
         axes.set_xticks(range(pools), comparison.names, rotation=90)
+    return _saved(figure)
+
+
+def usage_png(name: str, shares: Sequence[Sequence[float | None]]) -> bytes:
+    """Draw layers x experts, each the share of tokens that took the expert, and return the PNG.
+
+    None stands for an expert outside the pool and an empty row for a dense layer; both are grey.
+    Experts that every token takes have the brightest color, whatever the scale of the others.
+    """
+    require_matplotlib()
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    experts = max(map(len, shares))
+    rows = [
+        [_NOT_IN_POOL if share is None else share for share in row]
+        + [_NOT_IN_POOL] * (experts - len(row))
+        for row in shares
+    ]
+    chosen = [share for row in shares for share in row if share is not None and share < 1]
+    wide = min(max(_EXPERT_INCHES * experts, 3.0), 20.0)
+    tall = min(max(_EXPERT_INCHES * len(rows), 1.0), 16.0)
+    figure = Figure(figsize=(wide + 2.0, tall + 1.6), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colors = colormaps["viridis"].with_extremes(bad="lightgrey")
+    most = max(chosen, default=0.0) or 1.0
+    image = axes.imshow(
+        rows, vmin=0.0, vmax=most, cmap=colors, aspect="auto", interpolation="nearest"
+    )
+    axes.set_title(f"pool {name}: share of tokens that took the expert", fontsize="medium")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    has_brighter = any(share is not None and share > most for row in shares for share in row)
+    figure.colorbar(image, ax=axes, extend="max" if has_brighter else "neither")
+    return _saved(figure)
+
+
+def write_picture(png: bytes, path: Path) -> None:
+    """Write what --png asked for; raises ConfigError for a place that cannot be written."""
+    try:
+        path.write_bytes(png)
+    except OSError as error:
+        raise ConfigError(f"--png {path} cannot be written: {error.strerror or error}") from error
+
+
+def _saved(figure: Any) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

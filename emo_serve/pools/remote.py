@@ -27,6 +27,7 @@ KEY_VARIABLES = (ADMIN_KEY_VARIABLE, "EMO_SERVE_API_KEY", "VLLM_API_KEY")
 
 _CONNECT_SECONDS = 10.0
 _FIRST_SERVER_ERROR = 500
+_OBJECTS = ("pool", "pool.usage", "list")
 _NOT_OURS = "that is not the pools of an emo-serve server"
 
 
@@ -80,6 +81,10 @@ class PoolServer:
     def show(self, name: str) -> dict[str, Any]:
         """Return one pool with its expert ids."""
         return self._ask("GET", _path(name))
+
+    def usage(self, name: str) -> dict[str, Any]:
+        """Return how often each expert of a pool was taken."""
+        return self._ask("GET", _path(name, "usage"))
 
     def load(self, name: str, *, pin: bool = False) -> dict[str, Any]:
         """Make a pool resident; returns when it is."""
@@ -137,7 +142,7 @@ class PoolServer:
         if not response.is_success:
             raise self._refusal(response)
         answer = _parsed(response)
-        if not isinstance(answer, dict) or answer.get("object") not in ("pool", "list"):
+        if not isinstance(answer, dict) or answer.get("object") not in _OBJECTS:
             raise ConfigError(f"{self.url} answers, but {_NOT_OURS}")
         return answer
 

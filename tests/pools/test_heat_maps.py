@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import builtins
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emo_serve.errors import ConfigError
 from emo_serve.pools.comparison import PoolComparison
-from emo_serve.pools.heat_maps import comparison_png
+from emo_serve.pools.heat_maps import comparison_png, usage_png, write_picture
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 
 image = pytest.importorskip("matplotlib.image", reason="pictures need the extra `plot`")
@@ -56,6 +57,37 @@ def test_more_alike_is_brighter() -> None:
     assert alike > apart + 0.01
 
 
+USED: tuple[tuple[float | None, ...], ...] = ((), (0.0, 0.4, None, 1.0), (0.2, 0.4, None, 1.0))
+
+
+def test_usage_is_a_png_whose_size_follows_the_model() -> None:
+    small = pixels(usage_png("math", USED))
+    large = pixels(usage_png("math", [(0.5,) * 128] * 48))
+    assert large.shape[0] > small.shape[0]
+    assert large.shape[1] > small.shape[1]
+    assert max(pixels(usage_png("math", [(0.5,) * 4096] * 999)).shape) < 6000
+
+
+def test_usage_shows_more_as_brighter_whatever_every_token_takes() -> None:
+    first = pixels(usage_png("math", USED))
+    assert (first == pixels(usage_png("math", USED))).all()
+    rare = pixels(usage_png("math", ((), (0.0, 0.4, None, 1.0), (0.0, 0.4, None, 1.0))))
+    assert rare.shape == first.shape
+    assert first[..., :3].mean() > rare[..., :3].mean() + 0.005
+    outside = pixels(usage_png("math", ((), (0.0, 0.4, None, 1.0), (None, 0.4, None, 1.0))))
+    assert (outside != rare).any(axis=-1).mean() > 0.01
+
+
+@pytest.mark.parametrize("shares", [((), (1.0, 1.0)), ((0.0, 0.0),)])
+def test_usage_without_a_scale_is_a_picture_all_the_same(shares: tuple[Any, ...]) -> None:
+    assert pixels(usage_png("math", shares)).size > 0
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written: Is a directory"):
+        write_picture(b"", tmp_path)
+
+
 def test_without_matplotlib_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     imported = builtins.__import__
 
@@ -67,3 +99,5 @@ def test_without_matplotlib_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'emo-serve\[plot\]'"):
         comparison_png(compared((0, 1), (1, 2)))
+    with pytest.raises(ConfigError, match=r"pip install 'emo-serve\[plot\]'"):
+        usage_png("math", USED)

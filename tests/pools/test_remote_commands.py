@@ -20,13 +20,14 @@ from emo_serve.errors import EmoServeError
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.pools.remote import KEY_VARIABLES
+from emo_serve.server.engine_calls import PoolUsage
 from emo_serve.server.http_errors import error_body, status_of
 from emo_serve.server.key_guard import KeyGuard
 from emo_serve.server.pool_service import PoolService
 from emo_serve.server.pools_api import create_router
 from tests.fakes import FakeEngine
 from tests.pools.test_commands import run
-from tests.server.pools import MOE_LAYERS, service_of
+from tests.server.pools import EXPERTS_PER_LAYER, MOE_LAYERS, service_of
 
 API, ADMIN = "Clients1", "Operators1"
 
@@ -45,6 +46,7 @@ class Served:
         (directory / "broken.json").write_text("{")
         self.directory = directory
         self.engine = FakeEngine()
+        self.usage: dict[str, PoolUsage] = {}  # by pool; none of the others
         self.url = ""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
@@ -56,7 +58,9 @@ class Served:
     async def _serve(self) -> None:
         catalog = PoolCatalog.read(self.directory, MOE_LAYERS, persists=True)
         base = service_of(self.engine)
-        self.service = PoolService(base.names, base.pools[0], catalog, base.manager)
+        self.service = PoolService(
+            base.names, base.pools[0], catalog, base.manager, usage_of=self._usage_of
+        )
         app = FastAPI()
         app.include_router(create_router(self.service, _to_http_error))
         app.add_exception_handler(HTTPException, _answer_error)
@@ -69,6 +73,10 @@ class Served:
         port = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         await serving
+
+    async def _usage_of(self, pool: ExpertPool) -> PoolUsage:
+        zeros = tuple((0,) * count for count in EXPERTS_PER_LAYER)
+        return self.usage.get(pool.name, PoolUsage(0, zeros))
 
     def do(self, make: Callable[[PoolService], Coroutine[Any, Any, Any]]) -> Any:
         """Run something on the server's own loop."""
