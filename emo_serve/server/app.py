@@ -42,6 +42,7 @@ from emo_serve.server.gate import RequestGate
 from emo_serve.server.http_errors import REFUSAL_REASONS
 from emo_serve.server.key_guard import KeyGuard
 from emo_serve.server.plan import StartPlan, make_plan
+from emo_serve.server.pool_builder import PoolBuilder
 from emo_serve.server.pool_service import PoolService
 from emo_serve.server.request_log import RequestLog
 from emo_serve.server.router_probe import RouterProbe
@@ -215,7 +216,8 @@ class _Server:
         )
         await self._warm_up(service)
         gate = RequestGate(app)
-        _add_routes(app, gate, service, self.llm)
+        builder = PoolBuilder(probe, self.parts.checkpoint, service)
+        _add_routes(app, gate, service, self.llm, builder)
         guard = KeyGuard(
             gate,
             self.parts.keys.api,
@@ -399,7 +401,13 @@ def _model_to_try(service: PoolService) -> str:
 # -- routes --
 
 
-def _add_routes(app: FastAPI, gate: RequestGate, service: PoolService, llm: PooledLLM) -> None:
+def _add_routes(
+    app: FastAPI,
+    gate: RequestGate,
+    service: PoolService,
+    llm: PooledLLM,
+    builder: PoolBuilder,
+) -> None:
     router = APIRouter()
 
     @router.get("/ready")
@@ -409,4 +417,5 @@ def _add_routes(app: FastAPI, gate: RequestGate, service: PoolService, llm: Pool
         return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
     app.include_router(router)
-    app.include_router(pools_api.create_router(service, partial(to_http_error, param=None)))
+    to_error = partial(to_http_error, param=None)
+    app.include_router(pools_api.create_router(service, to_error, builder))
