@@ -75,6 +75,7 @@ def usage_png(name: str, shares: Sequence[Sequence[float | None]]) -> bytes:
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     experts = max(map(len, shares))
     rows = [
@@ -97,7 +98,7 @@ def usage_png(name: str, shares: Sequence[Sequence[float | None]]) -> bytes:
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.set_major_locator(MaxNLocator(integer=True))
     has_brighter = any(share is not None and share > most for row in shares for share in row)
     figure.colorbar(image, ax=axes, extend="max" if has_brighter else "neither")
     return _saved(figure)
