@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from emo_serve.emo.config import MoeLayer
-from emo_serve.emo.routing import route, router_probabilities
+from emo_serve.emo.routing import route, router_probabilities, standard_probabilities
 from emo_serve.vllm_plugin import MASS_SLOTS, NO_ACCOUNT, NO_MASS_SLOT
 
 __all__ = [
@@ -172,12 +172,12 @@ class RoutingRecord:
         for index, layer in self._layers.items():
             logits_NE = layer.record.ring[: len(rows_N)].float()
             pool_NE = layer.pool_table[rows_N]
-            probabilities_NE = router_probabilities(logits_NE, layer.moe)
             if layer.num_standard:
-                inside_NE = probabilities_NE.masked_fill(~pool_NE, 0.0)
-                shares_N += inside_NE[:, : layer.num_standard].sum(-1)
+                standard_NS = standard_probabilities(logits_NE, layer.moe, None)
+                shares_N += (standard_NS * pool_NE[:, : layer.num_standard]).sum(-1)
                 num_counted += 1
             if has_mass:
+                probabilities_NE = router_probabilities(logits_NE, layer.moe)
                 self._mass[index].index_add_(0, slots_N, probabilities_NE.double())
             routing = route(
                 logits_NE,
