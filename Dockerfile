@@ -38,7 +38,9 @@ ENTRYPOINT ["emo-serve", "serve", "--host", "0.0.0.0", "--port", "8000"]
 # -- CUDA: vLLM's own image of the version this project is written for --
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS cuda
 COPY --from=wheel /dist /tmp/dist
-RUN python3 -m pip install --no-cache-dir --no-deps --break-system-packages /tmp/dist/*.whl \
+# scikit-learn: the classifier behind model "auto"
+RUN python3 -m pip install --no-cache-dir --break-system-packages scikit-learn==1.9.1 \
+    && python3 -m pip install --no-cache-dir --no-deps --break-system-packages /tmp/dist/*.whl \
     && rm -r /tmp/dist && emo-serve --version
 RUN useradd --create-home --uid 10001 emo
 USER emo

@@ -95,9 +95,8 @@ def _serve(arguments: list[str]) -> int:
     from emo_serve import demo
     from emo_serve.server.app import DefaultModel, run
 
-    default_model = DefaultModel(
-        demo.DEMO_MODEL, demo.model_dir(), demo.pools_dir(), _DEMO_FLAG_DEFAULTS
-    )
+    defaults = {**_DEMO_FLAG_DEFAULTS, "auto_examples": str(demo.heldout_dir())}
+    default_model = DefaultModel(demo.DEMO_MODEL, demo.model_dir(), demo.pools_dir(), defaults)
     return run(arguments, lambda text: print(text, flush=True), default_model)
 
 

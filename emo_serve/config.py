@@ -18,6 +18,8 @@ from emo_serve.residency.policy import POLICIES
 from emo_serve.vllm_plugin import EXPERT_DTYPES, MOE_BACKENDS, check_expert_dtype
 
 __all__ = [
+    "AUTO_METHODS",
+    "AUTO_POOL",
     "BASE_POOL",
     "GIB",
     "ServeSettings",
@@ -29,6 +31,12 @@ __all__ = [
 
 BASE_POOL = "base"
 """The name under which the base pool is asked for; no pool file may carry it."""
+
+AUTO_POOL = "auto"
+"""The name under which clients leave the choice of a pool to the server."""
+
+AUTO_METHODS = ("tfidf", "router")
+"""Who chooses for `auto`: a classifier of text, or the model's router."""
 
 GIB = 2**30
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
@@ -46,7 +54,8 @@ class ServeSettings:
     `model` is what the user named, a directory or a Hub id; None stands for the shipped demo. At
     most one of `expert_memory_bytes` (a device) and `expert_slots` (a layer) is set; with neither
     the slab holds all experts. `host_expert_bytes` is host memory a device, 0 for none. `preload`
-    None means every pool, in the catalog's order. Raises ConfigError.
+    None means every pool, in the catalog's order; `auto_method` None, the classifier where it has
+    examples and the router elsewhere. Raises ConfigError.
     """
 
     model: str | None = None
@@ -67,6 +76,10 @@ class ServeSettings:
     admin_api_keys: tuple[str, ...] = ()
     open_paths: tuple[str, ...] = tuple(_OPEN_PATHS.split(","))
     request_log: Path | None = None
+    auto_method: str | None = None
+    auto_examples: Path | None = None
+    auto_tokens: int = 256
+    auto_min_coverage: float = 0.4
 
     def __post_init__(self) -> None:
         self._check_memory()
@@ -100,6 +113,7 @@ class ServeSettings:
         for path in self.open_paths:
             if not path.startswith("/"):
                 raise ConfigError(f"--open-paths: {path!r} is no path; write /metrics, for one")
+        self._check_auto()
 
     def _check_memory(self) -> None:
         if self.expert_memory_bytes is not None and self.expert_slots is not None:
@@ -108,6 +122,20 @@ class ServeSettings:
             raise ConfigError(f"--expert-slots is {self.expert_slots}; a layer needs at least 1")
         if self.expert_memory_bytes is not None and self.expert_memory_bytes < 1:
             raise ConfigError(f"--expert-memory is {self.expert_memory_bytes} bytes; raise it")
+
+    def _check_auto(self) -> None:
+        if self.auto_method not in (None, *AUTO_METHODS):
+            raise ConfigError(
+                f"--auto-method is {self.auto_method!r}; one of {', '.join(AUTO_METHODS)} is served"
+            )
+        if self.auto_examples is not None and not self.auto_examples.is_dir():
+            raise ConfigError(f"--auto-examples {self.auto_examples} is not a directory")
+        if self.auto_tokens < 1:
+            raise ConfigError(f"--auto-tokens is {self.auto_tokens}; give at least 1")
+        if not (0 <= self.auto_min_coverage <= 1):
+            raise ConfigError(
+                f"--auto-min-coverage is {self.auto_min_coverage}; give a share from 0 to 1"
+            )
 
     def _check_names(self) -> None:
         if self.default_pool is not None:
@@ -141,6 +169,10 @@ class ServeSettings:
             admin_api_keys=tuple(args.admin_api_key or ()),
             open_paths=_split(args.open_paths),
             request_log=None if args.request_log is None else Path(args.request_log),
+            auto_method=args.auto_method,
+            auto_examples=None if args.auto_examples is None else Path(args.auto_examples),
+            auto_tokens=_parse_int("--auto-tokens", args.auto_tokens) or 0,
+            auto_min_coverage=_parse_share("--auto-min-coverage", args.auto_min_coverage),
         )
 
 
@@ -250,6 +282,35 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="append one JSON line a request: pool, waiting, seconds, tokens; no text",
     )
+    _add_auto_flags(group)
+
+
+def _add_auto_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--auto-method",
+        metavar="|".join(AUTO_METHODS),
+        help=f"who chooses the pool of model {AUTO_POOL!r}: a classifier that learns from examples,"
+        " or the model's router, which needs none and a step of the engine (default: the classifier"
+        " where two pools or more have examples, else the router)",
+    )
+    group.add_argument(
+        "--auto-examples",
+        metavar="DIR",
+        help="what the classifier learns from: NAME.jsonl or NAME.txt, texts of that pool's domain",
+    )
+    group.add_argument(
+        "--auto-tokens",
+        metavar="N",
+        default="256",
+        help="first tokens of a prompt that are looked at (default: %(default)s)",
+    )
+    group.add_argument(
+        "--auto-min-coverage",
+        metavar="SHARE",
+        default="0.4",
+        help="share of the router's mass that the best pool must cover, else the base pool is"
+        " chosen, where it is resident; for the router alone (default: %(default)s)",
+    )
 
 
 def _check_pool_name(flag: str, name: str) -> None:
@@ -278,6 +339,13 @@ def _parse_seconds(flag: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise ConfigError(f"{flag} is {text!r}; give a number of seconds") from None
+
+
+def _parse_share(flag: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{flag} is {text!r}; give a number from 0 to 1") from None
 
 
 # -- sizes and slots --

@@ -11,6 +11,8 @@ Requests
     emo_serve_request_coverage{pool}             histogram: share of the full router's mass inside
                                                  the pool, mean over an engine request's tokens
                                                  and MoE layers; low: wrong pool for that text
+    emo_serve_auto_choices_total{pool}           requests for model `auto`, by the pool chosen
+    emo_serve_auto_seconds                       histogram: how long those choices took
     emo_serve_running_requests{pool}             engine requests that hold the pool
     emo_serve_waiting_requests{pool}             requests that wait for the pool to be loaded
     emo_serve_waiting_seconds{outcome}           histogram: how long requests waited, and what
@@ -39,7 +41,8 @@ Loads
 A pool added at run time is shown at once, with zeros; one that is removed disappears. All unions
 share the label `(union)`: their number is not bounded by the operator. What still ends of a pool
 that was removed counts as `(removed)`. Requests by which the server builds a pool count as
-`(build)`.
+`(build)`, those by which it asks the router for `auto` while the base pool is not resident as
+`(auto)`.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 __all__ = [
+    "AUTO_PROBE_POOL",
     "BUILD_POOL",
     "EVICTION_REASONS",
     "LOAD_OUTCOMES",
@@ -70,8 +74,9 @@ LOAD_OUTCOMES = ("loaded", "failed")
 EVICTION_REASONS = ("room", "operator", "retired")
 TIERS = ("slab", "host", "disk")
 
+AUTO_PROBE_POOL = "(auto)"
 BUILD_POOL = "(build)"
-"""What the temporary pools of a build are called; no client can name a pool so."""
+"""What the server's own temporary pools are called; no client can name a pool so."""
 
 _UNION_LABEL = "(union)"
 _REMOVED_LABEL = "(removed)"
@@ -148,6 +153,8 @@ class PoolMetrics:
             registry=registry,
             buckets=_SHARES,
         )
+        self._choices = counter("auto_choices", "Requests for auto, by the pool chosen", "pool")
+        self._choice_seconds = seconds("auto", "Time to choose a pool for auto")
         self._waits = seconds("waiting", "Time requests waited for a pool to be loaded", "outcome")
         self._hits = counter("pool_hits", "Requests that found their pool resident", "pool")
         self._misses = counter("pool_misses", "Requests whose pool was not resident", "pool")
@@ -169,9 +176,10 @@ class PoolMetrics:
             *((c, ()) for c in (self._prompt_tokens, self._generation_tokens)),
             *((c, ()) for c in (self._hits, self._misses)),
             (self._coverage, ()),
+            (self._choices, ()),
         )
         self._known: set[str] = set()
-        for pool in (*pools, _UNION_LABEL, BUILD_POOL):
+        for pool in (*pools, _UNION_LABEL, BUILD_POOL, AUTO_PROBE_POOL):
             self.add_pool(pool)
         for reason in refusal_reasons:
             self._refused.labels(reason)
@@ -223,6 +231,11 @@ class PoolMetrics:
     def count_refusal(self, reason: str) -> None:
         """Count a request refused before generation."""
         self._refused.labels(reason).inc()
+
+    def count_auto(self, pool: str, seconds: float) -> None:
+        """Count a request for `auto`: the pool chosen, and how long that took."""
+        self._choices.labels(self._label(pool)).inc()
+        self._choice_seconds.observe(seconds)
 
     def count_ask(self, pool: str, *, is_hit: bool) -> None:
         """Count a request for a pool that was resident, or was not."""

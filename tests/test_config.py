@@ -90,6 +90,10 @@ def test_flags_become_settings(tmp_path: Path) -> None:
         *("--expert-dtype", "fp8_e4m3"),
         *("--max-pools", "8"),
         *("--drain-timeout", "1.5"),
+        *("--auto-method", "router"),
+        *("--auto-examples", str(tmp_path)),
+        *("--auto-tokens", "64"),
+        *("--auto-min-coverage", "0.3"),
     )
     assert settings == ServeSettings(
         model="MODEL",
@@ -101,6 +105,10 @@ def test_flags_become_settings(tmp_path: Path) -> None:
         expert_dtype="fp8_e4m3",
         max_pools=8,
         drain_timeout_seconds=1.5,
+        auto_method="router",
+        auto_examples=tmp_path,
+        auto_tokens=64,
+        auto_min_coverage=0.3,
     )
 
 
@@ -133,6 +141,13 @@ def test_settings_are_frozen() -> None:
         (["--default-pool", "Math"], "--default-pool: 'Math' cannot be a pool"),
         (["--preload", "math,co de"], "--preload: 'co de' cannot be a pool"),
         (["--preload", "math,math"], "names a pool twice"),
+        (["--auto-method", "guess"], "--auto-method is 'guess'; one of tfidf, router is served"),
+        (["--auto-examples", "/no/such"], "--auto-examples /no/such is not a directory"),
+        (["--auto-tokens", "0"], "--auto-tokens is 0; give at least 1"),
+        (["--auto-tokens", "all"], "--auto-tokens is 'all'; give a whole number"),
+        (["--auto-min-coverage", "1.5"], "is 1.5; give a share from 0 to 1"),
+        (["--auto-min-coverage", "nan"], "is nan; give a share from 0 to 1"),
+        (["--auto-min-coverage", "half"], "is 'half'; give a number from 0 to 1"),
     ],
 )
 def test_nonsense_is_refused_by_flag_and_value(flags: list[str], message: str) -> None:

@@ -72,6 +72,7 @@ OWNERS = {
     "transformers": ("emo_serve.emo", "emo_serve.vllm_plugin", "emo_serve.demo"),
     "prometheus_client": ("emo_serve.metrics",),
     "matplotlib": ("emo_serve.pools.heat_maps",),
+    "sklearn": ("emo_serve.server.pool_classifier",),
 }
 
 

@@ -45,6 +45,8 @@ NAMES = {
     "emo_serve_generation_tokens",
     "emo_serve_refused_requests",
     "emo_serve_request_coverage",
+    "emo_serve_auto_choices",
+    "emo_serve_auto_seconds",
     "emo_serve_running_requests",
     "emo_serve_waiting_requests",
     "emo_serve_waiting_seconds",
@@ -134,6 +136,8 @@ def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> No
     for share in (0.4, 0.88, 1.0):
         metrics.observe_coverage("math", share)
     metrics.observe_coverage("code+math", 0.97)
+    metrics.count_auto("math", 0.004)
+    metrics.count_auto("math", 0.04)
     metrics.count_ask("math", is_hit=True)
     metrics.count_ask("a+b", is_hit=False)
     metrics.count_wait("math", "granted", 0.3)
@@ -152,6 +156,11 @@ def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> No
         ("request_coverage_bucket", {"pool": "math", "le": "1.0"}, 3),
         ("request_coverage_count", {"pool": "base"}, 0),
         ("request_coverage_count", {"pool": "(union)"}, 1),
+        ("auto_choices_total", {"pool": "math"}, 2),
+        ("auto_choices_total", {"pool": "base"}, 0),
+        ("auto_seconds_count", {}, 2),
+        ("auto_seconds_bucket", {"le": "0.005"}, 1),
+        ("auto_seconds_bucket", {"le": "0.05"}, 2),
         ("pool_hits_total", {"pool": "math"}, 1),
         ("pool_misses_total", {"pool": "math"}, 0),
         ("pool_misses_total", {"pool": "(union)"}, 1),

@@ -9,7 +9,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-__all__ = ["DEMO_MODEL", "MODELS", "TWIN_MODEL", "domains", "heldout", "model_dir", "pools_dir"]
+__all__ = [
+    "DEMO_MODEL",
+    "MODELS",
+    "TWIN_MODEL",
+    "domains",
+    "heldout",
+    "heldout_dir",
+    "model_dir",
+    "pools_dir",
+]
 
 DEMO_MODEL = "emo-demo"
 TWIN_MODEL = "standard-moe-demo"  # the same model, trained without EMO's rule
@@ -27,12 +36,17 @@ def pools_dir(name: str = DEMO_MODEL) -> Path:
     return _ROOT / "pools" / name
 
 
+def heldout_dir() -> Path:
+    """Return the directory of the held-out texts, a file a domain: NAME.jsonl."""
+    return _ROOT / "heldout"
+
+
 def domains() -> list[str]:
     """Return the domains in alphabetic order; each has a pool and held-out texts of its name."""
-    return sorted(path.stem for path in (_ROOT / "heldout").glob("*.jsonl"))
+    return sorted(path.stem for path in heldout_dir().glob("*.jsonl"))
 
 
 def heldout(domain: str) -> list[str]:
     """Return the domain's held-out texts, none of which the models or pools were made from."""
-    lines = (_ROOT / "heldout" / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (heldout_dir() / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]

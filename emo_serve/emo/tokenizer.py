@@ -43,6 +43,10 @@ class ModelTokenizer:
         """Return the ids of a text that stands by itself."""
         return list(self._tokenizer.encode(text).ids)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids)))
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the ids of a conversation.
 

@@ -11,10 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emo_serve.config import BASE_POOL
+from emo_serve.config import AUTO_POOL, BASE_POOL
 from emo_serve.errors import ConfigError, PoolConflict, RequestError
 
-__all__ = ["POOL_HEADER", "UNION", "ModelNames", "canonical_name"]
+__all__ = ["POOL_HEADER", "UNION", "ModelNames", "canonical_name", "check_chosen"]
 
 POOL_HEADER = "x-emo-pool"
 UNION = "+"
@@ -26,6 +26,19 @@ def canonical_name(name: str) -> str:
     return UNION.join(sorted(set(name.split(UNION))))
 
 
+def check_chosen(name: str) -> None:
+    """Raise RequestError for `auto`, alone or in a union, where a pool must have been chosen.
+
+    By then a request that generates from a prompt has the chosen pool's name.
+    """
+    if AUTO_POOL in name.split(UNION):
+        raise RequestError(
+            f"{AUTO_POOL!r} is no pool: the server chooses one for it, alone and not in a union,"
+            " from the text of a prompt to /v1/completions, /v1/chat/completions, /v1/responses or"
+            " /v1/messages; elsewhere name a pool"
+        )
+
+
 @dataclass(frozen=True)
 class ModelNames:
     """The names of the base model, and the pool meant by a request that gives only one of them."""
@@ -34,7 +47,7 @@ class ModelNames:
     default_pool: str = BASE_POOL
 
     def check_free(self, pools: Sequence[str]) -> None:
-        """Raise ConfigError when a pool is called like the model, or like the base pool."""
+        """Raise ConfigError when a pool is called like the model, the base pool or `auto`."""
         for name in pools:
             if name in self.base:
                 raise ConfigError(
@@ -45,9 +58,14 @@ class ModelNames:
                 raise ConfigError(
                     f"pool name {name!r} is kept for all experts of the model; rename the pool"
                 )
+            if name == AUTO_POOL:
+                raise ConfigError(
+                    f"pool name {name!r} is kept for the server's own choice of a pool; rename the"
+                    " pool"
+                )
 
     def choose(self, model: str | None, headers: Sequence[str] = ()) -> str:
-        """Return the canonical name of the pool asked for.
+        """Return the canonical name of the pool asked for, AUTO_POOL where that is to be chosen.
 
         `model` is the request's model name: the base's, a pool, `base:pool` or a union; None or ""
         is the base's. `headers` are the values of x-emo-pool, usually none or one. Raises

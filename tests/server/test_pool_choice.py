@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from emo_serve.errors import ConfigError, PoolConflict, RequestError
-from emo_serve.server.pool_choice import ModelNames, canonical_name
+from emo_serve.server.pool_choice import ModelNames, canonical_name, check_chosen
 
 NAMES = ModelNames(("emo", "allenai/Emo_1b14b_1T"))
 
@@ -26,6 +26,8 @@ NAMES = ModelNames(("emo", "allenai/Emo_1b14b_1T"))
         ("gpt-4", "gpt-4"),
         ("emo:", ""),
         ("other:math", "other:math"),
+        ("auto", "auto"),
+        ("emo:auto", "auto"),
     ],
 )
 def test_a_model_name_means_one_pool(model: str | None, pool: str) -> None:
@@ -55,6 +57,8 @@ def test_the_default_pool_is_meant_by_the_models_name_alone() -> None:
         ("math", ["math"], "math"),
         ("math+code", ["code+math"], "code+math"),
         ("emo", ["math", "math"], "math"),
+        ("emo", ["auto"], "auto"),
+        ("auto", ["auto"], "auto"),
     ],
 )
 def test_the_header_names_the_pool_or_repeats_it(
@@ -64,7 +68,14 @@ def test_the_header_names_the_pool_or_repeats_it(
 
 
 @pytest.mark.parametrize(
-    ("model", "headers"), [("math", ["code"]), ("emo", ["a", "b"]), ("emo:base", ["math"])]
+    ("model", "headers"),
+    [
+        ("math", ["code"]),
+        ("emo", ["a", "b"]),
+        ("emo:base", ["math"]),
+        ("auto", ["math"]),
+        ("math", ["auto"]),
+    ],
 )
 def test_two_different_pools_are_a_conflict(model: str, headers: list[str]) -> None:
     with pytest.raises(PoolConflict, match="name the pool once"):
@@ -83,6 +94,18 @@ def test_pools_may_not_take_the_models_name_or_the_base_pools() -> None:
         NAMES.check_free(["emo"])
     with pytest.raises(ConfigError, match="'base' is kept for all experts"):
         NAMES.check_free(["base"])
+    with pytest.raises(ConfigError, match="'auto' is kept for the server's own choice.*rename"):
+        NAMES.check_free(["auto"])
+
+
+@pytest.mark.parametrize("name", ["auto", "auto+math", "base+auto"])
+def test_where_no_pool_was_chosen_auto_is_refused(name: str) -> None:
+    with pytest.raises(RequestError, match="chooses one for it, alone.*/v1/completions"):
+        check_chosen(name)
+
+
+def test_a_pool_that_was_chosen_is_not_refused() -> None:
+    check_chosen("automatic+math")
 
 
 def test_a_union_has_one_spelling() -> None:

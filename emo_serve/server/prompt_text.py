@@ -1,0 +1,79 @@
+"""The text of a request, as far as it tells the domain: from each protocol's JSON to a `Prompt`.
+
+In a conversation the user's turns come first and in order, everything else after them: a system
+prompt that all requests share tells nothing, and the beginning stays the same from turn to turn, so
+that a conversation keeps its pool. Pictures, tool calls and the like have no text and are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["READERS", "Prompt"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a request asks about: its text, or `ids` where the client sent token ids."""
+
+    text: str = ""
+    ids: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Tell whether there is anything to go by."""
+        return bool(self.ids) or bool(self.text.strip())
+
+
+def _of_completion(body: Mapping[str, Any]) -> Prompt:
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return Prompt(prompt)
+    if not isinstance(prompt, list):
+        return Prompt()
+    if all(isinstance(part, str) for part in prompt):
+        return Prompt("\n".join(prompt))
+    lists = prompt if all(isinstance(part, list) for part in prompt) else [prompt]
+    ids = [token for part in lists for token in part]
+    return Prompt(ids=tuple(ids)) if all(type(token) is int for token in ids) else Prompt()
+
+
+def _of_chat(body: Mapping[str, Any]) -> Prompt:
+    return _conversation(body.get("messages"))
+
+
+def _of_response(body: Mapping[str, Any]) -> Prompt:
+    given = body.get("input")
+    turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    return _conversation(turns, body.get("instructions"))
+
+
+def _of_message(body: Mapping[str, Any]) -> Prompt:
+    return _conversation(body.get("messages"), body.get("system"))
+
+
+READERS: Mapping[str, Callable[[Mapping[str, Any]], Prompt]] = {
+    "/v1/completions": _of_completion,
+    "/v1/chat/completions": _of_chat,
+    "/v1/responses": _of_response,
+    "/v1/messages": _of_message,
+}
+"""By path; each returns an empty prompt for a body it cannot read."""
+
+
+def _conversation(turns: object, system: object = None) -> Prompt:
+    known = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    users = [turn.get("content") for turn in known if turn.get("role") == "user"]
+    others = [turn.get("content") for turn in known if turn.get("role") != "user"]
+    return Prompt("\n".join(_texts([*users, system, *others])))
+
+
+def _texts(contents: Iterable[object]) -> Iterable[str]:
+    """Yield the text of each content: a string, or a list of parts of which some have text."""
+    for content in contents:
+        parts = content if isinstance(content, list) else [content]
+        for part in parts:
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                yield text
