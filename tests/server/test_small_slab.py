@@ -72,6 +72,14 @@ def test_pools_are_resident_in_the_order_given_as_long_as_they_fit(
     assert "pool math is loaded when it is asked for" in server.log
 
 
+@pytest.mark.parametrize("domain", ["python", "spanish", "html"])
+def test_auto_knows_the_shipped_domains(client: openai.OpenAI, domain: str) -> None:
+    answer = client.completions.create(
+        model="auto", prompt=demo.heldout(domain)[0][:400], max_tokens=1
+    )
+    assert answer.model == domain
+
+
 def test_the_models_name_means_the_default_pool(client: openai.OpenAI) -> None:
     answer = ask(client, "emo-demo")
     assert answer.model == "emo-demo"
