@@ -103,7 +103,7 @@ class PoolServer:
         return self._ask("POST", _path(name, "unpin"))
 
     def add(self, document: bytes, *, replace: bool = False) -> dict[str, Any]:
-        """Define the pool of a document, or with `replace` redefine it."""
+        """Define the pool of a document, or of examples in it; with `replace` redefine it."""
         params = {"replace": "true"} if replace else None
         return self._ask("POST", "", params=params, body=document)
 
@@ -135,7 +135,8 @@ class PoolServer:
         except httpx.TimeoutException as error:
             raise Unavailable(
                 f"no answer from {self.url} within {self._timeout_seconds:g} s; a load that has"
-                " begun goes on there; see `emo-serve pools list --server`, or raise --timeout"
+                " begun goes on there, and so does a build; see `emo-serve pools list --server`, or"
+                " raise --timeout"
             ) from error
         except httpx.HTTPError as error:
             raise Unavailable(f"{self.url} does not speak HTTP with us: {error}") from error

@@ -13,11 +13,13 @@ from emo_serve.errors import ConfigError
 if TYPE_CHECKING:
     from emo_serve.pools.remote import PoolServer
 
-__all__ = ["CHANGE_SECONDS", "READ_SECONDS", "add_server_flags", "server_of"]
+__all__ = ["BUILD_SECONDS", "CHANGE_SECONDS", "READ_SECONDS", "add_server_flags", "server_of"]
 
 READ_SECONDS = 30.0
 CHANGE_SECONDS = 600.0
 """A load may have to wait for long requests to end."""
+BUILD_SECONDS = 3600.0
+"""A build runs every example once a layer, behind everybody else's requests."""
 
 
 def add_server_flags(

@@ -146,7 +146,7 @@ class PoolBuilder:
             for index, moe in enumerate(self._moe_layers):
                 if moe is None:
                     continue
-                pool = path_pool(self._moe_layers, layers)
+                pool = _path_pool(self._moe_layers, layers)
                 await path.become(pool)
                 mass_PE = await self._mass_of_layer(pool, index, ids)
                 layers[index] = await asyncio.to_thread(find_layer, mass_PE, tokens, moe, k)
@@ -191,7 +191,7 @@ class PoolBuilder:
         )
 
 
-def path_pool(moe_layers: _MoeLayers, layers: _Findings) -> ExpertPool:
+def _path_pool(moe_layers: _MoeLayers, layers: _Findings) -> ExpertPool:
     """Return the pool in which the first layer not found yet is scored.
 
     Where nothing is found it holds the implied experts, or the first one in a layer without any.

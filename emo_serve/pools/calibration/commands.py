@@ -1,6 +1,7 @@
 """`emo-serve pools build` and `cut`: find a domain's pool from examples; cut it to another size.
 
-`build` runs the examples through the checkpoint and writes a pool file; `cut` needs only that file.
+`build` runs the examples through the checkpoint and writes a pool file, or with --server has a
+server build the pool (`server_commands`); `cut` needs only that file.
 Results go to stdout, a progress bar to stderr where that is a terminal. torch, transformers and
 tokenizers are imported when a command runs.
 """
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING
 
 from emo_serve.errors import ConfigError
 from emo_serve.pools.calibration import DEFAULT_METHOD, METHODS
+from emo_serve.pools.calibration.outcome import coverage_line, found_by, size_line
 from emo_serve.pools.pool import ExpertPool, check_name
+from emo_serve.pools.server_flags import BUILD_SECONDS, add_server_flags
 from emo_serve.pools.tables import facts, size_range
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ _BUILD_EPILOG = """\
 A .txt file is one document; a .jsonl file one a line: a string, or an object with "text" or
 "messages" (a chat, rendered by the model's template).
 layerwise reads only K experts of a layer; router and easy-ep all, one at a time.
+With --server the pool is built there by layerwise, beside its requests, and stays there: no
+checkpoint is needed here, and no file is written.
 """
 
 _Command = Callable[[argparse.Namespace], int]
@@ -50,10 +55,10 @@ def add_calibration_commands(
     build.formatter_class = argparse.RawDescriptionHelpFormatter
     build.add_argument("name", metavar="NAME", help="name of the pool: a-z 0-9 . _ -")
     shipped = " (default: the small model that ships)" if default_model else ""
+    build.set_defaults(default_model=default_model)  # so that a --model given can be told
     build.add_argument(
         "--model",
         type=Path,
-        default=default_model,
         metavar="DIR",
         help=f"checkpoint directory{shipped}",
     )
@@ -73,10 +78,12 @@ def add_calibration_commands(
     build.add_argument(
         "--out", type=Path, metavar="FILE", help="file to write (default: NAME.json)"
     )
+    build.add_argument("--seed", type=int, metavar="N", help="of random's draw (default: 0)")
+    build.add_argument("--description", default="", metavar="TEXT", help="kept with the pool")
     build.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of random's draw (default: %(default)s)"
+        "--replace", action="store_true", help="with --server: redefine a pool of that name"
     )
-    build.add_argument("--description", default="", metavar="TEXT", help="kept in the file")
+    add_server_flags(build, is_required=False, seconds=BUILD_SECONDS)
 
     cut = add("cut", _run_cut, _CUT)
     cut.add_argument("path", type=Path, metavar="FILE", help="pool file with scores")
@@ -99,6 +106,13 @@ def add_calibration_commands(
 
 
 def _run_build(arguments: argparse.Namespace) -> int:
+    if arguments.server is not None:
+        from emo_serve.pools.calibration.server_commands import run_server_build
+
+        return run_server_build(arguments)
+    if arguments.replace:
+        raise ConfigError("pools build: --replace is for pools of a server; give --server URL")
+    arguments.model = arguments.model or arguments.default_model
     started = time.monotonic()
     out: Path = arguments.out or Path(f"{arguments.name}.json")
     check_name("pools build", arguments.name)
@@ -118,7 +132,8 @@ def _run_build(arguments: argparse.Namespace) -> int:
 
     checkpoint = Checkpoint.open(arguments.model)
     config = checkpoint.config
-    request = {"method": arguments.method, "k": arguments.experts, "seed": arguments.seed}
+    seed = arguments.seed or 0
+    request = {"method": arguments.method, "k": arguments.experts, "seed": seed}
     check_request(config, **request)
     documents = _read_documents(arguments.examples or [], checkpoint)
     steps = num_steps(config, arguments.method, arguments.experts, len(documents.ids))
@@ -155,28 +170,15 @@ def _read_documents(paths: list[Path], checkpoint: Checkpoint) -> Documents:
 def _outcome(
     pool: ExpertPool, found: Calibration, checkpoint: Checkpoint, out: Path
 ) -> dict[str, str | None]:
-    sizes = [len(ids) for ids in pool.expert_ids if ids]
     total = sum(moe.num_experts for moe in checkpoint.config.moe_layers if moe is not None)
     read, most = sum(found.experts_read), max(found.experts_read)
-    covered = [
-        (layer.coverage, index)
-        for index, layer in enumerate(found.layers)
-        if layer is not None and layer.coverage is not None
-    ]
-    coverage = None
-    if covered:
-        lowest, place = min(covered)
-        coverage = (
-            f"{found.coverage:.3f} of the router's mass is inside, mean over tokens and MoE layers"
-            f" (lowest: layer {place}, {lowest:.3f})"
-        )
-    text = f"{found.documents} document{'' if found.documents == 1 else 's'}, {found.tokens} tokens"
+    layers = [None if layer is None else layer.coverage for layer in found.layers]
     return {
         "wrote": str(out),
-        "pool": f"{pool.name}, {size_range(sizes)} experts a layer in {len(sizes)} MoE layers",
+        "pool": size_line(pool.name, list(map(len, pool.expert_ids))),
         "model": str(checkpoint.directory),
-        "found by": f"{found.method}, {text}",
-        "coverage": coverage,
+        "found by": found_by(found.method, found.documents, found.tokens),
+        "coverage": coverage_line(found.coverage, layers),
         "experts read": f"{read} of {total}, at most {most} of a layer, one held at a time:"
         f" {found.bytes_read / 2**20:.1f} MiB",
     }
