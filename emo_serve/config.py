@@ -54,8 +54,8 @@ class ServeSettings:
     `model` is what the user named, a directory or a Hub id; None stands for the shipped demo. At
     most one of `expert_memory_bytes` (a device) and `expert_slots` (a layer) is set; with neither
     the slab holds all experts. `host_expert_bytes` is host memory a device, 0 for none. `preload`
-    None means every pool, in the catalog's order; `auto_method` None, the classifier where it has
-    examples and the router elsewhere. Raises ConfigError.
+    None means every pool, in the catalog's order; `auto_method` None, the classifier while all
+    pools have examples, else the router. Raises ConfigError.
     """
 
     model: str | None = None
@@ -291,7 +291,7 @@ def _add_auto_flags(group: argparse._ArgumentGroup) -> None:
         metavar="|".join(AUTO_METHODS),
         help=f"who chooses the pool of model {AUTO_POOL!r}: a classifier that learns from examples,"
         " or the model's router, which needs none and a step of the engine (default: the classifier"
-        " where two pools or more have examples, else the router)",
+        " while all pools have examples, else the router)",
     )
     group.add_argument(
         "--auto-examples",

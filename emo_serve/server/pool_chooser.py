@@ -11,8 +11,8 @@ Both follow pools that come and go, take none that the slab cannot hold, and fal
 pool where it is resident and no other is good enough. Coverage grows with a pool's size: among
 pools of different sizes the router favours the large ones.
 
-benchmarks/bench_auto.py compares the two; the classifier is the better where it has examples, so
-`FirstAble` asks it first.
+benchmarks/bench_auto.py compares the two. The classifier is the better and takes no engine step,
+but a pool without examples is never its choice: `BetterChooser` asks it while it knows every pool.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ if TYPE_CHECKING:
 __all__ = [
     "MIN_MARGIN",
     "Beginning",
+    "BetterChooser",
     "Candidates",
-    "FirstAble",
     "PoolChooser",
     "RouterChooser",
     "TfidfChooser",
     "coverages",
     "make_chooser",
     "read_auto_examples",
+    "text_of",
     "trunk_pool",
 ]
 
@@ -261,7 +262,12 @@ class TfidfChooser:
 
     def is_able(self) -> bool:
         """Tell whether there are two pools to choose between."""
-        return len(self._known()) > 1
+        return len(self._candidates.pools()) - len(self.strangers()) > 1
+
+    def strangers(self) -> list[str]:
+        """Return the pools it cannot choose, having learned from no example of them."""
+        names = () if self._classifier is None else self._classifier.names
+        return [pool.name for pool in self._candidates.pools() if pool.name not in names]
 
     async def choose(self, prompt: Prompt) -> ExpertPool:
         """Return the pool; raises RequestError with too few to choose between."""
@@ -298,10 +304,6 @@ class TfidfChooser:
     def _margins(self, classifier: PoolClassifier, prompt: Prompt) -> Mapping[str, float]:
         return classifier.margins(self._beginning.text(prompt))
 
-    def _known(self) -> list[ExpertPool]:
-        names = () if self._classifier is None else self._classifier.names
-        return [pool for pool in self._candidates.pools() if pool.name in names]
-
     def _change(self, examples: Mapping[str, tuple[str, ...]]) -> None:
         self._examples = examples
         if self._fitting is None or self._fitting.done():
@@ -333,16 +335,22 @@ def _bounded(name: str, texts: Sequence[str]) -> list[str]:
     return kept
 
 
-class FirstAble:
-    """Ask the classifier once it can tell two pools apart, and the router until then."""
+class BetterChooser:
+    """Ask the classifier while it knows two pools and every one there is, else the router."""
 
     def __init__(self, classifier: TfidfChooser, router: RouterChooser) -> None:
         self._classifier, self._router = classifier, router
+        self._strangers: list[str] = []
 
     async def choose(self, prompt: Prompt) -> ExpertPool:
         """Return the pool; raises as the one that is asked does."""
-        able = self._classifier if self._classifier.is_able() else self._router
-        return await able.choose(prompt)
+        strangers = self._classifier.strangers()
+        if self._classifier.is_able() and not strangers:
+            return await self._classifier.choose(prompt)
+        if self._classifier.is_able() and strangers != self._strangers:
+            self._strangers = strangers
+            logger.warning("auto asks the router: no examples of %s", ", ".join(strangers))
+        return await self._router.choose(prompt)
 
     def add_examples(self, name: str, texts: Sequence[str]) -> None:
         """Give the classifier more to learn from."""
@@ -376,7 +384,7 @@ def read_auto_examples(settings: ServeSettings) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for file in sorted(settings.auto_examples.iterdir()):
         if file.suffix in _EXAMPLE_SUFFIXES and not file.name.startswith("."):
-            found.setdefault(file.stem, []).extend(map(_text_of, read_examples([file])))
+            found.setdefault(file.stem, []).extend(map(text_of, read_examples([file])))
     if must and len(found) < 2:
         raise ConfigError(
             f"--auto-examples {settings.auto_examples} has examples for {len(found)} pools; two are"
@@ -385,7 +393,8 @@ def read_auto_examples(settings: ServeSettings) -> dict[str, list[str]]:
     return found
 
 
-def _text_of(example: Example) -> str:
+def text_of(example: Example) -> str:
+    """Return what a classifier reads of an example; of a chat, what was said."""
     if example.text is not None:
         return example.text
     return "\n".join(message["content"] for message in example.messages)
@@ -411,4 +420,4 @@ async def make_chooser(
     for name, texts in examples.items():
         classifier.add_examples(name, texts)
     await classifier.fitted()
-    return classifier if settings.auto_method == "tfidf" else FirstAble(classifier, router)
+    return classifier if settings.auto_method == "tfidf" else BetterChooser(classifier, router)

@@ -21,8 +21,8 @@ from emo_serve.server import pool_chooser
 from emo_serve.server.engine_calls import RouterMass
 from emo_serve.server.pool_chooser import (
     Beginning,
+    BetterChooser,
     Candidates,
-    FirstAble,
     RouterChooser,
     TfidfChooser,
     coverages,
@@ -298,18 +298,30 @@ async def test_what_one_pool_may_teach_is_bounded(
 # -- which of them --
 
 
-async def test_the_router_is_asked_until_two_pools_have_examples() -> None:
+async def test_the_router_is_asked_while_a_pool_has_no_examples(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     service, probe = service_of(), FakeProbe((1, 1, 0, 0, 0, 0, 0))
-    chooser = FirstAble(await taught(service, "math"), router(service, probe))
-    assert (await chooser.choose(Prompt("def f(x): return"))).name == "math"
-    assert len(probe.asked) == 1
+    await service.remove("hot")
+    classifier = await taught(service, "math")
+    chooser, code = BetterChooser(classifier, router(service, probe)), Prompt(TEXTS["code"][0])
+    assert (await chooser.choose(code)).name == "math"
+    assert caplog.text == ""  # nobody gave it two to tell apart
     chooser.add_examples("code", TEXTS["code"])
-    await chooser._classifier.fitted()
-    assert (await chooser.choose(Prompt("def f(x): return"))).name == "code"
-    chooser.remove("code")
-    await chooser._classifier.fitted()
-    assert (await chooser.choose(Prompt("def f(x): return"))).name == "math"
-    assert len(probe.asked) == 2
+    await classifier.fitted()
+    for _ in range(2):
+        assert (await chooser.choose(code)).name == "math"
+    assert caplog.text.count("auto asks the router: no examples of law") == 1
+    assert len(probe.asked) == 3
+    chooser.add_examples("law", TEXTS["law"])
+    await classifier.fitted()
+    assert (await chooser.choose(code)).name == "code"
+    chooser.remove("law")
+    await classifier.fitted()
+    assert (await chooser.choose(code)).name == "math"
+    await service.remove("law")
+    assert (await chooser.choose(code)).name == "code"
+    assert len(probe.asked) == 4
 
 
 # -- at start --
@@ -371,7 +383,7 @@ def test_without_scikit_learn_the_router_is_asked_or_the_start_refused(
 @pytest.mark.parametrize(
     ("flags", "kind"),
     [
-        ((), FirstAble),
+        ((), BetterChooser),
         (("--auto-method", "tfidf"), TfidfChooser),
         (("--auto-method", "router"), RouterChooser),
     ],
@@ -379,6 +391,7 @@ def test_without_scikit_learn_the_router_is_asked_or_the_start_refused(
 async def test_the_flag_says_who_chooses(flags: tuple[str, ...], kind: type) -> None:
     checkpoint = Checkpoint.open(demo.model_dir())
     service, probe = service_of(), FakeProbe()
+    await service.remove("hot")
     chooser = await make_chooser(settings_of(*flags), service, probe, checkpoint, TEXTS)  # type: ignore[arg-type]
     assert type(chooser) is kind
     if kind is not RouterChooser:
