@@ -148,7 +148,7 @@ def _replay(came: Sequence[Message], receive: Receive) -> Receive:
 async def _unless_gone(receive: Receive, work: Coroutine[object, object, _T]) -> _T | None:
     """Await work that is cancelled when the client leaves; None then."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(receive())  # after a whole body there is nothing else to hear
+    leaving = asyncio.ensure_future(_left(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
@@ -156,6 +156,12 @@ async def _unless_gone(receive: Receive, work: Coroutine[object, object, _T]) ->
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    """Wait until the client leaves; its body is whole, so that nothing else is to be heard."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _with_length(scope: Scope, length: int) -> Scope:
