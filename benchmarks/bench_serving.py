@@ -26,7 +26,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -54,16 +54,18 @@ class Sample:
 
 
 class Server(ServerProcess):
-    """One of the kinds of server above."""
+    """One of the kinds of server above; `variables` are added to its environment."""
 
-    def __init__(self, kind: str, pools: Sequence[str]) -> None:
+    def __init__(
+        self, kind: str, pools: Sequence[str], variables: Mapping[str, str] | None = None
+    ) -> None:
         self.kind = kind
         self.base = kind.removesuffix("-eager")
         self.pools = pools
         flags = [*_ENGINE_FLAGS, "--served-model-name", "emo-demo"]
         if kind.endswith("-eager"):
             flags.append("--enforce-eager")
-        super().__init__([*self._command(), *flags])
+        super().__init__([*self._command(), *flags], variables=variables)
 
     def _command(self) -> list[str]:
         model = str(demo.model_dir())
@@ -94,15 +96,27 @@ def slots_for(pools: Sequence[str]) -> int:
     return max(len({e for layer in row if layer for e in layer["experts"]}) for row in layers)
 
 
-async def load(server: Server, concurrency: int, requests: int, tokens: int) -> Sample:
+async def load(
+    server: Server,
+    concurrency: int,
+    requests: int,
+    tokens: int,
+    *,
+    prompt_characters: int = _PROMPT_CHARACTERS,
+    headers: Mapping[str, str] | None = None,
+) -> Sample:
     """Let `concurrency` clients send `requests` each; one request before them is not counted."""
     limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
-        await request(client, server, 0, tokens)
+    async with httpx.AsyncClient(
+        base_url=server.url, timeout=600, limits=limits, headers=headers
+    ) as client:
+        await request(client, server, 0, tokens, prompt_characters)
 
         async def one_client(number: int) -> list[list[float]]:
             numbers = range(number, concurrency * requests, concurrency)
-            return [await request(client, server, index, tokens) for index in numbers]
+            return [
+                await request(client, server, index, tokens, prompt_characters) for index in numbers
+            ]
 
         start = time.perf_counter()
         answers = await asyncio.gather(*map(one_client, range(concurrency)))
@@ -118,14 +132,18 @@ async def load(server: Server, concurrency: int, requests: int, tokens: int) -> 
 
 
 async def request(
-    client: httpx.AsyncClient, server: Server, index: int, tokens: int
+    client: httpx.AsyncClient,
+    server: Server,
+    index: int,
+    tokens: int,
+    prompt_characters: int = _PROMPT_CHARACTERS,
 ) -> list[float]:
     """Stream one completion; return when it was sent and then when each chunk came."""
     domain = server.pools[index % len(server.pools)]
     texts = server.texts_of(domain)
     body: dict[str, Any] = {
         "model": server.model_of(domain),
-        "prompt": texts[index % len(texts)][:_PROMPT_CHARACTERS],
+        "prompt": texts[index % len(texts)][:prompt_characters],
         "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,

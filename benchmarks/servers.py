@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO
 
 import httpx
@@ -20,10 +20,15 @@ _START_TIMEOUT_SECONDS = 400
 class ServerProcess:
     """Run a command with `--host` and `--port` until exit; `url` answers once it is entered.
 
-    What it prints goes to `output`, a file, or nowhere.
+    What it prints goes to `output`, a file, or nowhere. `variables` are added to its environment.
     """
 
-    def __init__(self, command: Sequence[str], output: IO[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        output: IO[bytes] | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._start = time.perf_counter()
@@ -32,7 +37,7 @@ class ServerProcess:
             self._command,
             stdout=output or subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **(variables or {})},
         )
 
     def __enter__(self) -> ServerProcess:
