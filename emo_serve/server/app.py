@@ -35,6 +35,7 @@ from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.policy import make_policy
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server import pools_api
+from emo_serve.server.auto_pool import AutoPool
 from emo_serve.server.checkpoint_dir import resolve_checkpoint
 from emo_serve.server.coverage import CoverageBook
 from emo_serve.server.engine_calls import EngineFacts, WorkerCalls
@@ -43,6 +44,7 @@ from emo_serve.server.http_errors import REFUSAL_REASONS
 from emo_serve.server.key_guard import KeyGuard
 from emo_serve.server.plan import StartPlan, make_plan
 from emo_serve.server.pool_builder import PoolBuilder
+from emo_serve.server.pool_chooser import make_chooser, read_auto_examples
 from emo_serve.server.pool_service import PoolService
 from emo_serve.server.request_log import RequestLog
 from emo_serve.server.router_probe import RouterProbe
@@ -102,11 +104,12 @@ def run(argv: Sequence[str], announce: Callable[[str], None], default_model: Def
         persists=persists,
     )
     keys = _Keys.take(args, settings)
+    examples = read_auto_examples(settings)
     with ExitStack() as stack:
         log = None
         if settings.request_log is not None:
             log = stack.enter_context(closing(RequestLog(settings.request_log)))
-        parts = _Parts(args, settings, plan, checkpoint, keys, log)
+        parts = _Parts(args, settings, plan, checkpoint, keys, log, examples)
         return uvloop.run(_serve(parts, announce))
 
 
@@ -140,6 +143,7 @@ class _Parts:
     checkpoint: Checkpoint
     keys: _Keys
     request_log: RequestLog | None
+    auto_examples: Mapping[str, Sequence[str]]
 
 
 def _resolve_model(
@@ -215,7 +219,11 @@ class _Server:
             self.llm, self.args, service, metrics, coverage, self.parts.request_log
         )
         await self._warm_up(service)
-        gate = RequestGate(app)
+        chooser = await make_chooser(
+            self.settings, service, probe, self.parts.checkpoint, self.parts.auto_examples
+        )
+        root_path = self.args.root_path
+        gate = RequestGate(AutoPool(app, self.plan.names, chooser, metrics, root_path=root_path))
         builder = PoolBuilder(probe, self.parts.checkpoint, service)
         _add_routes(app, gate, service, self.llm, builder)
         guard = KeyGuard(
@@ -223,7 +231,7 @@ class _Server:
             self.parts.keys.api,
             self.parts.keys.admin,
             self.settings.open_paths,
-            root_path=self.args.root_path,
+            root_path=root_path,
         )
         server = create_http_server(guard, app, self.args)
         summary = self._summarise(facts, service)

@@ -54,7 +54,7 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from emo_serve.config import ServeSettings, add_serve_flags
+from emo_serve.config import AUTO_POOL, ServeSettings, add_serve_flags
 from emo_serve.errors import ConfigError, EmoServeError, EngineDead
 from emo_serve.metrics import PoolMetrics
 from emo_serve.pools.pool import ExpertPool
@@ -463,11 +463,11 @@ async def _list_models(registry: Any, service: PoolService) -> ModelList:
     base = service.names.base[0]
     for card in listed.data:
         card.default_pool = service.names.default_pool
-    for pool in service.catalog.pools.values():
+    for name in (AUTO_POOL, *service.catalog.pools):
         listed.data.append(
             ModelCard(
-                id=pool.name,
-                root=f"{base}:{pool.name}",
+                id=name,
+                root=f"{base}:{name}",
                 parent=base,
                 owned_by="emo-serve",
                 max_model_len=listed.data[0].max_model_len,
