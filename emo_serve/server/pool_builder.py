@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -35,7 +35,7 @@ from emo_serve.pools.calibration.build import (
     find_layer,
     model_record,
 )
-from emo_serve.pools.calibration.examples import Documents, encode_examples
+from emo_serve.pools.calibration.examples import Documents, Example, encode_examples
 from emo_serve.pools.pool import ExpertPool, LayerExperts, keep_best
 from emo_serve.server.build_schema import BuildRequest
 from emo_serve.server.engine_calls import RouterMass
@@ -67,11 +67,25 @@ class PoolBuild:
     seconds: float
 
 
-class PoolBuilder:
-    """Build pools, one at a time, through `probe`; `service` defines them."""
+def _learn_nothing(name: str, examples: Sequence[Example]) -> None:
+    pass
 
-    def __init__(self, probe: RouterProbe, checkpoint: Checkpoint, service: PoolService) -> None:
+
+class PoolBuilder:
+    """Build pools, one at a time, through `probe`; `service` defines them.
+
+    `learn` hears of each pool that was built, and the examples of what it is for.
+    """
+
+    def __init__(
+        self,
+        probe: RouterProbe,
+        checkpoint: Checkpoint,
+        service: PoolService,
+        learn: Callable[[str, Sequence[Example]], None] = _learn_nothing,
+    ) -> None:
         self._probe, self._checkpoint, self._service = probe, checkpoint, service
+        self._learn = learn
         self._moe_layers: _MoeLayers = checkpoint.config.moe_layers
         self._building: str | None = None
 
@@ -110,6 +124,7 @@ class PoolBuilder:
             router_temperature=wanted.router_temperature,
         )
         status, is_new = await self._service.add(pool, replace=is_replacing)
+        self._learn(wanted.name, wanted.examples)
         seconds = time.monotonic() - start
         logger.info("built pool %s in %.1f s", wanted.name, seconds)
         said = (*cut_notes(documents), *notes(found, self._checkpoint.config))

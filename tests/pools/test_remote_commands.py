@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import APIRouter, FastAPI, HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -55,14 +55,18 @@ class Served:
             assert self._thread.is_alive()
             time.sleep(0.01)  # another thread; nothing here can be awaited
 
-    async def _serve(self) -> None:
+    def _router(self) -> APIRouter:
+        """Return the routes, with `service` behind them."""
         catalog = PoolCatalog.read(self.directory, MOE_LAYERS, persists=True)
         base = service_of(self.engine)
         self.service = PoolService(
             base.names, base.pools[0], catalog, base.manager, usage_of=self._usage_of
         )
+        return create_router(self.service, to_http_error)
+
+    async def _serve(self) -> None:
         app = FastAPI()
-        app.include_router(create_router(self.service, _to_http_error))
+        app.include_router(self._router())
         app.add_exception_handler(HTTPException, _answer_error)
         guard = KeyGuard(app, [API], [ADMIN], [], root_path="")
         config = uvicorn.Config(guard, port=0, log_config=None, lifespan="off")  # type: ignore[arg-type]
@@ -88,7 +92,7 @@ class Served:
         self._loop.close()
 
 
-def _to_http_error(error: EmoServeError) -> Exception:
+def to_http_error(error: EmoServeError) -> Exception:
     return HTTPException(status_of(error), str(error))
 
 

@@ -135,7 +135,13 @@ class World:
         base = ExpertPool.base(self.moe_layers, BASE_POOL)
         self.service = PoolService(ModelNames(("emo",)), base, catalog, self.manager)
         self.probe = ReferenceProbe(directory, self.manager, max_tokens)
-        self.builder = PoolBuilder(self.probe, self.checkpoint, self.service)  # type: ignore[arg-type]
+        self.learned: list[tuple[str, Sequence[Example]]] = []
+        self.builder = PoolBuilder(
+            self.probe,  # type: ignore[arg-type]
+            self.checkpoint,
+            self.service,
+            lambda name, examples: self.learned.append((name, examples)),
+        )
 
     async def build(self, name: str = "math", k: int = K, **changes: object) -> PoolBuild:
         wanted = BuildRequest(**{"name": name, "examples": texts(), "experts": k, **changes})  # type: ignore[arg-type]

@@ -48,6 +48,7 @@ async def test_a_build_finds_what_the_offline_build_finds(
     expected = world.offline(K + seed, texts(seed))
     assert_same(build.found, expected)
     assert build.is_new
+    assert world.learned == [("math", texts(seed))]
     pool = world.service.find("math")
     assert pool.expert_ids == expected.pool("math").expert_ids
     assert pool.calibration == PoolCalibration("layerwise", 3, 90, 0, K + seed)
@@ -193,6 +194,7 @@ async def test_a_build_that_fails_leaves_nothing(
     world.assert_nothing_left()
     assert world.manager.statistics().used_slots == 0
     assert list(world.service.catalog.pools) == []
+    assert world.learned == []
     assert_same((await world.build()).found, world.offline())
 
 
