@@ -37,7 +37,7 @@ from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import Lease, ResidencyManager
 from emo_serve.residency.statistics import ResidencyStats
 from emo_serve.server.engine_calls import PoolUsage
-from emo_serve.server.pool_choice import UNION, ModelNames, canonical_name
+from emo_serve.server.pool_choice import UNION, ModelNames, canonical_name, check_chosen
 from emo_serve.server.pool_status import (
     Overview,
     PoolKind,
@@ -93,6 +93,7 @@ class PoolService:
         Raises RequestError (PoolConflict, UnknownPool naming what exists).
         """
         name = self.names.choose(model, headers)
+        check_chosen(name)
         parts = name.split(UNION)
         if BASE_POOL not in parts:
             return self._resolve(name)

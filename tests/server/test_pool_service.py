@@ -68,6 +68,12 @@ def test_an_unknown_name_is_answered_with_what_exists(model: str) -> None:
         service_of().find(model)
 
 
+@pytest.mark.parametrize("model", ["auto", "emo:auto", "auto+math", "base+auto"])
+def test_auto_is_no_pool(model: str) -> None:
+    with pytest.raises(RequestError, match="'auto' is no pool: the server chooses one"):
+        service_of().find(model)
+
+
 def test_contradictions_and_impossible_unions_are_the_clients_to_mend() -> None:
     service = service_of()
     with pytest.raises(PoolConflict):
