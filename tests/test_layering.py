@@ -60,7 +60,11 @@ ARROWS = {
 
 # The only places that may import these packages.
 OWNERS = {
-    "vllm": ("emo_serve.vllm_plugin", "emo_serve.server.vllm_openai"),
+    "vllm": (
+        "emo_serve.vllm_plugin",
+        "emo_serve.server.vllm_engine",
+        "emo_serve.server.vllm_openai",
+    ),
     "torch": (
         "emo_serve.emo",
         "emo_serve.pools.calibration",

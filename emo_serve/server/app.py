@@ -51,8 +51,8 @@ from emo_serve.server.router_probe import RouterProbe
 from emo_serve.server.shutdown import StopSignals, drain
 from emo_serve.server.summary import PoolLine, ServerAddress, Summary, format_summary
 from emo_serve.server.unsupported_flags import refuse_unsupported
+from emo_serve.server.vllm_engine import PooledLLM, to_http_error
 from emo_serve.server.vllm_openai import (
-    PooledLLM,
     bind_socket,
     build_http_app,
     create_http_server,
@@ -61,7 +61,6 @@ from emo_serve.server.vllm_openai import (
     parse_serve_args,
     run_beside_server,
     start_engine,
-    to_http_error,
 )
 
 __all__ = ["DefaultModel", "run"]

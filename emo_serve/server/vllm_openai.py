@@ -1,13 +1,9 @@
-"""The one adapter to vLLM's serving layer; a vLLM upgrade breaks this module or nothing.
+"""The adapter to vLLM's serving layer; a vLLM upgrade breaks this, `vllm_engine` or nothing.
 
 The OpenAI protocol is vLLM's own: `build_app` and `init_app_state` around an engine client. Three
 things are replaced, each named in tests/server/test_vllm_contract.py.
 
-- `AsyncLLM.generate`, which chat, completions, responses, messages and beam search all pass. Ours
-  is a plain function: it finds the pool and raises while an HTTP status can still be sent, starts
-  a task that waits for the pool and runs the request, and returns a generator of what comes. That
-  task holds the lease, so the lease lasts as long as the engine works and not as long as a client
-  takes to read; the gate knows from it when a stream may begin.
+- `AsyncLLM.generate`, in `vllm_engine`.
 - `OpenAIServingModels.lora_requests`. vLLM asks it whether it knows a model name; ours answers for
   every pool and union, and carries the name the client wrote to `generate` as a LoRARequest, which
   goes no further. It lists nothing: vLLM also searches it for names of message types.
@@ -18,15 +14,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import copy
-import itertools
 import os
 import socket
-import weakref
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from http import HTTPStatus
 from typing import Any
 
 import uvicorn
@@ -41,78 +32,42 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
-from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineGenerateError
-from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from emo_serve.config import AUTO_POOL, ServeSettings, add_serve_flags
 from emo_serve.errors import ConfigError, EmoServeError, EngineDead
 from emo_serve.metrics import PoolMetrics
-from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.coverage import CoverageBook
-from emo_serve.server.engine_calls import CoverageSum
 from emo_serve.server.gate import AsgiApp, current_request
-from emo_serve.server.http_errors import reason_of, retry_after_of, status_of
+from emo_serve.server.http_errors import reason_of
 from emo_serve.server.pool_service import PoolService
-from emo_serve.server.request_account import RequestAccount
 from emo_serve.server.request_log import RequestLog
+from emo_serve.server.vllm_engine import PooledLLM, to_http_error
 from emo_serve.vllm_plugin import (
-    ACCOUNT_ARG,
     ADDITIONAL_CONFIG_KEY,
     LOAD_FORMAT,
-    MASS_SLOT_ARG,
-    NO_ACCOUNT,
-    NO_MASS_SLOT,
-    POOL_ROW_ARG,
     WORKER_EXTENSION_CLS,
     check_expert_dtype,
     check_moe_backend,
     worker_cls_for,
 )
 
-_RECORD_VARIABLE = "EMO_SERVE_RECORD_ROUTING"  # for benchmarks: 0 shows what recording costs
-
 __all__ = [
-    "PooledLLM",
     "bind_socket",
     "build_http_app",
     "create_http_server",
     "dtype_bytes",
     "metrics_registry",
     "parse_serve_args",
-    "place_in_row",
     "run_beside_server",
-    "salt_prompt",
     "start_engine",
-    "to_http_error",
 ]
 
-# -- errors --
-
-
-def to_http_error(error: EmoServeError, param: str | None = "model") -> Exception:
-    """Return the vLLM exception whose handler answers with our error's status and message.
-
-    `param` is the field of the request that a 400 blames. A 503 also leaves how long to wait, for
-    the gate to send as Retry-After.
-    """
-    status = status_of(error)
-    current_request().retry_after_seconds = retry_after_of(error)
-    if status == HTTPStatus.NOT_FOUND:
-        return VLLMNotFoundError(str(error))  # type: ignore[no-any-return]
-    if status == HTTPStatus.BAD_REQUEST:
-        return VLLMValidationError(str(error), parameter=param)  # type: ignore[no-any-return]
-    return GracefulHTTPError(str(error), status)  # type: ignore[no-any-return]
-
+_RECORD_VARIABLE = "EMO_SERVE_RECORD_ROUTING"  # for benchmarks: 0 shows what recording costs
 
 # -- command line --
 
@@ -159,215 +114,6 @@ def bind_socket(args: argparse.Namespace) -> socket.socket:
 
 
 # -- engine --
-
-
-class PooledLLM(AsyncLLM):
-    """The engine client vLLM's serving layer talks to; every request is led through a pool."""
-
-    _service: PoolService | None = None
-    _metrics: PoolMetrics | None = None
-    _probe_ids = itertools.count(1)
-
-    def attach_pools(
-        self,
-        service: PoolService,
-        metrics: PoolMetrics,
-        coverage: CoverageBook | None = None,
-        request_log: RequestLog | None = None,
-        *,
-        honours_priority: bool = False,
-    ) -> None:
-        """Give the client what requests need; before that none can be served.
-
-        Without `honours_priority` all clients' requests have the same.
-        """
-        self._service, self._metrics, self._request_log = service, metrics, request_log
-        self._coverage, self._honours_priority = coverage, honours_priority
-        self._tasks: set[asyncio.Task[Any]] = set()  # asyncio keeps weak references
-
-    def generate(
-        self,
-        prompt: Any,
-        sampling_params: SamplingParams,
-        request_id: str,
-        *,
-        lora_request: LoRARequest | None = None,
-        **options: Any,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Find the pool now, raising what becomes an HTTP status; generate when iterated.
-
-        `lora_request` carries the model name the client wrote and never reaches the engine.
-        """
-        model = None if lora_request is None else lora_request.lora_name
-        service, metrics = self._pools()
-        try:
-            pool = service.admit(model, current_request().pool_headers)
-        except EmoServeError as error:
-            metrics.count_refusal(reason_of(error))
-            raise to_http_error(error) from error
-        salted = salt_prompt(prompt, pool.content_hash)
-        if not self._honours_priority:
-            options["priority"] = 0
-        context = current_request()
-        context.pool_names.append(pool.name)
-        covered: asyncio.Future[CoverageSum | None] | None = None
-        if context.wants_coverage:
-            covered = asyncio.get_running_loop().create_future()
-            context.coverages.append(covered)
-        collector = RequestOutputCollector(sampling_params.output_kind, request_id)
-        admission: asyncio.Future[EmoServeError | None]
-        admission = asyncio.get_running_loop().create_future()
-        context.admissions.append(admission)
-        request = (salted, sampling_params, request_id, options)
-        pump = asyncio.create_task(self._pump(collector, admission, covered, pool, *request))
-        self._tasks.add(pump)
-        pump.add_done_callback(self._tasks.discard)
-        stream = _collected(collector, pump)
-        # One that is never begun runs no `finally`: its client left while it waited.
-        weakref.finalize(stream, pump.cancel).atexit = False
-        return stream
-
-    def encode(self, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
-        """Refuse pooling requests: they would pass no pool."""
-        raise VLLMValidationError("this server generates text; it has no pooling models")
-
-    async def warm_up(self, pool: ExpertPool) -> None:
-        """Run one token with log-probabilities: vLLM compiles them at their first use.
-
-        That takes one second, or fourteen where nothing is cached yet, and holds up every request.
-        """
-        service, _ = self._pools()
-        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, detokenize=False)
-        prompt = salt_prompt(tokens_input([0]), pool.content_hash)
-        async with service.lease(pool) as lease:
-            placed = place_in_row(params, lease.row)
-            async for _ in super().generate(prompt, placed, "emo-serve-warm-up"):
-                pass
-
-    async def run_probe(
-        self, pool: ExpertPool, row: int, token_ids: Sequence[int], mass_slot: int, priority: int
-    ) -> None:
-        """Run tokens in a row that is leased, so that the router's mass is in the slot after it.
-
-        For RouterProbe. None of them comes out of the prefix cache: such are not routed.
-        """
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True
-        )
-        placed = place_in_row(params, row, mass_slot=mass_slot)
-        prompt = salt_prompt(tokens_input(list(token_ids)), pool.content_hash)
-        request_id = f"emo-serve-probe-{next(self._probe_ids)}"
-        stream = super().generate(prompt, placed, request_id, priority=priority)
-        async with aclosing(stream):
-            async for _ in stream:
-                pass
-
-    async def _pump(
-        self,
-        collector: RequestOutputCollector,
-        admission: asyncio.Future[EmoServeError | None],
-        covered: asyncio.Future[CoverageSum | None] | None,
-        pool: ExpertPool,
-        prompt: Any,
-        params: SamplingParams,
-        request_id: str,
-        options: Mapping[str, Any],
-    ) -> None:
-        """Hold the lease while the engine works; errors go to the reader, cancelling aborts."""
-        service, metrics = self._pools()
-        account = RequestAccount(pool.name, is_delta=params.output_kind == RequestOutputKind.DELTA)
-        number = self._coverage.open(pool.name) if self._coverage is not None else NO_ACCOUNT
-        outcome = "failed"
-        try:
-            async with service.lease(pool) as lease:
-                account.note_granted(is_hit=lease.is_hit)
-                admission.set_result(None)
-                placed = place_in_row(params, lease.row, account=number)
-                stream = super().generate(prompt, placed, request_id, **options)
-                async with aclosing(stream):  # an abort is sent before the lease ends
-                    async for output in stream:
-                        account.add(output)
-                        collector.put(output)
-                        outcome = "finished" if output.finished else outcome
-            if outcome != "finished":
-                collector.put(EngineGenerateError("the engine ended the request without a result"))
-        except asyncio.CancelledError:
-            outcome = outcome if outcome == "finished" else "aborted"
-            raise
-        except EmoServeError as error:
-            metrics.count_refusal(reason_of(error))
-            collector.put(to_http_error(error))
-            if not admission.done():
-                admission.set_result(error)
-        except Exception as error:
-            collector.put(error)
-        finally:
-            if not admission.done():
-                admission.set_result(None)
-            self._settle_coverage(number, covered)
-            metrics.count_request(pool.name, outcome)
-            metrics.count_tokens(pool.name, account.prompt_tokens, account.generation_tokens)
-            if self._request_log is not None:
-                self._request_log.append(account.record(outcome))
-
-    def _settle_coverage(
-        self, number: int, covered: asyncio.Future[CoverageSum | None] | None
-    ) -> None:
-        """Close a request's account; whoever asked hears of it beside the answer's last part."""
-        if self._coverage is None:
-            if covered is not None:
-                covered.set_result(None)
-            return
-        if covered is None:
-            self._coverage.close(number)
-            return
-        reading = asyncio.ensure_future(self._coverage.result(number))
-        self._tasks.add(reading)
-
-        def settle(reading: asyncio.Task[CoverageSum | None]) -> None:
-            self._tasks.discard(reading)
-            failed = reading.cancelled() or reading.exception() is not None
-            covered.set_result(None if failed else reading.result())
-
-        reading.add_done_callback(settle)
-
-    def _pools(self) -> tuple[PoolService, PoolMetrics]:
-        assert self._service is not None and self._metrics is not None, "attach_pools comes first"
-        return self._service, self._metrics
-
-
-async def _collected(
-    collector: RequestOutputCollector, pump: asyncio.Task[None]
-) -> AsyncGenerator[RequestOutput, None]:
-    """Yield what the pump collects; a slow reader finds outputs merged, never dropped."""
-    is_finished = False
-    try:
-        while not is_finished:
-            output = collector.get_nowait() or await collector.get()
-            is_finished = output.finished
-            yield output
-    finally:
-        pump.cancel()
-
-
-def salt_prompt(prompt: Any, content_hash: str) -> dict[str, Any]:
-    """Return a copy of a prompt whose prefix cache is the pool's alone.
-
-    A client's own salt is kept inside; the hash has a fixed length, so no two pairs of them meet.
-    """
-    if not isinstance(prompt, dict):
-        raise VLLMValidationError(f"prompts of type {type(prompt).__name__} name no pool")
-    return {**prompt, "cache_salt": f"emo:{content_hash}:{prompt.get('cache_salt') or ''}"}
-
-
-def place_in_row(
-    params: SamplingParams, row: int, *, account: int = NO_ACCOUNT, mass_slot: int = NO_MASS_SLOT
-) -> SamplingParams:
-    """Return a copy that routes in `row`, whatever the client put there; callers share params."""
-    placed = copy.copy(params)
-    ours = {POOL_ROW_ARG: row, ACCOUNT_ARG: account, MASS_SLOT_ARG: mass_slot}
-    placed.extra_args = {**(params.extra_args or {}), **ours}
-    return placed
 
 
 def dtype_bytes(args: argparse.Namespace) -> int:

@@ -14,13 +14,16 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineGenerateError
 
 from emo_serve.errors import EngineDead, LoadDeadlineExceeded
 from emo_serve.metrics import PoolMetrics
+from emo_serve.server.coverage import CoverageBook
+from emo_serve.server.engine_calls import CoverageSum
 from emo_serve.server.gate import RequestContext
 from emo_serve.server.http_errors import REFUSAL_REASONS
 from emo_serve.server.pool_service import PoolService
-from emo_serve.server.vllm_openai import PooledLLM
+from emo_serve.server.vllm_engine import PooledLLM
 from tests.fakes import FakeEngine, settle
 from tests.server.pools import service_of
 
@@ -64,11 +67,17 @@ class Bench:
 
     def __init__(self, service: PoolService, script: Script) -> None:
         self.service, self.script = service, script
+        self.sums: dict[int, CoverageSum] = {}  # what the workers will say
+        self.coverage = CoverageBook(self._read, lambda pool, share: None)
         self.registry = CollectorRegistry()
         names = [pool.name for pool in service.pools]
         metrics = PoolMetrics(self.registry, names, REFUSAL_REASONS, service.snapshot)
         self.llm = object.__new__(PooledLLM)
-        self.llm.attach_pools(service, metrics)
+        self.llm.attach_pools(service, metrics, self.coverage)
+
+    async def _read(self) -> dict[int, CoverageSum]:
+        sums, self.sums = self.sums, {}
+        return sums
 
     def generate(self, model: str | None, prompt: Any = None, **options: Any) -> Any:
         params = options.pop("params", SamplingParams(output_kind=RequestOutputKind.DELTA))
@@ -102,7 +111,7 @@ async def bench(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> Bench:
 def context(monkeypatch: pytest.MonkeyPatch) -> RequestContext:
     """The HTTP request that all of a test's generation belongs to."""
     context = RequestContext()
-    monkeypatch.setattr("emo_serve.server.vllm_openai.current_request", lambda: context)
+    monkeypatch.setattr("emo_serve.server.vllm_engine.current_request", lambda: context)
     return context
 
 
@@ -117,11 +126,57 @@ async def test_a_request_is_placed_in_its_pools_row_with_its_pools_salt(bench: B
     await read(bench.generate("math", prompt, params=params, priority=3, trace_headers=None))
     ((seen_prompt, seen_params, request_id, options),) = bench.script.calls
     math = bench.service.find("math")
-    assert seen_params.extra_args == {"emo_pool_row": 1, "mine": 1}
+    ours = {"emo_pool_row": 1, "emo_account": 1, "emo_mass_slot": -1}
+    assert seen_params.extra_args == {**ours, "mine": 1}
     assert seen_prompt == {**prompt, "cache_salt": f"emo:{math.content_hash}:client"}
-    assert (request_id, options) == ("id", {"priority": 3, "trace_headers": None})
+    assert (request_id, options) == ("id", {"priority": 0, "trace_headers": None})
     assert params.extra_args == {"emo_pool_row": 77, "mine": 1}  # the caller's, who may share it
     assert prompt["cache_salt"] == "client"
+
+
+async def test_priority_is_the_clients_where_the_operator_wants_it(bench: Bench) -> None:
+    """Without --scheduling-policy priority nobody can push in front; vLLM ignores it there, too."""
+    metrics = bench.llm._metrics
+    assert metrics is not None
+    for honours, expected in ((False, 0), (True, -9)):
+        bench.llm.attach_pools(bench.service, metrics, bench.coverage, honours_priority=honours)
+        bench.script.feed(output("a", [1], finished=True))
+        await read(bench.generate("math", priority=-9))
+        assert bench.script.calls[-1][3]["priority"] == expected
+
+
+@pytest.mark.parametrize("ending", ["finished", "failed", "left"])
+async def test_coverage_is_settled_however_the_request_ends(
+    bench: Bench, context: RequestContext, ending: str
+) -> None:
+    context.wants_coverage = True
+    bench.sums = {1: CoverageSum(1.5, 3), 2: CoverageSum(1.0, 1)}
+    if ending == "finished":
+        bench.script.feed(output("a", [1], finished=True))
+        await read(bench.generate("math"))
+    elif ending == "failed":
+        bench.script.feed(EngineGenerateError("no"))
+        with pytest.raises(EngineGenerateError):
+            await read(bench.generate("math"))
+    else:
+        bench.script.feed(output("a", [1]))
+        stream = bench.generate("math")
+        await anext(stream)
+        await stream.aclose()
+    (covered,) = context.coverages
+    assert await covered == CoverageSum(1.5, 3)
+    assert context.pool_names == ["math"]
+    assert bench.coverage.num_accounts == 0
+
+
+async def test_a_request_that_never_got_its_pool_has_no_coverage(
+    bench: Bench, context: RequestContext
+) -> None:
+    context.wants_coverage = True
+    stream = bench.generate("math")
+    del stream  # nobody iterates: its client has left
+    await asyncio.wait_for(asyncio.gather(*context.coverages), 5)
+    assert context.coverages[0].result() is None
 
 
 @pytest.mark.parametrize(

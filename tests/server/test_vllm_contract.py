@@ -1,8 +1,8 @@
 """What the adapter relies on in vLLM, name by name: the first thing to run after an upgrade.
 
-`vllm_openai` imports everything of vLLM that the front end uses. Here each of those names is
-checked for the shape the adapter takes for granted, so that a change is a failed line here and not
-a request served in the wrong pool.
+`vllm_engine` and `vllm_openai` import everything of vLLM that the front end uses. Here each of
+those names is checked for the shape the adapter takes for granted, so that a change is a failed
+line here and not a request served in the wrong pool.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from emo_serve.errors import (
     TooManyWaiting,
     UnknownPool,
 )
-from emo_serve.server import vllm_openai
+from emo_serve.server import vllm_engine, vllm_openai
 from emo_serve.server.http_errors import error_body, status_of
 from emo_serve.server.unsupported_flags import _UNSUPPORTED
 from emo_serve.vllm_plugin.settings import PluginSettings
@@ -81,8 +81,8 @@ def test_generate_and_encode_have_the_parameters_ours_replaces() -> None:
     assert "lora_request" in parameters(AsyncLLM.generate)
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
     assert inspect.isasyncgenfunction(AsyncLLM.encode)
-    assert not inspect.iscoroutinefunction(vllm_openai.PooledLLM.generate)
-    assert not inspect.isasyncgenfunction(vllm_openai.PooledLLM.generate)
+    assert not inspect.iscoroutinefunction(vllm_engine.PooledLLM.generate)
+    assert not inspect.isasyncgenfunction(vllm_engine.PooledLLM.generate)
 
 
 def test_every_entry_point_generates_through_the_client_and_hands_on_the_adapter() -> None:
@@ -119,22 +119,25 @@ def test_every_entry_point_generates_through_the_client_and_hands_on_the_adapter
 
 
 def test_sampling_params_can_be_copied_and_carry_extra_args() -> None:
-    params = SamplingParams(extra_args={"emo_pool_row": 9, "k": 1}, max_tokens=3)
-    placed = vllm_openai.place_in_row(params, 2)
-    assert placed.extra_args == {"emo_pool_row": 2, "k": 1}
-    assert params.extra_args == {"emo_pool_row": 9, "k": 1}
+    written = {"emo_pool_row": 9, "emo_account": 8, "emo_mass_slot": 7, "k": 1}
+    params = SamplingParams(extra_args=dict(written), max_tokens=3)
+    placed = vllm_engine.place_in_row(params, 2, account=5, mass_slot=4)
+    ours = {"emo_pool_row": 2, "emo_account": 5, "emo_mass_slot": 4}
+    assert placed.extra_args == {**ours, "k": 1}
+    assert params.extra_args == written
     assert (placed.max_tokens, placed.output_kind) == (3, params.output_kind)
-    assert vllm_openai.place_in_row(SamplingParams(), 0).extra_args == {"emo_pool_row": 0}
+    plain = vllm_engine.place_in_row(SamplingParams(), 0)
+    assert plain.extra_args == {"emo_pool_row": 0, "emo_account": 0, "emo_mass_slot": -1}
 
 
 def test_prompts_carry_a_cache_salt() -> None:
     assert tokens_input([1], cache_salt="s")["cache_salt"] == "s"
     prompt = tokens_input([1, 2], cache_salt="mine")
-    salted = vllm_openai.salt_prompt(prompt, "0" * 64)
+    salted = vllm_engine.salt_prompt(prompt, "0" * 64)
     assert salted == {**prompt, "cache_salt": f"emo:{'0' * 64}:mine"}
-    assert vllm_openai.salt_prompt({"prompt_token_ids": [1]}, "ab")["cache_salt"] == "emo:ab:"
+    assert vllm_engine.salt_prompt({"prompt_token_ids": [1]}, "ab")["cache_salt"] == "emo:ab:"
     with pytest.raises(VLLMValidationError):
-        vllm_openai.salt_prompt("raw text", "ab")
+        vllm_engine.salt_prompt("raw text", "ab")
 
 
 def test_outputs_are_collected_merged_and_raised() -> None:
@@ -224,20 +227,20 @@ def test_errors_have_the_statuses_the_table_counts_on(
     ],
 )
 def test_the_table_gives_each_of_our_errors_its_status(error: EmoServeError, status: int) -> None:
-    answer = create_error_response(vllm_openai.to_http_error(error)).error
+    answer = create_error_response(vllm_engine.to_http_error(error)).error
     assert answer.code == status == status_of(error)
     assert answer.message.startswith("x")
 
 
 def test_our_own_refusals_look_like_vllms() -> None:
     for error in (Draining("x"), LoadDeadlineExceeded("x"), EngineDead("x")):
-        theirs = create_error_response(vllm_openai.to_http_error(error)).model_dump()
+        theirs = create_error_response(vllm_engine.to_http_error(error)).model_dump()
         assert json.loads(error_body(str(error), status_of(error))) == theirs
 
 
 def test_only_requests_for_a_model_have_the_parameter_model() -> None:
     for param in ("model", None):
-        raised = vllm_openai.to_http_error(RequestError("x"), param=param)
+        raised = vllm_engine.to_http_error(RequestError("x"), param=param)
         assert create_error_response(raised).error.param == param
 
 
