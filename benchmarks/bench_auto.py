@@ -16,6 +16,7 @@ from the answer's `model`.
 
     python benchmarks/bench_auto.py                  # the shipped model
     python benchmarks/bench_auto.py --model emo_serve/demo/models/standard-moe-demo
+    python benchmarks/bench_auto.py --margins        # no server: where MIN_MARGIN comes from
     python benchmarks/bench_auto.py --report         # the latest table of each model
 """
 
@@ -44,6 +45,8 @@ from emo_serve.config import AUTO_METHODS
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.tokenizer import ModelTokenizer
 from emo_serve.pools.calibration.build import calibrate
+from emo_serve.server.pool_chooser import MIN_MARGIN
+from emo_serve.server.pool_classifier import PoolClassifier
 
 __all__ = ["Asked", "added_ms", "report", "rows_of"]
 
@@ -68,7 +71,8 @@ def main() -> None:
     if not args.report:
         torch.set_num_threads(args.threads)
         arguments = {key: value for key, value in vars(args).items() if key != "report"}
-        path = append_result("auto", arguments, measure(args))
+        result = sent_away(args) if args.margins else measure(args)
+        path = append_result("auto", arguments, result)
         print(f"appended to {path}")
     print("\n".join(report(RESULTS)))
 
@@ -87,6 +91,7 @@ def parse() -> argparse.Namespace:
     add("--dtype", default="bfloat16")
     add("--serve-flags", default=_CPU_FLAGS, help=f"[{_CPU_FLAGS}]")
     add("--threads", type=int, default=2, help="that find pools [2]")
+    add("--margins", action="store_true", help="leave domains out of the classifier instead")
     add("--report", action="store_true", help="print the latest results, measure nothing")
     return parser.parse_args()
 
@@ -98,10 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Return every figure of one model."""
     tokenizer = ModelTokenizer(args.model)
     longest = max(args.lengths) + args.follow
-    domains = [
-        read_domain(path, tokenizer.encode, longest, args.limit, None)
-        for path in sorted(args.texts.glob("*.jsonl"))
-    ]
+    domains = read_domains(args, tokenizer)
     texts = [(d.name, t.ids) for d in domains for t in d.measured if len(t.ids) == longest]
     checkpoint = Checkpoint.open(args.model)
     largest = max(moe.num_experts for moe in checkpoint.config.moe_layers if moe)
@@ -136,6 +138,49 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "follow": args.follow,
         "rows": rows,
     }
+
+
+def read_domains(args: argparse.Namespace, tokenizer: ModelTokenizer) -> list[Domain]:
+    """Read every domain, measured texts cut to what is asked of them."""
+    longest = max(args.lengths) + args.follow
+    paths = sorted(args.texts.glob("*.jsonl"))
+    return [read_domain(path, tokenizer.encode, longest, args.limit, None) for path in paths]
+
+
+def sent_away(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how many texts of known and of unknown domains lie below some margins.
+
+    Each domain in turn is left out of the classifier, and its texts are the unknown ones.
+    """
+    tokenizer = ModelTokenizer(args.model)
+    domains = read_domains(args, tokenizer)
+    found: dict[int, dict[bool, list[float]]] = {n: {True: [], False: []} for n in args.lengths}
+    for unknown in domains:
+        examples = {d.name: [tokenizer.decode(t.ids) for t in d.examples] for d in domains}
+        del examples[unknown.name]
+        classifier = PoolClassifier.fit(examples)
+        for domain in domains:
+            for text in domain.measured:
+                for length in args.lengths:
+                    margins = classifier.margins(tokenizer.decode(text.ids[:length]))
+                    found[length][domain is not unknown].append(max(margins.values()))
+    margins_tried = (-0.5, MIN_MARGIN, 0.0)
+    rows = [
+        {
+            "tokens": length,
+            "margin": margin,
+            "known": statistics.mean(value < margin for value in found[length][True]),
+            "unknown": statistics.mean(value < margin for value in found[length][False]),
+        }
+        for length in args.lengths
+        for margin in margins_tried
+    ]
+    for row in rows:
+        print(
+            f"{row['tokens']} tokens, margin {row['margin']}: to the base pool"
+            f" {row['known']:.3f} of known domains, {row['unknown']:.3f} of unknown"
+        )
+    return {"domains": len(domains), "margins": rows}
 
 
 def write_inputs(
@@ -250,7 +295,8 @@ def report(directory: Path) -> list[str]:
     """Return each model's latest table, as Markdown."""
     path = directory / "auto.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    latest = {line["result"]["model"]: line for line in map(json.loads, lines)}
+    measured = [line for line in map(json.loads, lines) if "rows" in line["result"]]
+    latest = {line["result"]["model"]: line for line in measured}
     told: list[str] = []
     for name, line in latest.items():
         result = line["result"]

@@ -62,9 +62,9 @@ logger = logging.getLogger(__name__)
 MIN_MARGIN = -0.25
 """How far outside every domain's half-space a prompt may lie and still be given a domain's pool.
 
-emo-demo, CPU, 241 held-out texts of 10 domains, pools of 8 experts, each domain left out once
-(2026-11-23, bench_auto.py has the rest): of 16, 64 and 256 tokens it sends 89, 86 and 83 % of texts
-of an unknown domain to the base pool, and 30, 8 and 2 % of the others."""
+241 held-out texts of the demo's 10 domains, each domain left out once (2026-11-23, bench_auto.py
+--margins): of 16, 64 and 256 tokens it sends 89, 86 and 83 % of texts of an unknown domain to the
+base pool, and 30, 8 and 2 % of the others."""
 _CHARS_PER_TOKEN = 16  # what is tokenized at most; more only for runs of one character
 _EXAMPLE_SUFFIXES = (".jsonl", ".ndjson", ".txt")
 _MOST_CHARACTERS = 500_000

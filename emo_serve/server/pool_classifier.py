@@ -13,10 +13,8 @@ from typing import Any
 
 __all__ = ["PoolClassifier", "is_installed"]
 
-# emo-demo's held-out texts, 10 domains, 16 / 64 / 256 tokens: character n-grams of up to 4 told
-# 0.934 / 0.996 / 1.000 of them right (CPU, 2026-11-23). Cutting the examples into pieces of 100 to
-# 1000 characters changed that by -0.03 to 0; weighing pools alike matters where some have one
-# example and others 24: 0.68 / 0.70 / 0.67 with it, 0.56 / 0.61 / 0.61 without.
+# benchmarks/bench_auto.py has how often it is right; benchmarks/README.md ("tried, not kept") what
+# whole examples and weighing pools alike are worth.
 _NGRAMS = {"analyzer": "char_wb", "ngram_range": (1, 4), "sublinear_tf": True}
 _MACHINE = {"class_weight": "balanced", "random_state": 0}
 

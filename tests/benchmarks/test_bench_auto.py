@@ -43,6 +43,7 @@ def test_the_report_has_the_latest_line_of_each_model(tmp_path: Path) -> None:
         result = {"model": model, "experts": 8, "domains": 2, "texts": 3, "follow": 128}
         result["rows"] = [{**row, "right": right, "tokens": length} for length in (64, 16)]
         lines.append({"result": result, "device": ["a CPU"], "date": "2026-11-23T10:00:00"})
+    lines.append({"result": {"domains": 2, "margins": []}})  # of another table
     (tmp_path / "auto.jsonl").write_text("\n".join(map(json.dumps, lines)))
     text = "\n".join(report(tmp_path))
     assert text.count("| resident |") == 4
