@@ -44,7 +44,7 @@ from emo_serve.server.http_errors import REFUSAL_REASONS
 from emo_serve.server.key_guard import KeyGuard
 from emo_serve.server.plan import StartPlan, make_plan
 from emo_serve.server.pool_builder import PoolBuilder
-from emo_serve.server.pool_chooser import make_chooser, read_auto_examples
+from emo_serve.server.pool_chooser import make_chooser, read_auto_examples, text_of
 from emo_serve.server.pool_service import PoolService
 from emo_serve.server.request_log import RequestLog
 from emo_serve.server.router_probe import RouterProbe
@@ -208,7 +208,7 @@ class _Server:
             self.plan.catalog,
             manager,
             metrics,
-            lambda pool: calls.usage(pool.expert_ids, pool.router_temperature),
+            calls.usage_of if facts.records_routing else None,
         )
         coverage = CoverageBook(calls.read_coverage, metrics.observe_coverage)
         longest = self.llm.model_config.max_model_len - 1  # and one token that is generated
@@ -223,7 +223,12 @@ class _Server:
         )
         root_path = self.args.root_path
         gate = RequestGate(AutoPool(app, self.plan.names, chooser, metrics, root_path=root_path))
-        builder = PoolBuilder(probe, self.parts.checkpoint, service)
+        builder = PoolBuilder(
+            probe,
+            self.parts.checkpoint,
+            service,
+            lambda name, examples: chooser.add_examples(name, list(map(text_of, examples))),
+        )
         _add_routes(app, gate, service, self.llm, builder)
         guard = KeyGuard(
             gate,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emo_serve.errors import CheckpointError, EngineDead, PoolLoadFailed
+from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.ports import LoadReport
 from emo_serve.residency.slots import Copy, ExpertIds
 
@@ -183,10 +184,10 @@ class WorkerCalls:
         replies = await self._call("emo_read_mass", slot)
         return RouterMass(replies[0]["tokens"], tuple(map(tuple, replies[0]["mass"])))
 
-    async def usage(self, expert_ids: ExpertIds, temperature: float) -> PoolUsage:
+    async def usage_of(self, pool: ExpertPool) -> PoolUsage:
         """Return what pools of this content have used since the engine started."""
-        ids = [list(layer) for layer in expert_ids]
-        replies = await self._call("emo_usage", ids, temperature)
+        ids = [list(layer) for layer in pool.expert_ids]
+        replies = await self._call("emo_usage", ids, pool.router_temperature)
         return PoolUsage(replies[0]["tokens"], tuple(map(tuple, replies[0]["counts"])))
 
     async def _settled(

@@ -80,9 +80,6 @@ class PoolChooser(Protocol):
     def add_examples(self, name: str, texts: Sequence[str]) -> None:
         """Take these texts for the domain of the pool of that name, in place of any before."""
 
-    def remove(self, name: str) -> None:
-        """Forget the examples of a pool; a no-op where there are none."""
-
 
 # -- what both need --
 
@@ -217,9 +214,6 @@ class RouterChooser:
     def add_examples(self, name: str, texts: Sequence[str]) -> None:
         """Do nothing: the router needs no examples."""
 
-    def remove(self, name: str) -> None:
-        """Do nothing."""
-
 
 def coverages(
     mass: RouterMass, pools: Sequence[ExpertPool], moe_layers: Sequence[MoeLayer | None]
@@ -291,11 +285,6 @@ class TfidfChooser:
         if kept:
             self._change({**self._examples, name: kept})
 
-    def remove(self, name: str) -> None:
-        """Forget a pool's examples."""
-        if name in self._examples:
-            self._change({key: texts for key, texts in self._examples.items() if key != name})
-
     async def fitted(self) -> None:
         """Wait until every change so far is learned."""
         if self._fitting is not None:
@@ -356,10 +345,6 @@ class BetterChooser:
         """Give the classifier more to learn from."""
         self._classifier.add_examples(name, texts)
 
-    def remove(self, name: str) -> None:
-        """Have the classifier forget a pool."""
-        self._classifier.remove(name)
-
 
 # -- at start --
 
@@ -414,6 +399,7 @@ async def make_chooser(
     router = RouterChooser(
         probe, candidates, beginning, config.moe_layers, settings.auto_min_coverage
     )
+    service.keep(trunk_pool(config.moe_layers))  # a build's first pool may be the same, and goes
     if settings.auto_method == "router" or not is_installed():
         return router
     classifier = TfidfChooser(candidates, beginning)

@@ -25,10 +25,10 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from emo_serve.errors import EmoServeError
+from emo_serve.errors import EmoServeError, EngineDead
 from emo_serve.metrics import PoolMetrics
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.coverage import CoverageBook
@@ -161,9 +161,12 @@ class PooledLLM(AsyncLLM):
         prompt = salt_prompt(tokens_input(list(token_ids)), pool.content_hash)
         request_id = f"emo-serve-probe-{next(self._probe_ids)}"
         stream = super().generate(prompt, placed, request_id, priority=priority)
-        async with aclosing(stream):
-            async for _ in stream:
-                pass
+        try:
+            async with aclosing(stream):
+                async for _ in stream:
+                    pass
+        except EngineDeadError as error:
+            raise EngineDead("the engine died while it asked the router") from error
 
     async def _pump(
         self,

@@ -22,6 +22,7 @@ DESCRIPTION = {
     "expert_dtype": "float8_e4m3fn",
     "moe_backend": "cpu",
     "routes_by_pool": True,
+    "records_routing": True,
 }
 IDS = ((1, 2), ())
 COPIES = [Copy(0, 1, 5), Copy(0, 2, 6)]
