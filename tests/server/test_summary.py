@@ -23,6 +23,7 @@ FACTS = EngineFacts(
     expert_dtype="bfloat16",
     moe_backend="cpu",
     routes_by_pool=True,
+    records_routing=True,
 )
 
 
