@@ -99,6 +99,10 @@ class Candidates:
         base = self._service.pools[0]
         return base if self._service.manager.is_resident(base) else None
 
+    def keep(self, pool: ExpertPool) -> None:
+        """Have a pool that no name leads to stay when a build ends whose first pool is the same."""
+        self._service.keep(pool)
+
     def _may_serve(self, pool: ExpertPool) -> bool:
         try:
             self._service.manager.check_admissible(pool)
@@ -192,6 +196,7 @@ class RouterChooser:
         self._moe_layers = moe_layers
         self._min_coverage = min_coverage
         self._trunk = trunk_pool(moe_layers)
+        self._is_trunk_kept = False
 
     async def choose(self, prompt: Prompt) -> ExpertPool:
         """Return the pool; raises RequestError without any, and what a lease raises."""
@@ -203,6 +208,9 @@ class RouterChooser:
         if base is not None and not pools:
             return base
         ids = await asyncio.to_thread(self._beginning.ids, prompt)
+        if base is None and not self._is_trunk_kept:
+            self._candidates.keep(self._trunk)
+            self._is_trunk_kept = True
         mass = await self._probe.mass(base or self._trunk, ids[: self._probe.max_tokens])
         shares = coverages(mass, pools, self._moe_layers)
         share, best = min(
@@ -399,7 +407,6 @@ async def make_chooser(
     router = RouterChooser(
         probe, candidates, beginning, config.moe_layers, settings.auto_min_coverage
     )
-    service.keep(trunk_pool(config.moe_layers))  # a build's first pool may be the same, and goes
     if settings.auto_method == "router" or not is_installed():
         return router
     classifier = TfidfChooser(candidates, beginning)

@@ -136,10 +136,10 @@ def test_a_message_type_is_no_pools_name(client: openai.OpenAI) -> None:
 def test_models_lists_the_model_and_every_pool_but_no_union(client: openai.OpenAI) -> None:
     greedy(client, "math+code", max_tokens=1)
     models = {model.id: model.model_extra or {} for model in client.models.list().data}
-    assert list(models) == ["emo", "code", "law", "math", "tiny"]
+    assert list(models) == ["emo", "auto", "code", "law", "math", "tiny"]
     assert models["emo"]["parent"] is None
     assert models["emo"]["default_pool"] == "base"
-    assert {models[name]["parent"] for name in POOLS} == {"emo"}
+    assert {models[name]["parent"] for name in ("auto", *POOLS)} == {"emo"}
     assert {model["max_model_len"] for model in models.values()} == {512}
 
 

@@ -256,7 +256,9 @@ def test_the_routes_are_in_the_servers_own_documentation(http: httpx.Client) -> 
         "delete",
     }
     schema = paths["/v1/pools"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"format", "name", "layers"} == set(schema["required"])
+    document, build = schema["anyOf"]
+    assert {"format", "name", "layers"} == set(document["required"])
+    assert {"name", "examples", "experts"} == set(build["required"])
 
 
 # -- keys --
