@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,13 +27,19 @@ SLOTS = 20  # two of the golden pools, or one and what a build needs
 
 
 @pytest.fixture(scope="module")
+def own_pools(golden_pools: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the golden pools: what is built here is stored there."""
+    return Path(shutil.copytree(golden_pools, tmp_path_factory.mktemp("build-pools") / "pools"))
+
+
+@pytest.fixture(scope="module")
 def server(
-    golden_checkpoint: Path, golden_pools: Path, tmp_path_factory: pytest.TempPathFactory
+    golden_checkpoint: Path, own_pools: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
     with serve(
         tmp_path_factory.mktemp("build"),
         str(golden_checkpoint),
-        *("--pools", str(golden_pools), "--expert-slots", str(SLOTS), "--default-pool", "math"),
+        *("--pools", str(own_pools), "--expert-slots", str(SLOTS), "--default-pool", "math"),
         *("--served-model-name", "emo", "--dtype", "float32", "--max-model-len", "256"),
         "--enforce-eager",
     ) as running:
@@ -67,7 +74,7 @@ async def post(http: httpx.AsyncClient, name: str, documents: list[str], **more:
 
 
 async def test_a_build_beside_requests_finds_the_offline_builds_pool(
-    server: RunningServer, golden_checkpoint: Path, golden_pools: Path
+    server: RunningServer, golden_checkpoint: Path, own_pools: Path
 ) -> None:
     """Others ask for more pools than fit, and neither they nor the build come out any different."""
     expected = [offline(golden_checkpoint, texts(seed)) for seed in (0, 1)]
@@ -107,7 +114,7 @@ async def test_a_build_beside_requests_finds_the_offline_builds_pool(
             card = (await http.get(f"/v1/pools/built-{seed}")).json()
             assert card["experts"] == [list(layer.experts) for layer in found.layers if layer]
             for scores, layer in zip(
-                scores_of(golden_pools, f"built-{seed}"), found.layers, strict=True
+                scores_of(own_pools, f"built-{seed}"), found.layers, strict=True
             ):
                 assert layer is not None
                 assert scores == pytest.approx(layer.scores, rel=1e-3, abs=1e-6)
