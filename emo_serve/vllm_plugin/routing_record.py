@@ -2,9 +2,9 @@
 
 While a step runs each MoE layer copies its gate's logits into a ring, one small kernel that CUDA
 graphs can hold; `places` says where. All else waits until the ring is full or somebody asks, and is
-then done for hundreds of tokens at once, without waiting for the device. benchmarks/bench_coverage.py
-measures what it costs. Logits are kept as they were routed; the tables that a token
-was routed by must still stand when it is counted, so a row's tokens are counted before the row is
+then done for hundreds of tokens at once, without waiting for the device; what it costs,
+benchmarks/bench_coverage.py tells. Logits are kept as they were routed; the tables that a token was
+routed by must still stand when it is counted, so a row's tokens are counted before the row is
 given to another pool.
 
 Coverage is the share of the full router's mass inside the pool, mean over tokens and MoE layers:
