@@ -45,6 +45,16 @@ class MoeLayer:
         shared = range(self.num_experts - self.num_shared_experts, self.num_experts)
         return frozenset(shared) | frozenset(self.always_active)
 
+    @property
+    def smallest_pool(self) -> tuple[int, ...]:
+        """Return the fewest experts a pool can have: the implied ones, or one where none is."""
+        return tuple(sorted(self.implied)) or (0,)
+
+    @property
+    def num_standard_experts(self) -> int:
+        """Return how many experts, the first ids, share the softmax that a pool's mask changes."""
+        return self.num_experts - (0 if self.always_active else self.num_shared_experts)
+
 
 class EmoConfig(PreTrainedConfig):
     """Describe an EMO checkpoint (`model_type: emo`); defaults are the released 1B-14B model's.

@@ -72,11 +72,10 @@ def standard_probabilities(logits_TE: Tensor, layer: MoeLayer, pool_TE: Tensor |
     A layer with always-active experts has one softmax over all: then the shape is [T, E]. Where a
     pool holds none of the experts, its rows are 0.
     """
-    num_shared = 0 if layer.always_active else layer.num_shared_experts
-    standard_TS = logits_TE[:, : layer.num_experts - num_shared].float()
+    standard_TS = logits_TE[:, : layer.num_standard_experts].float()
     if pool_TE is None:
         return standard_TS.softmax(-1)
-    outside_TS = ~pool_TE[:, : layer.num_experts - num_shared]
+    outside_TS = ~pool_TE[:, : layer.num_standard_experts]
     masked_TS = standard_TS.masked_fill(outside_TS, float("-inf")).softmax(-1)
     return masked_TS.masked_fill(outside_TS, 0.0)  # an empty pool's softmax is nan
 

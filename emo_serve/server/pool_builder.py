@@ -212,7 +212,7 @@ def _path_pool(moe_layers: _MoeLayers, layers: _Findings) -> ExpertPool:
     Where nothing is found it holds the implied experts, or the first one in a layer without any.
     """
     experts = (
-        found.experts if found is not None else None if moe is None else tuple(moe.implied) or (0,)
+        found.experts if found is not None else None if moe is None else moe.smallest_pool
         for moe, found in zip(moe_layers, layers, strict=True)
     )
     return ExpertPool(

@@ -171,9 +171,7 @@ def _size(pool: ExpertPool) -> int:
 
 def trunk_pool(moe_layers: Sequence[MoeLayer | None]) -> ExpertPool:
     """Return a pool of the implied experts alone; expert 0 in a layer that implies none."""
-    layers = (
-        None if moe is None else LayerExperts(tuple(moe.implied) or (0,)) for moe in moe_layers
-    )
+    layers = (None if moe is None else LayerExperts(moe.smallest_pool) for moe in moe_layers)
     return ExpertPool(AUTO_PROBE_POOL, tuple(layers))
 
 
@@ -230,10 +228,7 @@ def coverages(
 
     Shared experts do not count, as in calibration; nor does a layer of nothing else.
     """
-    standard = [
-        0 if moe is None else moe.num_experts - (0 if moe.always_active else moe.num_shared_experts)
-        for moe in moe_layers
-    ]
+    standard = [0 if moe is None else moe.num_standard_experts for moe in moe_layers]
     parts = [np.asarray(layer)[:count] for layer, count in zip(mass.layers, standard, strict=True)]
     mass_E = np.concatenate(parts) / (mass.tokens * max(1, sum(map(bool, standard))))
     starts = np.cumsum([0, *standard])

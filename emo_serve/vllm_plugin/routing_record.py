@@ -57,16 +57,32 @@ class RequestTag(NamedTuple):
     mass_slot: int = NO_MASS_SLOT
 
 
+@dataclass(eq=False)
+class _Places:
+    """Where in the ring each token of a step is kept, in memory that never moves.
+
+    `of_step` is its beginning, cut once a step and not once a layer.
+    """
+
+    buffer: Tensor
+    of_step: Tensor
+
+    def first(self, num_tokens: int) -> Tensor:
+        if num_tokens == self.of_step.shape[0]:
+            return self.of_step
+        return self.buffer[:num_tokens]  # padded, or nobody's
+
+
 @dataclass(frozen=True, eq=False)
 class LayerRecord:
     """One layer's part of the ring [C + 1, E]; its last line takes what is nobody's."""
 
     ring: Tensor
-    places: Tensor
+    places: _Places
 
     def note(self, logits_TE: Tensor) -> None:
         """Keep the logits of a step; called inside CUDA graphs."""
-        self.ring.index_copy_(0, self.places[: len(logits_TE)], logits_TE)
+        self.ring.index_copy_(0, self.places.first(logits_TE.shape[0]), logits_TE)
 
 
 @dataclass(frozen=True)
@@ -75,10 +91,6 @@ class _Layer:
     pool_table: Tensor
     temperatures: Tensor
     record: LayerRecord
-
-    @property
-    def num_standard(self) -> int:
-        return self.moe.num_experts - (0 if self.moe.always_active else self.moe.num_shared_experts)
 
 
 class RoutingRecord:
@@ -94,7 +106,8 @@ class RoutingRecord:
         self.capacity = max(_LEAST_TOKENS, max_num_tokens)
         self._device, self._norm_topk_prob = device, norm_topk_prob
         self._order = torch.arange(self.capacity, device=device)
-        self._places = torch.full((max_num_tokens,), self.capacity, device=device)
+        nowhere = torch.full((max_num_tokens,), self.capacity, device=device)
+        self._places = _Places(nowhere, nowhere[:0])
         self._layers: dict[int, _Layer] = {}
         self._usage: dict[int, Tensor] = {}  # [rows, E] a layer
         self._mass: dict[int, Tensor] = {}  # [slots + 1, E] a layer, the last nobody's
@@ -104,7 +117,6 @@ class RoutingRecord:
         self._past: OrderedDict[PoolKey, tuple[int, dict[int, Tensor]]] = OrderedDict()
         self._steps: list[tuple[Sequence[RequestTag], np.ndarray]] = []
         self._num_kept = 0
-        self._num_placed = 0
         self._sums: dict[int, tuple[float, int]] = {}
         self._unread: tuple[Tensor, torch.cuda.Event | None, np.ndarray] | None = None
 
@@ -135,17 +147,16 @@ class RoutingRecord:
         if self._num_kept + num_tokens > self.capacity:
             self.count()
         start = self._num_kept
-        self._places[:num_tokens] = self._order[start : start + num_tokens]
-        if self._num_placed > num_tokens:  # padding of a CUDA graph
-            self._places[num_tokens : self._num_placed] = self.capacity
-        self._num_placed = num_tokens
+        self.pause()
+        self._places.of_step = self._places.buffer[:num_tokens]
+        self._places.of_step.copy_(self._order[start : start + num_tokens])
         self._num_kept += num_tokens
         self._steps.append((tags, np.diff(query_start)))
 
     def pause(self) -> None:
         """Make ready for a step of nobody's tokens."""
-        self._places[: self._num_placed] = self.capacity
-        self._num_placed = 0
+        self._places.of_step.fill_(self.capacity)
+        self._places.of_step = self._places.buffer[:0]
 
     @torch.inference_mode()
     def count(self) -> None:
@@ -172,9 +183,9 @@ class RoutingRecord:
         for index, layer in self._layers.items():
             logits_NE = layer.record.ring[: len(rows_N)].float()
             pool_NE = layer.pool_table[rows_N]
-            if layer.num_standard:
+            if layer.moe.num_standard_experts:
                 standard_NS = standard_probabilities(logits_NE, layer.moe, None)
-                shares_N += (standard_NS * pool_NE[:, : layer.num_standard]).sum(-1)
+                shares_N += (standard_NS * pool_NE[:, : layer.moe.num_standard_experts]).sum(-1)
                 num_counted += 1
             if has_mass:
                 probabilities_NE = router_probabilities(logits_NE, layer.moe)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -102,35 +103,43 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     return Response(body, error.status_code, media_type="application/json")
 
 
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def cli_of(
+    served: Served,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *command: str,
+    key: tuple[str, str] = ("EMO_SERVE_ADMIN_API_KEY", ADMIN),
+) -> Cli:
+    """Return what runs a command against the server, as its operator unless told otherwise.
+
+    It returns status, stdout and stderr. `key` is a variable and what it holds.
+    """
+    for variable in KEY_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(*key)
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        status = run(*command, *map(str, arguments), "--server", served.url)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run_command
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
     directory = tmp_path / "pools"
     directory.mkdir()
-    served = Served(directory)
-    try:
+    with closing(Served(directory)) as served:
         yield served
-    finally:
-        served.close()
 
 
 @pytest.fixture
-def cli(
-    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run a command against the server as its operator; return status, stdout and stderr."""
-    for variable in KEY_VARIABLES:
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("EMO_SERVE_ADMIN_API_KEY", ADMIN)
-
-    def command(*arguments: str) -> tuple[int, str, str]:
-        status = run(*arguments, "--server", served.url)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return command
-
-
-Cli = Callable[..., tuple[int, str, str]]
+def cli(served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return cli_of(served, monkeypatch, capsys)
 
 
 def test_list_is_a_table_and_an_account_of_slots(served: Served, cli: Cli) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from emo_serve.pools.remote import KEY_VARIABLES
 from emo_serve.server.engine_calls import PoolUsage
 from emo_serve.server.pool_service import PoolService
-from tests.pools.test_commands import run
-from tests.pools.test_remote_commands import API, Served
+from tests.pools.test_remote_commands import API, Cli, Served, cli_of
 
 # Of 1000 tokens in pool `law`, which has experts 3, 4, 5 and the shared one, 7.
 COUNTS = ((), (0, 0, 0, 0, 500, 1, 0, 1000), (0, 0, 0, 1000, 1000, 250, 0, 1000))
@@ -21,32 +20,15 @@ COUNTS = ((), (0, 0, 0, 0, 500, 1, 0, 1000), (0, 0, 0, 1000, 1000, 250, 0, 1000)
 def served(tmp_path: Path) -> Iterator[Served]:
     directory = tmp_path / "pools"
     directory.mkdir()
-    served = Served(directory)
-    served.usage["law"] = PoolUsage(1000, COUNTS)
-    try:
+    with closing(Served(directory)) as served:
+        served.usage["law"] = PoolUsage(1000, COUNTS)
         yield served
-    finally:
-        served.close()
 
 
 @pytest.fixture
-def cli(
-    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run `usage` against the server as a client; return status, stdout and stderr."""
-    for variable in KEY_VARIABLES:
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("EMO_SERVE_API_KEY", API)
-
-    def command(*arguments: str) -> tuple[int, str, str]:
-        status = run("usage", *arguments, "--server", served.url)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return command
-
-
-Cli = Callable[..., tuple[int, str, str]]
+def cli(served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run `usage` as a client; return status, stdout and stderr."""
+    return cli_of(served, monkeypatch, capsys, "usage", key=("EMO_SERVE_API_KEY", API))
 
 
 def test_it_is_a_table_a_map_and_the_least_taken(cli: Cli) -> None:

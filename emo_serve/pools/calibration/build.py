@@ -260,7 +260,7 @@ def _findings(
 ) -> LayerFindings:
     scores = scores_E.tolist()
     experts = keep_best(scores, k, moe.implied)
-    num_standard = moe.num_experts - (0 if moe.always_active else moe.num_shared_experts)
+    num_standard = moe.num_standard_experts
     if mass_PE is None or num_standard == 0:
         return LayerFindings(tuple(scores), experts, None, None)
     mass_PS = mass_PE[:, :num_standard]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from fastapi import APIRouter
 
-from emo_serve.pools.remote import KEY_VARIABLES
 from emo_serve.server.pools_api import create_router
 from tests.golden.checkpoints import write_checkpoint
 from tests.pools.test_commands import run
-from tests.pools.test_remote_commands import ADMIN, API, Served, to_http_error
+from tests.pools.test_remote_commands import API, Cli, Served, cli_of, to_http_error
 from tests.server.building import K, World, texts
-
-_Cli = Callable[..., tuple[int, str, str]]
 
 
 class Building(Served):
@@ -38,28 +36,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def served(tmp_path: Path, directory: Path) -> Iterator[Building]:
-    served = Building(tmp_path, World(directory))
-    try:
+    with closing(Building(tmp_path, World(directory))) as served:
         yield served
-    finally:
-        served.close()
 
 
 @pytest.fixture
 def cli(
     served: Building, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> _Cli:
+) -> Cli:
     """Run a build against the server; return status, stdout and stderr."""
-    for variable in KEY_VARIABLES:
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("EMO_SERVE_ADMIN_API_KEY", ADMIN)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        status = run("build", *map(str, arguments), "--server", served.url)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return command
+    return cli_of(served, monkeypatch, capsys, "build")
 
 
 @pytest.fixture
@@ -70,7 +56,7 @@ def examples(tmp_path: Path) -> Path:
 
 
 def test_the_server_builds_what_the_offline_build_finds(
-    served: Building, cli: _Cli, examples: Path
+    served: Building, cli: Cli, examples: Path
 ) -> None:
     status, out, err = cli("math", "--examples", examples, "--experts", K, "--description", "sums")
     assert (status, err) == (0, "")
@@ -98,7 +84,7 @@ def test_the_server_builds_what_the_offline_build_finds(
 
 
 def test_chats_and_whole_files_are_sent_as_they_are(
-    served: Building, cli: _Cli, tmp_path: Path
+    served: Building, cli: Cli, tmp_path: Path
 ) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     (tmp_path / "b.jsonl").write_text(
@@ -128,7 +114,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("flags", "message"), REFUSED)
 def test_what_makes_no_sense_is_refused_in_one_line(
-    served: Building, cli: _Cli, examples: Path, flags: tuple[str, ...], message: str
+    served: Building, cli: Cli, examples: Path, flags: tuple[str, ...], message: str
 ) -> None:
     status, out, err = cli("math", "--examples", examples, "--experts", K, *flags)
     assert (status, out, len(err.splitlines())) == (2, "", 1)
@@ -137,7 +123,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(
 
 
 def test_a_server_needs_a_name_and_examples(
-    served: Building, cli: _Cli, examples: Path, capsys: pytest.CaptureFixture[str]
+    served: Building, cli: Cli, examples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "name is 'a+b'" in cli("a+b", "--examples", examples, "--experts", K)[2]
     assert "give --examples FILE" in cli("math", "--experts", K)[2]
