@@ -30,7 +30,10 @@ def add_demo_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
     )
     train.add_argument("directory", type=Path, metavar="DIR", help="working directory")
     train.add_argument(
-        "--out", type=Path, metavar="DIR", help="where to write what ships [DIR/out]"
+        "--out", type=Path, metavar="DIR", help="where to write what ships [DIR/out-SEED]"
+    )
+    train.add_argument(
+        "--seed", type=int, default=0, help="of weights, batches and pools [0, the shipped models']"
     )
     train.add_argument(
         "--steps",
@@ -75,14 +78,15 @@ def _run_train(arguments: argparse.Namespace) -> None:
     directory: Path = arguments.directory
     if not (directory / "tokens.npz").exists():
         build_corpus(directory)
-    out = arguments.out or directory / "out"
+    out = arguments.out or directory / f"out-{arguments.seed}"
     for name in [arguments.model] if arguments.model else demo.MODELS:
-        recipe = Recipe(emo=name == demo.DEMO_MODEL)
+        recipe = Recipe(emo=name == demo.DEMO_MODEL, seed=arguments.seed)
         if arguments.steps:
             short, long = arguments.steps
             (first, _), (second, _) = recipe.stages
             recipe = replace(recipe, stages=((first, short), (second, long)))
-        model = train(recipe, demo_config(), directory / "tokens.npz", directory / "trained" / name)
+        trained = directory / "trained" / f"{name}-{recipe.seed}"
+        model = train(recipe, demo_config(), directory / "tokens.npz", trained)
         release_model(name, model, directory, out)
         print(f"wrote {name} and its pools below {out}")
 

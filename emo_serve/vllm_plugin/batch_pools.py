@@ -36,7 +36,7 @@ from emo_serve.vllm_plugin import (
     NO_MASS_SLOT,
     POOL_ROW_ARG,
 )
-from emo_serve.vllm_plugin.routing_record import RequestTag, RoutingRecord
+from emo_serve.vllm_plugin.routing_record import RequestTag, RoutingRecord, StepRequests
 from emo_serve.vllm_plugin.settings import PluginSettings
 
 __all__ = [
@@ -68,6 +68,8 @@ class PoolRows:
     def __init__(self, max_num_tokens: int, num_rows: int, device: torch.device) -> None:
         self.buffer_T = torch.full((max_num_tokens,), BASE_POOL_ROW, device=device)
         self._num_rows = num_rows
+        self._step = StepRequests((), np.empty(0, np.int32), 0)
+        self._ends = b""
         self._has_warned = False
 
     def tag_of(self, sampling_params: Any) -> RequestTag:
@@ -103,14 +105,19 @@ class PoolRows:
         """Write the rows of a batch and return the whole buffer; the rest is padding.
 
         `query_start` holds the first token of each request and, last, the number of tokens. Does
-        not wait for the device: a step may be running there that still reads the last batch's.
+        not wait for the device: a step may be running there that still reads the last batch's. Most
+        steps have the requests of the one before, and then nothing is written.
         """
-        row_of_request = np.array([tag.row for tag in tags], dtype=np.int64)
-        rows_T = np.repeat(row_of_request, np.diff(query_start))
-        async_tensor_h2d(rows_T, out=self.buffer_T[: len(rows_T)])
-        self.buffer_T[len(rows_T) :].fill_(PADDING_ROW)
+        ends = query_start.tobytes()
+        if ends != self._ends or tags != self._step.tags:
+            self._ends = ends
+            self._step = StepRequests(tags, np.diff(query_start), int(query_start[-1]))
+            row_of_request = np.array([tag.row for tag in tags], dtype=np.int64)
+            rows_T = np.repeat(row_of_request, self._step.lengths)
+            async_tensor_h2d(rows_T, out=self.buffer_T[: len(rows_T)])
+            self.buffer_T[len(rows_T) :].fill_(PADDING_ROW)
         if record is not None:
-            record.begin(tags, query_start)
+            record.begin(self._step)
         return self.buffer_T
 
 

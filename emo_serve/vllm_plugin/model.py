@@ -48,7 +48,7 @@ from emo_serve.vllm_plugin.expert_store import ExpertStore, HostMemory
 from emo_serve.vllm_plugin.loads import CpuMover, CudaMover, ExpertLoad, Mover, SlotCopy
 from emo_serve.vllm_plugin.moe import PooledMoE
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert
-from emo_serve.vllm_plugin.routing_record import RoutingRecord, pool_key
+from emo_serve.vllm_plugin.routing_record import RoutedLayer, RoutingRecord, pool_key
 from emo_serve.vllm_plugin.settings import (
     PluginSettings,
     backend_for,
@@ -114,12 +114,18 @@ class EmoForCausalLM(nn.Module):
         """Have the layers record what the router does, on the first rank: gates are replicated."""
         if not self.settings.records_routing or get_tensor_model_parallel_rank():
             return None
-        rows, renormalize = self.settings.num_pools, self.config.norm_topk_prob
-        record = RoutingRecord(rows, max_num_tokens, renormalize, self.base_rows.device)
+        if not self.moe_layers:
+            return None
+        dtype = next(iter(self.moe_layers.values())).gate.weight.dtype
+        layers = {
+            index: RoutedLayer(layer.moe, layer.pool_table, layer.temperatures)
+            for index, layer in self.moe_layers.items()
+        }
+        record = RoutingRecord(
+            layers, max_num_tokens, dtype, norm_topk_prob=self.config.norm_topk_prob
+        )
         for index, layer in self.moe_layers.items():
-            dtype = layer.gate.weight.dtype
-            tables = (layer.pool_table, layer.temperatures)
-            layer.record = record.add_layer(index, layer.moe, *tables, dtype)
+            layer.record = record.of_layer[index]
         return record
 
     @staticmethod

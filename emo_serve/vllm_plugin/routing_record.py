@@ -1,23 +1,24 @@
 """What the router did with every token: coverage by request, usage by pool, mass by request.
 
-While a step runs each MoE layer copies its gate's logits into a ring, one small kernel that CUDA
-graphs can hold; `places` says where. All else waits until the ring is full or somebody asks, and is
-then done for hundreds of tokens at once, without waiting for the device; what it costs,
-benchmarks/bench_coverage.py tells. Logits are kept as they were routed; the tables that a token was
-routed by must still stand when it is counted, so a row's tokens are counted before the row is
-given to another pool.
+While a step runs each MoE layer copies its gate's logits to memory that never moves, one small
+kernel that CUDA graphs can hold. When the next step begins they join those that wait, one copy for
+all layers. The rest is done when there is no more room or somebody asks, for hundreds of tokens at
+once and without waiting for the device; what it costs, benchmarks/bench_coverage.py tells. Logits
+are kept as they were routed; the tables that a token was routed by must still stand when it is
+counted, so a row's tokens are counted before the row is given to another pool.
 
 Coverage is the share of the full router's mass inside the pool, mean over tokens and MoE layers:
 softmax of a layer's standard experts, in fp32, at temperature 1 (DESIGN, vocabulary). The numbers
 are one rank's: gates are replicated, so rank 0 records and the others do not.
 
-Shapes: N tokens counted at once, C tokens the ring holds, E experts, K experts a token takes.
+Shapes: L MoE layers, T tokens of a step, C tokens that may wait, N tokens counted at once, E
+experts of a layer (in memory for all layers: the most of any), K experts a token takes.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,14 +34,16 @@ __all__ = [
     "LayerRecord",
     "PoolKey",
     "RequestTag",
+    "RoutedLayer",
     "RoutingRecord",
+    "StepRequests",
     "pool_key",
 ]
 
 PoolKey = tuple[tuple[tuple[int, ...], ...], float]
 """What makes two pools one for usage: experts of each layer, and temperature."""
 
-_LEAST_TOKENS = 2048  # of the ring: what is counted at once on a server that decodes
+_LEAST_TOKENS = 2048  # that may wait: what is counted at once on a server that decodes
 _MOST_POOLS = 256  # whose usage is kept though no row is theirs any more
 
 
@@ -57,116 +60,118 @@ class RequestTag(NamedTuple):
     mass_slot: int = NO_MASS_SLOT
 
 
-@dataclass(eq=False)
-class _Places:
-    """Where in the ring each token of a step is kept, in memory that never moves.
-
-    `of_step` is its beginning, cut once a step and not once a layer.
-    """
-
-    buffer: Tensor
-    of_step: Tensor
-
-    def first(self, num_tokens: int) -> Tensor:
-        if num_tokens == self.of_step.shape[0]:
-            return self.of_step
-        return self.buffer[:num_tokens]  # padded, or nobody's
-
-
 @dataclass(frozen=True, eq=False)
-class LayerRecord:
-    """One layer's part of the ring [C + 1, E]; its last line takes what is nobody's."""
+class RoutedLayer:
+    """What a MoE layer routes by: tables by pool row, `pool_table` [rows, E], `temperatures`."""
 
-    ring: Tensor
-    places: _Places
-
-    def note(self, logits_TE: Tensor) -> None:
-        """Keep the logits of a step; called inside CUDA graphs."""
-        self.ring.index_copy_(0, self.places.first(logits_TE.shape[0]), logits_TE)
-
-
-@dataclass(frozen=True)
-class _Layer:
     moe: MoeLayer
     pool_table: Tensor
     temperatures: Tensor
-    record: LayerRecord
+
+
+class LayerRecord:
+    """The logits of one layer in the step that runs, in `room_TE`, which never moves."""
+
+    def __init__(self, room_TE: Tensor) -> None:
+        self._room_TE = room_TE
+        self._of_step = room_TE[:0]  # cut anew only when the number of tokens changes
+
+    def note(self, logits_TE: Tensor) -> None:
+        """Keep the logits of a step; called inside CUDA graphs."""
+        if logits_TE.shape[0] != self._of_step.shape[0]:
+            self._of_step = self._room_TE[: logits_TE.shape[0]]
+        self._of_step.copy_(logits_TE)
+
+
+class StepRequests(NamedTuple):
+    """The requests of a step, and how many tokens each has in it: `lengths`, of theirs an array."""
+
+    tags: Sequence[RequestTag]
+    lengths: np.ndarray
+    num_tokens: int
 
 
 class RoutingRecord:
     """Sum up what the router did, in steps of the model runner; see the module.
 
+    Each of `layers`, by index, notes its logits, which are `dtype`, in its entry of `of_layer`.
     `begin` comes before each step with requests and `pause` before any other; `rebind` before a
     row of the pool tables is written. All may be called only between two steps.
     """
 
     def __init__(
-        self, num_rows: int, max_num_tokens: int, norm_topk_prob: bool, device: torch.device
+        self,
+        layers: Mapping[int, RoutedLayer],
+        max_num_tokens: int,
+        dtype: torch.dtype,
+        *,
+        norm_topk_prob: bool,
     ) -> None:
+        self._layers, self._norm_topk_prob = dict(layers), norm_topk_prob
+        tables = [layer.pool_table for layer in layers.values()]
+        num_rows, self._device = len(tables[0]), tables[0].device
+        most_experts = max(table.shape[1] for table in tables)
         self.capacity = max(_LEAST_TOKENS, max_num_tokens)
-        self._device, self._norm_topk_prob = device, norm_topk_prob
-        self._order = torch.arange(self.capacity, device=device)
-        nowhere = torch.full((max_num_tokens,), self.capacity, device=device)
-        self._places = _Places(nowhere, nowhere[:0])
-        self._layers: dict[int, _Layer] = {}
-        self._usage: dict[int, Tensor] = {}  # [rows, E] a layer
-        self._mass: dict[int, Tensor] = {}  # [slots + 1, E] a layer, the last nobody's
+
+        def room(num_tokens: int) -> Tensor:
+            shape = (num_tokens, len(tables), most_experts)
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        def sums(num_lines: int, dtype: torch.dtype) -> dict[int, Tensor]:
+            return {
+                index: torch.zeros(
+                    num_lines, layer.moe.num_experts, dtype=dtype, device=self._device
+                )
+                for index, layer in layers.items()
+            }
+
+        self._running_TLE, self._waiting_CLE = room(max_num_tokens), room(self.capacity)
+        self.of_layer = {
+            index: LayerRecord(self._running_TLE[:, place, : layer.moe.num_experts])
+            for place, (index, layer) in enumerate(layers.items())
+        }
+        self._usage = sums(num_rows, torch.int64)
+        self._mass = sums(MASS_SLOTS + 1, torch.float64)  # the last line is nobody's
         self._row_tokens = np.zeros(num_rows, dtype=np.int64)
         self._mass_tokens = np.zeros(MASS_SLOTS + 1, dtype=np.int64)
         self._key_of_row: dict[int, PoolKey] = {}
         self._past: OrderedDict[PoolKey, tuple[int, dict[int, Tensor]]] = OrderedDict()
-        self._steps: list[tuple[Sequence[RequestTag], np.ndarray]] = []
-        self._num_kept = 0
+        self._running: StepRequests | None = None
+        self._waiting: list[StepRequests] = []
+        self._num_waiting = 0
         self._sums: dict[int, tuple[float, int]] = {}
         self._unread: tuple[Tensor, torch.cuda.Event | None, np.ndarray] | None = None
 
-    def add_layer(
-        self,
-        index: int,
-        moe: MoeLayer,
-        pool_table: Tensor,
-        temperatures: Tensor,
-        dtype: torch.dtype,
-    ) -> LayerRecord:
-        """Make room for one more MoE layer, whose tables these are and whose logits are `dtype`."""
-        ring = torch.zeros(self.capacity + 1, moe.num_experts, dtype=dtype, device=self._device)
-        record = LayerRecord(ring, self._places)
-        self._layers[index] = _Layer(moe, pool_table, temperatures, record)
-        for sums, lines, kind in (
-            (self._usage, len(pool_table), torch.int64),
-            (self._mass, MASS_SLOTS + 1, torch.float64),
-        ):
-            sums[index] = torch.zeros(lines, moe.num_experts, dtype=kind, device=self._device)
-        return record
-
     # -- steps --
 
-    def begin(self, tags: Sequence[RequestTag], query_start: np.ndarray) -> None:
-        """Make ready for a step of these requests; `query_start` [requests + 1] is their tokens."""
-        num_tokens = int(query_start[-1])
-        if self._num_kept + num_tokens > self.capacity:
-            self.count()
-        start = self._num_kept
+    def begin(self, step: StepRequests) -> None:
+        """Make ready for a step of these requests."""
         self.pause()
-        self._places.of_step = self._places.buffer[:num_tokens]
-        self._places.of_step.copy_(self._order[start : start + num_tokens])
-        self._num_kept += num_tokens
-        self._steps.append((tags, np.diff(query_start)))
+        self._running = step
 
     def pause(self) -> None:
-        """Make ready for a step of nobody's tokens."""
-        self._places.of_step.fill_(self.capacity)
-        self._places.of_step = self._places.buffer[:0]
+        """Make ready for a step of nobody's tokens: have the last step's wait to be counted."""
+        step, self._running = self._running, None
+        if step is None:
+            return
+        if self._num_waiting + step.num_tokens > self.capacity:
+            self._count_waiting()
+        start, self._num_waiting = self._num_waiting, self._num_waiting + step.num_tokens
+        self._waiting_CLE[start : self._num_waiting] = self._running_TLE[: step.num_tokens]
+        self._waiting.append(step)
 
     @torch.inference_mode()
     def count(self) -> None:
-        """Count the tokens in the ring and empty it."""
-        if not self._num_kept:
-            return
-        lengths = np.concatenate([lengths for _, lengths in self._steps])
-        tags_3R = np.array([tag for tags, _ in self._steps for tag in tags], dtype=np.int64).T
+        """Count every token there is logits of."""
+        self.pause()
+        if self._waiting:
+            self._count_waiting()
+
+    def _count_waiting(self) -> None:
+        lengths = np.concatenate([step.lengths for step in self._waiting])
+        tags_3R = np.array([tag for step in self._waiting for tag in step.tags], dtype=np.int64).T
         rows_N, accounts_N, slots_N = np.repeat(tags_3R, lengths, axis=1)
-        self._steps, self._num_kept = [], 0
+        self._waiting, self._num_waiting = [], 0
         self._row_tokens += np.bincount(rows_N, minlength=len(self._row_tokens))
         has_mass = bool((slots_N != NO_MASS_SLOT).any())
         slots_N[slots_N == NO_MASS_SLOT] = MASS_SLOTS
@@ -180,8 +185,9 @@ class RoutingRecord:
         """Add to usage and mass; return each token's share inside its pool, mean over layers."""
         shares_N = torch.zeros(len(rows_N), device=self._device)
         num_counted = 0
-        for index, layer in self._layers.items():
-            logits_NE = layer.record.ring[: len(rows_N)].float()
+        for place, (index, layer) in enumerate(self._layers.items()):
+            waiting_NE = self._waiting_CLE[: len(rows_N), place]
+            logits_NE = waiting_NE[:, : layer.moe.num_experts].float()
             pool_NE = layer.pool_table[rows_N]
             if layer.moe.num_standard_experts:
                 standard_NS = standard_probabilities(logits_NE, layer.moe, None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from emo_serve.vllm_plugin import (
 )
 from emo_serve.vllm_plugin.batch_pools import PoolRows, attach_to_v1_runner
 from emo_serve.vllm_plugin.packed import ExpertShape
-from emo_serve.vllm_plugin.routing_record import RequestTag
+from emo_serve.vllm_plugin.routing_record import RequestTag, RoutingRecord, StepRequests
 
 CPU = torch.device("cpu")
 
@@ -107,6 +107,24 @@ def test_one_row_a_token_and_padding_is_nobodys() -> None:
     assert first.data_ptr() == second.data_ptr(), "CUDA graphs need one address"
 
 
+def test_a_step_like_the_last_one_is_recorded_and_its_rows_stand() -> None:
+    rows, record = PoolRows(6, 8, CPU), RecordOfCalls()
+    ends = np.zeros(3, dtype=np.int32)  # vLLM's own, written anew for each step
+    steps: list[tuple[list[int], list[int], list[int]]] = [
+        ([4, 2], [3, 1], [4, 4, 4, 2, -1, -1]),
+        ([4, 2], [1, 1], [4, 2, -1, -1, -1, -1]),
+        ([4, 2], [1, 1], [4, 2, -1, -1, -1, -1]),
+        ([2, 4], [1, 1], [2, 4, -1, -1, -1, -1]),
+        ([2, 4], [3, 1], [2, 2, 2, 4, -1, -1]),
+    ]
+    for pools, lengths, expected in steps:
+        ends[1:] = np.cumsum(lengths)
+        filled = rows.fill([RequestTag(row) for row in pools], ends, cast(RoutingRecord, record))
+        assert filled.tolist() == expected
+        assert record.calls[-1] == (pools, lengths, sum(lengths))
+    assert len(record.calls) == len(steps)
+
+
 def test_every_step_of_the_v1_runner_reads_one_buffer() -> None:
     record = RecordOfCalls()
     requests = {name: request_of(row) for name, row in (("a", 4), ("b", 2))}
@@ -125,7 +143,7 @@ def test_every_step_of_the_v1_runner_reads_one_buffer() -> None:
     real = runner._init_model_kwargs()
     assert real["pool_rows"].tolist() == [2, 4, 4, 4] + [-1] * 4
     assert real["pool_rows"].data_ptr() == captured["pool_rows"].data_ptr()
-    assert record.calls == ["pause", ([2, 4], [0, 1, 4])]
+    assert record.calls == ["pause", ([2, 4], [1, 3], 4)]
 
 
 class RecordOfCalls:
@@ -137,8 +155,8 @@ class RecordOfCalls:
     def pause(self) -> None:
         self.calls.append("pause")
 
-    def begin(self, tags: Sequence[RequestTag], query_start: np.ndarray) -> None:
-        self.calls.append(([tag.row for tag in tags], query_start.tolist()))
+    def begin(self, step: StepRequests) -> None:
+        self.calls.append(([tag.row for tag in step.tags], step.lengths.tolist(), step.num_tokens))
 
 
 def request_of(row: int) -> SimpleNamespace:

@@ -14,14 +14,14 @@ from emo_serve.emo.config import MoeLayer
 from emo_serve.emo.routing import route, router_probabilities
 from emo_serve.vllm_plugin import MASS_SLOTS, NO_ACCOUNT, NO_MASS_SLOT
 from emo_serve.vllm_plugin.routing_record import (
-    LayerRecord,
     PoolKey,
     RequestTag,
+    RoutedLayer,
     RoutingRecord,
+    StepRequests,
     pool_key,
 )
 
-CPU = torch.device("cpu")
 LAYERS = {
     0: MoeLayer(num_experts=6, num_shared_experts=1, always_active=(), top_k=3),
     2: MoeLayer(num_experts=5, num_shared_experts=0, always_active=(1,), top_k=2),
@@ -35,7 +35,6 @@ class Twin:
     """A record, and the same sums made the plain way."""
 
     record: RoutingRecord
-    layers: dict[int, LayerRecord]
     tables: dict[int, torch.Tensor]
     temperatures: torch.Tensor
     coverage: dict[int, list[float]] = field(default_factory=dict)
@@ -62,13 +61,13 @@ class Twin:
     def step(self, tags: list[RequestTag], lengths: list[int], seed: int, padding: int = 0) -> None:
         """Route tokens as a step of the engine would."""
         generator = torch.Generator().manual_seed(seed)
-        self.record.begin(tags, np.cumsum([0, *lengths]))
         num_tokens = sum(lengths)
+        self.record.begin(StepRequests(tags, np.array(lengths), num_tokens))
         logits = {
             index: torch.randn(num_tokens + padding, moe.num_experts, generator=generator) * 2
             for index, moe in LAYERS.items()
         }
-        for index, record in self.layers.items():
+        for index, record in self.record.of_layer.items():
             record.note(logits[index])
         of_token = [tag for tag, length in zip(tags, lengths, strict=True) for _ in range(length)]
         for token, tag in enumerate(of_token):
@@ -117,14 +116,11 @@ class Twin:
 
 
 def twin() -> Twin:
-    record = RoutingRecord(NUM_ROWS, MAX_TOKENS, norm_topk_prob=False, device=CPU)
     tables = {i: torch.zeros(NUM_ROWS, m.num_experts, dtype=torch.bool) for i, m in LAYERS.items()}
     temperatures = torch.ones(NUM_ROWS)
-    layers = {
-        index: record.add_layer(index, moe, tables[index], temperatures, torch.float32)
-        for index, moe in LAYERS.items()
-    }
-    made = Twin(record, layers, tables, temperatures)
+    layers = {i: RoutedLayer(moe, tables[i], temperatures) for i, moe in LAYERS.items()}
+    record = RoutingRecord(layers, MAX_TOKENS, torch.float32, norm_topk_prob=False)
+    made = Twin(record, tables, temperatures)
     for row in range(NUM_ROWS):
         made.publish(row, row)
     return made
@@ -149,7 +145,7 @@ others = st.tuples(st.sampled_from(["check", "pause", "count"]))
 @given(st.lists(st.one_of(steps, steps, publications, others), max_size=25))
 def test_it_counts_what_was_routed(operations: list[tuple]) -> None:  # type: ignore[type-arg]
     made = twin()
-    made.record.capacity = 60  # so that it is full now and then; the ring is longer
+    made.record.capacity = 60  # so that it is full now and then; there is room for more
     for number, (what, *arguments) in enumerate(operations):
         if what == "step":
             requests, padding = arguments
@@ -162,12 +158,12 @@ def test_it_counts_what_was_routed(operations: list[tuple]) -> None:  # type: ig
             made.record.count()
         else:  # a dummy run, as long as vLLM likes
             made.record.pause()
-            for index, record in made.layers.items():
+            for index, record in made.record.of_layer.items():
                 record.note(torch.full((MAX_TOKENS, LAYERS[index].num_experts), 9.0))
     made.check()
 
 
-def test_a_full_ring_is_counted_and_the_next_step_is_not_lost() -> None:
+def test_a_full_record_is_counted_and_the_next_step_is_not_lost() -> None:
     made = twin()
     request = RequestTag(0, account=7)
     steps = made.record.capacity // MAX_TOKENS + 3
@@ -181,13 +177,13 @@ def test_a_full_ring_is_counted_and_the_next_step_is_not_lost() -> None:
 
 def test_half_precision_logits_are_kept_as_they_were_routed() -> None:
     moe = LAYERS[0]
-    record = RoutingRecord(1, 4, norm_topk_prob=False, device=CPU)
     table = torch.tensor([[True, False, True, False, False, True]])
-    layer = record.add_layer(0, moe, table, torch.ones(1), torch.bfloat16)
+    layers = {0: RoutedLayer(moe, table, torch.ones(1))}
+    record = RoutingRecord(layers, 4, torch.bfloat16, norm_topk_prob=False)
     record.rebind(0, pool_key([[0, 2, 5]], 1.0))
     logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
-    record.begin([RequestTag(0, 1)], np.array([0, 2]))
-    layer.note(logits)
+    record.begin(StepRequests([RequestTag(0, 1)], np.array([2]), 2))
+    record.of_layer[0].note(logits)
     ((_, mass, _),) = record.read_coverage()
     share = router_probabilities(logits, moe)[:, [0, 2]].sum()
     assert mass == pytest.approx(float(share), abs=1e-6)
