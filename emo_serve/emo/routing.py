@@ -22,7 +22,13 @@ from torch import Tensor
 
 from emo_serve.emo.config import MoeLayer
 
-__all__ = ["Routing", "route", "router_probabilities", "standard_probabilities"]
+__all__ = [
+    "Routing",
+    "route",
+    "router_probabilities",
+    "standard_probabilities",
+    "taken_experts",
+]
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,45 @@ def route(
     return Routing(weights_TK, experts_TK)
 
 
+def taken_experts(logits_TE: Tensor, layer: MoeLayer, pool_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the experts that `route` gives each token, without their weights: at less cost.
+
+    experts_TK, in no order, and bool is_taken_TK, False in the places that a small pool leaves
+    over. Neither temperature nor renormalisation changes which, unless a weight underflows to 0.
+    """
+    num_standard, num_experts = layer.num_standard_experts, layer.num_experts
+    outside_TS = ~pool_TE[:, :num_standard]
+    if layer.always_active:
+        fixed_N = torch.tensor(layer.always_active, device=logits_TE.device)
+        outside_TS[:, num_experts - layer.num_shared_experts :] = False
+        outside_TS.index_fill_(-1, fixed_N, True)
+    else:
+        fixed_N = torch.arange(num_standard, num_experts, device=logits_TE.device)
+    ranked_TS = logits_TE[:, :num_standard].masked_fill(outside_TS, float("-inf"))
+    best_TK, experts_TK = ranked_TS.topk(
+        min(layer.top_k - len(fixed_N), num_standard), sorted=False
+    )
+    fixed_TN = fixed_N.expand(len(logits_TE), -1)
+    is_taken_TK = best_TK > float("-inf")
+    return (
+        torch.cat([experts_TK, fixed_TN], -1),
+        torch.cat([is_taken_TK, torch.ones_like(fixed_TN, dtype=torch.bool)], -1),
+    )
+
+
 def standard_probabilities(logits_TE: Tensor, layer: MoeLayer, pool_TE: Tensor | None) -> Tensor:
     """Return the softmax over the pool's experts that are not shared, fp32 [T, E - num_shared].
 
     A layer with always-active experts has one softmax over all: then the shape is [T, E]. Where a
     pool holds none of the experts, its rows are 0.
     """
-    standard_TS = logits_TE[:, : layer.num_standard_experts].float()
+    standard_TS = logits_TE[:, : layer.num_standard_experts]
     if pool_TE is None:
-        return standard_TS.softmax(-1)
+        return standard_TS.softmax(-1, dtype=torch.float32)
     outside_TS = ~pool_TE[:, : layer.num_standard_experts]
-    masked_TS = standard_TS.masked_fill(outside_TS, float("-inf")).softmax(-1)
-    return masked_TS.masked_fill(outside_TS, 0.0)  # an empty pool's softmax is nan
+    masked_TS = standard_TS.masked_fill(outside_TS, float("-inf"))
+    probabilities_TS = masked_TS.softmax(-1, dtype=torch.float32)
+    return probabilities_TS.masked_fill(outside_TS, 0.0)  # an empty pool's softmax is nan
 
 
 def router_probabilities(logits_TE: Tensor, layer: MoeLayer) -> Tensor:

@@ -243,7 +243,8 @@ class UsageAnswer(_Answer):
     """How often a pool's experts were taken since the engine started.
 
     The account is of the pool's content: pools with equal experts and temperature share it, and a
-    union has its own, apart from those of its parts.
+    union has its own, apart from those of its parts. Where more than 128 tokens are counted at once
+    a random sample stands for them.
     """
 
     object: Literal["pool.usage"] = "pool.usage"

@@ -118,12 +118,10 @@ class EmoForCausalLM(nn.Module):
             return None
         dtype = next(iter(self.moe_layers.values())).gate.weight.dtype
         layers = {
-            index: RoutedLayer(layer.moe, layer.pool_table, layer.temperatures)
+            index: RoutedLayer(layer.moe, layer.pool_table)
             for index, layer in self.moe_layers.items()
         }
-        record = RoutingRecord(
-            layers, max_num_tokens, dtype, norm_topk_prob=self.config.norm_topk_prob
-        )
+        record = RoutingRecord(layers, max_num_tokens, dtype)
         for index, layer in self.moe_layers.items():
             layer.record = record.of_layer[index]
         return record

@@ -12,22 +12,22 @@ softmax of a layer's standard experts, in fp32, at temperature 1 (DESIGN, vocabu
 are one rank's: gates are replicated, so rank 0 records and the others do not.
 
 Shapes: L MoE layers, T tokens of a step, C tokens that may wait, N tokens counted at once, E
-experts of a layer (in memory for all layers: the most of any), K experts a token takes.
+experts of a layer (where layers differ: the most of any), K experts a token takes.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from emo_serve.emo.config import MoeLayer
-from emo_serve.emo.routing import route, router_probabilities, standard_probabilities
+from emo_serve.emo.routing import router_probabilities, standard_probabilities, taken_experts
 from emo_serve.vllm_plugin import MASS_SLOTS, NO_ACCOUNT, NO_MASS_SLOT
 
 __all__ = [
@@ -44,6 +44,7 @@ PoolKey = tuple[tuple[tuple[int, ...], ...], float]
 """What makes two pools one for usage: experts of each layer, and temperature."""
 
 _LEAST_TOKENS = 2048  # that may wait: what is counted at once on a server that decodes
+_MOST_FOR_USAGE = 128  # tokens of those counted at once
 _MOST_POOLS = 256  # whose usage is kept though no row is theirs any more
 
 
@@ -62,11 +63,10 @@ class RequestTag(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RoutedLayer:
-    """What a MoE layer routes by: tables by pool row, `pool_table` [rows, E], `temperatures`."""
+    """A MoE layer, and which experts the pool of each row has: bool `pool_table` [rows, E]."""
 
     moe: MoeLayer
     pool_table: Tensor
-    temperatures: Tensor
 
 
 class LayerRecord:
@@ -91,6 +91,58 @@ class StepRequests(NamedTuple):
     num_tokens: int
 
 
+class _LikeLayers:
+    """Layers of one geometry, counted together: a GPU would only wait for launches in between.
+
+    `tables` are theirs by index, in the order in which they stand in `waiting_CLE`.
+    """
+
+    def __init__(self, moe: MoeLayer, tables: Mapping[int, Tensor], waiting_CLE: Tensor) -> None:
+        self._moe, self._tables, self._waiting_CLE = moe, dict(tables), waiting_CLE
+        num_rows = len(next(iter(tables.values())))
+        shape_LE = (len(tables), moe.num_experts)
+        device = waiting_CLE.device
+        self.usage = torch.zeros(num_rows, *shape_LE, dtype=torch.int64, device=device)
+        # The last slot is nobody's.
+        self.mass = torch.zeros(MASS_SLOTS + 1, *shape_LE, dtype=torch.float64, device=device)
+
+    @property
+    def has_standard_experts(self) -> bool:
+        """Tell whether a pool can hold less than the full router's mass."""
+        return self._moe.num_standard_experts > 0
+
+    def add_usage(self, tokens_M: Tensor, rows_M: Tensor, weight: int) -> None:
+        """Add what these tokens took, each `weight` times."""
+        num_layers = len(self._tables)
+        # As if each layer had tokens of its own: M * L of them. The same below.
+        logits_TE = self._waiting_CLE[tokens_M].flatten(0, 1)
+        experts_TK, is_taken_TK = taken_experts(logits_TE, self._moe, self._pools_of(rows_M))
+        lines_ML = rows_M[:, None] * num_layers + torch.arange(num_layers, device=rows_M.device)
+        places_TK = lines_ML.flatten()[:, None] * self._moe.num_experts + experts_TK
+        taken_TK = is_taken_TK.long() * weight
+        self.usage.view(-1).scatter_add_(0, places_TK.flatten(), taken_TK.flatten())
+
+    def shares(self, rows_N: Tensor, slots_N: Tensor | None) -> Tensor:
+        """Return each token's mass inside its pool [N, L]; add to `mass` where slots are given."""
+        moe, num_tokens = self._moe, len(rows_N)
+        logits_TE = self._waiting_CLE[:num_tokens].flatten(0, 1)
+        if slots_N is not None:
+            mass_NLE = router_probabilities(logits_TE, moe).view(num_tokens, *self.mass.shape[1:])
+            self.mass.index_add_(0, slots_N, mass_NLE.double())
+        standard_TS = standard_probabilities(logits_TE, moe, None)
+        pools_RLS = torch.stack(list(self._tables.values()), 1)[..., : moe.num_standard_experts]
+        inside_TS = pools_RLS.float()[rows_N].flatten(0, 1)
+        return (standard_TS * inside_TS).sum(-1).view(num_tokens, -1)
+
+    def _pools_of(self, rows_N: Tensor) -> Tensor:
+        """Return the pools [N * L, E] of tokens of these rows."""
+        return torch.stack(list(self._tables.values()), 1)[rows_N].flatten(0, 1)
+
+    def by_index(self, values_LE: Tensor) -> dict[int, list[Any]]:
+        """Return [E] of each layer."""
+        return dict(zip(self._tables, values_LE.tolist(), strict=True))
+
+
 class RoutingRecord:
     """Sum up what the router did, in steps of the model runner; see the module.
 
@@ -100,47 +152,38 @@ class RoutingRecord:
     """
 
     def __init__(
-        self,
-        layers: Mapping[int, RoutedLayer],
-        max_num_tokens: int,
-        dtype: torch.dtype,
-        *,
-        norm_topk_prob: bool,
+        self, layers: Mapping[int, RoutedLayer], max_num_tokens: int, dtype: torch.dtype
     ) -> None:
-        self._layers, self._norm_topk_prob = dict(layers), norm_topk_prob
-        tables = [layer.pool_table for layer in layers.values()]
-        num_rows, self._device = len(tables[0]), tables[0].device
-        most_experts = max(table.shape[1] for table in tables)
+        num_rows, most_experts = (
+            max(layer.pool_table.shape[dim] for layer in layers.values()) for dim in (0, 1)
+        )
+        self._device = next(iter(layers.values())).pool_table.device
         self.capacity = max(_LEAST_TOKENS, max_num_tokens)
-
-        def room(num_tokens: int) -> Tensor:
-            shape = (num_tokens, len(tables), most_experts)
-            return torch.zeros(shape, dtype=dtype, device=self._device)
-
-        def sums(num_lines: int, dtype: torch.dtype) -> dict[int, Tensor]:
-            return {
-                index: torch.zeros(
-                    num_lines, layer.moe.num_experts, dtype=dtype, device=self._device
-                )
-                for index, layer in layers.items()
-            }
-
-        self._running_TLE, self._waiting_CLE = room(max_num_tokens), room(self.capacity)
-        self.of_layer = {
-            index: LayerRecord(self._running_TLE[:, place, : layer.moe.num_experts])
-            for place, (index, layer) in enumerate(layers.items())
-        }
-        self._usage = sums(num_rows, torch.int64)
-        self._mass = sums(MASS_SLOTS + 1, torch.float64)  # the last line is nobody's
+        self._running_TLE, self._waiting_CLE = (
+            torch.zeros(num_tokens, len(layers), most_experts, dtype=dtype, device=self._device)
+            for num_tokens in (max_num_tokens, self.capacity)
+        )
+        tables_of: dict[MoeLayer, dict[int, Tensor]] = {}
+        for index, layer in layers.items():
+            tables_of.setdefault(layer.moe, {})[index] = layer.pool_table
+        self.of_layer: dict[int, LayerRecord] = {}
+        self._like: list[_LikeLayers] = []
+        for moe, tables in tables_of.items():
+            first = len(self.of_layer)
+            for place, index in enumerate(tables, first):
+                self.of_layer[index] = LayerRecord(self._running_TLE[:, place, : moe.num_experts])
+            waiting_CLE = self._waiting_CLE[:, first : len(self.of_layer), : moe.num_experts]
+            self._like.append(_LikeLayers(moe, tables, waiting_CLE))
+        self._random = np.random.default_rng(0)
         self._row_tokens = np.zeros(num_rows, dtype=np.int64)
         self._mass_tokens = np.zeros(MASS_SLOTS + 1, dtype=np.int64)
         self._key_of_row: dict[int, PoolKey] = {}
-        self._past: OrderedDict[PoolKey, tuple[int, dict[int, Tensor]]] = OrderedDict()
+        self._past: OrderedDict[PoolKey, tuple[int, list[Tensor]]] = OrderedDict()
         self._running: StepRequests | None = None
         self._waiting: list[StepRequests] = []
         self._num_waiting = 0
         self._sums: dict[int, tuple[float, int]] = {}
-        self._unread: tuple[Tensor, torch.cuda.Event | None, np.ndarray] | None = None
+        self._unread: tuple[Tensor, torch.cuda.Event | None, np.ndarray, np.ndarray] | None = None
 
     # -- steps --
 
@@ -168,59 +211,60 @@ class RoutingRecord:
             self._count_waiting()
 
     def _count_waiting(self) -> None:
-        lengths = np.concatenate([step.lengths for step in self._waiting])
+        lengths_R = np.concatenate([step.lengths for step in self._waiting])
         tags_3R = np.array([tag for step in self._waiting for tag in step.tags], dtype=np.int64).T
-        rows_N, accounts_N, slots_N = np.repeat(tags_3R, lengths, axis=1)
+        rows_R, accounts_R, slots_R = tags_3R
         self._waiting, self._num_waiting = [], 0
-        self._row_tokens += np.bincount(rows_N, minlength=len(self._row_tokens))
-        has_mass = bool((slots_N != NO_MASS_SLOT).any())
-        slots_N[slots_N == NO_MASS_SLOT] = MASS_SLOTS
-        self._mass_tokens += np.bincount(slots_N, minlength=MASS_SLOTS + 1)
-        on_device = torch.from_numpy(np.stack([rows_N, slots_N])).to(self._device)
-        shares_N = self._count_layers(*on_device, has_mass=has_mass)
+        rows_N = np.repeat(rows_R, lengths_R)
+        self._count_usage(rows_N)
+        slots_N = None
+        if (slots_R != NO_MASS_SLOT).any():
+            slots_N = np.repeat(np.where(slots_R == NO_MASS_SLOT, MASS_SLOTS, slots_R), lengths_R)
+            self._mass_tokens += np.bincount(slots_N, minlength=MASS_SLOTS + 1)
+        shares_N = self._shares(rows_N, slots_N)
         self._fold()
-        self._unread = (*_to_host(shares_N), accounts_N)
+        self._unread = (*_to_host(shares_N), accounts_R, lengths_R)
 
-    def _count_layers(self, rows_N: Tensor, slots_N: Tensor, *, has_mass: bool) -> Tensor:
-        """Add to usage and mass; return each token's share inside its pool, mean over layers."""
-        shares_N = torch.zeros(len(rows_N), device=self._device)
-        num_counted = 0
-        for place, (index, layer) in enumerate(self._layers.items()):
-            waiting_NE = self._waiting_CLE[: len(rows_N), place]
-            logits_NE = waiting_NE[:, : layer.moe.num_experts].float()
-            pool_NE = layer.pool_table[rows_N]
-            if layer.moe.num_standard_experts:
-                standard_NS = standard_probabilities(logits_NE, layer.moe, None)
-                shares_N += (standard_NS * pool_NE[:, : layer.moe.num_standard_experts]).sum(-1)
-                num_counted += 1
-            if has_mass:
-                probabilities_NE = router_probabilities(logits_NE, layer.moe)
-                self._mass[index].index_add_(0, slots_N, probabilities_NE.double())
-            routing = route(
-                logits_NE,
-                layer.moe,
-                pool_NE,
-                layer.temperatures[rows_N, None],
-                self._norm_topk_prob,
-            )
-            usage = self._usage[index]
-            places_NK = rows_N[:, None] * usage.shape[1] + routing.experts_TK
-            taken_NK = (routing.weights_TK != 0).long()
-            usage.view(-1).scatter_add_(0, places_NK.flatten(), taken_NK.flatten())
-        return shares_N / max(num_counted, 1)
+    def _count_usage(self, rows_N: np.ndarray) -> None:
+        """Add to usage what these tokens took, or some of them in place of many.
+
+        To choose a token's best experts again is the dearest part of all, and usage is a statistic.
+        """
+        num_tokens, weight = len(rows_N), -(-len(rows_N) // _MOST_FOR_USAGE)
+        tokens_M = np.arange(num_tokens)
+        if weight > 1:
+            tokens_M = self._random.integers(num_tokens, size=num_tokens // weight)
+        rows_M = rows_N[tokens_M]
+        self._row_tokens += weight * np.bincount(rows_M, minlength=len(self._row_tokens))
+        tokens, rows = torch.from_numpy(np.stack([tokens_M, rows_M])).to(self._device)
+        for like in self._like:
+            like.add_usage(tokens, rows, weight)
+
+    def _shares(self, rows_N: np.ndarray, slots_N: np.ndarray | None) -> Tensor:
+        """Return each token's share inside its pool, mean over layers; add to mass."""
+        rows = torch.from_numpy(rows_N).to(self._device)
+        slots = None if slots_N is None else torch.from_numpy(slots_N).to(self._device)
+        shares = [(like.shares(rows, slots), like.has_standard_experts) for like in self._like]
+        counted = [share_NL for share_NL, has_standard_experts in shares if has_standard_experts]
+        if not counted:
+            return torch.zeros(len(rows), device=self._device)
+        return torch.cat(counted, 1).mean(1)
 
     def _fold(self) -> None:
         """Add the shares that were counted last to their accounts."""
         if self._unread is None:
             return
-        shares, copied, accounts_N = self._unread
+        shares, copied, accounts_R, lengths_R = self._unread
         self._unread = None
         if copied is not None:
             copied.synchronize()
-        known, places_N = np.unique(accounts_N, return_inverse=True)
-        masses = np.bincount(places_N, weights=shares.numpy())
-        counts = np.bincount(places_N)
-        for account, mass, count in zip(known.tolist(), masses, counts, strict=True):
+        sums_N = np.cumsum(shares.numpy(), dtype=np.float64)
+        ends_R = np.cumsum(lengths_R)
+        masses_R = np.diff(sums_N[ends_R - 1], prepend=0.0)
+        accounts, places_R = np.unique(accounts_R, return_inverse=True)
+        masses = np.bincount(places_R, weights=masses_R)
+        tokens = np.bincount(places_R, weights=lengths_R)
+        for account, mass, count in zip(accounts.tolist(), masses, tokens, strict=True):
             if account != NO_ACCOUNT:
                 before_mass, before = self._sums.get(account, (0.0, 0))
                 self._sums[account] = (before_mass + float(mass), before + int(count))
@@ -239,46 +283,48 @@ class RoutingRecord:
         self.count()
         tokens = int(self._mass_tokens[slot])
         self._mass_tokens[slot] = 0
-        masses = {index: mass[slot].tolist() for index, mass in self._mass.items()}
-        for mass in self._mass.values():
-            mass[slot] = 0.0
-        return tokens, masses
+        masses = [like.by_index(like.mass[slot]) for like in self._like]
+        for like in self._like:
+            like.mass[slot] = 0.0
+        return tokens, dict(ChainMap(*masses))
 
     def usage(self, key: PoolKey) -> tuple[int, dict[int, list[int]]]:
-        """Return the tokens a pool routed, and how many of them took each expert of a layer."""
+        """Return how many tokens a pool routed, and how many of them took each expert of a layer.
+
+        Exact for those of up to 128 tokens counted at once, else estimates from a random sample.
+        """
         self.count()
-        tokens, counts = self._past.get(key, (0, self._no_counts()))
-        counts = {index: count.clone() for index, count in counts.items()}
+        tokens, counts = self._past.get(key, (0, self._no_usage()))
         for row, of_row in self._key_of_row.items():
             if of_row == key:
                 tokens += int(self._row_tokens[row])
-                for index, usage in self._usage.items():
-                    counts[index] += usage[row].cpu()
-        return tokens, {index: count.tolist() for index, count in counts.items()}
+                counts = self._with_usage_of(row, counts)
+        by_index = [like.by_index(count) for like, count in zip(self._like, counts, strict=True)]
+        return tokens, dict(ChainMap(*by_index))
 
     def rebind(self, row: int, key: PoolKey) -> None:
         """Have a row be another pool's from now on; what the last one did is kept for it."""
-        if self._key_of_row.get(row) == key:
+        last = self._key_of_row.get(row)
+        if last == key:
             return
         self.count()
-        last = self._key_of_row.get(row)
         if last is not None and self._row_tokens[row]:
-            tokens, counts = self._past.pop(last, (0, self._no_counts()))
-            for index, usage in self._usage.items():
-                counts[index] += usage[row].cpu()
-            self._past[last] = (tokens + int(self._row_tokens[row]), counts)
+            tokens, counts = self._past.pop(last, (0, self._no_usage()))
+            tokens += int(self._row_tokens[row])
+            self._past[last] = (tokens, self._with_usage_of(row, counts))
             if len(self._past) > _MOST_POOLS:
                 self._past.popitem(last=False)
         self._row_tokens[row] = 0
-        for usage in self._usage.values():
-            usage[row] = 0
+        for like in self._like:
+            like.usage[row] = 0
         self._key_of_row[row] = key
 
-    def _no_counts(self) -> dict[int, Tensor]:
-        return {
-            index: torch.zeros(usage.shape[1], dtype=torch.int64)
-            for index, usage in self._usage.items()
-        }
+    def _with_usage_of(self, row: int, counts: Sequence[Tensor]) -> list[Tensor]:
+        usages = (like.usage[row].cpu() for like in self._like)
+        return [count + usage for count, usage in zip(counts, usages, strict=True)]
+
+    def _no_usage(self) -> list[Tensor]:
+        return [torch.zeros(like.usage.shape[1:], dtype=torch.int64) for like in self._like]
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

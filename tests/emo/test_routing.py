@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emo_serve.emo.config import MoeLayer
-from emo_serve.emo.routing import route
+from emo_serve.emo.routing import route, taken_experts
 from tests.emo.naive import choose
 
 
@@ -50,6 +50,10 @@ def test_matches_the_definition(case: tuple[MoeLayer, bool, list[set[int]], floa
             got[expert] += float(weight)
         want = np.array([expected.get(e, 0.0) for e in range(layer.num_experts)])
         np.testing.assert_allclose(got, want, atol=1e-6)
+    experts_TK, is_taken_TK = taken_experts(logits_TE, layer, pool_TE)
+    for token in range(len(pools)):
+        taken = routing.experts_TK[token][routing.weights_TK[token] != 0]
+        assert sorted(experts_TK[token][is_taken_TK[token]].tolist()) == sorted(taken.tolist())
 
 
 def test_whole_pool_equals_no_pool() -> None:

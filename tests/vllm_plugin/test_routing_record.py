@@ -26,6 +26,7 @@ LAYERS = {
     0: MoeLayer(num_experts=6, num_shared_experts=1, always_active=(), top_k=3),
     2: MoeLayer(num_experts=5, num_shared_experts=0, always_active=(1,), top_k=2),
     3: MoeLayer(num_experts=2, num_shared_experts=2, always_active=(), top_k=2),
+    4: MoeLayer(num_experts=6, num_shared_experts=1, always_active=(), top_k=3),  # like the first
 }
 NUM_ROWS, MAX_TOKENS = 3, 40
 
@@ -46,7 +47,7 @@ class Twin:
         """Give a row a pool drawn from a seed, as the model does."""
         generator = torch.Generator().manual_seed(seed)
         temperature = 0.5 + seed % 3
-        ids: list[list[int]] = [[], [], [], []]
+        ids: list[list[int]] = [[], [], [], [], []]
         masks = {}
         for index, moe in LAYERS.items():
             mask = torch.rand(moe.num_experts, generator=generator) < 0.6
@@ -118,8 +119,8 @@ class Twin:
 def twin() -> Twin:
     tables = {i: torch.zeros(NUM_ROWS, m.num_experts, dtype=torch.bool) for i, m in LAYERS.items()}
     temperatures = torch.ones(NUM_ROWS)
-    layers = {i: RoutedLayer(moe, tables[i], temperatures) for i, moe in LAYERS.items()}
-    record = RoutingRecord(layers, MAX_TOKENS, torch.float32, norm_topk_prob=False)
+    layers = {i: RoutedLayer(moe, tables[i]) for i, moe in LAYERS.items()}
+    record = RoutingRecord(layers, MAX_TOKENS, torch.float32)
     made = Twin(record, tables, temperatures)
     for row in range(NUM_ROWS):
         made.publish(row, row)
@@ -149,7 +150,9 @@ def test_it_counts_what_was_routed(operations: list[tuple]) -> None:  # type: ig
     for number, (what, *arguments) in enumerate(operations):
         if what == "step":
             requests, padding = arguments
-            made.step([tag for tag, _ in requests], [n for _, n in requests], number, padding)
+            lengths = [length for _, length in requests]
+            padding = min(padding, MAX_TOKENS - sum(lengths))
+            made.step([tag for tag, _ in requests], lengths, number, padding)
         elif what == "publish":
             made.publish(*arguments)
         elif what == "check":
@@ -178,8 +181,8 @@ def test_a_full_record_is_counted_and_the_next_step_is_not_lost() -> None:
 def test_half_precision_logits_are_kept_as_they_were_routed() -> None:
     moe = LAYERS[0]
     table = torch.tensor([[True, False, True, False, False, True]])
-    layers = {0: RoutedLayer(moe, table, torch.ones(1))}
-    record = RoutingRecord(layers, 4, torch.bfloat16, norm_topk_prob=False)
+    layers = {0: RoutedLayer(moe, table)}
+    record = RoutingRecord(layers, 4, torch.bfloat16)
     record.rebind(0, pool_key([[0, 2, 5]], 1.0))
     logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     record.begin(StepRequests([RequestTag(0, 1)], np.array([2]), 2))
@@ -199,3 +202,24 @@ def test_the_usage_of_a_pool_outlives_its_row() -> None:
     made.step([RequestTag(2)], [3], seed=1)
     made.check()
     assert made.record.usage(key)[0] == 8
+
+
+def test_usage_of_many_tokens_is_estimated_from_some() -> None:
+    moe = MoeLayer(num_experts=6, num_shared_experts=1, always_active=(), top_k=3)
+    table = torch.ones(2, 6, dtype=torch.bool)
+    table[1, 0] = False
+    record = RoutingRecord({0: RoutedLayer(moe, table)}, 2000, torch.float32)
+    keys = [pool_key([[0, 1, 2, 3, 4, 5]], 1.0), pool_key([[1, 2, 3, 4, 5]], 1.0)]
+    for row, key in enumerate(keys):
+        record.rebind(row, key)
+    requests = StepRequests([RequestTag(0, 1), RequestTag(1, 2)], np.array([1500, 500]), 2000)
+    record.begin(requests)
+    record.of_layer[0].note(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0]).expand(2000, 6))
+    (most, most_counts), (few, few_counts) = map(record.usage, keys)
+    assert most_counts == {0: [most, most, 0, 0, 0, most]}
+    assert few_counts == {0: [0, few, few, 0, 0, few]}
+    assert 1984 <= most + few <= 2000
+    assert few / most == pytest.approx(1 / 3, rel=0.5)
+    coverages = {account: (mass, tokens) for account, mass, tokens in record.read_coverage()}
+    assert coverages[1] == (pytest.approx(1500, rel=1e-5), 1500), "coverage is of every token"
+    assert coverages[2][1] == 500
