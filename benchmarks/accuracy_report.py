@@ -1,19 +1,21 @@
 """Tables of the memory-accuracy benchmark, from its results file alone.
 
-Each role's latest line counts. The paper's Table 3 stands beside ours: another model of another
-size, other data and other tasks, so only the shapes of the two may be compared.
+Each role's latest model counts, by its latest line of each training seed. The paper's Table 3
+stands beside ours: another model of another size, other data and other tasks, so only the shapes of
+the two may be compared.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks.common import RESULTS
 
-__all__ = ["PAPER", "ROLES", "headline", "latest", "print_report"]
+__all__ = ["PAPER", "ROLES", "headline", "latest", "of_seeds", "print_report"]
 
 ROLES = ("EMO", "standard MoE")
 Row = dict[str, Any]
@@ -30,14 +32,30 @@ MoE on MMLU, MMLU-Pro, GSM8K: arXiv 2605.06663, Table 3, as served, without fine
 standard MoE's are read off a figure."""
 
 
+def of_seeds(directory: Path = RESULTS) -> dict[str, dict[int, Row]]:
+    """Return the latest result of each training seed of each role's latest model, in order."""
+    found: dict[str, dict[int, Row]] = {}
+    for result in _results(directory)[::-1]:
+        if "role" in result:
+            seeds = found.setdefault(result["role"], {})
+            if all(result["model"] == other["model"] for other in seeds.values()):
+                seeds.setdefault(result.get("training_seed", 0), result)
+    return {role: dict(sorted(seeds.items())) for role, seeds in found.items()}
+
+
 def latest(directory: Path = RESULTS) -> dict[str, Row]:
-    """Return each role's latest result, and the latest sweep as "speeds"; those there are."""
-    path = directory / "memory_accuracy.jsonl"
-    found: dict[str, Row] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        result = json.loads(line)["result"]
-        found[result.get("role", "speeds")] = result
+    """Return each role's result of the first seed, and the latest sweep as "speeds", if any."""
+    found = {role: next(iter(seeds.values())) for role, seeds in of_seeds(directory).items()}
+    for result in _results(directory):
+        if "role" not in result:
+            found["speeds"] = result
     return found
+
+
+def _results(directory: Path) -> list[Row]:
+    path = directory / "memory_accuracy.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line)["result"] for line in lines]
 
 
 def headline(result: Row) -> dict[int, Row]:
@@ -55,6 +73,7 @@ def print_report(directory: Path = RESULTS) -> None:
     results = {role: found[role] for role in ROLES if role in found}
     if results:
         print("\n".join(_size_table(results)))
+        print("\n".join(_seed_table(of_seeds(directory))))
         print("\n".join(_method_table(results)))
         print("\n".join(_temperature_table(results)))
     if "speeds" in found:
@@ -105,6 +124,35 @@ def _figures(rows: dict[int, Row], k: int) -> list[str]:
     return [loss, f"{100 * row['accuracy']:.1f} %", choices]
 
 
+def _seed_table(models: dict[str, dict[int, Row]]) -> list[str]:
+    if all(len(seeds) == 1 for seeds in models.values()):
+        return []
+    figures = ("loss", "against all experts", "questions")
+    names = {role: ", ".join(map(str, seeds)) for role, seeds in models.items()}
+    lines = [
+        "",
+        "Means over training seeds, in brackets their range:",
+        "",
+        _line("kept", *(f"{role} {figure}" for role in models for figure in figures)),
+        _rule(1 + len(figures) * len(models)),
+    ]
+    by_size = {
+        role: [headline(result) for result in seeds.values()] for role, seeds in models.items()
+    }
+    for k in next(iter(by_size.values()))[0]:
+        cells: list[str] = []
+        for headlines in by_size.values():
+            rows = [rows for rows in headlines if k in rows]
+            full = [next(iter(each.values()))["loss"] for each in rows]
+            losses = [each[k]["loss"] for each in rows]
+            changes = [loss - whole for loss, whole in zip(losses, full, strict=True)]
+            questions = [100 * each[k]["choices"] for each in rows if "choices" in each[k]]
+            cells += [_spread(losses), _spread(changes, "+.3f"), _spread(questions, ".1f")]
+        lines.append(_line(k, *cells))
+    seeds = "; ".join(f"{role}: {name}" for role, name in names.items())
+    return [*lines, "", f"Training seeds of {seeds}."]
+
+
 def _method_table(results: dict[str, Row]) -> list[str]:
     sizes = sorted({row["k"] for result in results.values() for row in _found(result)})[::-1]
     columns = [(role, k) for role in results for k in sizes]
@@ -141,11 +189,12 @@ def _found(result: Row) -> list[Row]:
     ]
 
 
-def _spread(values: Any) -> str:
+def _spread(values: Iterable[float], form: str = ".3f") -> str:
     listed = list(values)
     if len(listed) < 2:
-        return "".join(f"{value:.3f}" for value in listed)
-    return f"{mean(listed):.3f} ({min(listed):.3f}-{max(listed):.3f})"
+        return "".join(format(value, form) for value in listed)
+    low, high = min(listed), max(listed)
+    return f"{mean(listed):{form}} ({low:{form}} to {high:{form}})"
 
 
 def _temperature_table(results: dict[str, Row]) -> list[str]:

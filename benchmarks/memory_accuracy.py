@@ -13,7 +13,12 @@ slots a layer reports. The trunk-only point keeps the shared experts alone.
     python benchmarks/memory_accuracy.py --concurrency 1,2,4,8,16,32,64 # speed instead
     python benchmarks/memory_accuracy.py --lm-eval arc_easy --domains math   # besides
 
-One line a model goes to results/memory_accuracy.jsonl. `--report` prints the tables of the latest.
+    emo-serve demo train WORK --seed 1                           # both models anew, then
+    python benchmarks/memory_accuracy.py --model WORK/out-1/models/emo-demo \\
+        --baseline WORK/out-1/models/standard-moe-demo --training-seed 1
+
+One line a model goes to results/memory_accuracy.jsonl. `--report` prints the tables of the latest;
+models of one name and several training seeds are laid together.
 """
 
 from __future__ import annotations
@@ -71,6 +76,7 @@ def measure(role: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "role": role,
         "model": model.name,
+        "training_seed": args.training_seed,
         "dtype": args.dtype,
         "measured_tokens": sum(len(t.ids) - 1 for d in domains for t in d.measured),
         "measured_texts": sum(len(domain.measured) for domain in domains),
@@ -189,6 +195,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=demo.model_dir(), help="the EMO model [the shipped one]")
     add("--baseline", type=Path, help="its standard-MoE twin [the shipped one's, or none]")
+    add("--training-seed", type=int, default=0, help="of both; `--report` lays seeds together [0]")
     add("--texts", type=Path, default=_SHIPPED_TEXTS, help="directory of DOMAIN.jsonl [shipped]")
     add("--questions", type=Path, help="directory of DOMAIN.jsonl [made of the measured texts]")
     add("--domains", type=numbers(str), help="[all of --texts]")

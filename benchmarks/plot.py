@@ -20,6 +20,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from benchmarks.accuracy_report import headline, of_seeds
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PLOTS = RESULTS / "plots"
 Row = dict[str, Any]
@@ -175,42 +177,54 @@ _ROLES = (("EMO", "C0"), ("standard MoE", "C3"))
 
 
 def memory_accuracy() -> Iterator[tuple[str, Figure]]:
-    """Draw loss and accuracies against GiB: each model's best pools, lots, and its trunk alone."""
-    latest: dict[str, Row] = {}
-    for line in lines("memory_accuracy"):
-        if "role" in line["result"]:
-            latest.setdefault(line["result"]["role"], line["result"])
-    if not latest:
+    """Draw loss and accuracies against GiB: each model's best pools, lots, and its trunk alone.
+
+    Faint lines are models of other training seeds.
+    """
+    models = of_seeds(RESULTS)
+    if not models:
         return
     figure, axes = plt.subplots(1, len(_ACCURACY_PANELS), figsize=(14, 4.5), layout="constrained")
     for axis, (key, label, scale) in zip(axes, _ACCURACY_PANELS, strict=True):
         for role, color in _ROLES:
-            if role in latest:
-                _draw_memory(axis, latest[role], key, scale, role, color)
+            first, *others = models.get(role, {}).values() or [None]
+            if first is not None:
+                _draw_memory(axis, first, key, scale, role, color)
+            for other in others:
+                _draw_best(axis, other, key, scale, color=color, alpha=0.3, markersize=3)
         axis.set(xlabel="trunk and slab, GiB", ylabel=label)
     axes[0].legend(fontsize="small")
-    figure.suptitle(", ".join(latest[role]["model"] for role, _ in _ROLES if role in latest))
+    names = [next(iter(models[role].values()))["model"] for role, _ in _ROLES if role in models]
+    figure.suptitle(", ".join(names))
     yield "memory-accuracy", figure
 
 
-def _draw_memory(axis: Any, result: Row, key: str, scale: float, role: str, color: str) -> None:
+def _draw_best(axis: Any, result: Row, key: str, scale: float, **style: Any) -> None:
+    """Draw the run's first method and examples of each size."""
     gib = {row["k"]: row["gib"] for row in result["memory"]}
-    rows = [row for row in result["rows"] if row["temperature"] == 1 and key in row]
-    found: dict[int, float] = {}  # the run's first method and examples of each size
+    points = sorted(
+        (k, gib[k], scale * row[key])
+        for k, row in headline(result).items()
+        if key in row and row["method"] != "trunk"
+    )
+    _, x, y = zip(*points, strict=True)
+    axis.plot(x, y, marker="o", **style)
+    for k, *place in points if "label" in style else ():
+        axis.annotate(f"{k}", place, xytext=(3, 4), textcoords="offset points")
+
+
+def _draw_memory(axis: Any, result: Row, key: str, scale: float, role: str, color: str) -> None:
+    _draw_best(axis, result, key, scale, color=color, label=role)
+    gib = {row["k"]: row["gib"] for row in result["memory"]}
     lots: dict[int, list[float]] = {}
-    for row in rows:
+    for row in result["rows"]:
+        if row["temperature"] != 1 or key not in row:
+            continue
         if row["method"] == "trunk":
             label = f"{role}, trunk only"
             axis.plot(gib[row["k"]], scale * row[key], "X", color=color, label=label)
         elif row["method"] == "random":
             lots.setdefault(row["k"], []).append(scale * row[key])
-        else:
-            found.setdefault(row["k"], scale * row[key])
-    sizes = sorted(found)
-    x, y = [gib[k] for k in sizes], [found[k] for k in sizes]
-    axis.plot(x, y, marker="o", color=color, label=role)
-    for k, place, value in zip(sizes, x, y, strict=True):
-        axis.annotate(f"{k}", (place, value), xytext=(3, 4), textcoords="offset points")
     if lots:
         x, y = [gib[k] for k in sorted(lots)], [mean(lots[k]) for k in sorted(lots)]
         axis.plot(x, y, ":", marker=".", color=color, label=f"{role}, by lot")

@@ -263,9 +263,10 @@ def test_report_takes_the_latest_and_lays_the_paper_beside(
     ]
     counts = {"measured_texts": 2, "measured_tokens": 766, "questions": 4}
     memory = [{"k": 32, "gib": 0.5}, {"k": 8, "gib": 0.25}, {"k": 1, "gib": 0.125}]
-    result = {"role": "EMO", "rows": rows, "memory": memory, **counts}
+    result = {"role": "EMO", "model": "m", "rows": rows, "memory": memory, **counts}
     old = {**result, "rows": [row("full", 32, 9.0)]}
-    lines = [{"result": old}, {"result": result}]
+    other = {**old, "model": "other", "training_seed": 1}
+    lines = [{"result": old}, {"result": other}, {"result": result}]
     (tmp_path / "memory_accuracy.jsonl").write_text("\n".join(map(json.dumps, lines)))
     print_report(tmp_path)
     printed = capsys.readouterr().out.splitlines()
@@ -274,8 +275,32 @@ def test_report_takes_the_latest_and_lays_the_paper_beside(
     assert f"| 25 % | 8 | 0.2500 | 2.625 (+0.125 +-0.062) | 25.0 % | 50.0 % | {paper}" in printed
     assert any(line.startswith("| shared only | 1 | 0.1250 | 5.500 (+3.000") for line in printed)
     assert any("ANOTHER MODEL" in line for line in printed)
-    assert "| random | 4.250 (4.000-4.500) |" in printed
+    assert "| random | 4.250 (4.000 to 4.500) |" in printed
     assert "| EMO, 8 | 2.625 | 2.750 |" in printed
+
+
+def test_report_lays_training_seeds_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = [{"k": 32, "gib": 0.5}, {"k": 8, "gib": 0.25}]
+    lines = []
+    for role, seed, full, few in [
+        *(("EMO", 0, 9.0, 9.0), ("EMO", 1, 2.0, 2.25), ("standard MoE", 0, 3.0, 4.0)),
+        *(("EMO", 0, 2.5, 2.5), ("EMO", 2, 3.0, 3.5)),
+    ]:
+        rows = [row("full", 32, full), row("layerwise", 8, few), row("random", 8, 7.0)]
+        counts = {"measured_texts": 2, "measured_tokens": 766, "questions": 4}
+        figures = {"rows": rows, "memory": memory, **counts}
+        lines.append({"result": {"role": role, "model": role, "training_seed": seed, **figures}})
+    (tmp_path / "memory_accuracy.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    print_report(tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    assert (
+        "| 8 | 2.750 (2.250 to 3.500) | +0.250 (+0.000 to +0.500) | 50.0 (50.0 to 50.0)"
+        " | 4.000 | +1.000 | 50.0 |"
+    ) in printed
+    assert "Training seeds of EMO: 0, 1, 2; standard MoE: 0." in printed
+    assert any(line.startswith("| 25 % | 8 | 0.2500 | 2.500 (+0.000") for line in printed)
 
 
 def test_lm_eval_is_asked_for_tokenized_requests(
