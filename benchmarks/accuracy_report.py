@@ -33,19 +33,33 @@ standard MoE's are read off a figure."""
 
 
 def of_seeds(directory: Path = RESULTS) -> dict[str, dict[int, Row]]:
-    """Return the latest result of each training seed of each role's latest model, in order."""
+    """Return the results of each role by training seed, in order.
+
+    They are the latest of a seed, of the same model and measured on the same texts as the role's
+    latest of all.
+    """
     found: dict[str, dict[int, Row]] = {}
     for result in _results(directory)[::-1]:
         if "role" in result:
             seeds = found.setdefault(result["role"], {})
-            if all(result["model"] == other["model"] for other in seeds.values()):
+            if all(_measured(result) == _measured(other) for other in seeds.values()):
                 seeds.setdefault(result.get("training_seed", 0), result)
     return {role: dict(sorted(seeds.items())) for role, seeds in found.items()}
 
 
+def _measured(result: Row) -> list[Any]:
+    keys = ("model", "dtype", "measured_texts", "measured_tokens", "questions")
+    return [*(result.get(key) for key in keys), set(result["rows"][0].get("domains", ()))]
+
+
 def latest(directory: Path = RESULTS) -> dict[str, Row]:
-    """Return each role's result of the first seed, and the latest sweep as "speeds", if any."""
-    found = {role: next(iter(seeds.values())) for role, seeds in of_seeds(directory).items()}
+    """Return each role's result of the first seed that all have, and the latest sweep as "speeds".
+
+    Those there are; where no seed is common, each role's first.
+    """
+    models = of_seeds(directory)
+    common = set[int]().union(*models.values()).intersection(*models.values())
+    found = {role: seeds[min(common or seeds)] for role, seeds in models.items()}
     for result in _results(directory):
         if "role" not in result:
             found["speeds"] = result
@@ -105,9 +119,11 @@ def _size_table(results: dict[str, Row]) -> list[str]:
         paper = paper or [""] * (2 + len(theirs))
         lines.append(_line(name, k, f"{gib[k]:.4f}" if k in gib else "", *cells, *paper))
     texts, questions = first["measured_texts"], first["questions"]
+    seeds = dict.fromkeys(str(result.get("training_seed", 0)) for result in results.values())
     note = (
-        f"{texts} texts, {first['measured_tokens']} tokens, {questions} questions; every domain"
-        " weighs the same. In brackets: against all experts, with its standard error over texts."
+        f"Training seed {', '.join(seeds)}. {texts} texts, {first['measured_tokens']} tokens,"
+        f" {questions} questions; every domain weighs the same. In brackets: against all experts,"
+        " with its standard error over texts."
     )
     return [*lines, "", note]
 

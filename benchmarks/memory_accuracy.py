@@ -15,7 +15,8 @@ slots a layer reports. The trunk-only point keeps the shared experts alone.
 
     emo-serve demo train WORK --seed 1                           # both models anew, then
     python benchmarks/memory_accuracy.py --model WORK/out-1/models/emo-demo \\
-        --baseline WORK/out-1/models/standard-moe-demo --training-seed 1
+        --baseline WORK/out-1/models/standard-moe-demo \\
+        --texts WORK/out-1/heldout --training-seed 1
 
 One line a model goes to results/memory_accuracy.jsonl. `--report` prints the tables of the latest;
 models of one name and several training seeds are laid together.
@@ -223,6 +224,8 @@ def parse() -> argparse.Namespace:
     add("--roles", type=numbers(str), default=list(ROLES), help=f"whom to measure {list(ROLES)}")
     add("--report", action="store_true", help="print the latest results' tables, measure nothing")
     args = parser.parse_args()
+    if args.training_seed and args.model == demo.model_dir():
+        parser.error("--training-seed is that of --model and --baseline; what ships is of seed 0")
     if args.baseline is None and args.model == demo.model_dir():
         args.baseline = demo.model_dir(demo.TWIN_MODEL)
     return args

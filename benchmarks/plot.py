@@ -205,8 +205,10 @@ def _draw_best(axis: Any, result: Row, key: str, scale: float, **style: Any) -> 
     points = sorted(
         (k, gib[k], scale * row[key])
         for k, row in headline(result).items()
-        if key in row and row["method"] != "trunk"
+        if key in row and row["method"] not in ("trunk", "random")
     )
+    if not points:
+        return
     _, x, y = zip(*points, strict=True)
     axis.plot(x, y, marker="o", **style)
     for k, *place in points if "label" in style else ():

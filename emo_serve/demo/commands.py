@@ -32,9 +32,7 @@ def add_demo_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
     train.add_argument(
         "--out", type=Path, metavar="DIR", help="where to write what ships [DIR/out-SEED]"
     )
-    train.add_argument(
-        "--seed", type=int, default=0, help="of weights, batches and pools [0, the shipped models']"
-    )
+    train.add_argument("--seed", type=int, default=0, help="of weights, batches and the rule [0]")
     train.add_argument(
         "--steps",
         type=int,

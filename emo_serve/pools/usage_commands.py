@@ -115,8 +115,8 @@ def _describe(name: str, answer: dict[str, Any], layers: Sequence[_Layer]) -> st
             known,
             "",
             columns(rows),
-            "shares are of tokens, experts that every token takes aside; FOR 99 %: how many experts"
-            " get 99 % of all choices",
+            "shares are of tokens, of a sample where many came at once; experts that every token"
+            " takes aside; FOR 99 %: how many experts get 99 % of all choices",
             "",
             _LEGEND,
             grid([layer.marks() for layer in layers]),

@@ -243,14 +243,17 @@ class UsageAnswer(_Answer):
     """How often a pool's experts were taken since the engine started.
 
     The account is of the pool's content: pools with equal experts and temperature share it, and a
-    union has its own, apart from those of its parts. Where more than 128 tokens are counted at once
-    a random sample stands for them.
+    union has its own, apart from those of its parts. What the tokens took is estimated from a
+    random sample of the pool's where more than 128 tokens were counted at once.
     """
 
     object: Literal["pool.usage"] = "pool.usage"
     name: str
     content_hash: str
-    tokens: int = Field(description="routed in the pool; those from the prefix cache are not")
+    tokens: int = Field(
+        description="routed in the pool, exactly; those from the prefix cache are not, and what the"
+        " server asks for itself does not count"
+    )
     layers: list[LayerUsage | None] = Field(description="one a layer, null for a dense layer")
 
 

@@ -173,6 +173,7 @@ class EmoModelState(DefaultModelState):
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         kwargs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
         num_reqs = input_batch.num_reqs
+        # vLLM's warm-up runs come here, too: in row 0, before it is any pool's.
         tags = [self._tag_of_state[index] for index in input_batch.idx_mapping_np[:num_reqs]]
         query_start = input_batch.query_start_loc_np[: num_reqs + 1]
         kwargs["pool_rows"] = self._rows.fill(tags, query_start, self._record)

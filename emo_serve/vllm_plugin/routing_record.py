@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from emo_serve.emo.config import MoeLayer
 from emo_serve.emo.routing import router_probabilities, standard_probabilities, taken_experts
@@ -44,7 +45,8 @@ PoolKey = tuple[tuple[tuple[int, ...], ...], float]
 """What makes two pools one for usage: experts of each layer, and temperature."""
 
 _LEAST_TOKENS = 2048  # that may wait: what is counted at once on a server that decodes
-_MOST_FOR_USAGE = 128  # tokens of those counted at once
+_MOST_FOR_USAGE = 128  # tokens of those counted at once, and as many as this of a pool with few:
+_LEAST_FOR_USAGE = 8
 _MOST_POOLS = 256  # whose usage is kept though no row is theirs any more
 
 
@@ -102,7 +104,7 @@ class _LikeLayers:
         num_rows = len(next(iter(tables.values())))
         shape_LE = (len(tables), moe.num_experts)
         device = waiting_CLE.device
-        self.usage = torch.zeros(num_rows, *shape_LE, dtype=torch.int64, device=device)
+        self.usage = torch.zeros(num_rows, *shape_LE, dtype=torch.float64, device=device)
         # The last slot is nobody's.
         self.mass = torch.zeros(MASS_SLOTS + 1, *shape_LE, dtype=torch.float64, device=device)
 
@@ -111,21 +113,24 @@ class _LikeLayers:
         """Tell whether a pool can hold less than the full router's mass."""
         return self._moe.num_standard_experts > 0
 
-    def add_usage(self, tokens_M: Tensor, rows_M: Tensor, weight: int) -> None:
-        """Add what these tokens took, each `weight` times."""
+    def add_usage(self, tokens_M: Tensor, rows_M: Tensor, weights_M: Tensor) -> None:
+        """Add what these tokens took, each so many times."""
         num_layers = len(self._tables)
         # As if each layer had tokens of its own: M * L of them. The same below.
         logits_TE = self._waiting_CLE[tokens_M].flatten(0, 1)
         experts_TK, is_taken_TK = taken_experts(logits_TE, self._moe, self._pools_of(rows_M))
         lines_ML = rows_M[:, None] * num_layers + torch.arange(num_layers, device=rows_M.device)
         places_TK = lines_ML.flatten()[:, None] * self._moe.num_experts + experts_TK
-        taken_TK = is_taken_TK.long() * weight
+        taken_TK = is_taken_TK * weights_M.repeat_interleave(num_layers)[:, None]
         self.usage.view(-1).scatter_add_(0, places_TK.flatten(), taken_TK.flatten())
 
-    def shares(self, rows_N: Tensor, slots_N: Tensor | None) -> Tensor:
-        """Return each token's mass inside its pool [N, L]; add to `mass` where slots are given."""
+    def shares(self, first: int, rows_N: Tensor, slots_N: Tensor | None) -> Tensor:
+        """Return the mass inside their pools of the tokens from `first` on [N, L].
+
+        Add to `mass` where slots are given.
+        """
         moe, num_tokens = self._moe, len(rows_N)
-        logits_TE = self._waiting_CLE[:num_tokens].flatten(0, 1)
+        logits_TE = self._waiting_CLE[first : first + num_tokens].flatten(0, 1)
         if slots_N is not None:
             mass_NLE = router_probabilities(logits_TE, moe).view(num_tokens, *self.mass.shape[1:])
             self.mass.index_add_(0, slots_N, mass_NLE.double())
@@ -154,7 +159,7 @@ class RoutingRecord:
     def __init__(
         self, layers: Mapping[int, RoutedLayer], max_num_tokens: int, dtype: torch.dtype
     ) -> None:
-        num_rows, most_experts = (
+        self._num_rows, most_experts = (
             max(layer.pool_table.shape[dim] for layer in layers.values()) for dim in (0, 1)
         )
         self._device = next(iter(layers.values())).pool_table.device
@@ -175,7 +180,7 @@ class RoutingRecord:
             waiting_CLE = self._waiting_CLE[:, first : len(self.of_layer), : moe.num_experts]
             self._like.append(_LikeLayers(moe, tables, waiting_CLE))
         self._random = np.random.default_rng(0)
-        self._row_tokens = np.zeros(num_rows, dtype=np.int64)
+        self._row_tokens = np.zeros(self._num_rows, dtype=np.int64)
         self._mass_tokens = np.zeros(MASS_SLOTS + 1, dtype=np.int64)
         self._key_of_row: dict[int, PoolKey] = {}
         self._past: OrderedDict[PoolKey, tuple[int, list[Tensor]]] = OrderedDict()
@@ -211,44 +216,60 @@ class RoutingRecord:
             self._count_waiting()
 
     def _count_waiting(self) -> None:
-        lengths_R = np.concatenate([step.lengths for step in self._waiting])
-        tags_3R = np.array([tag for step in self._waiting for tag in step.tags], dtype=np.int64).T
+        steps, self._waiting, self._num_waiting = self._waiting, [], 0
+        lengths_R = np.concatenate([step.lengths for step in steps])
+        tags_3R = np.array([tag for step in steps for tag in step.tags], dtype=np.int64).T
         rows_R, accounts_R, slots_R = tags_3R
-        self._waiting, self._num_waiting = [], 0
-        rows_N = np.repeat(rows_R, lengths_R)
-        self._count_usage(rows_N)
+        has_slot_R = slots_R != NO_MASS_SLOT
+        self._count_usage(np.repeat(np.where(has_slot_R, self._num_rows, rows_R), lengths_R))
         slots_N = None
-        if (slots_R != NO_MASS_SLOT).any():
-            slots_N = np.repeat(np.where(slots_R == NO_MASS_SLOT, MASS_SLOTS, slots_R), lengths_R)
+        if has_slot_R.any():
+            slots_N = np.repeat(np.where(has_slot_R, slots_R, MASS_SLOTS), lengths_R)
             self._mass_tokens += np.bincount(slots_N, minlength=MASS_SLOTS + 1)
-        shares_N = self._shares(rows_N, slots_N)
+        shares_N = self._shares(np.repeat(rows_R, lengths_R), slots_N)
         self._fold()
         self._unread = (*_to_host(shares_N), accounts_R, lengths_R)
 
     def _count_usage(self, rows_N: np.ndarray) -> None:
-        """Add to usage what these tokens took, or some of them in place of many.
+        """Add to usage what some tokens of each row took, in place of all its tokens.
 
         To choose a token's best experts again is the dearest part of all, and usage is a statistic.
+        The tokens that are nobody's usage have the row after the last.
         """
-        num_tokens, weight = len(rows_N), -(-len(rows_N) // _MOST_FOR_USAGE)
-        tokens_M = np.arange(num_tokens)
-        if weight > 1:
-            tokens_M = self._random.integers(num_tokens, size=num_tokens // weight)
+        tokens_R = np.bincount(rows_N, minlength=self._num_rows + 1)
+        starts_R = np.cumsum(tokens_R) - tokens_R
+        self._row_tokens += tokens_R[:-1]
+        most_R = np.ceil(_MOST_FOR_USAGE / len(rows_N) * tokens_R).clip(min=_LEAST_FOR_USAGE)
+        chosen_R = np.minimum(most_R, tokens_R)
+        chosen_R[-1] = 0
+        order_N = np.argsort(rows_N + self._random.random(len(rows_N)))  # random within a row
+        sorted_N = rows_N[order_N]
+        tokens_M = order_N[np.arange(len(rows_N)) - starts_R[sorted_N] < chosen_R[sorted_N]]
         rows_M = rows_N[tokens_M]
-        self._row_tokens += weight * np.bincount(rows_M, minlength=len(self._row_tokens))
-        tokens, rows = torch.from_numpy(np.stack([tokens_M, rows_M])).to(self._device)
+        if not len(tokens_M):
+            return
+        tokens, rows = self._to_device(np.stack([tokens_M, rows_M]))
+        weights = self._to_device(tokens_R[rows_M] / chosen_R[rows_M])
         for like in self._like:
-            like.add_usage(tokens, rows, weight)
+            like.add_usage(tokens, rows, weights)
 
     def _shares(self, rows_N: np.ndarray, slots_N: np.ndarray | None) -> Tensor:
         """Return each token's share inside its pool, mean over layers; add to mass."""
-        rows = torch.from_numpy(rows_N).to(self._device)
-        slots = None if slots_N is None else torch.from_numpy(slots_N).to(self._device)
-        shares = [(like.shares(rows, slots), like.has_standard_experts) for like in self._like]
-        counted = [share_NL for share_NL, has_standard_experts in shares if has_standard_experts]
-        if not counted:
-            return torch.zeros(len(rows), device=self._device)
-        return torch.cat(counted, 1).mean(1)
+        rows = self._to_device(rows_N)
+        slots = None if slots_N is None else self._to_device(slots_N)
+        counted = [like for like in self._like if like.has_standard_experts]
+        parts = []
+        for first in range(0, len(rows), _LEAST_TOKENS):  # long prompts would take much memory
+            part = slice(first, first + _LEAST_TOKENS)
+            part_slots = None if slots is None else slots[part]
+            shares = {like: like.shares(first, rows[part], part_slots) for like in self._like}
+            if counted:
+                parts.append(torch.cat([shares[like] for like in counted], 1).mean(1))
+        return torch.cat(parts) if counted else torch.zeros(len(rows), device=self._device)
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        moved: Tensor = async_tensor_h2d(values, self._device)
+        return moved
 
     def _fold(self) -> None:
         """Add the shares that were counted last to their accounts."""
@@ -258,9 +279,8 @@ class RoutingRecord:
         self._unread = None
         if copied is not None:
             copied.synchronize()
-        sums_N = np.cumsum(shares.numpy(), dtype=np.float64)
-        ends_R = np.cumsum(lengths_R)
-        masses_R = np.diff(sums_N[ends_R - 1], prepend=0.0)
+        sums = np.cumsum(shares.numpy(), dtype=np.float64)
+        masses_R = np.diff(np.append(0.0, sums)[np.cumsum(lengths_R)], prepend=0.0)
         accounts, places_R = np.unique(accounts_R, return_inverse=True)
         masses = np.bincount(places_R, weights=masses_R)
         tokens = np.bincount(places_R, weights=lengths_R)
@@ -291,7 +311,9 @@ class RoutingRecord:
     def usage(self, key: PoolKey) -> tuple[int, dict[int, list[int]]]:
         """Return how many tokens a pool routed, and how many of them took each expert of a layer.
 
-        Exact for those of up to 128 tokens counted at once, else estimates from a random sample.
+        The former is exact; the latter, where more than 128 tokens were counted at once, is
+        estimated from a random sample of each pool's. What has a mass slot is a question of the
+        server's own, and in neither.
         """
         self.count()
         tokens, counts = self._past.get(key, (0, self._no_usage()))
@@ -299,7 +321,8 @@ class RoutingRecord:
             if of_row == key:
                 tokens += int(self._row_tokens[row])
                 counts = self._with_usage_of(row, counts)
-        by_index = [like.by_index(count) for like, count in zip(self._like, counts, strict=True)]
+        whole = [count.round().long() for count in counts]
+        by_index = [like.by_index(count) for like, count in zip(self._like, whole, strict=True)]
         return tokens, dict(ChainMap(*by_index))
 
     def rebind(self, row: int, key: PoolKey) -> None:
@@ -324,7 +347,7 @@ class RoutingRecord:
         return [count + usage for count, usage in zip(counts, usages, strict=True)]
 
     def _no_usage(self) -> list[Tensor]:
-        return [torch.zeros(like.usage.shape[1:], dtype=torch.int64) for like in self._like]
+        return [torch.zeros(like.usage.shape[1:], dtype=torch.float64) for like in self._like]
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

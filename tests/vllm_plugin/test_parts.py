@@ -110,19 +110,24 @@ def test_one_row_a_token_and_padding_is_nobodys() -> None:
 def test_a_step_like_the_last_one_is_recorded_and_its_rows_stand() -> None:
     rows, record = PoolRows(6, 8, CPU), RecordOfCalls()
     ends = np.zeros(3, dtype=np.int32)  # vLLM's own, written anew for each step
-    steps: list[tuple[list[int], list[int], list[int]]] = [
-        ([4, 2], [3, 1], [4, 4, 4, 2, -1, -1]),
-        ([4, 2], [1, 1], [4, 2, -1, -1, -1, -1]),
-        ([4, 2], [1, 1], [4, 2, -1, -1, -1, -1]),
-        ([2, 4], [1, 1], [2, 4, -1, -1, -1, -1]),
-        ([2, 4], [3, 1], [2, 2, 2, 4, -1, -1]),
+    steps: list[tuple[list[tuple[int, int]], list[int], list[int] | None]] = [
+        ([(4, 1), (2, 2)], [3, 1], [4, 4, 4, 2, -1, -1]),
+        ([(4, 1), (2, 2)], [1, 1], [4, 2, -1, -1, -1, -1]),
+        ([(4, 1), (2, 2)], [1, 1], None),
+        ([(4, 3), (2, 2)], [1, 1], [4, 2, -1, -1, -1, -1]),
+        ([(2, 2), (4, 3)], [1, 1], [2, 4, -1, -1, -1, -1]),
+        ([(2, 2), (4, 3)], [3, 1], [2, 2, 2, 4, -1, -1]),
     ]
-    for pools, lengths, expected in steps:
+    for requests, lengths, expected in steps:
         ends[1:] = np.cumsum(lengths)
-        filled = rows.fill([RequestTag(row) for row in pools], ends, cast(RoutingRecord, record))
-        assert filled.tolist() == expected
-        assert record.calls[-1] == (pools, lengths, sum(lengths))
-    assert len(record.calls) == len(steps)
+        tags = [RequestTag(row, account) for row, account in requests]
+        rows.buffer_T.fill_(9)
+        filled = rows.fill(tags, ends, cast(RoutingRecord, record))
+        assert filled.tolist() == (expected or [9] * 6), "a repeated step writes nothing"
+        assert record.steps[-1].tags == tags
+        assert record.steps[-1].lengths.tolist() == lengths
+        assert record.steps[-1].num_tokens == sum(lengths)
+    assert len(record.steps) == len(steps)
 
 
 def test_every_step_of_the_v1_runner_reads_one_buffer() -> None:
@@ -143,20 +148,23 @@ def test_every_step_of_the_v1_runner_reads_one_buffer() -> None:
     real = runner._init_model_kwargs()
     assert real["pool_rows"].tolist() == [2, 4, 4, 4] + [-1] * 4
     assert real["pool_rows"].data_ptr() == captured["pool_rows"].data_ptr()
-    assert record.calls == ["pause", ([2, 4], [1, 3], 4)]
+    assert record.num_pauses == 1
+    ((tags, lengths, num_tokens),) = record.steps
+    assert ([tag.row for tag in tags], lengths.tolist(), num_tokens) == ([2, 4], [1, 3], 4)
 
 
 class RecordOfCalls:
     """What the runner tells the routing record."""
 
     def __init__(self) -> None:
-        self.calls: list[object] = []
+        self.num_pauses = 0
+        self.steps: list[StepRequests] = []
 
     def pause(self) -> None:
-        self.calls.append("pause")
+        self.num_pauses += 1
 
     def begin(self, step: StepRequests) -> None:
-        self.calls.append(([tag.row for tag in step.tags], step.lengths.tolist(), step.num_tokens))
+        self.steps.append(step)
 
 
 def request_of(row: int) -> SimpleNamespace:

@@ -90,7 +90,8 @@ class Twin:
             masses[index] = probabilities.double()
         self.coverage.setdefault(tag.account, []).append(sum(shares) / len(shares))
         self.mass.setdefault(tag.mass_slot, []).append(masses)
-        self.usage.setdefault(self.keys[tag.row], []).append(taken)
+        if tag.mass_slot == NO_MASS_SLOT:
+            self.usage.setdefault(self.keys[tag.row], []).append(taken)
 
     def check(self) -> None:
         """Ask for everything."""
@@ -204,22 +205,47 @@ def test_the_usage_of_a_pool_outlives_its_row() -> None:
     assert made.record.usage(key)[0] == 8
 
 
-def test_usage_of_many_tokens_is_estimated_from_some() -> None:
+def test_usage_of_many_tokens_is_estimated_from_some_of_each_pool() -> None:
     moe = MoeLayer(num_experts=6, num_shared_experts=1, always_active=(), top_k=3)
-    table = torch.ones(2, 6, dtype=torch.bool)
+    table = torch.ones(3, 6, dtype=torch.bool)
     table[1, 0] = False
     record = RoutingRecord({0: RoutedLayer(moe, table)}, 2000, torch.float32)
-    keys = [pool_key([[0, 1, 2, 3, 4, 5]], 1.0), pool_key([[1, 2, 3, 4, 5]], 1.0)]
+    keys = [pool_key([kept], 1.0) for kept in ([0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [4])]
     for row, key in enumerate(keys):
         record.rebind(row, key)
-    requests = StepRequests([RequestTag(0, 1), RequestTag(1, 2)], np.array([1500, 500]), 2000)
-    record.begin(requests)
-    record.of_layer[0].note(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0]).expand(2000, 6))
-    (most, most_counts), (few, few_counts) = map(record.usage, keys)
-    assert most_counts == {0: [most, most, 0, 0, 0, most]}
-    assert few_counts == {0: [0, few, few, 0, 0, few]}
-    assert 1984 <= most + few <= 2000
-    assert few / most == pytest.approx(1 / 3, rel=0.5)
+    tags = [RequestTag(0, 1), RequestTag(1, 2), RequestTag(0, 1), RequestTag(2)]
+    record.begin(StepRequests(tags, np.array([1400, 101, 496, 3]), 2000))
+    logits_TE = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0]).repeat(2000, 1)
+    logits_TE[:948, 3] = 6.0  # half of the first pool's tokens
+    record.of_layer[0].note(logits_TE)
+    tokens, counts = record.usage(keys[0])
+    assert tokens == 1896
+    assert [counts[0][expert] for expert in (0, 2, 4, 5)] == [1896, 0, 0, 1896]
+    assert counts[0][1] + counts[0][3] == 1896
+    assert counts[0][3] == pytest.approx(948, rel=0.25)
+    assert record.usage(keys[1]) == (101, {0: [0, 101, 101, 0, 0, 101]})
+    assert record.usage(keys[2]) == (3, {0: [3, 3, 0, 0, 0, 3]}), "a few tokens are counted whole"
     coverages = {account: (mass, tokens) for account, mass, tokens in record.read_coverage()}
-    assert coverages[1] == (pytest.approx(1500, rel=1e-5), 1500), "coverage is of every token"
-    assert coverages[2][1] == 500
+    assert coverages[1] == (pytest.approx(1896, rel=1e-5), 1896), "coverage is of every token"
+    assert coverages[2][1] == 101
+
+
+def test_long_steps_are_counted_in_parts() -> None:
+    made = twin()
+    made.record = RoutingRecord(
+        {i: RoutedLayer(moe, made.tables[i]) for i, moe in LAYERS.items()}, 5000, torch.float32
+    )
+    for row, key in made.keys.items():
+        made.record.rebind(row, key)
+    requests = [RequestTag(0, 1, 0), RequestTag(1, 2), RequestTag(2, 3, 1)]
+    made.step(requests, [2040, 20, 40], seed=0)
+    made.usage.clear()  # an estimate, with so many
+    made.check()
+
+
+def test_a_request_without_tokens_adds_nothing() -> None:
+    made = twin()
+    made.step([RequestTag(0, 1), RequestTag(1, 2), RequestTag(2, 3)], [0, 2, 0], seed=0)
+    assert [(account, tokens) for account, _, tokens in made.record.read_coverage() if tokens] == [
+        (2, 2)
+    ]

@@ -1,7 +1,8 @@
 """`emo-serve pools build --server URL`: have a running server build a pool from examples here.
 
 The files are read and checked here, and sent as one request; the answer comes when the pool is
-defined. It says what the offline build says, but for what was read from the checkpoint.
+defined. It says what the offline build says, but for what was read from the checkpoint; mixed
+domains are looked for among documents, not their passages.
 """
 
 from __future__ import annotations
