@@ -53,7 +53,8 @@ def check_usage(result: dict[str, Any], num_tokens: int) -> None:
         assert first["tokens"] == num_tokens
         assert [len(layer) for layer in first["counts"]] == [32] * len(ids)
         for kept, counts in zip(ids, first["counts"], strict=True):
-            assert sum(counts) == num_tokens * min(4, len(kept))
+            choices = num_tokens * min(4, len(kept))
+            assert sum(counts) == pytest.approx(choices, abs=len(counts) / 2)  # rounded, each
             assert {e for e, count in enumerate(counts) if count} <= set(kept)
         assert not any(rank["tokens"] for rank in others)
 
