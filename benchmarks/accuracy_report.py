@@ -144,7 +144,6 @@ def _seed_table(models: dict[str, dict[int, Row]]) -> list[str]:
     if all(len(seeds) == 1 for seeds in models.values()):
         return []
     figures = ("loss", "against all experts", "questions")
-    names = {role: ", ".join(map(str, seeds)) for role, seeds in models.items()}
     lines = [
         "",
         "Means over training seeds, in brackets their range:",
@@ -152,12 +151,11 @@ def _seed_table(models: dict[str, dict[int, Row]]) -> list[str]:
         _line("kept", *(f"{role} {figure}" for role in models for figure in figures)),
         _rule(1 + len(figures) * len(models)),
     ]
-    by_size = {
-        role: [headline(result) for result in seeds.values()] for role, seeds in models.items()
-    }
-    for k in next(iter(by_size.values()))[0]:
+    by_role = [[headline(result) for result in seeds.values()] for seeds in models.values()]
+    sizes = {k for headlines in by_role for rows in headlines for k in rows}
+    for k in sorted(sizes, reverse=True):
         cells: list[str] = []
-        for headlines in by_size.values():
+        for headlines in by_role:
             rows = [rows for rows in headlines if k in rows]
             full = [next(iter(each.values()))["loss"] for each in rows]
             losses = [each[k]["loss"] for each in rows]
@@ -165,7 +163,7 @@ def _seed_table(models: dict[str, dict[int, Row]]) -> list[str]:
             questions = [100 * each[k]["choices"] for each in rows if "choices" in each[k]]
             cells += [_spread(losses), _spread(changes, "+.3f"), _spread(questions, ".1f")]
         lines.append(_line(k, *cells))
-    seeds = "; ".join(f"{role}: {name}" for role, name in names.items())
+    seeds = "; ".join(f"{role}: {', '.join(map(str, seeds))}" for role, seeds in models.items())
     return [*lines, "", f"Training seeds of {seeds}."]
 
 

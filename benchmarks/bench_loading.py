@@ -30,13 +30,8 @@ from emo_serve import demo
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server.engine_calls import WorkerCalls
-from emo_serve.vllm_plugin import (
-    ADDITIONAL_CONFIG_KEY,
-    LOAD_FORMAT,
-    POOL_ROW_ARG,
-    WORKER_EXTENSION_CLS,
-    worker_cls_for,
-)
+from emo_serve.vllm_plugin import POOL_ROW_ARG
+from engines import engine_arguments
 
 _SERVED_ROW, _LOADED_ROW = 0, 1
 _PROMPT_TOKENS = 16
@@ -85,20 +80,9 @@ class Bench:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        ours = {
-            "num_slots": num_slots,
-            "num_pools": 2,
-            "moe_backend": "auto",
-            "expert_dtype": "auto",
-            "host_expert_bytes": self.args.host_memory << 20,
-            "records_routing": True,
-        }
+        host_bytes = self.args.host_memory << 20
         engine_args = AsyncEngineArgs(
-            str(directory),
-            load_format=LOAD_FORMAT,
-            worker_cls=worker_cls_for("cpu"),
-            worker_extension_cls=WORKER_EXTENSION_CLS,
-            additional_config={ADDITIONAL_CONFIG_KEY: ours},
+            **engine_arguments(directory, num_slots, 2, host_expert_bytes=host_bytes),
             enforce_eager=True,
             dtype="bfloat16",
             max_model_len=1024,

@@ -26,16 +26,9 @@ from common import append_result
 from emo_serve import demo
 from emo_serve.emo.config import load_config
 from emo_serve.pools.catalog import PoolCatalog
-from emo_serve.pools.pool import ExpertPool
-from emo_serve.vllm_plugin import (
-    ACCOUNT_ARG,
-    ADDITIONAL_CONFIG_KEY,
-    LOAD_FORMAT,
-    POOL_ROW_ARG,
-    WORKER_EXTENSION_CLS,
-    worker_cls_for,
-)
+from emo_serve.vllm_plugin import ACCOUNT_ARG, POOL_ROW_ARG
 from emo_serve.vllm_plugin.model import EmoForCausalLM
+from engines import engine_arguments, load_pools
 
 _LOADS = {  # requests at once, prompt tokens, tokens
     "decode, 1": (1, 50, 128),
@@ -52,20 +45,8 @@ def start_engine(eager: bool) -> LLM:
     layers = load_config(demo.model_dir()).moe_layers
     counts = [moe.num_experts if moe else 0 for moe in layers]
     pools = list(PoolCatalog.read(demo.pools_dir(), layers, None).pools.values())[:_NUM_POOLS]
-    ours = {
-        "num_slots": max(counts),
-        "num_pools": len(pools),
-        "moe_backend": "auto",
-        "expert_dtype": "auto",
-        "host_expert_bytes": 0,
-        "records_routing": True,
-    }
     llm = LLM(
-        str(demo.model_dir()),
-        load_format=LOAD_FORMAT,
-        worker_cls=worker_cls_for("cpu"),
-        worker_extension_cls=WORKER_EXTENSION_CLS,
-        additional_config={ADDITIONAL_CONFIG_KEY: ours},
+        **engine_arguments(demo.model_dir(), max(counts), len(pools)),
         enforce_eager=eager,
         dtype="bfloat16",
         max_model_len=1024,
@@ -74,15 +55,7 @@ def start_engine(eager: bool) -> LLM:
         enable_prefix_caching=False,
     )
     copies = [[layer, e, e] for layer, count in enumerate(counts) for e in range(count)]
-    everything = [list(layer) for layer in ExpertPool.base(layers).expert_ids]
-    (answer,) = llm.collective_rpc("emo_start_load", args=(1, 1, copies))
-    while answer.get("state") != "published":
-        assert answer["ok"] and not answer.get("failure"), answer
-        time.sleep(0.005)
-        (answer,) = llm.collective_rpc("emo_finish_load", args=(1, 1, 0, everything, 1.0))
-    for row, pool in enumerate(pools):
-        ids = [list(layer) for layer in pool.expert_ids]
-        llm.collective_rpc("emo_publish_pool", args=(2, row, ids, pool.router_temperature))
+    load_pools(llm, copies, pools)
     return llm
 
 

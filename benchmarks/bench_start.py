@@ -34,13 +34,8 @@ def measure(args: argparse.Namespace, experts: str, eager: bool) -> dict[str, An
     from emo_serve.pools.catalog import PoolCatalog
     from emo_serve.pools.pool import ExpertPool
     from emo_serve.residency.slots import SlotTable
-    from emo_serve.vllm_plugin import (
-        ADDITIONAL_CONFIG_KEY,
-        LOAD_FORMAT,
-        POOL_ROW_ARG,
-        WORKER_EXTENSION_CLS,
-        worker_cls_for,
-    )
+    from emo_serve.vllm_plugin import POOL_ROW_ARG
+    from engines import engine_arguments, load_pools
 
     layers = load_config(args.model).moe_layers
     catalog = PoolCatalog.read(args.pools, layers, None)
@@ -57,36 +52,15 @@ def measure(args: argparse.Namespace, experts: str, eager: bool) -> dict[str, An
         copies += [[copy.layer, copy.expert, copy.slot] for copy in plan.copies]
 
     start = time.perf_counter()
-    ours = {
-        "num_slots": num_slots,
-        "num_pools": len(wanted),
-        "moe_backend": "auto",
-        "expert_dtype": "auto",
-        "host_expert_bytes": 0,
-        "records_routing": True,
-    }
     llm = LLM(
-        str(args.model),
-        load_format=LOAD_FORMAT,
-        worker_cls=worker_cls_for("cpu"),
-        worker_extension_cls=WORKER_EXTENSION_CLS,
-        additional_config={ADDITIONAL_CONFIG_KEY: ours},
+        **engine_arguments(args.model, num_slots, len(wanted)),
         enforce_eager=eager,
         max_model_len=512,
         max_num_seqs=32,
         kv_cache_memory_bytes=256 << 20,
     )
     (empty,) = llm.collective_rpc("emo_describe", args=(0,))
-    (answer,) = llm.collective_rpc("emo_start_load", args=(1, 1, copies))
-    assert answer["ok"], answer
-    first = [list(layer) for layer in wanted[0].expert_ids]
-    while answer.get("state") != "published":
-        (answer,) = llm.collective_rpc("emo_finish_load", args=(1, 1, 0, first, 1.0))
-        assert answer["ok"] and not answer["failure"], answer
-        time.sleep(0.005)
-    for row, pool in enumerate(wanted):
-        ids = [list(layer) for layer in pool.expert_ids]
-        llm.collective_rpc("emo_publish_pool", args=(2, row, ids, pool.router_temperature))
+    load_pools(llm, copies, wanted)
     seconds = time.perf_counter() - start
     (loaded,) = llm.collective_rpc("emo_describe", args=(3,))
 

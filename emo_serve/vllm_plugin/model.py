@@ -112,9 +112,8 @@ class EmoForCausalLM(nn.Module):
 
     def _make_record(self, max_num_tokens: int) -> RoutingRecord | None:
         """Have the layers record what the router does, on the first rank: gates are replicated."""
-        if not self.settings.records_routing or get_tensor_model_parallel_rank():
-            return None
-        if not self.moe_layers:
+        is_first = get_tensor_model_parallel_rank() == 0
+        if not (self.settings.records_routing and is_first and self.moe_layers):
             return None
         dtype = next(iter(self.moe_layers.values())).gate.weight.dtype
         layers = {

@@ -86,7 +86,7 @@ class LayerRecord:
 
 
 class StepRequests(NamedTuple):
-    """The requests of a step, and how many tokens each has in it: `lengths`, of theirs an array."""
+    """The requests of a step, and how many tokens each of them has in it."""
 
     tags: Sequence[RequestTag]
     lengths: np.ndarray
@@ -118,7 +118,8 @@ class _LikeLayers:
         num_layers = len(self._tables)
         # As if each layer had tokens of its own: M * L of them. The same below.
         logits_TE = self._waiting_CLE[tokens_M].flatten(0, 1)
-        experts_TK, is_taken_TK = taken_experts(logits_TE, self._moe, self._pools_of(rows_M))
+        pool_TE = self._pools()[rows_M].flatten(0, 1)
+        experts_TK, is_taken_TK = taken_experts(logits_TE, self._moe, pool_TE)
         lines_ML = rows_M[:, None] * num_layers + torch.arange(num_layers, device=rows_M.device)
         places_TK = lines_ML.flatten()[:, None] * self._moe.num_experts + experts_TK
         taken_TK = is_taken_TK * weights_M.repeat_interleave(num_layers)[:, None]
@@ -135,13 +136,13 @@ class _LikeLayers:
             mass_NLE = router_probabilities(logits_TE, moe).view(num_tokens, *self.mass.shape[1:])
             self.mass.index_add_(0, slots_N, mass_NLE.double())
         standard_TS = standard_probabilities(logits_TE, moe, None)
-        pools_RLS = torch.stack(list(self._tables.values()), 1)[..., : moe.num_standard_experts]
+        pools_RLS = self._pools()[..., : moe.num_standard_experts]
         inside_TS = pools_RLS.float()[rows_N].flatten(0, 1)
         return (standard_TS * inside_TS).sum(-1).view(num_tokens, -1)
 
-    def _pools_of(self, rows_N: Tensor) -> Tensor:
-        """Return the pools [N * L, E] of tokens of these rows."""
-        return torch.stack(list(self._tables.values()), 1)[rows_N].flatten(0, 1)
+    def _pools(self) -> Tensor:
+        """Return the pools of all rows [rows, L, E] as they are now."""
+        return torch.stack(list(self._tables.values()), 1)
 
     def by_index(self, values_LE: Tensor) -> dict[int, list[Any]]:
         """Return [E] of each layer."""

@@ -1,0 +1,55 @@
+"""Engines of benchmarks that need one within reach: what vLLM is told, and pools put in place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.vllm_plugin import (
+    ADDITIONAL_CONFIG_KEY,
+    LOAD_FORMAT,
+    WORKER_EXTENSION_CLS,
+    worker_cls_for,
+)
+
+__all__ = ["engine_arguments", "load_pools"]
+
+
+def engine_arguments(
+    model: Path, num_slots: int, num_pools: int, *, host_expert_bytes: int = 0
+) -> dict[str, Any]:
+    """Return what vLLM's engine must be told to serve pools on a CPU, as the front end tells it."""
+    ours = {
+        "num_slots": num_slots,
+        "num_pools": num_pools,
+        "moe_backend": "auto",
+        "expert_dtype": "auto",
+        "host_expert_bytes": host_expert_bytes,
+        "records_routing": True,
+    }
+    return {
+        "model": str(model),
+        "load_format": LOAD_FORMAT,
+        "worker_cls": worker_cls_for("cpu"),
+        "worker_extension_cls": WORKER_EXTENSION_CLS,
+        "additional_config": {ADDITIONAL_CONFIG_KEY: ours},
+    }
+
+
+def load_pools(llm: Any, copies: Sequence[Sequence[int]], pools: Sequence[ExpertPool]) -> None:
+    """Make copies (layer, expert, slot) that hold these pools' experts; publish pools from row 0.
+
+    `llm` is a vllm.LLM with one worker.
+    """
+    (answer,) = llm.collective_rpc("emo_start_load", args=(1, 1, copies))
+    assert answer["ok"], answer
+    ids = [[list(layer) for layer in pool.expert_ids] for pool in pools]
+    while answer.get("state") != "published":
+        (answer,) = llm.collective_rpc("emo_finish_load", args=(1, 1, 0, ids[0], 1.0))
+        assert answer["ok"] and not answer["failure"], answer
+        time.sleep(0.005)
+    for row, pool in enumerate(pools):
+        llm.collective_rpc("emo_publish_pool", args=(2, row, ids[row], pool.router_temperature))
