@@ -41,11 +41,14 @@ lint: install ## Check style and types: ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ## Run the benchmarks (BENCH=benchmarks/demo_loss.py for one, ARGS= for its flags)
+bench: install ## Run the benchmarks (BENCH=serving.start for one, ARGS= for its flags)
 	@set -e; for bench in $(BENCH); do \
-		echo "$(BIN)/python $$bench $(ARGS)"; $(BIN)/python $$bench $(ARGS); done
+		echo "$(BIN)/python -m benchmarks.$$bench $(ARGS)"; \
+		$(BIN)/python -m benchmarks.$$bench $(ARGS); done
 
-BENCH = $(sort $(wildcard benchmarks/bench_*.py))
+BENCH = accuracy.auto accuracy.calibration decoding.run kernels.run residency.loading \
+	residency.policies residency.switching serving.build serving.coverage serving.recording \
+	serving.start serving.throughput
 
 clean: ## Remove .venv and every cache
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -20,7 +20,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks.accuracy_report import headline, of_seeds
+from benchmarks.accuracy.report import headline, of_seeds
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PLOTS = RESULTS / "plots"

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from emo_serve.errors import Draining, PoolInUse
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.residency.line import LoadLine
-from emo_serve.residency.places import Purpose
 from emo_serve.residency.policy import EvictionPolicy, LruPolicy
 from emo_serve.residency.ports import NobodyCounts, PoolEngine, ResidencyObserver
+from emo_serve.residency.queue import LoadLine
+from emo_serve.residency.records import Purpose
 from emo_serve.residency.room import Room
 from emo_serve.residency.slots import SlotTable
 from emo_serve.residency.statistics import PoolResidency, PoolState, ResidencyStats

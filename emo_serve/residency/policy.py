@@ -93,7 +93,7 @@ class LfuPolicy:
     name = "lfu"
 
     # 10 s had the most hits, on average, of 10, 60 and 600 s, light and busy, with 10 and 24 pools
-    # at 4 to 10 requests a second; 2026-11-23, benchmarks/bench_residency.py
+    # at 4 to 10 requests a second; 2026-11-23, benchmarks/residency/policies.py
     def __init__(self, half_life_seconds: float = 10.0) -> None:
         if not (half_life_seconds > 0 and math.isfinite(half_life_seconds)):
             raise ConfigError(f"half-life of {half_life_seconds} s; expected more than 0")

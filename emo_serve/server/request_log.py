@@ -7,8 +7,8 @@ share it:
     {"at_seconds": 1763.25, "pool": "math", "wait_seconds": 0.0, "service_seconds": 1.5,
      "is_hit": true, "prompt_tokens": 12, "generation_tokens": 64, "outcome": "finished"}
 
-`benchmarks/bench_residency.py --trace FILE` plays such a file back. Serving comes before logging: a
-disk that fills up later costs lines and one warning, never a request.
+`benchmarks/residency/policies.py --trace FILE` plays such a file back. Serving comes before
+logging: a disk that fills up later costs lines and one warning, never a request.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import signal
 import time
 
 from emo_serve.residency.manager import ResidencyManager
-from emo_serve.server.gate import RequestGate
+from emo_serve.server.asgi.admission import RequestGate
 
 __all__ = ["StopSignals", "drain"]
 

@@ -69,8 +69,10 @@ class CpuMover:
     `is_decoding` tells whether the engine has tokens to compute; without any, nobody would feel it.
     """
 
-    piece_bytes = 128 << 10  # bench_loading.py; 64 KiB is felt less and takes twice as long
-    decoding_rest = 8.0  # bench_loading.py; 4 is felt, and a nice value costs more than it saves
+    piece_bytes = 128 << 10  # residency/loading.py; 64 KiB is felt less and takes twice as long
+    decoding_rest = (
+        8.0  # residency/loading.py; 4 is felt, and a nice value costs more than it saves
+    )
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 While a step runs each MoE layer copies its gate's logits to memory that never moves, one small
 kernel that CUDA graphs can hold. When the next step begins they join those that wait, one copy for
 all layers. The rest is done when there is no more room or somebody asks, for hundreds of tokens at
-once and without waiting for the device; what it costs, benchmarks/bench_coverage.py tells. Logits
+once and without waiting for the device; what it costs, benchmarks/serving/coverage.py tells. Logits
 are kept as they were routed; the tables that a token was routed by must still stand when it is
 counted, so a row's tokens are counted before the row is given to another pool.
 

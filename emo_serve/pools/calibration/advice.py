@@ -5,7 +5,7 @@ So it is compared with what the same text would have if every passage of it, up 
 long, had a pool of the same size to itself. Text of one domain comes close to that; text of several
 does not, for its passages want different experts.
 
-Both bounds were measured on the shipped models' held-out texts (benchmarks/bench_calibration.py,
+Both bounds were measured on the shipped models' held-out texts (benchmarks/accuracy/calibration.py,
 the tables `mixture` and `amount`; its results file has the figures).
 """
 

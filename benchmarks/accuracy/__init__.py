@@ -1,0 +1,1 @@
+"""How good answers are: loss and accuracy against memory, calibration, auto."""

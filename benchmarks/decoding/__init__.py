@@ -1,0 +1,1 @@
+"""A whole model of the released sizes, decoding in CUDA graphs."""

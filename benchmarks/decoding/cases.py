@@ -1,0 +1,191 @@
+"""What bench_decode compares: a model, its pools, the cases of a batch; and what must hold of them.
+
+Shapes as in decode_model: T sequences, one token each; D hidden size, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import emo_kernels
+from benchmarks.decoding.model import DecodeModel, Geometry, PooledMoe, Sequences, random_pools
+from emo_kernels import reference, tuning
+
+__all__ = ["Case", "Setting", "Tolerances", "check"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the sequences of a batch route in: pool rows, in turn; slots that a slab would need."""
+
+    name: str
+    rows: tuple[int, ...]
+    slots: int
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Relative errors that pass.
+
+    `twin` bounds every token of every MoE layer; `step` the median token's logits, since one value
+    rounded otherwise may choose another expert. Below `change` a pool does not show.
+    """
+
+    twin: float
+    step: float
+    change: float = 0.02
+
+
+class Setting:
+    """The model, its cases and the sequences of the largest batch."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        sizes: tuple[int, int, int],
+        num_sequences: int,
+        context: int,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        tiles_for: int | None = None,
+    ) -> None:
+        num_mixed, mixed_size = 4, sizes[1]
+        # Row 0 is the base pool; one of each size follows, then the other three of the mixed four.
+        all_sizes = [geometry.num_experts, *sizes, *[mixed_size] * (num_mixed - 1)]
+        pools = random_pools(geometry, all_sizes, generator.initial_seed())
+        mixed = (2, 4, 5, 6)
+
+        def case(name: str, *rows: int) -> Case:
+            layers = zip(*(pools[row] for row in rows), strict=True)
+            return Case(name, rows, max(len(frozenset().union(*layer)) for layer in layers))
+
+        self.cases = (
+            case(f"all {geometry.num_experts}", 0),
+            *(case(f"pool of {size}", row) for row, size in enumerate(sizes, 1)),
+            case(f"{num_mixed} pools of {mixed_size}", *mixed),
+        )
+        self.geometry, self.context, self.dtype = geometry, context, dtype
+        self._tiles_for = tiles_for
+        self.model = DecodeModel(geometry, pools, dtype, generator)
+        self.sequences = Sequences.random(geometry, num_sequences, context, dtype, generator)
+        self.start = self.sequences.tokens_T.clone(), self.sequences.position.clone()
+
+    def batch(self, num: int) -> Sequences:
+        """Return the first `num` sequences."""
+        return self.sequences.first(num)
+
+    def pooled_moe(self, num: int) -> PooledMoe:
+        """Return the kernels, with the tiles that batches of `num` get in every case."""
+        if self._tiles_for is None:
+            return emo_kernels.pooled_moe
+        device = self.sequences.tokens_T.device
+        config = tuning.choose(device, num, self._tiles_for, self.dtype, self.dtype)
+        return partial(emo_kernels.pooled_moe, config=config)
+
+    def begin(self, batch: Sequences, case: Case) -> None:
+        """Put a batch at its first tokens, in the case's pools."""
+        batch.set_rows(case.rows)
+        tokens_T, position = self.start
+        batch.set_next(tokens_T[: len(batch.tokens_T)], position)
+
+    def device_bytes(self, case: Case) -> int:
+        """Return trunk + slots x bytes: what a slab of just the case's slots would take in all."""
+        slots = self.geometry.num_layers * case.slots
+        return self.model.trunk_bytes + slots * self.geometry.expert_bytes(self.dtype)
+
+    def read_bytes(self, num: int, experts_hit: float) -> float:
+        """Return the bytes a step must read: trunk but for embeddings, keys and values, experts."""
+        trunk = self.model.trunk_bytes - self.model.embed.nbytes
+        past = num * self.geometry.kv_bytes(self.context, self.dtype)
+        return trunk + past + self.expert_read_bytes(experts_hit)
+
+    def expert_read_bytes(self, experts_hit: float) -> float:
+        """Return the bytes of the experts a step must read, all layers together."""
+        experts = self.geometry.num_layers * experts_hit
+        return experts * self.geometry.expert_bytes(self.dtype)
+
+    def experts_hit(self, moe_inputs: Sequence[Tensor], pool_rows_T: Tensor) -> float:
+        """Return how many experts a layer the tokens take together, the mean over layers."""
+        hit = []
+        for x_TD, layer in zip(moe_inputs, self.model.layers, strict=True):
+            logits_TE = torch.nn.functional.linear(x_TD, layer.gate)
+            routed = emo_kernels.route(logits_TE, pool_rows_T, layer.tables, self.model.router)
+            slots = routed.slots_TK[routed.slots_TK >= 0]
+            hit.append(slots.unique().numel())  # sync: outside of what is timed
+        return mean(hit)
+
+
+# -- checks --
+
+
+def relative(got: Tensor, wanted: Tensor) -> Tensor:
+    """Return the size of the difference relative to what was wanted, a row each."""
+    got, wanted = got.float(), wanted.float()
+    return (got - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+
+
+def check(
+    setting: Setting, num: int, again: Callable[[], Tensor], tolerances: Tolerances
+) -> list[dict[str, Any]]:
+    """Check one batch size in every case; return what was found, or exit saying what is wrong.
+
+    `again` does the step otherwise, from the same state, and returns its logits: a replay.
+    """
+    batch, model, rows = setting.batch(num), setting.model, []
+    pooled_moe = setting.pooled_moe(num)
+    full_TV: Tensor | None = None
+    for case in setting.cases:
+        setting.begin(batch, case)
+        moe_inputs: list[Tensor] = []
+        eager_TV = model.step(batch, pooled_moe, moe_inputs)
+        full_TV = eager_TV if full_TV is None else full_TV
+        row: dict[str, Any] = {
+            "case": case.name,
+            "batch": num,
+            "slots": case.slots,
+            "change_from_full": relative(eager_TV, full_TV).median().item(),
+            "experts_hit": setting.experts_hit(moe_inputs, batch.pool_rows_T),
+        }
+        if case is not setting.cases[0]:
+            _require(row, "change_from_full", at_least=tolerances.change)
+        setting.begin(batch, case)
+        again_TV = again()
+        row["step_error"] = relative(again_TV, eager_TV).median().item()
+        row["is_identical"] = torch.equal(again_TV, eager_TV)
+        _require(row, "step_error", at_most=tolerances.step)
+        row["twin_error"] = _layer_error(model, moe_inputs, batch.pool_rows_T, pooled_moe)
+        _require(row, "twin_error", at_most=tolerances.twin)
+        rows.append(row)
+    return rows
+
+
+def _layer_error(
+    model: DecodeModel, moe_inputs: Sequence[Tensor], pool_rows_T: Tensor, pooled_moe: PooledMoe
+) -> float:
+    """Return the largest relative error of a MoE layer's output for a token, kernels to twin."""
+    errors = []
+    for x_TD, layer in zip(moe_inputs, model.layers, strict=True):
+        got, wanted = (
+            model.moe(x_TD, layer, pool_rows_T, experts)
+            for experts in (pooled_moe, reference.pooled_moe)
+        )
+        errors.append(relative(got, wanted).max().item())
+    return max(errors)
+
+
+def _require(
+    row: dict[str, Any], key: str, at_least: float = 0.0, at_most: float = float("inf")
+) -> None:
+    if not at_least <= row[key] <= at_most:  # nan too
+        sys.exit(
+            f"{row['case']}, batch {row['batch']}: {key} is {row[key]:.3g}, wanted"
+            f" {at_least:g} to {at_most:g}; nothing was recorded"
+        )

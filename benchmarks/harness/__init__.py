@@ -1,0 +1,1 @@
+"""What benchmarks share: result lines, engines and servers to measure."""

@@ -1,0 +1,1 @@
+"""The Triton kernels on this machine's GPU: check, tune, measure."""

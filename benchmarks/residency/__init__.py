@@ -1,0 +1,1 @@
+"""Pools that come and go: policies in virtual time, loads, switching."""

@@ -1,0 +1,1 @@
+"""What serving costs: throughput, start-up, recording, builds."""

@@ -1,0 +1,125 @@
+"""The command `emo-serve`: serve, pools, demo. Parses, calls, and turns refusals into one line.
+
+Nothing heavy is imported before a command needs it, so that `--help`, `--version` and refused flags
+answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from emo_serve import __version__
+from emo_serve.config import ServeSettings, add_serve_flags
+from emo_serve.errors import ConfigError, EmoServeError
+
+__all__ = ["main"]
+
+_USAGE_STATUS = 2
+_INTERRUPTED_STATUS = 130
+_DEMO_FLAG_DEFAULTS = {
+    # vLLM would take 92 % of the machine's memory for the KV cache, and refuse to start with less.
+    "kv_cache_memory_bytes": 512 * 2**20,
+    # Compilation needs a C++ compiler and takes most of the start-up; for a model this small it
+    # buys little (benchmarks/serving/start.py, serving/throughput.py --a emo --b emo-eager).
+    "enforce_eager": True,
+}
+"""Defaults of vLLM's flags for the model that ships, which must start on any machine."""
+
+_SERVE_EPILOG = """\
+Any flag of `vllm serve` may follow, with its name and default: --port, --host, --dtype, --api-key,
+--max-model-len, --served-model-name, --tensor-parallel-size, ...
+
+  emo-serve serve --help=all          list them all
+  emo-serve serve --help=max-model-len  explain one
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; 2 for anything the user must change."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["serve"] and not _asks_short_help(arguments[1:]):
+            return _serve(arguments[1:])
+        args = _parser().parse_args(arguments)
+        return int(args.run(args) or 0)
+    except ConfigError as error:
+        print(f"emo-serve: {error}", file=sys.stderr)
+        return _USAGE_STATUS
+    except EmoServeError as error:
+        print(f"emo-serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED_STATUS
+
+
+def _asks_short_help(arguments: Sequence[str]) -> bool:
+    return "-h" in arguments or "--help" in arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    from emo_serve import demo
+    from emo_serve.cli.demo import add_demo_parser
+    from emo_serve.cli.pools import add_pools_parser
+
+    parser = argparse.ArgumentParser(
+        prog="emo-serve",
+        description="Serve EMO models: one vLLM engine, many expert pools, the OpenAI API.",
+    )
+    parser.add_argument("--version", action="version", version=f"emo-serve {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="start the OpenAI-compatible server",
+        usage="emo-serve serve [MODEL] [flags] [any flag of vllm serve]",
+        epilog=_SERVE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument(
+        "model_tag",
+        nargs="?",
+        metavar="MODEL",
+        help="checkpoint directory or Hub id (default: the small model that ships)",
+    )
+    add_serve_flags(serve)
+    add_pools_parser(commands, demo.model_dir())
+    add_demo_parser(commands)
+    return parser
+
+
+def _serve(arguments: list[str]) -> int:
+    _check_early(arguments)
+    _configure_logging()
+    from emo_serve import demo
+    from emo_serve.server.serve import DefaultModel, run
+
+    defaults = {**_DEMO_FLAG_DEFAULTS, "auto_examples": str(demo.heldout_dir())}
+    default_model = DefaultModel(demo.DEMO_MODEL, demo.model_dir(), demo.pools_dir(), defaults)
+    return run(arguments, lambda text: print(text, flush=True), default_model)
+
+
+def _check_early(arguments: list[str]) -> None:
+    """Refuse bad values of our own flags before vLLM's import, which takes seconds."""
+    parser = argparse.ArgumentParser(prog="emo-serve serve", add_help=False, allow_abbrev=False)
+    add_serve_flags(parser)
+    parser.set_defaults(model_tag=None)
+    known, _ = parser.parse_known_args(arguments)
+    ServeSettings.from_args(known)
+
+
+def _configure_logging() -> None:
+    """Log as vLLM does, to stderr; vLLM configures only its own loggers."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S")
+    )
+    root = logging.getLogger("emo_serve")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    root.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""`emo-serve pools build --server URL`: have a running server build a pool from examples here.
+
+The files are read and checked here, and sent as one request; the answer comes when the pool is
+defined. It says what the offline build says, but for what was read from the checkpoint; mixed
+domains are looked for among documents, not their passages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from emo_serve.cli.rendering.outcome import coverage_line, found_by, size_line
+from emo_serve.cli.rendering.tables import facts, printable
+from emo_serve.cli.server_flags import server_of
+from emo_serve.errors import ConfigError
+from emo_serve.pools.calibration import DEFAULT_METHOD
+from emo_serve.pools.calibration.examples import Example, read_examples
+from emo_serve.pools.pool import check_name
+
+__all__ = ["run_server_build"]
+
+
+def run_server_build(arguments: argparse.Namespace) -> int:
+    """Send the examples, wait for the pool, and say what it is."""
+    _check(arguments)
+    document = {
+        "name": arguments.name,
+        "examples": [_body_of(example) for example in read_examples(arguments.examples)],
+        "experts": arguments.experts,
+        "method": arguments.method,
+        "description": arguments.description,
+    }
+    with server_of(arguments) as server:
+        card = server.add(json.dumps(document).encode(), replace=arguments.replace)
+        url = server.url
+    made = card["calibration"]
+    stored = "stored" if card["persisted"] else "not stored: until the server ends"
+    rows = {
+        "built": f"version {card['version']}, {stored}",
+        "pool": size_line(card["name"], card["experts_per_layer"]),
+        "server": url,
+        "found by": found_by(made["method"], made["documents"], made["tokens"]),
+        "coverage": coverage_line(made["coverage"], made["coverage_per_layer"]),
+        "took": f"{made['seconds']:.1f} s",
+    }
+    print(facts(rows))
+    for note in card["notes"]:
+        print(f"note: {printable(note)}")
+    print(f'\nthen ask:    "model": "{card["name"]}"')
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what makes no sense with --server, and a name no pool may have."""
+    check_name("pools build", arguments.name)
+    if arguments.method != DEFAULT_METHOD:
+        raise ConfigError(
+            f"pools build: a server builds by {DEFAULT_METHOD}; for --method {arguments.method}"
+            " give --model DIR and no --server"
+        )
+    for flag in ("model", "out", "seed"):
+        if getattr(arguments, flag) is not None:
+            raise ConfigError(
+                f"pools build: --{flag} is for a build from a checkpoint and --server is not; give"
+                " one"
+            )
+    if not arguments.examples:
+        raise ConfigError("pools build: give --examples FILE, texts or chats of the domain")
+
+
+def _body_of(example: Example) -> object:
+    """Return an example as a request holds it."""
+    if example.text is not None:
+        return example.text
+    return {"messages": list(example.messages)}

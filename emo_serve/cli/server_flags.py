@@ -1,0 +1,57 @@
+"""The flags by which a command of `emo-serve pools` reaches a running server, and what they make.
+
+httpx is imported when a server is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from emo_serve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from emo_serve.cli.client import PoolServer
+
+__all__ = ["BUILD_SECONDS", "CHANGE_SECONDS", "READ_SECONDS", "add_server_flags", "server_of"]
+
+READ_SECONDS = 30.0
+CHANGE_SECONDS = 600.0
+"""A load may have to wait for long requests to end."""
+BUILD_SECONDS = 3600.0
+"""A build runs every example once a layer, behind everybody else's requests."""
+
+
+def add_server_flags(
+    command: argparse.ArgumentParser, *, is_required: bool, seconds: float
+) -> None:
+    """Add --server, --api-key and --timeout, by default so many `seconds`."""
+    command.add_argument(
+        "--server",
+        required=is_required,
+        metavar="URL",
+        help="ask the emo-serve server there, e.g. http://127.0.0.1:8000",
+    )
+    command.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="the server's key; without it that of EMO_SERVE_ADMIN_API_KEY, EMO_SERVE_API_KEY or"
+        " VLLM_API_KEY, in this order",
+    )
+    command.add_argument(
+        "--timeout",
+        type=float,
+        default=seconds,
+        metavar="SECONDS",
+        help="how long to wait for its answer (default: %(default)g)",
+    )
+
+
+def server_of(arguments: argparse.Namespace) -> PoolServer:
+    """Return the server that the flags name, not asked yet; for use in a `with`."""
+    from emo_serve.cli.client import PoolServer, key_from
+
+    if not arguments.timeout > 0:
+        raise ConfigError(f"--timeout is {arguments.timeout:g}; give seconds, more than 0")
+    key = key_from(arguments.api_key)
+    return PoolServer(arguments.server, key, timeout_seconds=arguments.timeout)

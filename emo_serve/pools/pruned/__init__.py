@@ -1,0 +1,1 @@
+"""Pruned checkpoints: a pool written as one, and one's list of experts read as a pool."""

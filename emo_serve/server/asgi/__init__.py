@@ -1,0 +1,1 @@
+"""The layers around vLLM's app: keys, admission, coverage in answers, errors."""

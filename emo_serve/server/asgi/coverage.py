@@ -1,0 +1,132 @@
+"""What a client is told of its pool and coverage: response headers, a JSON field, one more event.
+
+Pure text in, text out; the gate decides when. A body gets the field `emo_serve` as its last one,
+and is otherwise the same bytes. A stream gets one event before `data: [DONE]`, of the shape of the
+usage chunk: no choices, which OpenAI clients skip. Streams that end otherwise (those of
+/v1/responses and /v1/messages) have event types of their own, and are left as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from emo_serve.errors import RequestError
+from emo_serve.server.vllm_adapter.coverage import share_of
+from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
+
+__all__ = ["COVERAGE_HEADER", "CoverageReport", "EventTail", "body_with", "wants_coverage"]
+
+COVERAGE_HEADER = "x-emo-coverage"
+
+_FIELD = "emo_serve"
+_WORDS = {"true": True, "1": True, "false": False, "0": False}
+_DIGITS = 4
+_DONE = b"data: [DONE]"
+_END_OF_EVENT = b"\n\n"  # as vLLM writes it
+_CHUNKS = ("chat.completion.chunk", "text_completion")
+_IDENTITY = ("id", "object", "created", "model")
+
+
+def wants_coverage(values: Iterable[str]) -> bool:
+    """Read the values of the request header x-emo-coverage, usually none or one.
+
+    Raises RequestError for any other than true, 1, false, 0 in any case, and for both at once.
+    """
+    found = set()
+    for value in values:
+        word = _WORDS.get(value.strip().lower())
+        if word is None:
+            raise RequestError(
+                f"{COVERAGE_HEADER} is {value!r}; send true to be told the request's coverage, or"
+                " false"
+            )
+        found.add(word)
+    if len(found) > 1:
+        raise RequestError(f"{COVERAGE_HEADER} is sent twice, true and false; send it once")
+    return True in found
+
+
+@dataclass(frozen=True)
+class CoverageReport:
+    """What is reported of the engine requests of one HTTP request; `pool` may be several names.
+
+    `coverage` is None where no token was routed.
+    """
+
+    pool: str
+    coverage: float | None
+    routed_tokens: int
+
+    @classmethod
+    def of(cls, pools: str, sums: Iterable[CoverageSum | None]) -> CoverageReport:
+        """Add the engine requests up: every token counts the same."""
+        total = sum((one for one in sums if one is not None), CoverageSum(0.0, 0))
+        coverage = round(share_of(total), _DIGITS) if total.tokens else None
+        return cls(pools, coverage, total.tokens)
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the response header; none where there is nothing to tell."""
+        if self.coverage is None:
+            return []
+        return [(COVERAGE_HEADER.encode(), f"{self.coverage:.{_DIGITS}f}".encode())]
+
+
+def body_with(body: bytes, report: CoverageReport) -> bytes:
+    """Return a JSON object with the report as its last field; anything else as it is."""
+    text = body.strip()
+    if not (text.startswith(b"{") and text.endswith(b"}")):
+        return body
+    fields = text[:-1].rstrip()
+    comma = b"" if fields == b"{" else b","
+    return fields + comma + _compact({_FIELD: asdict(report)})[1:]
+
+
+class EventTail:
+    """Split a stream of server-sent events, and make the one that goes before the last."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+        self._identity: dict[str, Any] | None = None
+
+    def take(self, data: bytes) -> Sequence[bytes]:
+        """Return the events that are complete with this data; `rest` is the begun one."""
+        *events, self.rest = (self.rest + data).split(_END_OF_EVENT)
+        complete = [event + _END_OF_EVENT for event in events]
+        for event in complete:
+            if self._identity is None:
+                self._identity = _identity_of(event)
+        return complete
+
+    @staticmethod
+    def is_last(event: bytes) -> bool:
+        """Tell `data: [DONE]` from other events."""
+        return event.startswith(_DONE)
+
+    def event(self, report: CoverageReport) -> bytes:
+        """Return the report as an event; nothing for a stream that had no chunk of OpenAI's."""
+        if self._identity is None:
+            return b""
+        fields = {**self._identity, "choices": [], _FIELD: asdict(report)}
+        return b"data: " + _compact(fields) + _END_OF_EVENT
+
+
+def _identity_of(event: bytes) -> dict[str, Any] | None:
+    """Return the fields that all chunks of a stream share, or None if the event is no chunk."""
+    name, _, value = event.partition(b":")
+    if name != b"data":
+        return None
+    try:
+        chunk = json.loads(value)
+    except ValueError:
+        return None
+    if not isinstance(chunk, dict) or chunk.get("object") not in _CHUNKS:
+        return None
+    return {key: chunk[key] for key in _IDENTITY if key in chunk}
+
+
+def _compact(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, separators=(",", ":")).encode()

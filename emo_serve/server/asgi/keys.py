@@ -1,0 +1,126 @@
+"""Which key opens what. Pure ASGI around the whole server, vLLM's routes and ours.
+
+vLLM's own check covers paths that begin with /v1 and knows one kind of key. This one stands before
+it and covers every path: an API key opens what answers clients, an admin key everything, and with
+admin keys set nothing else may change pools. A path is judged as the router will see it: decoded
+once, without the root path, and by its beginning, so that no spelling a route accepts is missed.
+
+    keys set            pools, changing      open_paths     everything else
+    none                open                 open           open
+    api                 api                  open           api
+    admin               admin                open           open
+    api and admin       admin                open           api or admin
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Collection
+from enum import Enum
+from http import HTTPStatus
+
+from emo_serve.server.asgi.admission import (
+    READING_METHODS,
+    AsgiApp,
+    Receive,
+    Scope,
+    Send,
+    send_error,
+)
+
+__all__ = ["KeyGuard", "route_path"]
+
+_POOLS = "/v1/pools"
+_POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
+
+
+class _Key(Enum):
+    """What the Authorization header of a request is worth."""
+
+    MISSING = "no key"
+    UNKNOWN = "a key the server does not know"
+    API = "an API key"
+    ADMIN = "an admin key"
+
+
+class KeyGuard:
+    """Wrap an ASGI app and let through what the key in `Authorization: Bearer` opens.
+
+    `open_paths` are exact paths that need no key. `root_path` is the wrapped app's own
+    (--root-path), which it sets after us; without one the scope's counts.
+    """
+
+    def __init__(
+        self,
+        app: AsgiApp,
+        api_keys: Collection[str],
+        admin_keys: Collection[str],
+        open_paths: Collection[str],
+        *,
+        root_path: str | None,
+    ) -> None:
+        self.app = app
+        self._api_hashes = _hashes(api_keys)
+        self._admin_hashes = _hashes(admin_keys)
+        self._open_paths = frozenset(open_paths)
+        self._root_path = root_path or ""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one ASGI connection on, or refuse it with 401 or 403."""
+        opened_by = self._opened_by(scope)
+        key = self._key(scope) if opened_by else _Key.ADMIN
+        if not opened_by or key in opened_by:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+        else:
+            await _refuse(send, key)
+
+    def _opened_by(self, scope: Scope) -> tuple[_Key, ...]:
+        """Return the keys that open a connection; none of them when it is open to all."""
+        method = scope.get("method")  # a websocket has none
+        if scope["type"] not in ("http", "websocket") or method == "OPTIONS":
+            return ()  # OPTIONS: a browser's preflight carries no key
+        path = route_path(scope["path"], self._root_path or scope.get("root_path", ""))
+        changes_pools = path.startswith(_POOLS) and method not in READING_METHODS
+        if changes_pools and self._admin_hashes:
+            return (_Key.ADMIN,)
+        if not self._api_hashes or (path in self._open_paths and not changes_pools):
+            return ()
+        return (_Key.API, _Key.ADMIN)
+
+    def _key(self, scope: Scope) -> _Key:
+        value = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, token = value.partition(b" ")
+        if scheme.lower() != b"bearer" or not token:
+            return _Key.MISSING
+        digest = hashlib.sha256(token).digest()
+        # Every hash is compared, in constant time: how long it takes tells nothing of the keys.
+        is_admin, is_api = (
+            sum(secrets.compare_digest(digest, known) for known in hashes)
+            for hashes in (self._admin_hashes, self._api_hashes)
+        )
+        return _Key.ADMIN if is_admin else _Key.API if is_api else _Key.UNKNOWN
+
+
+def route_path(path: str, root_path: str) -> str:
+    """Return the path that Starlette's router matches with its routes."""
+    rest = path.removeprefix(root_path)
+    return rest if path.startswith(root_path) and (not rest or rest[0] == "/") else path
+
+
+def _hashes(keys: Collection[str]) -> tuple[bytes, ...]:
+    return tuple(hashlib.sha256(key.encode()).digest() for key in keys if key)
+
+
+async def _refuse(send: Send, key: _Key) -> None:
+    """Answer in OpenAI's shape: 403 to a client we know, 401 to one we do not."""
+    if key is _Key.API:
+        status = HTTPStatus.FORBIDDEN
+        message = "this key may not change pools; use one of --admin-api-key"
+    else:
+        status = HTTPStatus.UNAUTHORIZED
+        message = f"{key.value} was sent; send Authorization: Bearer and a key of this server"
+    challenge = [(b"www-authenticate", b"Bearer")] if status is HTTPStatus.UNAUTHORIZED else []
+    await send_error(send, status, message, *challenge)

@@ -1,0 +1,1 @@
+"""Model auto: which pool a prompt belongs in."""

@@ -1,0 +1,171 @@
+"""`model: "auto"`: read the prompt, ask which pool it belongs in, and put that name in its place.
+
+Pure ASGI inside the request gate and around vLLM's app. Only a POST that generates and means
+`auto`, by its model or by the x-emo-pool header, is changed: its body arrives with the chosen
+pool's name as the model, so that everything behind, metrics and the answer's `model` included, sees
+a request for that pool. Other requests to these paths arrive as they came; the rest is not even
+read. A body that cannot be read as a prompt passes too, for vLLM knows best what is wrong with it.
+
+The choice is one an HTTP request, however many prompts it has, and ends when its client leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+from emo_serve.config import AUTO_POOL, BASE_POOL
+from emo_serve.errors import EmoServeError, RequestError
+from emo_serve.names import ModelNames
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.server.asgi.admission import (
+    AsgiApp,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    current_request,
+    send_error,
+)
+from emo_serve.server.asgi.errors import reason_of, retry_after_of, status_of
+from emo_serve.server.asgi.keys import route_path
+from emo_serve.server.auto.choice import PoolChooser
+from emo_serve.server.auto.prompt_text import READERS, Prompt
+
+__all__ = ["AutoObserver", "AutoPool"]
+
+_T = TypeVar("_T")
+
+
+class AutoObserver(Protocol):
+    """Who counts choices; PoolMetrics does."""
+
+    def count_auto(self, pool: str, seconds: float) -> None:
+        """Count a choice, and how long it took."""
+
+    def count_refusal(self, reason: str) -> None:
+        """Count a request for which there was none."""
+
+
+class AutoPool:
+    """Wrap an ASGI app; requests for `auto` reach it with a pool's name.
+
+    `root_path` is the wrapped app's own (--root-path), which it sets after us.
+    """
+
+    def __init__(
+        self,
+        app: AsgiApp,
+        names: ModelNames,
+        chooser: PoolChooser,
+        observer: AutoObserver,
+        *,
+        root_path: str | None = None,
+    ) -> None:
+        self.app = app
+        self._names, self._chooser, self._observer = names, chooser, observer
+        self._root_path = root_path or ""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        path = self._path(scope)
+        if path not in READERS:
+            await self.app(scope, receive, send)
+            return
+        came = await _read_body(receive)
+        document = self._document(came)
+        prompt = READERS[path](document) if document is not None else Prompt()
+        if document is None or not prompt:
+            await self.app(scope, _replay(came, receive), send)
+            return
+        start = time.monotonic()
+        try:
+            pool = await _unless_gone(receive, self._chooser.choose(prompt))
+        except EmoServeError as error:
+            self._observer.count_refusal(reason_of(error))
+            current_request().retry_after_seconds = retry_after_of(error)
+            await send_error(send, status_of(error), str(error))
+            return
+        if pool is None:  # nobody waits for an answer
+            return
+        self._observer.count_auto(pool.name, time.monotonic() - start)
+        document["model"] = self._model_of(pool)
+        current_request().pool_headers = ()
+        body = json.dumps(document).encode()
+        request = {"type": "http.request", "body": body, "more_body": False}
+        await self.app(_with_length(scope, len(body)), _replay([request], receive), send)
+
+    def _path(self, scope: Scope) -> str:
+        """Return the path of a request that may generate, "" for any other."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return ""
+        return route_path(scope["path"], self._root_path or scope.get("root_path", ""))
+
+    def _document(self, came: Sequence[Message]) -> dict[str, Any] | None:
+        """Return the request's JSON if it is whole and means `auto`."""
+        headers = current_request().pool_headers
+        body = b"".join(message.get("body", b"") for message in came)
+        if came[-1]["type"] != "http.request" or not (headers or AUTO_POOL.encode() in body):
+            return None
+        try:
+            document = json.loads(body)
+            model = document.get("model") if isinstance(document, dict) else 0
+            if model is not None and not isinstance(model, str):
+                return None
+            return document if self._names.choose(model, headers) == AUTO_POOL else None
+        except (ValueError, RecursionError, RequestError):
+            return None
+
+    def _model_of(self, pool: ExpertPool) -> str:
+        """Return a name that means this pool; the model's own where that means all experts."""
+        if pool.name != BASE_POOL:
+            return pool.name
+        base = self._names.base[0]
+        return base if self._names.default_pool == BASE_POOL else f"{base}:{BASE_POOL}"
+
+
+async def _read_body(receive: Receive) -> list[Message]:
+    """Receive until the body is whole, or the client has left."""
+    came = [await receive()]
+    while came[-1]["type"] == "http.request" and came[-1].get("more_body", False):
+        came.append(await receive())
+    return came
+
+
+def _replay(came: Sequence[Message], receive: Receive) -> Receive:
+    """Return a `receive` that says again what came, and then goes on listening."""
+    left = list(came)
+
+    async def receive_again() -> Message:
+        return left.pop(0) if left else await receive()
+
+    return receive_again
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[object, object, _T]) -> _T | None:
+    """Await work that is cancelled when the client leaves; None then."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    """Wait until the client leaves; its body is whole, so that nothing else is to be heard."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _with_length(scope: Scope, length: int) -> Scope:
+    """Return a scope whose headers tell the length of the new body, which comes in one piece."""
+    replaced = (b"content-length", b"transfer-encoding")
+    headers = [pair for pair in scope["headers"] if pair[0].lower() not in replaced]
+    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}

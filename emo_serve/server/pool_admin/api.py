@@ -1,0 +1,260 @@
+"""/v1/pools: what exists and who is resident; load, evict, pin; define, redefine and remove.
+
+    GET    /v1/pools                 every pool, the slab's slots, who waits
+    POST   /v1/pools                 define the pool in the body, or build one of the examples in
+                                     the body; ?replace=true redefines one
+    GET    /v1/pools/{name}          one pool or union, with its expert ids
+    GET    /v1/pools/{name}/usage    how often each of its experts was taken
+    DELETE /v1/pools/{name}          forget it, file included
+    POST   /v1/pools/{name}/load     make it resident; also evict, pin and unpin
+
+Bodies are read here and not by FastAPI: they are bounded before they are parsed, a client need not
+name their content type, and what is wrong with them is said like everything else, by field.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from fastapi import APIRouter, HTTPException, Query, Request, Response
+from pydantic import BaseModel, ValidationError
+
+from emo_serve.errors import EmoServeError, PoolFileError, RequestError, Unavailable
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.strict_json import parse_json
+from emo_serve.server.pool_admin.build_schema import (
+    BuildDocument,
+    BuildRequest,
+    BuiltPool,
+    built_of,
+    is_build,
+    parse_build,
+)
+from emo_serve.server.pool_admin.schema import (
+    DeletedPool,
+    EvictOptions,
+    ListOptions,
+    LoadOptions,
+    NoOptions,
+    PoolCard,
+    PoolDetails,
+    PoolDocument,
+    PoolList,
+    ReplaceOptions,
+    UsageAnswer,
+    body_schema,
+    card_of,
+    details_of,
+    list_of,
+    usage_answer,
+)
+from emo_serve.server.pool_admin.service import PoolService
+
+if TYPE_CHECKING:
+    from emo_serve.server.pool_admin.builder import PoolBuilder
+
+__all__ = ["MAX_DOCUMENT_BYTES", "create_router"]
+
+MAX_DOCUMENT_BYTES = 8 * 2**20
+"""64 layers of 1024 experts with a score each take 1.7 MB a line a layer, 2.7 MB indented.
+
+Examples have the same limit; it is some two million tokens.
+"""
+
+_MAX_OPTIONS_BYTES = 64 * 2**10
+_RESPONSES: dict[int, dict[str, Any]] = {
+    200: {"description": "redefined", "model": BuiltPool | PoolCard},
+    400: {"description": "the request must change; the message names field, layer and value"},
+    401: {"description": "no key, or one the server does not know"},
+    403: {"description": "an API key where an admin key is needed"},
+    404: {"description": "no such pool; the message names those that exist"},
+    409: {"description": "the state of the pools does not allow it now"},
+    413: {"description": "the body is too large"},
+    500: {"description": "experts cannot be read, or the pool's file cannot be written"},
+    503: {"description": "may succeed later: see Retry-After"},
+}
+
+_Options = TypeVar("_Options", bound=BaseModel)
+
+
+def create_router(
+    service: PoolService,
+    to_http_error: Callable[[EmoServeError], Exception],
+    builder: PoolBuilder | None = None,
+) -> APIRouter:
+    """Return the routes; `to_http_error` turns our errors into those the app's handlers answer.
+
+    Without a `builder` pools are not built of examples.
+    """
+    router = APIRouter(prefix="/v1/pools", tags=["pools"])
+    _add_reading(router, service, to_http_error)
+    _add_definitions(router, service, to_http_error, builder)
+    _add_residency(router, service, to_http_error)
+    return router
+
+
+def _add_reading(
+    router: APIRouter, service: PoolService, to_http_error: Callable[[EmoServeError], Exception]
+) -> None:
+    @router.get("", response_model_exclude_unset=True)
+    async def list_pools(options: Annotated[ListOptions, Query()]) -> PoolList:
+        """List every pool, the slab's slots, and pool files that were refused."""
+        return list_of(
+            service.overview(),
+            [str(error) for error in service.catalog.refused],
+            persists=service.catalog.persists,
+            experts=options.experts,
+        )
+
+    @router.get("/{name}", responses=_responses(404))
+    async def show_pool(name: str) -> PoolDetails:
+        """Show one pool or union with its expert ids."""
+        with _answering(to_http_error):
+            status = service.status(service.find(name))
+            return details_of(service.overview(), status)
+
+    @router.get("/{name}/usage", responses=_responses(400, 404, 500, 503))
+    async def show_usage(name: str) -> UsageAnswer:
+        """Show how often each expert of a pool or union was taken since the engine started."""
+        with _answering(to_http_error):
+            return usage_answer(*await service.usage(name))
+
+
+def _add_definitions(
+    router: APIRouter,
+    service: PoolService,
+    to_http_error: Callable[[EmoServeError], Exception],
+    builder: PoolBuilder | None,
+) -> None:
+    @router.post(
+        "",
+        response_model_exclude_unset=True,
+        status_code=HTTPStatus.CREATED,
+        responses=_responses(200, 400, 401, 403, 409, 413, 500, 503),
+        openapi_extra=body_schema(PoolDocument, BuildDocument, required=True),
+    )
+    async def define_pool(
+        request: Request, response: Response, options: Annotated[ReplaceOptions, Query()]
+    ) -> BuiltPool | PoolCard:
+        """Define a pool, or redefine it; running requests end with the old experts.
+
+        The body is the pool, or examples of what it is for: then it is built first, beside the
+        requests of others, and the answer comes when that is done.
+        """
+        card: BuiltPool | PoolCard
+        with _answering(to_http_error):
+            body = await _read_body(request, MAX_DOCUMENT_BYTES)
+            wanted = await asyncio.to_thread(_parse_definition, body)
+            if isinstance(wanted, ExpertPool):
+                status, is_new = await service.add(wanted, replace=options.replace)
+                card = card_of(status)
+            elif builder is not None:
+                build = await builder.build(wanted, replace=options.replace)
+                card, is_new = built_of(build), build.is_new
+            else:
+                raise Unavailable("this server builds no pools; use emo-serve pools build")
+        response.status_code = HTTPStatus.CREATED if is_new else HTTPStatus.OK
+        return card
+
+    @router.delete("/{name}", responses=_responses(400, 401, 403, 404, 409, 500))
+    async def remove_pool(name: str) -> DeletedPool:
+        """Forget a pool, its file included; running requests end as they would have."""
+        with _answering(to_http_error):
+            await service.remove(name)
+        return DeletedPool(id=name, name=name)
+
+
+def _add_residency(
+    router: APIRouter, service: PoolService, to_http_error: Callable[[EmoServeError], Exception]
+) -> None:
+    def action(
+        verb: str, options: type[BaseModel]
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        return router.post(
+            f"/{{name}}/{verb}",
+            response_model_exclude_unset=True,
+            responses=_responses(400, 401, 403, 404, 409, 413, 500, 503),
+            openapi_extra=body_schema(options),
+        )
+
+    @action("load", LoadOptions)
+    async def load_pool(name: str, request: Request) -> PoolCard:
+        """Make a pool or union resident, in the line that requests wait in."""
+        with _answering(to_http_error):
+            options = await _read_options(request, LoadOptions)
+            return card_of(await service.load(name, pin=options.pin))
+
+    @action("evict", EvictOptions)
+    async def evict_pool(name: str, request: Request) -> PoolCard:
+        """Free the slots that only this pool needs; nothing changes if it has none."""
+        with _answering(to_http_error):
+            options = await _read_options(request, EvictOptions)
+            return card_of(await service.evict(name, drain=options.drain))
+
+    @action("pin", NoOptions)
+    async def pin_pool(name: str, request: Request) -> PoolCard:
+        """Make a pool or union resident and have it stay."""
+        with _answering(to_http_error):
+            await _read_options(request, NoOptions)
+            return card_of(await service.pin(name))
+
+    @action("unpin", NoOptions)
+    async def unpin_pool(name: str, request: Request) -> PoolCard:
+        """Let a pool be evicted like any other."""
+        with _answering(to_http_error):
+            await _read_options(request, NoOptions)
+            return card_of(service.unpin(name))
+
+
+def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _RESPONSES[status] for status in statuses}
+
+
+@contextmanager
+def _answering(to_http_error: Callable[[EmoServeError], Exception]) -> Iterator[None]:
+    try:
+        yield
+    except EmoServeError as error:
+        raise to_http_error(error) from error
+
+
+# -- bodies --
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """Return the body, or stop reading it and answer 413 once it is longer than `limit`."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise HTTPException(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body is larger than {limit} bytes",
+                headers={"connection": "close"},
+            )
+    return bytes(body)
+
+
+def _parse_definition(body: bytes) -> ExpertPool | BuildRequest:
+    try:
+        document = parse_json("body", body)
+        return parse_build(document) if is_build(document) else ExpertPool.parse("body", document)
+    except PoolFileError as error:
+        raise RequestError(str(error)) from error
+
+
+async def _read_options(request: Request, model: type[_Options]) -> _Options:
+    body = await _read_body(request, _MAX_OPTIONS_BYTES)
+    if not body.strip():
+        return model()
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the body"
+        known = ", ".join(model.model_fields) or "none"
+        raise RequestError(f"body: {field}: {first['msg']}; the fields are: {known}") from error

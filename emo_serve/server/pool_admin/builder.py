@@ -1,0 +1,254 @@
+"""Build a pool on the running server: layer by layer, through the engine, while others are served.
+
+The method is `layerwise` of `pools.calibration`, and so is the scoring; only the router's mass
+comes from the engine. For MoE layer l every document runs once through a temporary pool: below l
+the experts kept so far, from l on as few as a pool can have, since they change nothing that layer
+l's router sees. The full model is never needed, and there are L passes where the offline build has
+one. (Nothing is kept between passes: the engine owns the residual streams.)
+
+The build is a guest. Its requests stand behind everybody else's, a few at a time. One temporary
+pool is resident, two for the moment in which one follows the other and the experts of both stay
+where they are. No lease is held while another pool is waited for. However a build ends, nothing
+that is temporary stays; what it did to the metrics is under the name `BUILD_POOL`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.emo.config import MoeLayer
+from emo_serve.emo.tokenizer import ModelTokenizer
+from emo_serve.errors import ConfigError, RequestError, StateConflict, Unavailable
+from emo_serve.metrics import BUILD_POOL
+from emo_serve.pools.calibration import DEFAULT_METHOD
+from emo_serve.pools.calibration.advice import cut_notes, notes
+from emo_serve.pools.calibration.build import (
+    Calibration,
+    LayerFindings,
+    check_request,
+    find_layer,
+    model_record,
+)
+from emo_serve.pools.calibration.examples import Documents, Example, encode_examples
+from emo_serve.pools.pool import ExpertPool, LayerExperts, keep_best
+from emo_serve.server.pool_admin.build_schema import BuildRequest
+from emo_serve.server.pool_admin.service import PoolService
+from emo_serve.server.pool_admin.status import PoolStatus
+from emo_serve.server.vllm_adapter.probe import LOW_PRIORITY, RouterProbe
+from emo_serve.server.vllm_adapter.worker_calls import RouterMass
+
+__all__ = ["PoolBuild", "PoolBuilder"]
+
+logger = logging.getLogger(__name__)
+
+_IN_FLIGHT = 4
+"""Documents at once: enough for the next to be there when one ends."""
+_ATTEMPTS = 3
+
+_MoeLayers = Sequence[MoeLayer | None]
+_Findings = Sequence[LayerFindings | None]
+
+
+@dataclass(frozen=True)
+class PoolBuild:
+    """A pool that was built and defined, and all that is known of how."""
+
+    status: PoolStatus
+    is_new: bool
+    found: Calibration
+    documents: Documents
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def _learn_nothing(name: str, examples: Sequence[Example]) -> None:
+    pass
+
+
+class PoolBuilder:
+    """Build pools, one at a time, through `probe`; `service` defines them.
+
+    `learn` hears of each pool that was built, and the examples of what it is for.
+    """
+
+    def __init__(
+        self,
+        probe: RouterProbe,
+        checkpoint: Checkpoint,
+        service: PoolService,
+        learn: Callable[[str, Sequence[Example]], None] = _learn_nothing,
+    ) -> None:
+        self._probe, self._checkpoint, self._service = probe, checkpoint, service
+        self._learn = learn
+        self._moe_layers: _MoeLayers = checkpoint.config.moe_layers
+        self._building: str | None = None
+
+    async def build(self, wanted: BuildRequest, *, replace: bool = False) -> PoolBuild:
+        """Find the pool and define it; it goes on when the client who asked for it leaves.
+
+        Raises StateConflict while another is built, RequestError for what this model or its slab
+        cannot have, whatever a lease raises, and as `PoolService.add` does.
+        """
+        return await self._service.to_the_end(self._build(wanted, replace))
+
+    async def _build(self, wanted: BuildRequest, is_replacing: bool) -> PoolBuild:
+        if self._building is not None:
+            raise StateConflict(
+                f"pool {self._building!r} is being built, and a server builds one at a time; try"
+                " again when it is done"
+            )
+        self._building = wanted.name
+        try:
+            return await self._build_alone(wanted, is_replacing)
+        finally:
+            self._building = None
+
+    async def _build_alone(self, wanted: BuildRequest, is_replacing: bool) -> PoolBuild:
+        start = time.monotonic()
+        self._check(wanted, is_replacing)
+        documents = await asyncio.to_thread(self._encode, wanted)
+        logger.info(
+            "building pool %s from %d documents, %d tokens",
+            *(wanted.name, len(documents.ids), documents.num_tokens),
+        )
+        found = await self._find(documents, wanted.experts)
+        made_for = await asyncio.to_thread(model_record, self._checkpoint)
+        pool = replace(
+            found.pool(wanted.name, made_for, wanted.description),
+            router_temperature=wanted.router_temperature,
+        )
+        status, is_new = await self._service.add(pool, replace=is_replacing)
+        self._learn(wanted.name, wanted.examples)
+        seconds = time.monotonic() - start
+        logger.info("built pool %s in %.1f s", wanted.name, seconds)
+        said = (*cut_notes(documents), *notes(found, self._checkpoint.config))
+        return PoolBuild(status, is_new, found, documents, said, seconds)
+
+    def _check(self, wanted: BuildRequest, is_replacing: bool) -> None:
+        """Refuse at once what could only be refused at the end: size, name, room."""
+        with _refusing():
+            check_request(self._checkpoint.config, DEFAULT_METHOD, wanted.experts)
+        kept = (
+            None if moe is None else keep_best([0.0] * moe.num_experts, wanted.experts, moe.implied)
+            for moe in self._moe_layers
+        )
+        layers = (None if experts is None else LayerExperts(experts) for experts in kept)
+        of_that_size = ExpertPool(wanted.name, tuple(layers))
+        self._service.plan_add(of_that_size, replace=is_replacing)
+        self._service.manager.check_can_ever_fit(of_that_size)
+
+    def _encode(self, wanted: BuildRequest) -> Documents:
+        with _refusing():
+            tokenizer = ModelTokenizer(self._checkpoint.directory)
+            return encode_examples(
+                wanted.examples, tokenizer, self._checkpoint.config, self._probe.max_tokens
+            )
+
+    # -- the walk over the layers --
+
+    async def _find(self, documents: Documents, k: int) -> Calibration:
+        ids = [document.tolist() for document in documents.ids]
+        tokens = documents.num_tokens
+        layers: list[LayerFindings | None] = [None] * len(self._moe_layers)
+        path = _TemporaryPool(self._service)
+        try:
+            for index, moe in enumerate(self._moe_layers):
+                if moe is None:
+                    continue
+                pool = _path_pool(self._moe_layers, layers)
+                await path.become(pool)
+                mass_PE = await self._mass_of_layer(pool, index, ids)
+                layers[index] = await asyncio.to_thread(find_layer, mass_PE, tokens, moe, k)
+        finally:
+            path.close()
+        nothing_read = (0,) * len(layers)
+        return Calibration(
+            DEFAULT_METHOD, 0, k, len(ids), tokens, tuple(layers), nothing_read, bytes_read=0
+        )
+
+    async def _mass_of_layer(
+        self, pool: ExpertPool, index: int, documents: Sequence[list[int]]
+    ) -> list[tuple[float, ...]]:
+        """Return the full router's mass of one layer, a row a document."""
+        rows: list[tuple[float, ...]] = [()] * len(documents)
+        places = iter(range(len(documents)))
+
+        async def run_some() -> None:
+            for place in places:
+                rows[place] = (await self._mass(pool, documents[place])).layers[index]
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(_IN_FLIGHT):
+                    group.create_task(run_some())
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return rows
+
+    async def _mass(self, pool: ExpertPool, ids: list[int]) -> RouterMass:
+        """Return the mass of one document, each token counted once.
+
+        An engine short of memory for KV takes a request back and computes it again.
+        """
+        for _ in range(_ATTEMPTS):
+            mass = await self._probe.mass(pool, ids, priority=LOW_PRIORITY)
+            if mass.tokens == len(ids):
+                return mass
+        raise Unavailable(
+            f"the engine interrupted a document {_ATTEMPTS} times; build again when there are fewer"
+            " requests"
+        )
+
+
+def _path_pool(moe_layers: _MoeLayers, layers: _Findings) -> ExpertPool:
+    """Return the pool in which the first layer not found yet is scored.
+
+    Where nothing is found it holds the implied experts, or the first one in a layer without any.
+    """
+    experts = (
+        found.experts if found is not None else None if moe is None else moe.smallest_pool
+        for moe, found in zip(moe_layers, layers, strict=True)
+    )
+    return ExpertPool(
+        BUILD_POOL, tuple(None if ids is None else LayerExperts(ids) for ids in experts)
+    )
+
+
+class _TemporaryPool:
+    """The pool of a build that is resident; no name leads to it."""
+
+    def __init__(self, service: PoolService) -> None:
+        self._service = service
+        self._kept: list[ExpertPool] = []  # the one before, too, while a load is waited for
+
+    async def become(self, pool: ExpertPool) -> None:
+        """Make a pool resident and let the one before go, sharing what both need."""
+        before = self._kept[-1:]
+        self._kept.append(pool)
+        self._service.keep(pool)
+        for old in before:
+            self._service.manager.cool(old)  # if somebody must make room, then it
+        await self._service.manager.load(pool)
+        for old in before:
+            self._kept.remove(old)
+            self._service.forget(old)
+
+    def close(self) -> None:
+        """Let it go; requests that were cancelled take a moment to let go of it."""
+        while self._kept:
+            self._service.forget(self._kept.pop())
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what calibration says of its arguments into what a client is told."""
+    try:
+        yield
+    except ConfigError as error:
+        raise RequestError(str(error)) from error

@@ -1,0 +1,356 @@
+"""The JSON of /v1/pools: what goes in, what comes out, as /openapi.json documents it.
+
+Pool documents are read by `ExpertPool.parse`, which names layer, field and value; `PoolDocument`
+only describes them, and a test keeps the two in step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from emo_serve.pools.pool import FORMAT, ExpertPool
+from emo_serve.server.pool_admin.status import Overview, PoolStatus
+from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
+
+__all__ = [
+    "DeletedPool",
+    "DocumentCalibration",
+    "DocumentLayer",
+    "DocumentModel",
+    "EvictOptions",
+    "LayerUsage",
+    "ListOptions",
+    "LoadOptions",
+    "NoOptions",
+    "PoolCard",
+    "PoolDetails",
+    "PoolDocument",
+    "PoolList",
+    "ReplaceOptions",
+    "SlotAccount",
+    "UsageAnswer",
+    "body_schema",
+    "card_of",
+    "details_of",
+    "list_of",
+    "usage_answer",
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+# -- in --
+
+
+class LoadOptions(_Strict):
+    """Body of POST /v1/pools/{name}/load."""
+
+    pin: bool = Field(False, description="have the pool stay resident until it is unpinned")
+
+
+class EvictOptions(_Strict):
+    """Body of POST /v1/pools/{name}/evict."""
+
+    drain: bool = Field(
+        False,
+        description="of a pool with running requests: let no new ones in until these have ended,"
+        " then evict it; without it such a pool is a 409",
+    )
+
+
+class NoOptions(_Strict):
+    """Body of POST /v1/pools/{name}/pin and /unpin: empty, or {}."""
+
+
+class ListOptions(BaseModel):
+    """Query of GET /v1/pools."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experts: bool = Field(
+        False, description="add each pool's expert ids, and `holders` for a map of the slab"
+    )
+
+
+class ReplaceOptions(BaseModel):
+    """Query of POST /v1/pools."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    replace: bool = Field(False, description="redefine a pool that exists; without it that is 409")
+
+
+class DocumentLayer(_Strict):
+    """The experts of one MoE layer."""
+
+    experts: list[int] = Field(description="expert ids; shared and always-active ones are implied")
+    scores: list[float] | None = Field(
+        None, description="one number for each expert of the layer, by which the pool can be cut"
+    )
+
+
+class DocumentModel(_Strict):
+    """The model the pool was made for."""
+
+    name: str | None = None
+    fingerprint: str | None = Field(None, description="refused if it is not the served model's")
+    implied: list[list[int]] | None = Field(
+        None, description="shared and always-active experts, a list a layer"
+    )
+
+
+class DocumentCalibration(_Strict):
+    """How the pool was found."""
+
+    method: str
+    documents: int | None = Field(None, ge=0)
+    tokens: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0)
+    experts: int | None = Field(None, ge=0, description="kept a layer when the pool was found")
+
+
+class PoolDocument(_Strict):
+    """A pool, as in a file of `--pools`; body of POST /v1/pools."""
+
+    format: Literal["emo-pool/1"] = Field(description=f"always {FORMAT!r}")
+    name: str = Field(pattern=r"^[a-z0-9._-]{1,64}$")
+    layers: list[DocumentLayer | None] = Field(
+        min_length=1, description="one entry a layer of the model, null for a dense layer"
+    )
+    description: str = ""
+    router_temperature: float = Field(1.0, gt=0, description="divides the gate's logits")
+    model: DocumentModel | None = None
+    calibration: DocumentCalibration | None = None
+
+
+def body_schema(*models: type[BaseModel], required: bool = False) -> dict[str, Any]:
+    """Return what a route's `openapi_extra` says of a body that the route reads itself.
+
+    The body is of any one of the models.
+    """
+    schemas = []
+    for model in models:
+        schema = model.model_json_schema()
+        definitions = schema.pop("$defs", {})
+        schemas.append(_inlined(schema, definitions))
+    content = {"application/json": {"schema": {"anyOf": schemas} if schemas[1:] else schemas[0]}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    """Put definitions where they are referred to: in OpenAPI a `$ref` starts at the document."""
+    if isinstance(node, dict):
+        if "$ref" in node:
+            return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
+        return {key: _inlined(value, definitions) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_inlined(value, definitions) for value in node]
+    return node
+
+
+# -- out --
+
+
+class PoolCard(_Answer):
+    """One pool. Bytes are those of its experts, on all devices together."""
+
+    object: Literal["pool"] = "pool"
+    name: str
+    kind: Literal["base", "pool", "union"] = Field(
+        description="base: all experts of the model; union: several pools, named a+b"
+    )
+    description: str
+    default: bool = Field(description="serves requests that name no pool")
+    version: int | None = Field(
+        description="definitions of this name since the server started; null for a union"
+    )
+    persisted: bool = Field(description="a restart brings this definition back")
+    state: Literal["absent", "waiting", "loading", "resident", "closing"] = Field(
+        description="closing: resident, and lets no new requests in until it is evicted"
+    )
+    resident: bool = Field(description="all its experts are in slots, whoever brought them")
+    pinned: bool
+    row: int | None = Field(description="its row of the engine's pool table")
+    running_requests: int
+    waiting_requests: int
+    experts_per_layer: list[int] = Field(description="0 for a dense layer")
+    experts_alone: int = Field(description="experts that no other resident pool holds")
+    experts_shared: int = Field(description="experts that other resident pools hold")
+    experts_missing: int = Field(description="experts that a load would have to copy")
+    bytes: int
+    router_temperature: float
+    content_hash: str = Field(description="of experts and temperature: what decides an answer")
+    experts: list[list[int]] | None = Field(
+        None, description="expert ids of each layer; only when asked for"
+    )
+
+
+class PoolDetails(PoolCard):
+    """One pool with its expert ids, an empty list for a dense layer."""
+
+    experts: list[list[int]]
+    holders: list[list[int]] = Field(
+        description="for each layer and each expert of the model, the resident pools that hold it"
+    )
+
+
+class SlotAccount(_Answer):
+    """The slab's slots, all layers together; bytes on all devices together."""
+
+    total: int
+    used: int
+    free: int
+    leased: int = Field(description="held by pools with running requests")
+    bytes_per_slot: int
+    used_bytes: int
+
+
+class PoolList(_Answer):
+    """Every pool: the base pool, those defined, and unions while they are in use."""
+
+    object: Literal["list"] = "list"
+    data: list[PoolCard]
+    refused: list[str] = Field(description="pool files that were left out, and why")
+    persists: bool = Field(description="pools added and removed here stay so over a restart")
+    experts_per_layer: list[int] = Field(description="of the model; 0 for a dense layer")
+    slots: SlotAccount
+    running_requests: int
+    waiting_requests: int
+    holders: list[list[int]] | None = Field(
+        None,
+        description="for each layer and each expert of the model, the resident pools that hold it;"
+        " only when asked for",
+    )
+
+
+class LayerUsage(_Answer):
+    """What the pool's experts of one MoE layer did."""
+
+    num_experts: int = Field(description="of the model's layer")
+    experts: list[int] = Field(description="the pool's expert ids, ascending")
+    counts: list[int] = Field(description="for each of them, the routed tokens that took it")
+
+
+class UsageAnswer(_Answer):
+    """How often a pool's experts were taken since the engine started.
+
+    The account is of the pool's content: pools with equal experts and temperature share it, and a
+    union has its own, apart from those of its parts. What the tokens took is estimated from a
+    random sample of the pool's where more than 128 tokens were counted at once.
+    """
+
+    object: Literal["pool.usage"] = "pool.usage"
+    name: str
+    content_hash: str
+    tokens: int = Field(
+        description="routed in the pool, exactly; those from the prefix cache are not, and what the"
+        " server asks for itself does not count"
+    )
+    layers: list[LayerUsage | None] = Field(description="one a layer, null for a dense layer")
+
+
+class DeletedPool(_Answer):
+    """A pool that is no more."""
+
+    object: Literal["pool"] = "pool"
+    id: str
+    name: str
+    deleted: bool = True
+
+
+def card_of(status: PoolStatus, *, experts: bool = False) -> PoolCard:
+    """Build the answer about one pool."""
+    return PoolCard.model_validate(_fields(status) | (_expert_ids(status) if experts else {}))
+
+
+def details_of(overview: Overview, status: PoolStatus) -> PoolDetails:
+    """Build the full answer about one pool."""
+    holders = {"holders": _holders(overview)}
+    return PoolDetails.model_validate(_fields(status) | _expert_ids(status) | holders)
+
+
+def list_of(overview: Overview, refused: list[str], *, persists: bool, experts: bool) -> PoolList:
+    """Build the answer about all pools; without `experts`, no ids and no holders are set."""
+    stats = overview.stats
+    maps = {"holders": _holders(overview)} if experts else {}
+    return PoolList.model_validate(
+        {
+            "object": "list",
+            "data": [card_of(status, experts=experts) for status in overview.pools],
+            "refused": refused,
+            "persists": persists,
+            "experts_per_layer": _experts_per_layer(overview.pools[0]),
+            "slots": SlotAccount(
+                total=stats.total_slots,
+                used=stats.used_slots,
+                free=stats.free_slots,
+                leased=stats.leased_slots,
+                bytes_per_slot=stats.slot_bytes,
+                used_bytes=stats.used_bytes,
+            ),
+            "running_requests": stats.running_requests,
+            "waiting_requests": stats.waiting_requests,
+            **maps,
+        }
+    )
+
+
+def usage_answer(pool: ExpertPool, usage: PoolUsage) -> UsageAnswer:
+    """Build the answer about what a pool's experts did."""
+    layers = [
+        LayerUsage(num_experts=len(counts), experts=list(ids), counts=[counts[e] for e in ids])
+        if ids
+        else None
+        for ids, counts in zip(pool.expert_ids, usage.counts, strict=True)
+    ]
+    return UsageAnswer(
+        name=pool.name, content_hash=pool.content_hash, tokens=usage.tokens, layers=layers
+    )
+
+
+def _fields(status: PoolStatus) -> dict[str, object]:
+    pool, shares = status.pool, status.shares
+    return {
+        "object": "pool",
+        "name": pool.name,
+        "kind": status.kind,
+        "description": pool.description,
+        "default": status.is_default,
+        "version": status.version,
+        "persisted": status.is_stored,
+        "state": status.state,
+        "resident": status.is_resident,
+        "pinned": status.is_pinned,
+        "row": status.row,
+        "running_requests": status.running_requests,
+        "waiting_requests": status.waiting_requests,
+        "experts_per_layer": _experts_per_layer(status),
+        "experts_alone": shares.alone,
+        "experts_shared": shares.shared,
+        "experts_missing": shares.missing,
+        "bytes": status.num_bytes,
+        "router_temperature": pool.router_temperature,
+        "content_hash": pool.content_hash,
+    }
+
+
+def _experts_per_layer(status: PoolStatus) -> list[int]:
+    return [len(ids) for ids in status.pool.expert_ids]
+
+
+def _expert_ids(status: PoolStatus) -> dict[str, object]:
+    return {"experts": [list(ids) for ids in status.pool.expert_ids]}
+
+
+def _holders(overview: Overview) -> list[list[int]]:
+    base = overview.pools[0].pool  # all experts of the model
+    count = overview.sharing.count
+    return [[count(layer, expert) for expert in ids] for layer, ids in enumerate(base.expert_ids)]

@@ -1,0 +1,205 @@
+"""What start-up will do, decided before the engine starts: slots, pools and their order.
+
+A start takes a minute; a flag that cannot work is refused here, in a second. The plan loads
+nothing: it rehearses what must fit on a SlotTable of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from emo_serve.config import (
+    BASE_POOL,
+    ServeSettings,
+    format_gib,
+    slots_for_memory,
+)
+from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.errors import ConfigError, RequestError
+from emo_serve.names import UNION, ModelNames
+from emo_serve.pools.catalog import PoolCatalog
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.slots import SlotTable
+from emo_serve.vllm_plugin import expert_bytes
+
+__all__ = ["StartPlan", "choose_slots", "make_plan"]
+
+
+@dataclass(frozen=True)
+class StartPlan:
+    """The model, its pools and what to make resident at start.
+
+    `pinned` pools come first and all fit together; then those of `load_order`, as long as there is
+    room; every other pool is loaded when it is asked for. `preferred` are the content hashes of the
+    pools that --preload names. `experts_per_layer` has 0 for a dense layer; `num_slots` counts a
+    layer's.
+    """
+
+    experts_per_layer: tuple[int, ...]
+    num_slots: int
+    catalog: PoolCatalog
+    base_pool: ExpertPool
+    names: ModelNames
+    pinned: tuple[ExpertPool, ...]
+    load_order: tuple[ExpertPool, ...]
+    preferred: frozenset[str]
+
+
+def make_plan(
+    settings: ServeSettings,
+    checkpoint: Checkpoint,
+    base_names: Sequence[str],
+    dtype_bytes: int,
+    tensor_parallel_size: int,
+    *,
+    persists: bool,
+) -> StartPlan:
+    """Read the pools of a checkpoint and plan the start; raises ConfigError.
+
+    `dtype_bytes` are those of one activation. With `persists`, pools added and removed while
+    serving are written to --pools.
+    """
+    config = checkpoint.config
+    moe_layers = config.moe_layers
+    experts_per_layer = tuple(layer.num_experts if layer else 0 for layer in moe_layers)
+    slot_bytes = expert_bytes(
+        config.hidden_size,
+        config.intermediate_size,
+        settings.expert_dtype,
+        dtype_bytes,
+        tensor_parallel_size,
+    )
+    num_slots = choose_slots(settings, experts_per_layer, slot_bytes)
+    _check_host_memory(settings, slot_bytes)
+    fingerprint = checkpoint.fingerprint()
+    catalog = PoolCatalog((), moe_layers, fingerprint)
+    if settings.pools_dir is not None:
+        catalog = PoolCatalog.read(settings.pools_dir, moe_layers, fingerprint, persists=persists)
+    names = ModelNames(tuple(base_names), settings.default_pool or BASE_POOL)
+    names.check_free(tuple(catalog.pools))
+    base_pool = ExpertPool.base(moe_layers, name=BASE_POOL)
+    order = _load_order(settings, catalog, base_pool, num_slots >= max(experts_per_layer))
+    plan = StartPlan(
+        experts_per_layer,
+        num_slots,
+        catalog,
+        base_pool,
+        names,
+        pinned=tuple(_named(name, catalog, base_pool) for name in settings.pin),
+        load_order=order,
+        preferred=frozenset(
+            _named(name, catalog, base_pool).content_hash for name in settings.preload or ()
+        ),
+    )
+    _rehearse(settings, plan, slot_bytes)
+    return plan
+
+
+def choose_slots(settings: ServeSettings, experts_per_layer: Sequence[int], slot_bytes: int) -> int:
+    """Return the slots a layer; without a limit, all experts."""
+    counts = [count for count in experts_per_layer if count]
+    if not counts:
+        raise ConfigError("the model has no MoE layer, so there is nothing to choose pools from")
+    if settings.expert_slots is not None:
+        if settings.expert_slots > max(counts):
+            raise ConfigError(
+                f"--expert-slots is {settings.expert_slots}; a layer has at most {max(counts)}"
+                " experts; lower it, or leave it out to hold all"
+            )
+        return settings.expert_slots
+    if settings.expert_memory_bytes is not None:
+        return slots_for_memory(settings.expert_memory_bytes, slot_bytes, counts)
+    return max(counts)
+
+
+def _check_host_memory(settings: ServeSettings, slot_bytes: int) -> None:
+    if 0 < settings.host_expert_bytes < slot_bytes:
+        raise ConfigError(
+            f"--host-expert-memory {format_gib(settings.host_expert_bytes)} holds no expert: one"
+            f" takes {format_gib(slot_bytes)}; raise it, or leave it out to keep none"
+        )
+
+
+def _load_order(
+    settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool, holds_all: bool
+) -> tuple[ExpertPool, ...]:
+    """Return the base pool first if it fits, then --preload's or all, the default pool leading."""
+    known = {**catalog.pools, base_pool.name: base_pool}
+    preload, default = settings.preload, settings.default_pool
+    for flag, asked in (
+        ("--pin", settings.pin),
+        ("--preload", preload or ()),
+        ("--default-pool", [default or BASE_POOL]),
+    ):
+        for name in _single_names(asked):
+            if name not in known:
+                there_are = ", ".join(known)
+                raise ConfigError(f"{flag}: there is no pool {name!r}; the pools are: {there_are}")
+    wanted: list[str] = [base_pool.name] if holds_all else []
+    if preload is None or holds_all:
+        # With every expert in its slot a pool costs a row, so none is left out.
+        wanted += [*_single_names([default] if default else []), *(preload or ()), *catalog.pools]
+    else:
+        wanted += preload
+    return tuple(_named(name, catalog, base_pool) for name in dict.fromkeys(wanted))
+
+
+def _named(name: str, catalog: PoolCatalog, base_pool: ExpertPool) -> ExpertPool:
+    """Return a pool of the command line, whose names are known."""
+    if base_pool.name in name.split(UNION):
+        return base_pool  # it holds what it is united with
+    try:
+        return catalog.resolve(name)
+    except RequestError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _single_names(names: Iterable[str]) -> list[str]:
+    return [part for name in names for part in name.split(UNION)]
+
+
+def _rehearse(settings: ServeSettings, plan: StartPlan, slot_bytes: int) -> None:
+    """Refuse a start after which no pool, or not the default pool, could ever be served."""
+    table = SlotTable(plan.experts_per_layer, plan.num_slots)
+    for pool in plan.pinned:
+        if pool.content_hash in table.keys:
+            continue
+        if not table.fits(pool.expert_ids):
+            raise ConfigError(
+                f"--pin {','.join(settings.pin)}: these pools do not fit together in"
+                f" {plan.num_slots} slots a layer, {pool.name!r} is too much; pin fewer, or raise"
+                f" --expert-memory or --expert-slots"
+            )
+        table.begin(table.plan_load(pool.content_hash, pool.expert_ids))
+        table.finish(pool.content_hash)
+    pools = (plan.base_pool, *plan.catalog.pools.values())
+    if not any(table.fits(pool.expert_ids) for pool in pools):
+        raise ConfigError(_nothing_fits(plan, slot_bytes))
+    if settings.default_pool is None:
+        return
+    pool = _named(settings.default_pool, plan.catalog, plan.base_pool)
+    if not table.fits(pool.expert_ids):
+        beside = " beside the pinned pools" if plan.pinned else ""
+        raise ConfigError(
+            f"--default-pool {settings.default_pool} does not fit in {plan.num_slots} slots a"
+            f" layer{beside}; raise --expert-memory or --expert-slots"
+        )
+
+
+def _nothing_fits(plan: StartPlan, slot_bytes: int) -> str:
+    if not plan.catalog.pools:
+        total = sum(plan.experts_per_layer)
+        refused = "".join(f"; refused: {error}" for error in plan.catalog.refused)
+        return (
+            f"{plan.num_slots} slots a layer do not hold the base pool, whose {total} experts take"
+            f" {format_gib(total * slot_bytes)} a device, and there is no other pool: give --pools,"
+            f" or raise --expert-memory or --expert-slots{refused}"
+        )
+    smallest = min(plan.catalog.pools.values(), key=lambda pool: max(map(len, pool.expert_ids)))
+    needed = max(map(len, smallest.expert_ids))
+    return (
+        f"no pool fits {plan.num_slots} slots a layer: the smallest, {smallest.name!r}, needs"
+        f" {needed}; raise --expert-slots, or --expert-memory to"
+        f" {format_gib(slot_bytes * sum(min(needed, count) for count in plan.experts_per_layer))}"
+    )

@@ -1,0 +1,113 @@
+"""What an operator reads when the server is up: memory, slots, pools, the URL and a line to try."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from emo_serve.config import format_gib
+from emo_serve.server.vllm_adapter.worker_calls import EngineFacts
+
+__all__ = ["PoolLine", "ServerAddress", "Summary", "format_summary"]
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where the server listens; `key_variable` names a variable to hold the API key, if one is set.
+
+    With `uds` host and port mean nothing.
+    """
+
+    host: str | None
+    port: int
+    uds: str | None = None
+    is_tls: bool = False
+    key_variable: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Return the base URL, one that works on this machine."""
+        scheme = "https" if self.is_tls else "http"
+        if self.uds:
+            return f"{scheme}://localhost"
+        host = self.host or "127.0.0.1"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def curl(self, model: str) -> str:
+        """Return one line that asks this server for a completion."""
+        options = "-s"
+        options += f" --unix-socket {self.uds}" if self.uds else ""
+        options += " -k" if self.is_tls else ""
+        if self.key_variable:
+            options += f' -H "Authorization: Bearer ${self.key_variable}"'
+        body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 32})
+        return (
+            f"curl {options} -H 'Content-Type: application/json'"
+            f" {self.url}/v1/completions -d '{body}'"
+        )
+
+
+@dataclass(frozen=True)
+class PoolLine:
+    """One pool of the summary; `state` is "resident" or why it is not."""
+
+    name: str
+    experts_per_layer: tuple[int, ...]
+    state: str
+    is_default: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything the start-up summary says."""
+
+    model: str
+    facts: EngineFacts
+    experts_per_layer: tuple[int, ...]
+    slots_per_layer: int
+    pools_source: Path | None
+    pools: tuple[PoolLine, ...]
+    refused: tuple[str, ...]
+    address: ServerAddress
+    try_model: str
+
+
+def format_summary(summary: Summary) -> str:
+    """Return the summary as lines of text."""
+    facts = summary.facts
+    rank = " a device" if facts.num_ranks > 1 else ""
+    experts = [count for count in summary.experts_per_layer if count]
+    width = max(len(pool.name) for pool in summary.pools)
+    dtypes = facts.dtype
+    if facts.expert_dtype != facts.dtype:
+        dtypes += f", experts in {facts.expert_dtype}"
+    lines = [
+        f"emo-serve: {summary.model} is ready ({dtypes}, expert maths: {facts.moe_backend})",
+        f"  trunk    {format_gib(facts.trunk_bytes)}{rank}",
+        f"  slab     {format_gib(facts.slab_bytes)}{rank}: {summary.slots_per_layer} slots a layer,"
+        f" {format_gib(facts.slot_bytes)} each",
+        f"  experts  {_range(experts)} x {len(experts)} MoE layers",
+        f"  pools    {summary.pools_source or 'no --pools directory'}",
+    ]
+    for pool in summary.pools:
+        counts = [count for count in pool.experts_per_layer if count]
+        default = "  (default)" if pool.is_default else ""
+        lines.append(
+            f"    {pool.name:<{width}}  {_range(counts):>7} experts a layer  {pool.state}{default}"
+        )
+    lines += [f"    refused: {reason}" for reason in summary.refused]
+    lines += [
+        f"  URL      {summary.address.url}/v1",
+        f"  try      {summary.address.curl(summary.try_model)}",
+    ]
+    return "\n".join(lines)
+
+
+def _range(counts: Sequence[int]) -> str:
+    if not counts:
+        return "0"
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}-{high}"

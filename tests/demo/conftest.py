@@ -1,5 +1,0 @@
-"""These tests run on one torch thread each."""
-
-from tests.one_thread import one_thread
-
-__all__ = ["one_thread"]

@@ -1,0 +1,330 @@
+"""Never stale: pools change under traffic, and every answer is compared with the reference.
+
+One real server with room for about two pools. Clients ask for pools and unions, stream, wait and
+leave; operators define, redefine, remove, load, evict and pin, all at random. An answer may follow
+any definition its pool had while the request was out; one computed with an expert that another
+load has overwritten, or on a prefix of another definition, follows none.
+
+    EMO_SERVE_STRESS_OPERATIONS=5000 python -m pytest tests/engine/server/test_never_stale.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from emo_serve.emo.checkpoint import load_model
+from emo_serve.emo.model import EmoForCausalLM, RouterRecord
+from emo_serve.pools.pool import ExpertPool, LayerExperts
+from tests.support.golden.checkpoints import golden
+from tests.support.server_process import RunningServer, serve, wait_for
+from tests.unit.emo.test_model import logprobs, masks
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
+
+OPERATIONS = int(os.environ.get("EMO_SERVE_STRESS_OPERATIONS", "300"))
+TOLERANCE = 1e-3  # nats a token, float32; another pool is hundreds of times as far
+TIE_TOLERANCE = 2e-2  # where two experts are as good for one token, and rounding chooses
+NUM_EXPERTS, NUM_LAYERS, SHARED = 32, 3, 31
+SLOTS = 24
+NAMES = ("a", "b", "c", "d", "e")
+NUM_CLIENTS, NUM_OPERATORS = 8, 2
+# Long enough to fill several KV blocks, so that a stale prefix would be found and used.
+PROMPTS = [(golden().prompts[i] * 8)[:length] for i, length in ((0, 40), (1, 100), (2, 160))]
+
+
+@pytest.fixture(scope="module")
+def server(
+    golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    pools = tmp_path_factory.mktemp("pools")
+    chance = random.Random(0)
+    for name in NAMES:
+        a_definition(chance).named(name).write(pools / f"{name}.json")
+    with serve(
+        tmp_path_factory.mktemp("stale"),
+        str(golden_checkpoint),
+        *("--pools", str(pools), "--expert-slots", str(SLOTS), "--default-pool", "a"),
+        *("--host-expert-memory", "4MiB", "--load-deadline", "120", "--max-pools", "6"),
+        *("--served-model-name", "emo", "--dtype", "float32", "--max-model-len", "512"),
+        *("--block-size", "32", "--enforce-eager"),
+    ) as running:
+        yield running
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a name stood for: expert ids a layer, and the router's temperature."""
+
+    experts: tuple[tuple[int, ...], ...]
+    temperature: float
+
+    def named(self, name: str) -> ExpertPool:
+        return ExpertPool(name, tuple(map(LayerExperts, self.experts)), self.temperature)
+
+    def union(self, other: Definition) -> Definition:
+        both = zip(self.experts, other.experts, strict=True)
+        united = (tuple(sorted({*mine, *theirs})) for mine, theirs in both)
+        return Definition(tuple(united), self.temperature)
+
+
+def a_definition(chance: random.Random) -> Definition:
+    layers = (
+        tuple(sorted({SHARED, *chance.sample(range(NUM_EXPERTS), chance.randint(6, 12))}))
+        for _ in range(NUM_LAYERS)
+    )
+    return Definition(tuple(layers), temperature=1.0)
+
+
+@dataclass
+class Life:
+    """One definition of a name, from the moment it may hold to the moment it surely does not."""
+
+    definition: Definition
+    since: float
+    until: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back, and what it may rightly follow."""
+
+    pool: str
+    prompt: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    allowed: tuple[Definition, ...]
+
+
+@dataclass
+class Stress:
+    """The traffic of one run and what the operators know to be true."""
+
+    http: httpx.AsyncClient
+    chance: random.Random
+    lives: dict[str, list[Life]]
+    answers: list[Answer] = field(default_factory=list)
+    seen: Counter[str] = field(default_factory=Counter)
+    operations_left: int = OPERATIONS
+    one_change: dict[str, asyncio.Lock] = field(
+        default_factory=lambda: {name: asyncio.Lock() for name in NAMES}
+    )
+
+    # -- clients --
+
+    async def client(self) -> None:
+        while self.operations_left > 0:
+            pool = "+".join(self.chance.sample(NAMES, self.chance.choice((1, 1, 1, 2))))
+            leaves = self.chance.random() < 0.15
+            request = asyncio.create_task(self.ask(pool, self.chance.randrange(len(PROMPTS))))
+            if leaves:
+                await asyncio.sleep(self.chance.random() * 0.1)
+                request.cancel()
+                self.seen["left"] += 1
+            await asyncio.gather(request, return_exceptions=leaves)
+
+    async def ask(self, pool: str, prompt: int) -> None:
+        body = {
+            "model": pool,
+            "prompt": PROMPTS[prompt],
+            "max_tokens": self.chance.randint(2, 24),
+            "temperature": 1.0,
+            "seed": self.chance.randrange(10),
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "stream": self.chance.random() < 0.5,
+        }
+        start = time.monotonic()
+        choices = await self.choices(body)
+        if not choices:
+            return
+        tokens = tuple(token for choice in choices for token in choice["token_ids"])
+        values = (choice["logprobs"]["token_logprobs"] for choice in choices if choice["logprobs"])
+        allowed = self.allowed(pool, start)
+        answer = Answer(pool, prompt, tokens, tuple(v for vs in values for v in vs), allowed)
+        assert len(answer.tokens) == len(answer.logprobs) == body["max_tokens"]
+        self.answers.append(answer)
+
+    async def choices(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the choice of an answer, or those of a stream's events, or of a refusal none."""
+        async with self.http.stream("POST", "/v1/completions", json=body) as response:
+            content = (await response.aread()).decode()
+        self.seen[f"completion {response.status_code}"] += 1
+        assert response.status_code in (200, 400, 404, 503), content
+        if response.status_code != 200:
+            return []
+        if not body["stream"]:
+            return [json.loads(content)["choices"][0]]
+        events = [line.removeprefix("data: ") for line in content.split("\n\n") if line]
+        assert events[-1] == "[DONE]", content
+        return [json.loads(event)["choices"][0] for event in events[:-1]]
+
+    def allowed(self, pool: str, start: float) -> tuple[Definition, ...]:
+        """Return every definition the pool had since `start`; of a union, every combination."""
+        found: list[Definition] = []
+        for name in pool.split("+"):
+            lives = [life.definition for life in self.lives[name] if life.until >= start]
+            found = [a.union(b) for a in found for b in lives] if found else lives
+        return tuple(found)
+
+    # -- operators --
+
+    async def operator(self) -> None:
+        actions = (self.define, self.define, self.remove, self.load, self.evict, self.pin)
+        while self.operations_left > 0:
+            self.operations_left -= 1
+            action, name = self.chance.choice(actions), self.chance.choice(NAMES)
+            if action in (self.define, self.remove):
+                async with self.one_change[name]:  # else nobody could say which of two came last
+                    await action(name)
+            else:
+                await action(name)
+
+    async def call(self, method: str, path: str, **options: Any) -> int:
+        response = await self.http.request(method, path, **options)
+        self.seen[
+            f"{method} {path.partition('?')[0].rpartition('/')[2]} {response.status_code}"
+        ] += 1
+        assert response.status_code in (200, 201, 404, 409, 503), response.text
+        return response.status_code
+
+    async def define(self, name: str) -> None:
+        definition = a_definition(self.chance)
+        lives = self.lives[name]
+        if lives and self.chance.random() < 0.2:
+            definition = lives[0].definition  # one it had before: the same content comes back
+        document = {
+            "format": "emo-pool/1",
+            "name": name,
+            "layers": [{"experts": ids} for ids in definition.experts],
+        }
+        life = Life(definition, since=time.monotonic())
+        before = [old for old in lives if old.until == float("inf")]
+        lives.append(life)
+        status = await self.call("POST", "/v1/pools?replace=true", json=document)
+        if status in (200, 201):
+            for old in before:
+                old.until = min(old.until, time.monotonic())
+        elif status == 409:
+            lives.remove(life)
+
+    async def remove(self, name: str) -> None:
+        before = [old for old in self.lives[name] if old.until == float("inf")]
+        if await self.call("DELETE", f"/v1/pools/{name}") == 200:
+            for old in before:
+                old.until = min(old.until, time.monotonic())
+
+    async def load(self, name: str) -> None:
+        await self.call("POST", f"/v1/pools/{name}/load")
+
+    async def evict(self, name: str) -> None:
+        drain = self.chance.random() < 0.5
+        await self.call("POST", f"/v1/pools/{name}/evict", json={"drain": drain})
+
+    async def pin(self, name: str) -> None:
+        await self.call("POST", f"/v1/pools/{name}/pin")
+        await self.call("POST", f"/v1/pools/{name}/unpin")
+
+
+@pytest.fixture(scope="module")
+def reference(golden_checkpoint: Path) -> EmoForCausalLM:
+    return load_model(golden_checkpoint)
+
+
+def distance(reference: EmoForCausalLM, answer: Answer, definition: Definition) -> float:
+    """Return the worst difference of a token's log-probability from the reference's."""
+    prompt = PROMPTS[answer.prompt]
+    pool = masks([list(ids) for ids in definition.experts], "shared1")
+    expected = logprobs(reference, [[*prompt, *answer.tokens]], pool=pool)[0, len(prompt) - 1 :]
+    return float((torch.tensor(answer.logprobs) - expected).abs().max())
+
+
+def is_tied(reference: EmoForCausalLM, answer: Answer, definition: Definition) -> bool:
+    """Tell whether rounding alone may decide which expert is the last that some token takes.
+
+    In float32 two ways of the same sum differ by about 1e-6; then both choices are right.
+    """
+    prompt, record = PROMPTS[answer.prompt], list[RouterRecord]()
+    pool = masks([list(ids) for ids in definition.experts], "shared1")
+    with torch.no_grad():
+        reference(torch.tensor([[*prompt, *answer.tokens]]), pool=pool, record=record)
+    last = reference.config.num_experts_per_tok - 1  # one of them is the shared expert
+    for layer, mask in zip(record, pool, strict=True):
+        inside = mask.clone()
+        inside[SHARED] = False
+        ranked = layer.logits_BTE.float().masked_fill(~inside, -torch.inf).topk(last + 1).values
+        if float((ranked[..., last - 1] - ranked[..., last]).min()) < 1e-5:
+            return True
+    return False
+
+
+async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
+    server: RunningServer, reference: EmoForCausalLM
+) -> None:
+    chance = random.Random(OPERATIONS)
+    async with httpx.AsyncClient(base_url=server.url, timeout=180) as http:
+        names = random.Random(0)
+        lives = {name: [Life(a_definition(names), 0.0)] for name in NAMES}
+        before = (await http.get("/v1/pools")).json()["slots"]
+        stress = Stress(http, chance, lives)
+        start = time.monotonic()
+        workers = [stress.client() for _ in range(NUM_CLIENTS)]
+        workers += [stress.operator() for _ in range(NUM_OPERATORS)]
+        await asyncio.gather(*workers)
+        seconds = time.monotonic() - start
+        for pool in (await http.get("/v1/pools")).json()["data"]:
+            await http.post(f"/v1/pools/{pool['name']}/unpin")
+            evicted = await http.post(f"/v1/pools/{pool['name']}/evict", json={"drain": True})
+            assert evicted.status_code == 200, evicted.text
+        after = (await http.get("/v1/pools")).json()["slots"]
+    print(f"\n{OPERATIONS} operations, {len(stress.answers)} answers in {seconds:.0f} s")
+    print(dict(stress.seen))
+    server.terminate()  # it would share the cores with the reference
+    wait_for(lambda: server.has_ended)
+    worst, num_ties = 0.0, 0
+    for answer in stress.answers:
+        nearest, definition = min(
+            ((distance(reference, answer, each), each) for each in answer.allowed),
+            key=lambda pair: pair[0],
+        )
+        if nearest >= TOLERANCE and nearest < TIE_TOLERANCE:
+            num_ties += 1
+            assert is_tied(reference, answer, definition), (answer, nearest)
+            continue
+        if nearest >= TOLERANCE:
+            ever = [life.definition for lives in stress.lives.values() for life in lives]
+            closest = min(distance(reference, answer, each) for each in ever)
+            pytest.fail(
+                f"{answer}: {nearest:.2g} nats away; of all definitions ever, {closest:.2g}"
+            )
+        worst = max(worst, nearest)
+    print(f"worst difference {worst:.2g} nats a token, {num_ties} routing ties")
+    print(f"slots before {before}, after {after}")
+    assert len(stress.answers) > OPERATIONS / 2
+    assert (after["total"], after["used"]) == (before["total"], 0)
+
+
+def test_a_wrong_definition_would_be_noticed(reference: EmoForCausalLM) -> None:
+    """The comparison can fail: other pools are far away."""
+    chance = random.Random(1)
+    right, *wrong = (a_definition(chance) for _ in range(8))
+    for prompt, ids in enumerate(PROMPTS):
+        tokens = tuple(golden().prompts[0][:8])
+        pool = masks([list(layer) for layer in right.experts], "shared1")
+        values = logprobs(reference, [[*ids, *tokens]], pool=pool)[0, len(ids) - 1 :]
+        answer = Answer("a", prompt, tokens, tuple(values.tolist()), ())
+        assert distance(reference, answer, right) < 1e-5
+        assert min(distance(reference, answer, each) for each in wrong) > 20 * TOLERANCE

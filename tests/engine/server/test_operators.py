@@ -1,0 +1,375 @@
+"""Operators at work on a real server: every route and command, keys, and a restart at the end.
+
+The slab has room for two of three pools. The last test ends the server and starts it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from emo_serve.cli.client import KEY_VARIABLES
+from emo_serve.cli.main import main
+from emo_serve.pools.pool import ExpertPool, LayerExperts
+from tests.support.golden.checkpoints import pools_of
+from tests.support.server_process import RawRequest, RunningServer, serve, wait_for
+
+pytestmark = pytest.mark.vllm
+
+API, ADMIN = "clients-Ke9", "operators-Wa4"
+SLOTS = 24  # math and code take up to 20 a layer between them, all three 27
+FIRST = ("math", "code", "law")
+
+
+def document(name: str, content: str = "", **fields: Any) -> dict[str, Any]:
+    """Return the document of a pool with the experts of a golden one."""
+    layers = [{"experts": ids} for ids in pools_of("shared1")[content or name]]
+    return {"format": "emo-pool/1", "name": name, "layers": layers, **fields}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("operated-pools")
+    for name in FIRST:
+        layers = tuple(LayerExperts(tuple(ids)) for ids in pools_of("shared1")[name])
+        ExpertPool(name, layers).write(directory / f"{name}.json")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def start(
+    directory: Path, golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], Any]:
+    """Start a server on the directory."""
+    return lambda: serve(
+        tmp_path_factory.mktemp("operated"),
+        str(golden_checkpoint),
+        *("--pools", str(directory), "--default-pool", "math"),
+        *("--preload", "math,code", "--expert-slots", str(SLOTS)),
+        *("--api-key", API, "--admin-api-key", ADMIN),
+        *("--served-model-name", "emo", "--dtype", "float32"),
+        *("--max-model-len", "512", "--enforce-eager"),
+    )
+
+
+@pytest.fixture(scope="module")
+def server(start: Callable[[], Any]) -> Iterator[RunningServer]:
+    with start() as running:
+        yield running
+
+
+def headers_of(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+def http(server: RunningServer) -> Iterator[httpx.Client]:
+    """The operator's client; pools are as they were at the start, and nothing is pinned."""
+    with server.http(headers=headers_of(ADMIN)) as http:
+        yield http
+        for card in http.get("/v1/pools").json()["data"]:
+            if card["pinned"]:
+                http.post(f"/v1/pools/{card['name']}/unpin").raise_for_status()
+            if card["kind"] == "pool" and card["name"] not in FIRST:
+                http.delete(f"/v1/pools/{card['name']}").raise_for_status()
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with server.client(API) as client:
+        yield client
+
+
+def text_of(client: openai.OpenAI, model: str) -> str:
+    """Return what a pool writes, which tells the golden pools apart."""
+    answer = client.completions.create(
+        model=model, prompt="hello", max_tokens=16, temperature=0, extra_body={"ignore_eos": True}
+    )
+    return str(answer.choices[0].text)
+
+
+def cards_of(http: httpx.Client) -> dict[str, dict[str, Any]]:
+    return {card["name"]: card for card in http.get("/v1/pools").json()["data"]}
+
+
+def error_of(answer: httpx.Response) -> str:
+    """Return the message of an error, checked to have OpenAI's shape."""
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == answer.status_code
+    return str(error["message"])
+
+
+# -- residency --
+
+
+def test_the_list_and_its_map_agree_with_the_slots(http: httpx.Client) -> None:
+    for name in ("math", "code"):
+        http.post(f"/v1/pools/{name}/load").raise_for_status()
+    answer = http.get("/v1/pools", params={"experts": True}).json()
+    assert [card["name"] for card in answer["data"][:4]] == ["base", "code", "law", "math"]
+    assert answer["experts_per_layer"] == [32, 32, 32]
+    assert answer["slots"]["total"] == 3 * SLOTS
+    held = sum(count > 0 for layer in answer["holders"] for count in layer)
+    assert held == answer["slots"]["used"]
+    cards = {card["name"]: card for card in answer["data"]}
+    assert cards["math"]["default"] and cards["math"]["persisted"]
+    assert cards["math"]["experts"] == pools_of("shared1")["math"]
+    assert answer["persists"] and answer["refused"] == []
+    details = http.get("/v1/pools/math").json()
+    assert details["holders"] == answer["holders"]
+
+
+def test_load_pin_unpin_and_evict(http: httpx.Client) -> None:
+    assert http.post("/v1/pools/law/load", json={"pin": True}).json()["state"] == "resident"
+    assert "unpin" in error_of(http.post("/v1/pools/law/evict"))
+    blocked = http.post("/v1/pools/math+code/load")
+    assert (blocked.status_code, blocked.headers["retry-after"].isdigit()) == (503, True)
+    error_of(blocked)
+    http.post("/v1/pools/law/unpin").raise_for_status()
+    assert http.post("/v1/pools/law/evict").json()["state"] == "absent"
+    for name in cards_of(http):
+        http.post(f"/v1/pools/{name}/evict").raise_for_status()
+    slots = http.get("/v1/pools").json()["slots"]
+    assert (slots["used"], slots["free"], slots["leased"]) == (0, 3 * SLOTS, 0)
+    assert http.post("/v1/pools/base/load").status_code == 400
+    assert http.post("/v1/pools/math+code/load").json()["experts_per_layer"] == [
+        len({*a, *b})
+        for a, b in zip(pools_of("shared1")["math"], pools_of("shared1")["code"], strict=True)
+    ]
+
+
+def test_a_pool_in_use_is_evicted_when_its_requests_have_ended(
+    server: RunningServer, http: httpx.Client
+) -> None:
+    with RawRequest(server, API, model="math", prompt="hello", max_tokens=200) as request:
+        request.read_events(1)
+        assert http.get("/v1/pools").json()["slots"]["leased"] > 0
+        busy = http.post("/v1/pools/math/evict")
+        if busy.status_code == 409:  # unless the request has ended already
+            assert "drain=true" in error_of(busy)
+        drained = http.post("/v1/pools/math/evict", json={"drain": True})
+        assert (drained.status_code, drained.json()["state"]) == (200, "absent")
+        request.read_to_end()
+        assert b"[DONE]" in request.received
+
+
+# -- definitions --
+
+
+def test_a_pool_is_defined_redefined_and_removed_under_requests(
+    http: httpx.Client, client: openai.OpenAI, directory: Path
+) -> None:
+    texts = {name: text_of(client, name) for name in FIRST}
+    assert len(set(texts.values())) == 3
+    made = http.post("/v1/pools", json=document("poems", "law", description="verse"))
+    assert (made.status_code, made.json()["version"]) == (201, 1)
+    assert ExpertPool.read(directory / "poems.json").description == "verse"
+    assert text_of(client, "poems") == texts["law"]
+    assert "poems" in {model.id for model in client.models.list().data}
+    for turn, content in enumerate(("math", "code", "law", "math"), start=2):
+        answer = http.post("/v1/pools?replace=true", json=document("poems", content))
+        assert (answer.status_code, answer.json()["version"]) == (200, turn)
+        assert text_of(client, "poems") == texts[content]
+    again = http.post("/v1/pools", json=document("poems", "law"))
+    assert (again.status_code, "replace=true" in error_of(again)) == (409, True)
+    assert http.delete("/v1/pools/poems").json()["deleted"] is True
+    assert not (directory / "poems.json").exists()
+    with pytest.raises(openai.NotFoundError, match="the pools are: code, law, math"):
+        text_of(client, "poems")
+
+
+def test_a_pinned_pool_is_pinned_again_when_it_is_redefined(
+    http: httpx.Client, client: openai.OpenAI
+) -> None:
+    http.post("/v1/pools", json=document("verses", "math")).raise_for_status()
+    http.post("/v1/pools/verses/pin").raise_for_status()
+    card = http.post("/v1/pools?replace=true", json=document("verses", "code")).json()
+    assert (card["state"], card["pinned"], card["version"]) == ("resident", True, 2)
+    assert text_of(client, "verses") == text_of(client, "code")
+
+
+def test_running_requests_end_with_the_experts_they_began_with(
+    server: RunningServer, http: httpx.Client, client: openai.OpenAI
+) -> None:
+    http.post("/v1/pools", json=document("songs", "math")).raise_for_status()
+    with (
+        RawRequest(server, API, model="songs", prompt="hello", temperature=0) as old,
+        RawRequest(server, API, model="math", prompt="hello", temperature=0) as same,
+    ):
+        old.read_events(1)
+        http.post("/v1/pools?replace=true", json=document("songs", "code")).raise_for_status()
+        assert text_of(client, "songs") == text_of(client, "code")
+        old.read_to_end()
+        same.read_to_end()
+        assert written(old) == written(same)
+
+
+def written(request: RawRequest) -> str:
+    """Return the text of a stream's events."""
+    lines = request.received.decode(errors="replace").splitlines()
+    events = [line.removeprefix("data: ") for line in lines if line.startswith("data: {")]
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
+# -- errors --
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "message"),
+    [
+        ("POST", "/v1/pools", b"{", 400, "is not UTF-8 JSON"),
+        ("POST", "/v1/pools", json.dumps(document("Bad", "math")).encode(), 400, "name is 'Bad'"),
+        ("POST", "/v1/pools", json.dumps(document("emo", "math")).encode(), 400, "of the model"),
+        ("POST", "/v1/pools", json.dumps(document("base", "math")).encode(), 400, "is kept for"),
+        ("POST", "/v1/pools?replace=maybe", b"{}", 400, "replace"),
+        ("POST", "/v1/pools?replcae=true", b"{}", 400, "replcae"),
+        ("POST", "/v1/pools", b" " * (9 * 2**20), 413, "larger than"),
+        ("GET", "/v1/pools/nope", b"", 404, "the pools are: code, law, math"),
+        ("DELETE", "/v1/pools/nope", b"", 404, "the pools are: code, law, math"),
+        ("DELETE", "/v1/pools/math", b"", 409, "--default-pool"),
+        ("DELETE", "/v1/pools/base", b"", 409, "cannot be removed"),
+        ("POST", "/v1/pools/nope/load", b"", 404, "the pools are: code, law, math"),
+        ("POST", "/v1/pools/math/load", b'{"pni": true}', 400, "pni"),
+        ("POST", "/v1/pools/math/evict", b'{"drain": 1}', 400, "drain"),
+    ],
+)
+def test_errors_have_openais_shape(
+    http: httpx.Client, method: str, path: str, body: bytes, status: int, message: str
+) -> None:
+    answer = http.request(method, path, content=body)
+    assert answer.status_code == status, answer.text
+    assert message in error_of(answer)
+
+
+def test_the_routes_are_in_the_servers_own_documentation(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {method for path in paths if "/v1/pools" in path for method in paths[path]} == {
+        "get",
+        "post",
+        "delete",
+    }
+    schema = paths["/v1/pools"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    document, build = schema["anyOf"]
+    assert {"format", "name", "layers"} == set(document["required"])
+    assert {"name", "examples", "experts"} == set(build["required"])
+
+
+# -- keys --
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "nobody", "api"),
+    [
+        ("GET", "/health", 200, 200),
+        ("GET", "/ready", 200, 200),
+        ("GET", "/metrics", 200, 200),
+        ("GET", "/version", 200, 200),
+        ("GET", "/v1/models", 401, 200),
+        ("GET", "/v1/pools", 401, 200),
+        ("GET", "/v1/pools/math", 401, 200),
+        ("GET", "/openapi.json", 401, 200),
+        ("POST", "/tokenize", 401, 400),
+        ("POST", "/v1/completions", 401, 400),
+        ("POST", "/v1/pools", 401, 403),
+        ("POST", "/v1/pools/", 401, 403),
+        ("POST", "/v1/pools%0A", 401, 403),
+        ("DELETE", "/v1/pools/code", 401, 403),
+        ("POST", "/v1/pools/math/load", 401, 403),
+        ("POST", "/v1/pools/math/evict", 401, 403),
+        ("POST", "/v1/pools/math/pin", 401, 403),
+        ("POST", "/v1/pools/math/unpin", 401, 403),
+    ],
+)
+def test_which_key_opens_what(
+    server: RunningServer, method: str, path: str, nobody: int, api: int
+) -> None:
+    json_body = {"json": {}} if method == "POST" else {}
+    for key, status in ((None, nobody), ("wrong", nobody), (API, api)):
+        with server.http(headers=headers_of(key)) as http:
+            answer = http.request(method, path, **json_body)
+        assert answer.status_code == status, (key, answer.text)
+    with server.http(headers=headers_of(ADMIN)) as http:
+        if method == "GET":
+            assert http.get(path).status_code == 200
+
+
+# -- the terminal --
+
+
+@pytest.fixture
+def cli(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `emo-serve pools ...` against the server; return status, stdout and stderr."""
+    for variable in KEY_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("EMO_SERVE_ADMIN_API_KEY", ADMIN)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        status = main(["pools", *arguments, "--server", server.url])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return command
+
+
+def test_every_command(
+    cli: Callable[..., tuple[int, str, str]], http: httpx.Client, tmp_path: Path
+) -> None:
+    (tmp_path / "tales.json").write_text(json.dumps(document("tales", "law")))
+    assert cli("add", str(tmp_path / "tales.json"))[1].startswith("pool tales: version 1, stored")
+    assert cli("add", str(tmp_path / "tales.json"), "--replace")[1].startswith("pool tales: vers")
+    assert cli("load", "tales")[1].startswith("tales: resident, 16 experts a layer")
+    assert cli("pin", "tales")[1].startswith("tales: resident, pinned")
+    status, out, err = cli("list", "--map")
+    assert (status, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[1:6]] == [
+        *("base", "code", "law", "math", "tales")
+    ]
+    marks = [line.split(maxsplit=2)[2] for line in out.splitlines()[-3:]]
+    assert {len(row) for row in marks} == {32}
+    shown = cli("show", "tales")[1].splitlines()[-3:]
+    for row, ids in zip(shown, pools_of("shared1")["law"], strict=True):
+        drawn = row.split(maxsplit=2)[2]
+        assert [expert for expert, mark in enumerate(drawn) if mark != "."] == ids
+        assert "o" not in drawn
+    assert cli("evict", "tales")[0] == 2
+    assert cli("unpin", "tales")[0] == 0
+    assert cli("evict", "tales", "--drain")[0] == 0
+    assert cli("remove", "tales") == (0, "pool tales is removed\n", "")
+    status, _, err = cli("load", "tales")
+    assert (status, err.count("\n"), "the pools are: code, law, math" in err) == (2, 1, True)
+    status, _, err = cli("load", "math", "--api-key", API)
+    assert (status, "set EMO_SERVE_ADMIN_API_KEY" in err) == (2, True)
+
+
+# -- a restart; this ends the server, so it is the last --
+
+
+def test_pools_survive_a_restart(
+    server: RunningServer, start: Callable[[], Any], directory: Path, client: openai.OpenAI
+) -> None:
+    text = text_of(client, "law")
+    with server.http(headers=headers_of(ADMIN)) as http:
+        http.post("/v1/pools", json=document("poems", "law")).raise_for_status()
+        http.post("/v1/pools?replace=true", json=document("math", "code")).raise_for_status()
+        http.delete("/v1/pools/law").raise_for_status()
+        before = cards_of(http)
+    server.terminate()
+    wait_for(lambda: server.has_ended)
+    with start() as again, again.http(headers=headers_of(API)) as http:
+        after = cards_of(http)
+        assert sorted(after) == ["base", "code", "math", "poems"]
+        kept = ("content_hash", "experts_per_layer", "persisted", "default", "description")
+        for name, card in after.items():
+            assert [card[key] for key in kept] == [before[name][key] for key in kept]
+        with again.client(API) as client:
+            assert text_of(client, "poems") == text
+            assert text_of(client, "emo") == text_of(client, "code")  # math was redefined

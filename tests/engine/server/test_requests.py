@@ -1,0 +1,213 @@
+"""Refusals, leases and accounts of a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.engine.server.conftest import POOLS
+from tests.support.server_process import (
+    RawRequest,
+    RunningServer,
+    error_of,
+    stopped_engine,
+    wait_for,
+)
+
+pytestmark = pytest.mark.vllm
+
+MESSAGES: Any = [{"role": "user", "content": "hello"}]
+
+
+def running(http: httpx.Client, pool: str) -> int:
+    return int(http.get(f"/v1/pools/{pool}").json()["running_requests"])
+
+
+def metric(http: httpx.Client, name: str, **labels: str) -> float:
+    for line in http.get("/metrics").text.splitlines():
+        found, _, value = line.rpartition(" ")
+        if found.partition("{")[0] == name and all(
+            f'{k}="{v}"' in found for k, v in labels.items()
+        ):
+            return float(value)
+    raise AssertionError(f"no metric {name} {labels}")
+
+
+def engine_is_idle(http: httpx.Client) -> bool:
+    """Ask vLLM's gauge, after a short request: it moves only when the engine answers something."""
+    http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1})
+    return metric(http, "vllm:num_requests_running") == 0
+
+
+# -- refusals --
+
+
+@pytest.mark.parametrize(
+    ("model", "header", "status", "message"),
+    [
+        ("gpt-4", None, 404, "code, law, math, tiny"),
+        ("emo:nope", None, 404, "there is no pool 'nope'"),
+        ("math+nope", None, 404, "there is no pool 'nope'"),
+        ("emo", "nope", 404, "there is no pool 'nope'"),
+        ("broken", None, 404, "there is no pool 'broken'"),
+        ("math", "code", 400, "different pools"),
+        ("emo", "Not A Pool", 400, "x-emo-pool is 'Not A Pool'"),
+        ("emo", "", 400, "x-emo-pool is ''"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_wrong_name_is_a_status_even_when_streaming(
+    client: openai.OpenAI, model: str, header: str | None, status: int, message: str, stream: bool
+) -> None:
+    headers = {} if header is None else {"x-emo-pool": header}
+    with pytest.raises(openai.APIStatusError) as refusal:
+        client.chat.completions.create(
+            model=model, messages=MESSAGES, max_tokens=1, stream=stream, extra_headers=headers
+        )
+    assert refusal.value.status_code == status
+    assert message in error_of(refusal.value)["message"]
+
+
+def test_completions_refuse_in_the_same_shape(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as refusal:
+        client.completions.create(model="nope", prompt="hello")
+    assert error_of(refusal.value)["type"] == "NotFoundError"
+
+
+def test_an_unknown_pool_of_the_listing_is_a_404(http: httpx.Client) -> None:
+    answer = http.get("/v1/pools/nope")
+    assert answer.status_code == 404
+    assert "there is no pool 'nope'" in answer.json()["error"]["message"]
+
+
+# -- leases --
+
+
+@pytest.fixture
+def quiet(http: httpx.Client) -> Iterator[None]:
+    yield
+    wait_for(lambda: all(running(http, pool) == 0 for pool in POOLS))
+    wait_for(lambda: engine_is_idle(http))
+
+
+@pytest.mark.parametrize(("stream", "events"), [(True, 3), (True, 0), (False, 0)])
+def test_a_client_that_leaves_gives_its_leases_back(
+    server: RunningServer, http: httpx.Client, quiet: None, stream: bool, events: int
+) -> None:
+    before = metric(http, "emo_serve_requests_total", pool="math", outcome="aborted")
+    with ExitStack() as stack:
+        if not events:
+            stack.enter_context(stopped_engine(server))
+        with RawRequest(server, model="math", prompt=["a"] * 24, stream=stream) as request:
+            request.read_events(events)
+            if events:
+                stack.enter_context(stopped_engine(server))
+            wait_for(lambda: running(http, "math") == 24)
+        wait_for(lambda: running(http, "math") == 0)
+    after = metric(http, "emo_serve_requests_total", pool="math", outcome="aborted")
+    assert after - before == 24
+
+
+def test_a_client_that_stops_reading_does_not_hold_the_pool(
+    server: RunningServer, http: httpx.Client, quiet: None
+) -> None:
+    """Megabytes of log-probabilities fill every buffer on the way long before the text ends."""
+
+    def finished() -> float:
+        return metric(http, "emo_serve_requests_total", pool="law", outcome="finished")
+
+    before = finished()
+    with RawRequest(server, model="law", prompt=["a"] * 24, logprobs=20) as request:
+        request.read_events(1)
+        wait_for(lambda: finished() - before == 24, 120)
+        assert running(http, "law") == 0
+        request.read_to_end()  # the client comes back and misses nothing
+        assert request.received.count(b'"finish_reason":"length"') == 24
+        assert b"data: [DONE]" in request.received
+
+
+def test_running_requests_are_shown_while_they_run(
+    server: RunningServer, http: httpx.Client, quiet: None
+) -> None:
+    with RawRequest(server, model="math+law", prompt=["a"] * 2) as union, ExitStack() as stack:
+        union.read_events(1)  # a union's row is published by the engine
+        stack.enter_context(stopped_engine(server))
+        stack.enter_context(RawRequest(server, model="math", prompt=["a"] * 20))
+        stack.enter_context(RawRequest(server, model="code", prompt=["a"] * 3))
+        counts = {"math": 20, "code": 3, "math+law": 2}
+        wait_for(lambda: {pool: running(http, pool) for pool in counts} == counts)
+        assert running(http, "law") == 0
+        assert metric(http, "emo_serve_running_requests", pool="math") == 20
+        assert metric(http, "emo_serve_running_requests", pool="(union)") == 2
+
+
+# -- accounts --
+
+
+def test_pools_are_listed_with_size_row_and_state(http: httpx.Client) -> None:
+    answer = http.get("/v1/pools").json()
+    # unions are listed while they are in use; other tests' may be
+    cards = {card["name"]: card for card in answer["data"] if card["kind"] != "union"}
+    assert list(cards) == ["base", "code", "law", "math", "tiny"]
+    assert all(card["resident"] for card in cards.values())
+    assert (cards["base"]["row"], cards["base"]["default"]) == (0, True)
+    assert cards["base"]["experts_per_layer"] == [32, 32, 32]
+    assert cards["law"]["experts_per_layer"] == [16, 16, 16]
+    assert cards["law"]["bytes"] == 3 * 16 * 3 * 128 * 64 * 4
+    assert cards["law"]["description"] == "golden law"
+    assert len({card["content_hash"] for card in cards.values()}) == 5
+    slot_bytes = 3 * 128 * 64 * 4
+    assert answer["slots"] == {
+        **{"total": 96, "used": 96, "free": 0, "leased": 0},
+        **{"bytes_per_slot": slot_bytes, "used_bytes": 96 * slot_bytes},
+    }
+    (refused,) = answer["refused"]
+    assert "broken.json" in refused
+
+
+def test_health_and_readiness(http: httpx.Client) -> None:
+    assert http.get("/health").status_code == 200
+    assert http.get("/ready").json() == {"ready": True}
+
+
+def test_metrics_count_requests_and_tokens_by_pool(
+    client: openai.OpenAI, http: httpx.Client
+) -> None:
+    names = {
+        "emo_serve_requests_total": {"outcome": "finished"},
+        "emo_serve_prompt_tokens_total": {},
+        "emo_serve_generation_tokens_total": {},
+    }
+    before = {name: metric(http, name, pool="tiny", **labels) for name, labels in names.items()}
+    client.completions.create(
+        model="tiny", prompt="hello", max_tokens=7, extra_body={"ignore_eos": True}
+    )
+    after = {name: metric(http, name, pool="tiny", **labels) for name, labels in names.items()}
+    assert [after[name] - before[name] for name in names] == [1, 5, 7]
+    for pool in ("base", *POOLS):
+        assert metric(http, "emo_serve_pool_resident", pool=pool) == 1
+    assert metric(http, "emo_serve_slots") == metric(http, "emo_serve_slots_in_use") == 96
+    assert "vllm:prompt_tokens_total" in http.get("/metrics").text
+
+
+def test_refusals_are_counted_by_reason(client: openai.OpenAI, http: httpx.Client) -> None:
+    before = metric(http, "emo_serve_refused_requests_total", reason="unknown_pool")
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="nope", prompt="hello")
+    assert metric(http, "emo_serve_refused_requests_total", reason="unknown_pool") == before + 1
+
+
+def test_the_summary_tells_what_was_started(server: RunningServer, golden_pools: Any) -> None:
+    summary = server.summary
+    assert "emo is ready (float32" in summary
+    assert "32 slots a layer" in summary
+    assert "32 x 3 MoE layers" in summary
+    assert str(golden_pools) in summary
+    assert "refused: " in summary
+    assert f"{server.url}/v1" in summary
+    assert "16 experts a layer  resident" in summary

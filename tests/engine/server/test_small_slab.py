@@ -1,0 +1,187 @@
+"""The shipped model, a slab that holds one of its pools, an API key; the last test ends it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from emo_serve import demo
+from tests.support.server_process import RawRequest, RunningServer, error_of, serve, wait_for
+
+pytestmark = pytest.mark.vllm
+
+KEY = "correct-horse"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server without MODEL: pools of 8 experts a layer, and room for 9."""
+    with serve(
+        tmp_path_factory.mktemp("small"),
+        *("--expert-slots", "9"),
+        *("--preload", "python,math"),
+        *("--default-pool", "python"),
+        *("--api-key", KEY),
+        *("--drain-timeout", "120"),
+        "--enforce-eager",
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with server.client(KEY) as client:
+        yield client
+
+
+@pytest.fixture
+def http(server: RunningServer) -> Iterator[httpx.Client]:
+    with server.http(headers={"Authorization": f"Bearer {KEY}"}) as http:
+        yield http
+
+
+def ask(client: openai.OpenAI, model: str, **options: Any) -> Any:
+    return client.completions.create(
+        model=model, prompt="hello", max_tokens=8, temperature=0, **options
+    )
+
+
+def test_pools_are_resident_in_the_order_given_as_long_as_they_fit(
+    server: RunningServer, http: httpx.Client
+) -> None:
+    cards = {card["name"]: card for card in http.get("/v1/pools").json()["data"]}
+    resident = {name for name, card in cards.items() if card["resident"]}
+    assert resident == {"python"}
+    assert cards["python"]["default"]
+    assert {"base", *demo.domains()} == set(cards)
+    assert "emo-demo is ready" in server.summary
+    assert "9 slots a layer" in server.summary
+    for name, size, state in (
+        ("python", 8, r"resident  \(default\)"),
+        ("math", 8, "loaded when asked for"),
+        ("spanish", 8, "loaded when asked for"),
+        ("base", 32, "does not fit"),
+    ):
+        assert re.search(rf"{name} +{size} experts a layer  {state}\n", server.summary), name
+    assert "pool math is loaded when it is asked for" in server.log
+
+
+@pytest.mark.parametrize("domain", ["python", "spanish", "html"])
+def test_auto_knows_the_shipped_domains(client: openai.OpenAI, domain: str) -> None:
+    answer = client.completions.create(
+        model="auto", prompt=demo.heldout(domain)[0][:400], max_tokens=1
+    )
+    assert answer.model == domain
+
+
+def test_the_models_name_means_the_default_pool(client: openai.OpenAI) -> None:
+    answer = ask(client, "emo-demo")
+    assert answer.model == "emo-demo"
+    assert answer.choices[0].text == ask(client, "python").choices[0].text
+    models = {model.id: model.model_extra or {} for model in client.models.list().data}
+    assert models["emo-demo"]["default_pool"] == "python"
+
+
+def cards(http: httpx.Client) -> dict[str, dict[str, Any]]:
+    return {card["name"]: card for card in http.get("/v1/pools").json()["data"]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", ["math", "c+html", "spanish"])
+def test_asking_for_a_pool_that_is_not_resident_simply_works(
+    client: openai.OpenAI, http: httpx.Client, model: str, stream: bool
+) -> None:
+    ask(client, "python")
+    assert not cards(http).get(model, {"resident": False})["resident"]
+    answer = ask(client, model, stream=stream)
+    text = "".join(event.choices[0].text for event in answer) if stream else answer.choices[0].text
+    assert text == ask(client, model).choices[0].text
+    shown = http.get(f"/v1/pools/{model}").json()
+    assert (shown["resident"], shown["state"]) == (True, "resident")
+    assert not cards(http)["python"]["resident"]  # there is room for one
+
+
+@pytest.mark.parametrize("model", ["base", "emo-demo:base", "python+math"])
+def test_a_pool_the_slab_can_never_hold_is_a_400_with_figures(
+    client: openai.OpenAI, model: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        ask(client, model)
+    message = error_of(refusal.value)["message"]
+    assert "GiB" in message
+    assert "slots and has 9" in message
+    assert "--expert-memory" in message
+
+
+def test_pinned_pools_leave_the_others_a_503_that_names_them(
+    client: openai.OpenAI, http: httpx.Client
+) -> None:
+    assert http.post("/v1/pools/python/pin").json()["pinned"]
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError) as refusal:
+            ask(client, "math", stream=stream)
+        assert refusal.value.status_code == 503
+        assert refusal.value.response.headers["retry-after"] == "1"
+        assert "the pinned pools (python) leave too few slots" in error_of(refusal.value)["message"]
+    assert ask(client, "python")
+    assert not http.post("/v1/pools/python/unpin").json()["pinned"]
+    assert ask(client, "math")
+
+
+def test_the_shipped_model_writes_and_chats(client: openai.OpenAI) -> None:
+    assert len(ask(client, "python", logprobs=1).choices[0].logprobs.tokens) == 8
+    chat = client.chat.completions.create(
+        model="emo-demo:python", messages=[{"role": "user", "content": "def f(x):"}], max_tokens=8
+    )
+    assert chat.choices[0].message.content
+
+
+def test_the_key_guards_everything_but_what_monitors_ask(server: RunningServer) -> None:
+    with server.http() as nobody:
+        for path in ("/v1/models", "/v1/pools", "/v1/pools/python", "/openapi.json"):
+            assert nobody.get(path).status_code == 401, path
+        for path in ("/v1/completions", "/v1/pools/python/evict", "/tokenize"):
+            assert nobody.post(path, json={"prompt": "a"}).status_code == 401, path
+        for path in ("/health", "/ready", "/metrics"):
+            assert nobody.get(path).status_code == 200, path
+
+
+def test_the_curl_line_works_when_pasted(server: RunningServer) -> None:
+    (line,) = [line for line in server.summary.splitlines() if line.startswith("  try ")]
+    command = line.removeprefix("  try").strip()
+    assert "$EMO_SERVE_API_KEY" in command
+    assert KEY not in server.summary
+    answer = subprocess.run(
+        ["bash", "-c", command],
+        env={"PATH": "/usr/bin:/bin", "EMO_SERVE_API_KEY": KEY},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert '"object":"text_completion"' in answer.stdout
+
+
+def test_sigterm_drains(server: RunningServer, http: httpx.Client) -> None:
+    """Running requests finish, new ones get 503, then the process ends with status 0."""
+    prompts = ["a"] * 64
+    with RawRequest(server, KEY, model="python", prompt=prompts, max_tokens=450) as request:
+        request.read_events(1)
+        server.terminate()
+        wait_for(lambda: http.get("/ready").status_code == 503)
+        assert http.get("/health").status_code == 200
+        refused = http.post("/v1/completions", json={"model": "python", "prompt": "a"})
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert "shutting down" in refused.json()["error"]["message"]
+        assert http.get("/v1/pools/python").json()["running_requests"] > 0
+        request.read_to_end()
+    assert request.received.count(b'"finish_reason":"length"') == len(prompts)
+    assert b"data: [DONE]" in request.received
+    wait_for(lambda: server.has_ended, 60)
+    assert server.process.returncode == 0

@@ -1,0 +1,103 @@
+"""Run as a program: one engine on the golden checkpoint, pools mixed; prints JSON on its last line.
+
+    python -m tests.support.golden_run CHECKPOINT '{"tensor_parallel_size": 2}' [--short]
+
+A process of its own, because vLLM reads the environment (model runner, thread binding) on import.
+With `--short` it asks for the first tokens of one prompt at a time, which says as much of one more
+engine: Triton's interpreter takes about 10 ms a token and layer for routing alone.
+
+Of experts in fp8 there are no golden values; they are compared with the reference model on the
+weights that the slots stand for.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from emo_kernels import quantize
+from emo_serve.emo.checkpoint import load_model
+from tests.support.golden.checkpoints import golden
+from tests.support.offline_engine import PooledEngine, pooled_engine
+from tests.unit.emo.test_model import logprobs, masks
+
+SHORT: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 4}
+"""Engine arguments for 16 tokens of each of four pools, in one step; vLLM profiles 64 tokens."""
+
+Logprobs = dict[str, list[list[float]]]
+"""For each pool, of each golden prompt, the log-probability of every token after the first."""
+
+
+def worst_difference(
+    engine: PooledEngine,
+    expected: Logprobs | None = None,
+    prompts: Sequence[int] = (0, 1, 2),
+    num_tokens: int = 40,
+) -> float:
+    """Return the largest distance from the golden log-probabilities, all pools in one batch."""
+    expected = expected or golden().prompt_logprobs
+    asked = [(pool, row) for row in prompts for pool in engine.rows]
+    got = engine.prompt_logprobs(
+        [(pool, golden().prompts[row][:num_tokens]) for pool, row in asked]
+    )
+    return max(
+        abs(a - b)
+        for (pool, row), mine in zip(asked, got, strict=True)
+        for a, b in zip(mine, expected[pool][row][: num_tokens - 1], strict=True)
+    )
+
+
+def golden_pools() -> dict[str, list[list[int]]]:
+    """Return the golden pools with the full model as the first, the base pool's row."""
+    return {"full": [list(range(32))] * 3, **golden().pools}
+
+
+def quantised_logprobs(directory: Path) -> Logprobs:
+    """Return what the reference model says when its experts have gone through fp8."""
+    model = load_model(directory)
+    for name, weight in model.named_parameters():
+        if name.endswith((".mlp.w13", ".mlp.w2")):
+            values, scales = quantize(weight.data)
+            weight.data = values.float() * scales[..., None]
+    return {
+        name: logprobs(model, golden().prompts, pool=masks(pool, "shared1")).tolist()
+        for name, pool in golden_pools().items()
+    }
+
+
+def move_every_expert(engine: PooledEngine) -> None:
+    """Load every expert again, into slots drawn at random, in random order."""
+    rng = random.Random(1)
+    copies = [
+        [layer, expert, slot]
+        for layer in range(3)
+        for expert, slot in enumerate(rng.sample(range(32), 32))
+    ]
+    rng.shuffle(copies)
+    engine.load(copies, engine.rows["full"], golden_pools()["full"])
+
+
+def main(directory: str, engine_args: str, *flags: str) -> None:
+    """Start, compare, load everything anew, compare, describe."""
+    is_short, args = "--short" in flags, json.loads(engine_args)
+    is_fp8 = args.get("expert_dtype", "auto") != "auto"
+    expected = quantised_logprobs(Path(directory)) if is_fp8 else golden().prompt_logprobs
+    every: tuple[tuple[int, ...], int] = ((0, 1, 2), 40)
+    before, after = (((0,), 16), ((1,), 16)) if is_short else (every, every)
+    args = {**(SHORT if is_short else {}), **args}
+    with pooled_engine(Path(directory), golden_pools(), **args) as engine:
+        worst = worst_difference(engine, expected, *before)
+        move_every_expert(engine)
+        worst_moved = worst_difference(engine, expected, *after)
+        ranks = engine.call("emo_describe")
+        usage = {pool: engine.call("emo_usage", kept, 1.0) for pool, kept in golden_pools().items()}
+        result = {"worst": worst, "worst_moved": worst_moved, "ranks": ranks, "usage": usage}
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,52 @@
+"""The figures of the benchmark of `auto`; its measuring needs a server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.accuracy.auto import Asked, added_ms, report, rows_of
+
+LOSSES = {"base-model": [1.0, 2.0, 3.0], "math": [1.5, 4.0, 5.0], "c": [3.0, 2.5, 3.5]}
+LABELS = ["math", "c", "c"]
+FOUND = [
+    Asked(2, "base-model", 0.020, 0.010),
+    Asked(0, "math", 0.011, 0.010),
+    Asked(1, "math", 0.012, 0.010),
+]
+
+
+def test_a_choice_is_right_when_it_is_the_texts_own_pool() -> None:
+    row = rows_of(FOUND, LABELS, LOSSES)
+    assert row["right"] == pytest.approx(1 / 3)
+    assert row["to_base"] == pytest.approx(1 / 3)
+    assert row["loss"] == pytest.approx((3.0 + 1.5 + 4.0) / 3)
+    assert row["own_loss"] == pytest.approx((3.5 + 1.5 + 2.5) / 3)
+    assert row["base_loss"] == pytest.approx(2.0)
+    assert row["above_own"] == pytest.approx(1 / 3)
+
+
+def test_times_are_compared_prompt_by_prompt() -> None:
+    added = added_ms(FOUND)
+    assert added["added_ms_p50"] == pytest.approx(2.0)
+    assert added["added_ms_p90"] >= 10
+    assert added["named_ms_p50"] == pytest.approx(10.0)
+
+
+def test_the_report_has_the_latest_line_of_each_model(tmp_path: Path) -> None:
+    assert report(tmp_path) == []
+    row = {"method": "router", "base": "resident", "tokens": 16, **rows_of(FOUND, LABELS, LOSSES)}
+    lines = []
+    for model, right in (("a", 0.1), ("b", 0.2), ("a", 0.9)):
+        result = {"model": model, "experts": 8, "domains": 2, "texts": 3, "follow": 128}
+        result["rows"] = [{**row, "right": right, "tokens": length} for length in (64, 16)]
+        lines.append({"result": result, "device": ["a CPU"], "date": "2026-11-23T10:00:00"})
+    lines.append({"result": {"domains": 2, "margins": []}})  # of another table
+    (tmp_path / "auto.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = "\n".join(report(tmp_path))
+    assert text.count("| resident |") == 4
+    assert text.index("| resident | 16 |") < text.index("| resident | 64 |")
+    assert "| router | 0.900 | 0.333 |" in text
+    assert "0.100" not in text

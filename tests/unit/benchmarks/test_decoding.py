@@ -1,0 +1,283 @@
+"""The decoding benchmark: its model is EMO, its checks can fail, its smoke run measures nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import emo_kernels
+from benchmarks.decoding.model import DecodeModel, Geometry, Sequences, random_pools
+from emo_kernels import reference
+from emo_serve.emo.config import EmoConfig
+from emo_serve.emo.model import EmoForCausalLM, EmoMoe
+
+ROOT = Path(__file__).resolve().parents[3]
+RECORDED = ROOT / "benchmarks" / "results" / "decode.jsonl"
+
+TINY = Geometry(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=2,
+    num_experts=8,
+    expert_size=16,
+    top_k=3,
+    num_shared=1,
+    vocab_size=50,
+)
+SIZES = (8, 4, 2)  # of pool rows 0, 1, 2; the last is smaller than top-k
+CASES = ["all 16", "pool of 8", "pool of 4", "pool of 2", "4 pools of 4"]
+
+
+@pytest.fixture(scope="module")
+def model() -> DecodeModel:
+    pools = random_pools(TINY, SIZES, seed=3)
+    return DecodeModel(TINY, pools, torch.float32, torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def emo_of(model: DecodeModel) -> EmoForCausalLM:
+    """Return the reference EMO model with the same weights."""
+    config = EmoConfig(
+        vocab_size=TINY.vocab_size,
+        hidden_size=TINY.hidden_size,
+        intermediate_size=TINY.expert_size,
+        num_hidden_layers=TINY.num_layers,
+        num_attention_heads=TINY.num_heads,
+        num_experts=TINY.num_experts,
+        num_experts_per_tok=TINY.top_k,
+        num_shared_experts=TINY.num_shared,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    emo = EmoForCausalLM(config).eval()
+    emo.model.embed_tokens.weight.copy_(model.embed)
+    emo.model.norm.weight.copy_(model.norm_D)
+    emo.lm_head.weight.copy_(model.lm_head)
+    for theirs, ours in zip(emo.model.layers, model.layers, strict=True):
+        attention, slots_E = theirs.self_attn, ours.tables.slot_of_expert_E.long()
+        for linear, weight in zip(
+            (attention.q_proj, attention.k_proj, attention.v_proj), ours.qkv.chunk(3), strict=True
+        ):
+            linear.weight.copy_(weight)
+        attention.o_proj.weight.copy_(ours.o_proj)
+        theirs.pre_attention_layernorm.weight.copy_(ours.attention_norm_D)
+        theirs.pre_feedforward_layernorm.weight.copy_(ours.moe_norm_D)
+        assert isinstance(theirs.mlp, EmoMoe)
+        theirs.mlp.gate.weight.copy_(ours.gate)
+        theirs.mlp.w13.copy_(ours.w13[slots_E])
+        theirs.mlp.w2.copy_(ours.w2[slots_E])
+    return emo
+
+
+@torch.no_grad()
+def test_steps_of_mixed_pools_are_the_reference_models(model: DecodeModel) -> None:
+    """Decode from an empty past, with a context one longer at each step, and follow greedily."""
+    emo, rows_T = emo_of(model), torch.tensor([0, 1, 2, 1], dtype=torch.int32)
+    pool = [layer.tables.members_PE[rows_T] for layer in model.layers]
+    ids_TN = torch.tensor([[3], [17], [29], [41]])
+    batch = Sequences.random(TINY, 4, 1, torch.float32, torch.Generator().manual_seed(0))
+    for length in range(1, 7):
+        longer = Sequences.random(TINY, 4, length, torch.float32, torch.Generator())
+        for cache, past in zip(longer.cache, batch.cache, strict=True):
+            cache[:, :, :, : length - 1] = past[:, :, :, : length - 1]
+        batch = longer
+        batch.set_rows(rows_T.tolist())
+        batch.set_next(ids_TN[:, -1], torch.tensor([length - 1]))
+        logits_TV = model.step(batch, reference.pooled_moe)
+        torch.testing.assert_close(logits_TV, emo(ids_TN, pool)[:, -1], atol=2e-4, rtol=2e-4)
+        assert torch.equal(batch.tokens_T, logits_TV.argmax(-1))
+        ids_TN = torch.cat([ids_TN, batch.tokens_T[:, None]], -1)
+    assert (ids_TN[:, 1:] != ids_TN[:, :1]).any()
+
+
+@torch.no_grad()
+def test_a_step_replaces_the_oldest_position_alone(model: DecodeModel) -> None:
+    batch = Sequences.random(TINY, 2, 5, torch.float32, torch.Generator().manual_seed(0))
+    batch.set_next(torch.tensor([1, 2]), torch.tensor([13]))
+    before = [cache.clone() for cache in batch.cache]
+    model.step(batch, reference.pooled_moe)
+    assert batch.position.item() == 14
+    for old, new in zip(before, batch.cache, strict=True):
+        is_changed_N = (old != new).any(-1).flatten(0, 2).any(0)
+        assert is_changed_N.tolist() == [False, False, False, True, False]
+
+
+def test_bytes_are_those_of_the_tensors(model: DecodeModel) -> None:
+    experts = sum(layer.w13.nbytes + layer.w2.nbytes for layer in model.layers)
+    num_experts = TINY.num_layers * TINY.num_experts
+    assert num_experts * TINY.expert_bytes(torch.float32) == experts
+    batch = Sequences.random(TINY, 3, 7, torch.float32, torch.Generator())
+    assert 3 * TINY.kv_bytes(7, torch.float32) == sum(cache.nbytes for cache in batch.cache)
+    width, vocab = TINY.hidden_size, TINY.vocab_size
+    per_layer = 4 * width**2 + 2 * width + TINY.num_experts * width
+    trunk = 2 * vocab * width + width + TINY.num_layers * per_layer
+    assert model.trunk_bytes == 4 * trunk
+
+
+def test_pools_have_their_sizes_and_the_shared_expert() -> None:
+    geometry = Geometry()
+    full, small = random_pools(geometry, (128, 16), seed=0)
+    assert all(layer == frozenset(range(128)) for layer in full)
+    assert all(len(layer) == 16 and 127 in layer for layer in small)
+    assert len(set(small)) == geometry.num_layers
+
+
+# -- the script --
+
+
+def run_script(*flags: str) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.decoding.run", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def recorded() -> bytes | None:
+    return RECORDED.read_bytes() if RECORDED.exists() else None
+
+
+def test_smoke_run_checks_every_case_and_times_none(tmp_path: Path) -> None:
+    before = recorded()
+    printed = run_script("--smoke", "--results", str(tmp_path), "--batches", "1", "5")
+    assert recorded() == before
+    assert printed.startswith("interpreter")
+    (text,) = (tmp_path / "decode.jsonl").read_text().splitlines()
+    line = json.loads(text)
+    assert line["result"]["interpreter"] is True
+    assert not any(word in text for word in ("_ms", "per_second", "ratio", "copy_rate"))
+    checks = line["result"]["checks"]
+    assert [(c["batch"], c["case"]) for c in checks] == [
+        (n, case) for n in (1, 5) for case in CASES
+    ]
+    for check in checks:
+        assert check["step_error"] < 1e-4 and check["twin_error"] < 1e-4
+        assert (check["change_from_full"] > 0.02) == (check["case"] != "all 16")
+        assert check["experts_hit"] <= min(check["slots"], 3 * check["batch"])
+    hits = {(c["batch"], c["case"]): c["experts_hit"] for c in checks}
+    assert hits[1, "all 16"] == 3  # top-k: at batch 1 a pool reads no less
+    assert hits[1, "pool of 8"] == 3
+    assert hits[5, "pool of 2"] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_a_gpu_nothing_is_measured() -> None:
+    before = recorded()
+    assert "nothing measured" in run_script()
+    assert recorded() == before
+
+
+# -- what runs on a GPU, with a stand-in for the graph --
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the script as a module, its experts by the twin."""
+    module = importlib.import_module("benchmarks.decoding.run")
+    monkeypatch.setattr(emo_kernels, "pooled_moe", reference.pooled_moe)
+    monkeypatch.setattr(emo_kernels, "route", reference.route)
+    return module
+
+
+class FakeGraph:
+    """Replays by calling again, into the tensor that the captured call returned."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call, self.returned = call, call()
+
+    def replay(self) -> None:
+        again = self.call()
+        if isinstance(again, torch.Tensor):
+            self.returned.copy_(again)
+
+
+def setting_of(bench: ModuleType) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return bench.Setting(bench._TINY, (8, 4, 2), 4, 6, torch.float32, generator)
+
+
+@torch.no_grad()
+def measured(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, setting: Any) -> dict[str, Any]:
+    def capture(call: Callable[[], Any]) -> tuple[FakeGraph, Any]:
+        graph = FakeGraph(call)
+        return graph, graph.returned
+
+    def times(graph: FakeGraph, _seconds: float) -> list[float]:
+        graph.replay()
+        is_step = isinstance(graph.returned, torch.Tensor)
+        rows = setting.sequences.pool_rows_T
+        base = 1.0 if rows.eq(0).all() else 0.5  # ms; a pool halves it
+        return [base, 2 * base, 3 * base] if is_step else [base]
+
+    monkeypatch.setattr(bench, "_capture", capture)
+    monkeypatch.setattr(bench, "_event_times", times)
+    return bench.measure(setting, 4, bench.Deadline(0.01), copy_rate=2.0**30)  # type: ignore[no-any-return]
+
+
+def test_rows_hold_rates_ratios_and_shares(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = setting_of(bench)
+    found = measured(bench, monkeypatch, setting)
+    assert [row["case"] for row in found["rows"]] == CASES
+    full, *pools = found["rows"]
+    assert full["tokens_per_second"] == pytest.approx(2000)
+    assert full["moe_share"] == pytest.approx(0.5)
+    assert full["ratio_to_full"] == 1
+    for row in pools:
+        assert row["tokens_per_second"] == pytest.approx(4000)
+        assert row["ratio_to_full"] == pytest.approx(2)
+    by_case = {row["case"]: row for row in found["rows"]}
+    one_slot = 2 * 3 * 32 * 16 * 4  # of both layers
+    difference = by_case["pool of 8"]["device_gib"] - by_case["pool of 2"]["device_gib"]
+    assert difference * 2**30 == pytest.approx(6 * one_slot)
+    assert 4 < by_case["4 pools of 4"]["slots"] <= 13  # their union
+    assert all(check["is_identical"] for check in found["checks"])
+    bench.print_tables({**found, "kv_mib_a_sequence": 1.0, "copy_gib_per_s": 1.0})
+    assert "| 4 | 2,000 (1.00) | 4,000 (2.00) |" in capsys.readouterr().out
+
+
+def test_a_graph_that_ignores_pools_ends_the_run(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting, replay = setting_of(bench), FakeGraph.replay
+
+    def replay_base_pool(graph: FakeGraph) -> None:
+        setting.sequences.pool_rows_T.zero_()
+        replay(graph)
+
+    monkeypatch.setattr(FakeGraph, "replay", replay_base_pool)
+    with pytest.raises(SystemExit, match=r"pool of 8, batch 4: step_error"):
+        measured(bench, monkeypatch, setting)
+
+
+def test_kernels_that_ignore_pools_end_the_run(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def base_pool(x: Any, logits: Any, rows_T: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return reference.pooled_moe(x, logits, torch.zeros_like(rows_T), *rest)
+
+    monkeypatch.setattr(emo_kernels, "pooled_moe", base_pool)
+    with pytest.raises(SystemExit, match=r"pool of 8, batch 4: change_from_full is 0"):
+        measured(bench, monkeypatch, setting_of(bench))
+
+
+def test_kernels_unlike_their_twin_end_the_run(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def a_little_more(*args: Any) -> torch.Tensor:
+        return reference.pooled_moe(*args) * 1.02
+
+    monkeypatch.setattr(emo_kernels, "pooled_moe", a_little_more)
+    with pytest.raises(SystemExit, match=r"all 16, batch 4: twin_error is 0\.02"):
+        measured(bench, monkeypatch, setting_of(bench))

@@ -1,0 +1,189 @@
+"""The start-up plan: slots, order and refusals, from files of a real (random) checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emo_serve.config import ServeSettings
+from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.errors import ConfigError
+from emo_serve.pools.pool import ExpertPool, LayerExperts
+from emo_serve.server.startup.plan import StartPlan, make_plan
+from tests.support.golden.checkpoints import pools_of, write_checkpoint
+
+SLOT_BYTES = 3 * 128 * 64 * 4  # float32
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(write_checkpoint("shared1", tmp_path_factory.mktemp("shared1")))
+
+
+@pytest.fixture(scope="module")
+def pools_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pools")
+    for name, layers in pools_of("shared1").items():
+        if name in ("math", "code", "law"):
+            entries = tuple(LayerExperts(tuple(experts)) for experts in layers)
+            ExpertPool(name, entries).write(directory / f"{name}.json")
+    return directory
+
+
+def plan_of(checkpoint: Checkpoint, settings: ServeSettings, **changes: Any) -> StartPlan:
+    return make_plan(replace(settings, **changes), checkpoint, ["emo"], 4, 1, persists=True)
+
+
+@pytest.fixture
+def settings(pools_dir: Path) -> ServeSettings:
+    return ServeSettings(pools_dir=pools_dir)
+
+
+def order(plan: StartPlan) -> list[str]:
+    return [pool.name for pool in plan.load_order]
+
+
+def test_without_limits_the_base_pool_leads_and_every_pool_follows(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    plan = plan_of(checkpoint, settings)
+    assert plan.num_slots == 32
+    assert order(plan) == ["base", "code", "law", "math"]
+    assert plan.experts_per_layer == (32, 32, 32)
+
+
+def test_without_pools_the_model_is_served_whole(checkpoint: Checkpoint) -> None:
+    assert order(plan_of(checkpoint, ServeSettings())) == ["base"]
+
+
+def test_fewer_slots_leave_the_base_pool_out(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    plan = plan_of(checkpoint, settings, expert_slots=20)
+    assert (plan.num_slots, order(plan)) == (20, ["code", "law", "math"])
+
+
+def test_memory_is_turned_into_slots_of_the_dtype_and_the_device(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    memory = replace(settings, expert_memory_bytes=3 * 20 * SLOT_BYTES)
+    assert make_plan(memory, checkpoint, ["emo"], 4, 1, persists=True).num_slots == 20
+    assert make_plan(memory, checkpoint, ["emo"], 2, 1, persists=True).num_slots == 32
+    assert make_plan(memory, checkpoint, ["emo"], 4, 2, persists=True).num_slots == 32
+
+
+@pytest.mark.parametrize(
+    ("ranks", "slot_bytes"),
+    [(1, 3 * 128 * 64 + 4 * (2 * 64 + 128)), (2, 3 * 128 * 32 + 4 * (2 * 32 + 128))],
+)
+def test_memory_holds_the_scales_of_fp8_experts_too(
+    checkpoint: Checkpoint, settings: ServeSettings, ranks: int, slot_bytes: int
+) -> None:
+    fp8 = replace(settings, expert_dtype="fp8_e4m3")
+    for less, slots in ((0, 20), (1, 19)):
+        memory = replace(fp8, expert_memory_bytes=3 * 20 * slot_bytes - less)
+        for dtype_bytes in (2, 4):
+            plan = make_plan(memory, checkpoint, ["emo"], dtype_bytes, ranks, persists=True)
+            assert plan.num_slots == slots
+    host = replace(fp8, host_expert_bytes=slot_bytes - 1)
+    with pytest.raises(ConfigError, match="--host-expert-memory .*holds no expert"):
+        make_plan(host, checkpoint, ["emo"], 4, ranks, persists=True)
+
+
+def test_preload_decides_which_pools_and_in_which_order(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    plan = plan_of(checkpoint, settings, expert_slots=20, preload=("math", "law"))
+    assert order(plan) == ["math", "law"]
+
+
+def test_nothing_need_be_loaded_at_start(checkpoint: Checkpoint, settings: ServeSettings) -> None:
+    plan = plan_of(checkpoint, settings, expert_slots=16, preload=(), default_pool="law")
+    assert order(plan) == []
+
+
+def test_pinned_and_preferred_pools_are_named_by_their_flags(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    plan = plan_of(checkpoint, settings, pin=("law",), preload=("math", "code"))
+    assert [pool.name for pool in plan.pinned] == ["law"]
+    hashes = {plan.catalog.resolve(name).content_hash for name in ("math", "code")}
+    assert plan.preferred == hashes
+    assert plan_of(checkpoint, settings).preferred == frozenset()
+
+
+def test_only_the_operators_own_directory_is_written_to(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    assert plan_of(checkpoint, settings).catalog.persists
+    shipped = make_plan(settings, checkpoint, ["emo"], 4, 1, persists=False)
+    assert not shipped.catalog.persists
+
+
+def test_with_room_for_all_preload_leaves_no_pool_out(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    plan = plan_of(checkpoint, settings, preload=("math",))
+    assert order(plan) == ["base", "math", "code", "law"]
+
+
+def test_the_default_pool_is_loaded_first(checkpoint: Checkpoint, settings: ServeSettings) -> None:
+    plan = plan_of(checkpoint, settings, expert_slots=16, default_pool="law")
+    assert order(plan)[0] == "law"
+    assert plan.names.default_pool == "law"
+    both = plan_of(checkpoint, settings, expert_slots=24, default_pool="math+code")
+    assert order(both)[:2] == ["math", "code"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preload": ("nope",)}, "--preload: there is no pool 'nope'; the pools are: code, law"),
+        ({"default_pool": "nope"}, "--default-pool: there is no pool 'nope'"),
+        ({"default_pool": "math+nope"}, "--default-pool: there is no pool 'nope'"),
+        ({"expert_slots": 33}, "--expert-slots is 33; a layer has at most 32"),
+        ({"expert_slots": 4}, "no pool fits 4 slots a layer: the smallest, 'code', needs"),
+        ({"expert_slots": 20, "default_pool": "base"}, "--default-pool base does not fit in 20"),
+        ({"pin": ("nope",)}, "--pin: there is no pool 'nope'"),
+        ({"expert_slots": 16, "pin": ("math", "law")}, "--pin math,law: these pools do not fit"),
+        (
+            {"expert_slots": 16, "default_pool": "law", "pin": ("math",)},
+            "--default-pool law does not fit in 16 slots a layer beside the pinned pools",
+        ),
+        ({"host_expert_bytes": SLOT_BYTES - 1}, "--host-expert-memory"),
+        ({"pools_dir": None, "expert_slots": 20}, "20 slots a layer do not hold the base pool"),
+    ],
+)
+def test_a_start_that_could_serve_nothing_asked_for_is_refused(
+    checkpoint: Checkpoint, settings: ServeSettings, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        plan_of(checkpoint, settings, **changes)
+    assert message in str(refusal.value)
+
+
+def test_a_pool_called_like_the_model_is_refused(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    with pytest.raises(ConfigError, match="--served-model-name"):
+        make_plan(settings, checkpoint, ["math"], 4, 1, persists=True)
+
+
+def test_a_bad_pool_file_costs_only_its_own_pool(
+    checkpoint: Checkpoint, settings: ServeSettings, tmp_path: Path
+) -> None:
+    assert settings.pools_dir is not None
+    for file in settings.pools_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "broken.json").write_text("{")
+    plan = plan_of(checkpoint, settings, pools_dir=tmp_path)
+    assert order(plan) == ["base", "code", "law", "math"]
+    assert "broken.json" in str(plan.catalog.refused[0])
+
+
+def test_the_golden_checkpoint_is_what_the_tests_assume(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    assert 3 * config.hidden_size * config.intermediate_size * 4 == SLOT_BYTES

@@ -1,0 +1,93 @@
+"""The start-up summary, and a curl line that a shell accepts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from emo_serve.config import GIB
+from emo_serve.server.startup.summary import PoolLine, ServerAddress, Summary, format_summary
+from emo_serve.server.vllm_adapter.worker_calls import EngineFacts
+
+FACTS = EngineFacts(
+    num_ranks=1,
+    trunk_bytes=int(1.4 * GIB),
+    slab_bytes=8 * GIB,
+    slot_bytes=12582912,
+    num_slots=(42,) * 16,
+    dtype="bfloat16",
+    expert_dtype="bfloat16",
+    moe_backend="cpu",
+    routes_by_pool=True,
+    records_routing=True,
+)
+
+
+SUMMARY = Summary(
+    model="emo",
+    facts=FACTS,
+    experts_per_layer=(0, *[128] * 15),
+    slots_per_layer=42,
+    pools_source=Path("/pools"),
+    pools=(
+        PoolLine("base", (0, *[128] * 15), "too large for the slab"),
+        PoolLine("math", (0, *[16] * 14, 20), "resident", is_default=True),
+    ),
+    refused=("bad.json: layer 1: an expert is 999",),
+    address=ServerAddress(None, 8000),
+    try_model="math",
+)
+
+
+def test_it_says_what_an_operator_asks() -> None:
+    text = format_summary(SUMMARY)
+    for line in (
+        "emo is ready (bfloat16, expert maths: cpu)",
+        "trunk    1.40 GiB",
+        "slab     8.00 GiB: 42 slots a layer, 0.0117 GiB each",
+        "experts  128 x 15 MoE layers",
+        "base      128 experts a layer  too large for the slab",
+        "math    16-20 experts a layer  resident  (default)",
+        "refused: bad.json: layer 1: an expert is 999",
+        "URL      http://127.0.0.1:8000/v1",
+        "try      curl ",
+    ):
+        assert line in text
+
+
+def test_it_names_the_experts_dtype_where_it_is_another() -> None:
+    facts = replace(FACTS, expert_dtype="float8_e4m3fn", moe_backend="triton")
+    text = format_summary(replace(SUMMARY, facts=facts))
+    assert "(bfloat16, experts in float8_e4m3fn, expert maths: triton)" in text
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        (ServerAddress(None, 8000), "http://127.0.0.1:8000"),
+        (ServerAddress("0.0.0.0", 80), "http://127.0.0.1:80"),
+        (ServerAddress("::", 80), "http://[::1]:80"),
+        (ServerAddress("gpu7", 1, is_tls=True), "https://gpu7:1"),
+        (ServerAddress(None, 1, uds="/run/emo.sock"), "http://localhost"),
+    ],
+)
+def test_the_url_works_on_this_machine(address: ServerAddress, url: str) -> None:
+    assert address.url == url
+
+
+def test_the_curl_line_is_one_command() -> None:
+    words = shlex.split(ServerAddress("127.0.0.1", 8000).curl("math"))
+    assert words[0] == "curl"
+    assert "http://127.0.0.1:8000/v1/completions" in words
+    assert json.loads(words[words.index("-d") + 1])["model"] == "math"
+
+
+def test_a_key_stays_in_a_variable_and_a_socket_is_named() -> None:
+    line = ServerAddress(None, 1, uds="/run/emo.sock", key_variable="VLLM_API_KEY").curl("emo")
+    words = shlex.split(line)
+    assert words[words.index("-H") + 1] == "Authorization: Bearer $VLLM_API_KEY"
+    assert words[words.index("--unix-socket") + 1] == "/run/emo.sock"

@@ -1,0 +1,40 @@
+"""Which keys a start takes, and which variable the line to try names."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from emo_serve.config import ServeSettings
+from emo_serve.server.serve import _address, _Keys
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "admin", "api", "variable"),
+    [
+        (None, None, (), (), None),
+        (None, "from-env", (), ("from-env",), "VLLM_API_KEY"),
+        (["from-flag"], None, (), ("from-flag",), "EMO_SERVE_API_KEY"),
+        (["from-flag"], "from-env", ("a",), ("from-flag",), "EMO_SERVE_API_KEY"),
+        (None, None, ("a",), (), None),
+    ],
+)
+def test_the_line_to_try_names_a_variable_whose_key_opens_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+    flag: list[str] | None,
+    environment: str | None,
+    admin: tuple[str, ...],
+    api: tuple[str, ...],
+    variable: str | None,
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("VLLM_API_KEY", environment)
+    args = argparse.Namespace(
+        api_key=flag, host=None, port=1, uds=None, ssl_keyfile=None, ssl_certfile=None
+    )
+    keys = _Keys.take(args, ServeSettings(admin_api_keys=admin))
+    assert (keys.api, keys.admin) == (api, admin)
+    assert args.api_key == ([*api, *admin] if api else None)  # what vLLM's own check knows
+    assert _address(args, keys).key_variable == variable

@@ -1,0 +1,107 @@
+"""The drain: nothing new, everything old, and an end to waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from emo_serve.errors import Draining
+from emo_serve.server.asgi.admission import Message, RequestGate, Scope, Send
+from emo_serve.server.pool_admin.service import PoolService
+from emo_serve.server.shutdown import StopSignals, drain
+from tests.support.fake_engine import settle
+from tests.support.pool_services import service_of
+
+
+class Generation:
+    """An ASGI app like a beam search: two leases in turn, each held until the test steps it."""
+
+    def __init__(self, service: PoolService) -> None:
+        self.service = service
+        self.step = asyncio.Event()
+        self.num_leases = 0
+
+    async def __call__(self, scope: Scope, receive: object, send: Send) -> None:
+        for _ in range(2):
+            async with self.service.lease(self.service.find("math")):
+                self.num_leases += 1
+                self.step.clear()
+                await self.step.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+async def post(gate: RequestGate) -> int:
+    statuses: list[int] = []
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    await gate({"type": "http", "method": "POST", "headers": []}, receive, send)
+    return statuses[0]
+
+
+@pytest.fixture
+async def service() -> PoolService:
+    service = service_of()
+    await service.manager.load(service.find("math"))
+    return service
+
+
+async def test_running_requests_finish_though_they_need_further_leases(
+    service: PoolService,
+) -> None:
+    generation = Generation(service)
+    gate = RequestGate(generation)
+    running = asyncio.create_task(post(gate))
+    await settle()
+    draining = asyncio.create_task(drain(gate, service.manager, 60))
+    await settle()
+    assert await post(gate) == 503
+    for expected in (1, 2):
+        assert generation.num_leases == expected
+        assert not draining.done()
+        generation.step.set()
+        await settle()
+    assert await running == 200
+    assert await draining
+    with pytest.raises(Draining):
+        service.admit("math")
+
+
+async def test_a_lease_without_a_request_is_waited_for_too(service: PoolService) -> None:
+    gate = RequestGate(Generation(service))
+    async with service.lease(service.find("math")):
+        draining = asyncio.create_task(drain(gate, service.manager, 60))
+        await settle()
+        assert not draining.done()
+    assert await draining
+
+
+async def test_a_drain_that_takes_too_long_says_so(service: PoolService) -> None:
+    gate = RequestGate(Generation(service))
+    running = asyncio.create_task(post(gate))
+    await settle()
+    assert not await drain(gate, service.manager, 0.01)
+    assert gate.is_closed
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_with_nothing_under_way_a_drain_ends_at_once(service: PoolService) -> None:
+    assert await drain(RequestGate(Generation(service)), service.manager, 0.0)
+
+
+async def test_the_first_and_the_second_signal_are_told_apart() -> None:
+    signals = StopSignals(asyncio.get_running_loop())
+    os.kill(os.getpid(), signal.SIGTERM)
+    await signals.first.wait()
+    assert not signals.second.is_set()
+    os.kill(os.getpid(), signal.SIGINT)
+    await signals.second.wait()

@@ -1,0 +1,363 @@
+"""What the adapter relies on in vLLM, name by name: the first thing to run after an upgrade.
+
+`vllm_engine` and `vllm_openai` import everything of vLLM that the front end uses. Here each of
+those names is checked for the shape the adapter takes for granted, so that a change is a failed
+line here and not a request served in the wrong pool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import envs
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server, watchdog_loop
+from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ModelCard
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMNotFoundError, VLLMValidationError
+from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector
+
+from emo_serve.config import ServeSettings
+from emo_serve.errors import (
+    ConfigError,
+    Draining,
+    EmoServeError,
+    EngineDead,
+    LoadDeadlineExceeded,
+    PoolBlocked,
+    PoolConflict,
+    PoolExists,
+    PoolFileError,
+    PoolInUse,
+    PoolLoadFailed,
+    PoolStoreError,
+    PoolTooLarge,
+    RequestError,
+    StateConflict,
+    TooManyWaiting,
+    UnknownPool,
+)
+from emo_serve.server.asgi.errors import error_body, status_of
+from emo_serve.server.startup.unsupported_flags import _UNSUPPORTED
+from emo_serve.server.vllm_adapter import engine as vllm_engine
+from emo_serve.server.vllm_adapter import openai as vllm_openai
+from emo_serve.vllm_plugin.settings import PluginSettings
+from tests.unit.vllm_plugin.test_settings import vllm_config
+
+SITE = Path(inspect.getfile(AsyncLLM)).parents[2]
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def source(function: Any) -> str:
+    return inspect.getsource(function)
+
+
+# -- the generation hook --
+
+
+def test_generate_and_encode_have_the_parameters_ours_replaces() -> None:
+    assert parameters(AsyncLLM.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"]
+    assert "lora_request" in parameters(AsyncLLM.generate)
+    assert inspect.isasyncgenfunction(AsyncLLM.generate)
+    assert inspect.isasyncgenfunction(AsyncLLM.encode)
+    assert not inspect.iscoroutinefunction(vllm_engine.PooledLLM.generate)
+    assert not inspect.isasyncgenfunction(vllm_engine.PooledLLM.generate)
+
+
+def test_every_entry_point_generates_through_the_client_and_hands_on_the_adapter() -> None:
+    """A route that called the engine in another way, or without the model's name, would slip by."""
+    calls: dict[str, list[ast.Call]] = {}
+    for path in (SITE / "entrypoints").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner, method = ast.unparse(node.func.value), node.func.attr
+            if owner.endswith("engine_client") and method in ("generate", "encode", "add_request"):
+                name = path.relative_to(SITE / "entrypoints").as_posix()
+                calls.setdefault(name, []).append(node)
+    generating = {
+        name
+        for name, nodes in calls.items()
+        for node in nodes
+        if ast.unparse(node.func).endswith("generate")
+    }
+    assert {
+        "openai/chat_completion/serving.py",
+        "openai/chat_completion/batch_serving.py",
+        "openai/completion/serving.py",
+        "openai/responses/serving.py",
+        "generate/beam_search/online.py",
+        "generate/label_reads.py",
+        "scale_out/token_in_token_out/serving.py",
+    } <= generating
+    speech = {"speech_to_text/base/serving.py", "speech_to_text/realtime/connection.py"}
+    for name in generating - speech:
+        for node in calls[name]:
+            assert "lora_request" in {keyword.arg for keyword in node.keywords}, name
+    assert not any("add_request" in ast.unparse(n.func) for nodes in calls.values() for n in nodes)
+
+
+def test_sampling_params_can_be_copied_and_carry_extra_args() -> None:
+    written = {"emo_pool_row": 9, "emo_account": 8, "emo_mass_slot": 7, "k": 1}
+    params = SamplingParams(extra_args=dict(written), max_tokens=3)
+    placed = vllm_engine.place_in_row(params, 2, account=5, mass_slot=4)
+    ours = {"emo_pool_row": 2, "emo_account": 5, "emo_mass_slot": 4}
+    assert placed.extra_args == {**ours, "k": 1}
+    assert params.extra_args == written
+    assert (placed.max_tokens, placed.output_kind) == (3, params.output_kind)
+    plain = vllm_engine.place_in_row(SamplingParams(), 0)
+    assert plain.extra_args == {"emo_pool_row": 0, "emo_account": 0, "emo_mass_slot": -1}
+
+
+def test_prompts_carry_a_cache_salt() -> None:
+    assert tokens_input([1], cache_salt="s")["cache_salt"] == "s"
+    prompt = tokens_input([1, 2], cache_salt="mine")
+    salted = vllm_engine.salt_prompt(prompt, "0" * 64)
+    assert salted == {**prompt, "cache_salt": f"emo:{'0' * 64}:mine"}
+    assert vllm_engine.salt_prompt({"prompt_token_ids": [1]}, "ab")["cache_salt"] == "emo:ab:"
+    with pytest.raises(VLLMValidationError):
+        vllm_engine.salt_prompt("raw text", "ab")
+
+
+def test_outputs_are_collected_merged_and_raised() -> None:
+    assert parameters(RequestOutputCollector.__init__)[1:3] == ["output_kind", "request_id"]
+    collector = RequestOutputCollector(RequestOutputKind.DELTA, "id")
+    assert collector.get_nowait() is None
+    collector.put(ValueError("late"))
+    with pytest.raises(ValueError, match="late"):
+        collector.get_nowait()
+
+
+def test_the_client_has_what_the_worker_calls_need() -> None:
+    assert parameters(AsyncLLM.collective_rpc)[1:4] == ["method", "timeout", "args"]
+    assert isinstance(AsyncLLM.errored, property)
+    assert "timeout" in parameters(AsyncLLM.shutdown)
+    assert {"vllm_config", "usage_context", "enable_log_requests", "disable_log_stats"} <= set(
+        parameters(AsyncLLM.from_vllm_config)
+    )
+
+
+# -- names of models --
+
+
+def test_model_names_are_looked_up_where_ours_stands() -> None:
+    assert "request.model in self.models.lora_requests" in source(BaseServing._check_model)
+    adapters = source(BaseServing._maybe_get_adapters)
+    assert "request.model in self.models.lora_requests" in adapters
+    assert "return self.models.lora_requests[request.model]" in adapters
+    # why ours lists nothing: any adapter named like a message's type would be chosen
+    assert "lora_requests.values()" in source(BaseServing._get_active_default_mm_loras)
+
+
+def test_the_adapters_name_is_echoed_as_model() -> None:
+    assert "lora_request.lora_name" in source(OpenAIServingModels.model_name)
+    adapter = LoRARequest(lora_name="math", lora_int_id=1, lora_path="x")
+    assert adapter.lora_name == "math"
+
+
+def test_models_are_listed_where_ours_stands() -> None:
+    assert inspect.iscoroutinefunction(OpenAIServingModels.show_available_models)
+    assert inspect.iscoroutinefunction(OpenAIModelRegistry.show_available_models)
+    assert "self.registry = OpenAIModelRegistry" in source(OpenAIServingModels.__init__)
+    card = ModelCard(id="emo")
+    card.default_pool = "base"
+    assert card.model_dump()["default_pool"] == "base"
+
+
+# -- errors --
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind", "param"),
+    [
+        (VLLMNotFoundError("x"), 404, "NotFoundError", None),
+        (VLLMValidationError("x", parameter="model"), 400, "BadRequestError", "model"),
+        (GracefulHTTPError("x", HTTPStatus.SERVICE_UNAVAILABLE), 503, "Service Unavailable", None),
+        (GracefulHTTPError("x", HTTPStatus.INTERNAL_SERVER_ERROR), 500, "Internal Server", None),
+    ],
+)
+def test_errors_have_the_statuses_the_table_counts_on(
+    error: VLLMError, code: int, kind: str, param: str | None
+) -> None:
+    answer = create_error_response(error).error
+    assert (answer.code, answer.param) == (code, param)
+    assert answer.type.startswith(kind)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UnknownPool("x"), 404),
+        (PoolConflict("x"), 400),
+        (PoolTooLarge("x"), 400),
+        (RequestError("x"), 400),
+        (PoolFileError("x"), 400),
+        (PoolExists("x"), 409),
+        (PoolInUse("x"), 409),
+        (StateConflict("x"), 409),
+        (PoolBlocked("x"), 503),
+        (TooManyWaiting("x"), 503),
+        (LoadDeadlineExceeded("x"), 503),
+        (PoolLoadFailed("x"), 500),
+        (PoolStoreError("x"), 500),
+        (Draining("x"), 503),
+        (EngineDead("x"), 500),
+        (EmoServeError("x"), 500),
+    ],
+)
+def test_the_table_gives_each_of_our_errors_its_status(error: EmoServeError, status: int) -> None:
+    answer = create_error_response(vllm_engine.to_http_error(error)).error
+    assert answer.code == status == status_of(error)
+    assert answer.message.startswith("x")
+
+
+def test_our_own_refusals_look_like_vllms() -> None:
+    for error in (Draining("x"), LoadDeadlineExceeded("x"), EngineDead("x")):
+        theirs = create_error_response(vllm_engine.to_http_error(error)).model_dump()
+        assert json.loads(error_body(str(error), status_of(error))) == theirs
+
+
+def test_only_requests_for_a_model_have_the_parameter_model() -> None:
+    for param in ("model", None):
+        raised = vllm_engine.to_http_error(RequestError("x"), param=param)
+        assert create_error_response(raised).error.param == param
+
+
+# -- start-up and serving --
+
+
+def test_the_builders_take_what_they_are_given() -> None:
+    assert parameters(build_app) == ["args", "supported_tasks", "model_config"]
+    assert parameters(init_app_state) == ["engine_client", "state", "args", "supported_tasks"]
+    assert parameters(setup_server) == ["args", "reuse_port"]
+    assert parameters(watchdog_loop) == ["server", "engine"]
+    assert isinstance(envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE, int)
+    with NoSignalServer.capture_signals(object()):  # type: ignore[arg-type]
+        pass  # leaves signals alone
+
+
+def test_the_api_key_guards_our_listing() -> None:
+    assert "/v1" in GUARDED_PREFIX
+
+
+def test_engine_args_have_the_fields_that_are_set() -> None:
+    fields = set(AsyncEngineArgs.__dataclass_fields__)
+    assert {"model", "load_format", "worker_cls", "worker_extension_cls"} <= fields
+    assert {"additional_config", "served_model_name", "tensor_parallel_size"} <= fields
+    assert "create_model_config" in dir(AsyncEngineArgs)
+    assert "usage_context" in parameters(AsyncEngineArgs.create_engine_config)
+
+
+def test_every_refused_flag_is_one_of_vllms_and_off_by_default() -> None:
+    parser = make_arg_parser(FlexibleArgumentParser())
+    defaults = vars(parser.parse_args([]))
+    for option in _UNSUPPORTED:
+        name = option.flag.removeprefix("--").replace("-", "_")
+        assert name in defaults, option.flag
+        assert defaults[name] in option.off, option.flag
+
+
+def test_fp8_experts_are_refused_before_the_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr(vllm_openai, "_engine_args", fail)
+    monkeypatch.setattr(vllm_openai.current_platform, "device_type", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for backend in ("auto", "triton"):
+        settings = ServeSettings(moe_backend=backend, expert_dtype="fp8_e4m3")
+        with pytest.raises(ConfigError, match=f"--moe-backend is {backend} and the device is cpu"):
+            vllm_openai.start_engine(argparse.Namespace(), settings, 4)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "message"),
+    [
+        ("triton", "cpu", "triton needs a CUDA device; .*; use --moe-backend reference"),
+        ("cpu", "cuda", "cpu needs a CPU; the device is cuda; use --moe-backend reference"),
+    ],
+)
+def test_a_backend_of_another_device_is_refused_before_the_engine_starts(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr(vllm_openai, "_engine_args", fail)
+    monkeypatch.setattr(vllm_openai.current_platform, "device_type", device)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ConfigError, match=message):
+        vllm_openai.start_engine(argparse.Namespace(), ServeSettings(moe_backend=backend), 4)
+
+
+def test_workers_read_what_the_front_end_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    class StopHere(Exception):
+        pass
+
+    def stop(_: object) -> None:
+        raise StopHere
+
+    monkeypatch.setattr(vllm_openai, "_engine_args", stop)
+    monkeypatch.setattr(vllm_openai.current_platform, "device_type", "cuda")
+    args = argparse.Namespace(additional_config={"other": 1}, enforce_eager=False)
+    settings = ServeSettings(expert_dtype="fp8_e4m3", max_pools=8, host_expert_bytes=1 << 30)
+    with pytest.raises(StopHere):
+        vllm_openai.start_engine(args, settings, 4)
+    read = PluginSettings.read(vllm_config(additional_config=args.additional_config))
+    assert read == PluginSettings(
+        4, 8, "auto", "fp8_e4m3", 1 << 30, records_routing=True, holds_all=False
+    )
+    assert args.additional_config["other"] == 1
+
+
+def test_our_flags_take_no_other_of_vllms_names() -> None:
+    args = vllm_openai.parse_serve_args(
+        ["M", "--moe-backend", "reference", "--port", "81"], {"port": 99}
+    )
+    assert (args.model_tag, args.port) == ("M", 81)
+    assert (args.emo_moe_backend, args.moe_backend) == ("reference", "auto")
+    vllm = {
+        option
+        for action in make_arg_parser(FlexibleArgumentParser())._actions
+        for option in action.option_strings
+    }
+    ours = {"--pools", "--default-pool", "--expert-memory", "--expert-slots", "--preload"}
+    assert not vllm & (ours | {"--max-pools", "--drain-timeout"})
+
+
+def test_the_model_may_be_given_as_a_flag() -> None:
+    assert vllm_openai.parse_serve_args(["--model", "M"], {}).model_tag == "M"
+    assert vllm_openai.parse_serve_args([], {}).model_tag is None
+
+
+def test_without_a_model_some_defaults_are_others() -> None:
+    others = {"kv_cache_memory_bytes": 7, "enforce_eager": True}
+    with_model = vllm_openai.parse_serve_args(["M"], others)
+    assert (with_model.kv_cache_memory_bytes, with_model.enforce_eager) == (None, False)
+    without = vllm_openai.parse_serve_args([], others)
+    assert (without.kv_cache_memory_bytes, without.enforce_eager) == (7, True)
+    given = ["--kv-cache-memory-bytes", "1M", "--no-enforce-eager"]
+    asked = vllm_openai.parse_serve_args(given, others)
+    assert (asked.kv_cache_memory_bytes, asked.enforce_eager) == (2**20, False)

@@ -1,0 +1,113 @@
+"""Model name and header -> pool: every spelling, every contradiction."""
+
+from __future__ import annotations
+
+import pytest
+
+from emo_serve.errors import ConfigError, PoolConflict, RequestError
+from emo_serve.names import ModelNames, canonical_name, check_chosen
+
+NAMES = ModelNames(("emo", "allenai/Emo_1b14b_1T"))
+
+
+@pytest.mark.parametrize(
+    ("model", "pool"),
+    [
+        (None, "base"),
+        ("", "base"),
+        ("emo", "base"),
+        ("allenai/Emo_1b14b_1T", "base"),
+        ("math", "math"),
+        ("emo:math", "math"),
+        ("allenai/Emo_1b14b_1T:math", "math"),
+        ("emo:base", "base"),
+        ("math+code", "code+math"),
+        ("emo:code+math+code", "code+math"),
+        ("gpt-4", "gpt-4"),
+        ("emo:", ""),
+        ("other:math", "other:math"),
+        ("auto", "auto"),
+        ("emo:auto", "auto"),
+    ],
+)
+def test_a_model_name_means_one_pool(model: str | None, pool: str) -> None:
+    assert NAMES.choose(model) == pool
+
+
+def test_a_name_of_the_model_may_look_like_anything() -> None:
+    names = ModelNames(("a:b+c",))
+    assert names.choose("a:b+c") == "base"
+    assert names.choose("a:b+c:math") == "math"
+
+
+def test_the_default_pool_is_meant_by_the_models_name_alone() -> None:
+    names = ModelNames(("emo",), default_pool="math+code")
+    assert names.choose("emo") == "code+math"
+    assert names.choose("emo:base") == "base"
+    assert names.choose("emo", ["law"]) == "law"
+
+
+@pytest.mark.parametrize(
+    ("model", "headers", "pool"),
+    [
+        ("emo", ["math"], "math"),
+        (None, ["math"], "math"),
+        ("emo", [" math "], "math"),
+        ("emo", ["code+math"], "code+math"),
+        ("math", ["math"], "math"),
+        ("math+code", ["code+math"], "code+math"),
+        ("emo", ["math", "math"], "math"),
+        ("emo", ["auto"], "auto"),
+        ("auto", ["auto"], "auto"),
+    ],
+)
+def test_the_header_names_the_pool_or_repeats_it(
+    model: str | None, headers: list[str], pool: str
+) -> None:
+    assert NAMES.choose(model, headers) == pool
+
+
+@pytest.mark.parametrize(
+    ("model", "headers"),
+    [
+        ("math", ["code"]),
+        ("emo", ["a", "b"]),
+        ("emo:base", ["math"]),
+        ("auto", ["math"]),
+        ("math", ["auto"]),
+    ],
+)
+def test_two_different_pools_are_a_conflict(model: str, headers: list[str]) -> None:
+    with pytest.raises(PoolConflict, match="name the pool once"):
+        NAMES.choose(model, headers)
+
+
+@pytest.mark.parametrize("header", ["", " ", "Math", "a b", "math+", "emo:math", "m" * 65, "\xe9"])
+def test_a_malformed_header_is_refused(header: str) -> None:
+    with pytest.raises(RequestError, match="x-emo-pool is .*expected a pool's name"):
+        NAMES.choose("emo", [header])
+
+
+def test_pools_may_not_take_the_models_name_or_the_base_pools() -> None:
+    NAMES.check_free(["math"])
+    with pytest.raises(ConfigError, match="'emo' has the name of the model.*--served-model-name"):
+        NAMES.check_free(["emo"])
+    with pytest.raises(ConfigError, match="'base' is kept for all experts"):
+        NAMES.check_free(["base"])
+    with pytest.raises(ConfigError, match="'auto' is kept for the server's own choice.*rename"):
+        NAMES.check_free(["auto"])
+
+
+@pytest.mark.parametrize("name", ["auto", "auto+math", "base+auto"])
+def test_where_no_pool_was_chosen_auto_is_refused(name: str) -> None:
+    with pytest.raises(RequestError, match="chooses one for it, alone.*/v1/completions"):
+        check_chosen(name)
+
+
+def test_a_pool_that_was_chosen_is_not_refused() -> None:
+    check_chosen("automatic+math")
+
+
+def test_a_union_has_one_spelling() -> None:
+    assert canonical_name("b+a+b") == "a+b"
+    assert canonical_name("a") == "a"
