@@ -1,7 +1,8 @@
-"""The server's own settings, frozen and checked before anything heavy is imported.
+"""The server's own settings: each flag, its default, its help and its reader stand in one place.
 
-`ServeSettings` holds the flags that are ours and raises ConfigError for a value that makes no
-sense. vLLM's flags pass through untouched, but for those that server.unsupported_flags refuses.
+`ServeSettings` is frozen and checks itself before anything heavy is imported; a value that makes no
+sense raises ConfigError. The flags of `emo-serve serve` are made from its fields. vLLM's flags pass
+through untouched, except those that server.startup.unsupported_flags refuses.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, cast
 
 from emo_serve.errors import ConfigError
 from emo_serve.residency.policy import POLICIES
@@ -36,15 +38,130 @@ AUTO_POOL = "auto"
 """The name under which clients leave the choice of a pool to the server."""
 
 AUTO_METHODS = ("tfidf", "router")
-"""Who chooses for `auto`: a classifier of text, or the model's router."""
+"""What chooses for `auto`: a classifier of text, or the model's router."""
 
 GIB = 2**30
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
-_OPEN_PATHS = "/health,/ready,/ping,/version,/metrics"
+_OPEN_PATHS = ("/health", "/ready", "/ping", "/version", "/metrics")
 _POOL_NAME = re.compile(r"[a-z0-9._-]{1,64}(\+[a-z0-9._-]{1,64})*")
 
 
-# -- our flags --
+# -- sizes --
+
+
+def parse_size(flag: str, text: str) -> int:
+    """Read "8GiB", "512 MiB" or plain bytes; ConfigError for anything else, GB and G included."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _UNITS:
+        binary = f"{unit[0]}iB" if unit in ("K", "M", "G", "T", "KB", "MB", "GB", "TB") else None
+        remedy = f"write {match[1]}{binary}" if match and binary else "give e.g. 8GiB or 512MiB"
+        raise ConfigError(f"{flag} is {text!r}; {remedy} (KiB, MiB, GiB, TiB or plain bytes)")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def format_gib(num_bytes: int) -> str:
+    """Return a size in GiB with enough digits to be useful; very small sizes in bytes."""
+    gib = num_bytes / GIB
+    if gib < 0.0001:
+        return f"{num_bytes} bytes"
+    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib:.4f} GiB"
+
+
+# -- flags --
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """How a field is given on the command line; `read` turns (flag, text) into its value."""
+
+    name: str
+    metavar: str
+    read: Callable[[str, str], object]
+    help: str
+    dest: str
+    is_repeatable: bool
+
+    def add_to(self, group: argparse._ArgumentGroup, default: object) -> None:
+        options: dict[str, Any] = {"action": "append"} if self.is_repeatable else {}
+        text = _as_text(default)
+        group.add_argument(
+            self.name,
+            dest=self.dest,
+            metavar=self.metavar,
+            default=text,
+            help=self.help if text is None else f"{self.help} (default: %(default)s)",
+            **options,
+        )
+
+    def value(self, args: argparse.Namespace, default: object) -> object:
+        """Return what the flag was given, or the field's default."""
+        given = getattr(args, self.dest)
+        if given is None:
+            return default
+        if self.is_repeatable:
+            return tuple(self.read(self.name, text) for text in given)
+        return self.read(self.name, given)
+
+
+def _flag(
+    name: str,
+    read: Callable[[str, str], object],
+    *,
+    default: Any,
+    metavar: str,
+    help: str,
+    dest: str | None = None,
+    is_repeatable: bool = False,
+) -> Any:
+    dest = dest or name.removeprefix("--").replace("-", "_")
+    flag = _Flag(name, metavar, read, help, dest, is_repeatable)
+    return field(default=default, metadata={"flag": flag})
+
+
+def _as_text(default: object) -> str | None:
+    """Return a default as one would write it on the command line; None where there is none."""
+    if not default:
+        return None
+    if isinstance(default, tuple):
+        return ",".join(default)
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _read_text(flag: str, text: str) -> str:
+    return text
+
+
+def _read_path(flag: str, text: str) -> Path:
+    return Path(text)
+
+
+def _read_list(flag: str, text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _read_int(flag: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{flag} is {text!r}; give a whole number") from None
+
+
+def _read_seconds(flag: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{flag} is {text!r}; give a number of seconds") from None
+
+
+def _read_share(flag: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{flag} is {text!r}; give a number from 0 to 1") from None
+
+
+# -- settings --
 
 
 @dataclass(frozen=True)
@@ -52,34 +169,172 @@ class ServeSettings:
     """What emo-serve adds to vLLM's flags.
 
     `model` is what the user named, a directory or a Hub id; None stands for the shipped demo. At
-    most one of `expert_memory_bytes` (a device) and `expert_slots` (a layer) is set; with neither
-    the slab holds all experts. `host_expert_bytes` is host memory a device, 0 for none. `preload`
-    None means every pool, in the catalog's order; `auto_method` None, the classifier while all
-    pools have examples, else the router. Raises ConfigError.
+    most one of `expert_memory_bytes` (per device) and `expert_slots` (per layer) is set; with
+    neither the slab holds all experts. `host_expert_bytes` is host memory per device, 0 for none.
+    `preload` None means every pool, in the catalog's order; `auto_method` None means the classifier
+    while all pools have examples, else the router. Raises ConfigError.
     """
 
     model: str | None = None
-    pools_dir: Path | None = None
-    default_pool: str | None = None
-    expert_memory_bytes: int | None = None
-    expert_slots: int | None = None
-    host_expert_bytes: int = 0
-    preload: tuple[str, ...] | None = None
-    pin: tuple[str, ...] = ()
-    eviction_policy: str = POLICIES[0]
-    max_waiting: int = 256
-    load_deadline_seconds: float = 60.0
-    moe_backend: str = "auto"
-    expert_dtype: str = EXPERT_DTYPES[0]
-    max_pools: int = 64
-    drain_timeout_seconds: float = 30.0
-    admin_api_keys: tuple[str, ...] = ()
-    open_paths: tuple[str, ...] = tuple(_OPEN_PATHS.split(","))
-    request_log: Path | None = None
-    auto_method: str | None = None
-    auto_examples: Path | None = None
-    auto_tokens: int = 256
-    auto_min_coverage: float = 0.4
+    pools_dir: Path | None = _flag(
+        "--pools",
+        _read_path,
+        default=None,
+        metavar="DIR",
+        help="directory of pool files, one JSON file per pool",
+    )
+    default_pool: str | None = _flag(
+        "--default-pool",
+        _read_text,
+        default=None,
+        metavar="NAME",
+        help="pool of a request that names only the model; without it base, all experts",
+    )
+    expert_memory_bytes: int | None = _flag(
+        "--expert-memory",
+        parse_size,
+        default=None,
+        metavar="SIZE",
+        help="device memory for experts, e.g. 8GiB, per device under tensor parallelism;"
+        " without it all experts are held, and the base pool is served too",
+    )
+    expert_slots: int | None = _flag(
+        "--expert-slots",
+        _read_int,
+        default=None,
+        metavar="N",
+        help="the same as a number of experts held per layer",
+    )
+    preload: tuple[str, ...] | None = _flag(
+        "--preload",
+        _read_list,
+        default=None,
+        metavar="NAME,...",
+        help="pools to make resident at start, in this order, as long as they fit;"
+        " without it all, in order of name",
+    )
+    pin: tuple[str, ...] = _flag(
+        "--pin",
+        _read_list,
+        default=(),
+        metavar="NAME,...",
+        help="pools to make resident before all others, and never to evict until unpinned",
+    )
+    host_expert_bytes: int = _flag(
+        "--host-expert-memory",
+        parse_size,
+        default=0,
+        metavar="SIZE",
+        help="host memory per device that keeps experts ready to copy once they have been read"
+        " (default: none, experts are read from the checkpoint's files)",
+    )
+    eviction_policy: str = _flag(
+        "--eviction-policy",
+        _read_text,
+        default=POLICIES[0],
+        metavar="|".join(POLICIES),
+        help="which pool to evict when another needs its slots: the least frequently used of late,"
+        " the least recently used, or one that --preload does not name",
+    )
+    max_waiting: int = _flag(
+        "--max-waiting",
+        _read_int,
+        default=256,
+        metavar="N",
+        help="requests that may wait for a pool to be loaded; more get 503",
+    )
+    load_deadline_seconds: float = _flag(
+        "--load-deadline",
+        _read_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long a request waits for its pool before it gets 503",
+    )
+    moe_backend: str = _flag(
+        "--moe-backend",
+        _read_text,
+        default="auto",
+        metavar="|".join(MOE_BACKENDS),
+        dest="emo_moe_backend",  # vLLM has a flag of this name, which EMO's layers do not read
+        help="expert computation: our kernels for CUDA, vLLM's CPU kernel, or plain torch anywhere;"
+        " auto picks the fastest that can run; replaces vLLM's flag of this name",
+    )
+    expert_dtype: str = _flag(
+        "--expert-dtype",
+        _read_text,
+        default=EXPERT_DTYPES[0],
+        metavar="|".join(EXPERT_DTYPES),
+        help="dtype of experts in their slots: auto is --dtype; fp8_e4m3, with one scale per output"
+        " channel, takes half the memory of 16 bits and needs --moe-backend triton",
+    )
+    max_pools: int = _flag(
+        "--max-pools",
+        _read_int,
+        default=64,
+        metavar="N",
+        help="rows of the pool table: pools and unions that can be in use at once",
+    )
+    drain_timeout_seconds: float = _flag(
+        "--drain-timeout",
+        _read_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long SIGTERM waits for running and waiting requests",
+    )
+    admin_api_keys: tuple[str, ...] = _flag(
+        "--admin-api-key",
+        _read_text,
+        default=(),
+        metavar="KEY",
+        is_repeatable=True,
+        help="key that may add, remove, load, evict and pin pools, and opens all that --api-key"
+        " does; may be given several times. Without it --api-key may, and without either anyone",
+    )
+    open_paths: tuple[str, ...] = _flag(
+        "--open-paths",
+        _read_list,
+        default=_OPEN_PATHS,
+        metavar="PATH,...",
+        help="paths that need no key when --api-key is set",
+    )
+    request_log: Path | None = _flag(
+        "--request-log",
+        _read_path,
+        default=None,
+        metavar="FILE",
+        help="append one JSON line per request: pool, wait, seconds, tokens; no text",
+    )
+    auto_method: str | None = _flag(
+        "--auto-method",
+        _read_text,
+        default=None,
+        metavar="|".join(AUTO_METHODS),
+        help=f"what chooses the pool for model {AUTO_POOL!r}: a classifier that learns from"
+        " examples, or the model's router, which needs none but costs an engine step (default: the"
+        " classifier while all pools have examples, else the router)",
+    )
+    auto_examples: Path | None = _flag(
+        "--auto-examples",
+        _read_path,
+        default=None,
+        metavar="DIR",
+        help="what the classifier learns from: NAME.jsonl or NAME.txt, texts of that pool's domain",
+    )
+    auto_tokens: int = _flag(
+        "--auto-tokens",
+        _read_int,
+        default=256,
+        metavar="N",
+        help="how many tokens at the start of a prompt are read to choose its pool",
+    )
+    auto_min_coverage: float = _flag(
+        "--auto-min-coverage",
+        _read_share,
+        default=0.4,
+        metavar="SHARE",
+        help="share of the router's mass that the best pool must cover; below it the base pool is"
+        " chosen, if resident; for the router only",
+    )
 
     def __post_init__(self) -> None:
         self._check_memory()
@@ -149,31 +404,8 @@ class ServeSettings:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ServeSettings:
         """Build the settings from a namespace that `add_serve_flags` filled."""
-        memory, host, preload = args.expert_memory, args.host_expert_memory, args.preload
-        return cls(
-            model=args.model_tag,
-            pools_dir=None if args.pools is None else Path(args.pools),
-            default_pool=args.default_pool,
-            expert_memory_bytes=None if memory is None else parse_size("--expert-memory", memory),
-            expert_slots=_parse_int("--expert-slots", args.expert_slots),
-            host_expert_bytes=0 if host is None else parse_size("--host-expert-memory", host),
-            preload=None if preload is None else _split(preload),
-            pin=_split(args.pin),
-            eviction_policy=args.eviction_policy,
-            max_waiting=_parse_int("--max-waiting", args.max_waiting) or 0,
-            load_deadline_seconds=_parse_seconds("--load-deadline", args.load_deadline),
-            moe_backend=args.emo_moe_backend,
-            expert_dtype=args.expert_dtype,
-            max_pools=_parse_int("--max-pools", args.max_pools) or 0,
-            drain_timeout_seconds=_parse_seconds("--drain-timeout", args.drain_timeout),
-            admin_api_keys=tuple(args.admin_api_key or ()),
-            open_paths=_split(args.open_paths),
-            request_log=None if args.request_log is None else Path(args.request_log),
-            auto_method=args.auto_method,
-            auto_examples=None if args.auto_examples is None else Path(args.auto_examples),
-            auto_tokens=_parse_int("--auto-tokens", args.auto_tokens) or 0,
-            auto_min_coverage=_parse_share("--auto-min-coverage", args.auto_min_coverage),
-        )
+        values = {name: flag.value(args, default) for name, flag, default in _flags()}
+        return cls(model=args.model_tag, **cast(dict[str, Any], values))
 
 
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:
@@ -182,135 +414,17 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     The values stay text: ServeSettings reads them, so that a bad one is reported like any other.
     """
     group = parser.add_argument_group("emo-serve", "what emo-serve adds to `vllm serve`")
-    group.add_argument("--pools", metavar="DIR", help="directory of pool files, one JSON a pool")
-    group.add_argument(
-        "--default-pool",
-        metavar="NAME",
-        help="pool of a request that names only the model; without it base, all experts",
-    )
-    group.add_argument(
-        "--expert-memory",
-        metavar="SIZE",
-        help="device memory for experts, e.g. 8GiB; a device under tensor parallelism;"
-        " without it all experts are held, and the base pool is served too",
-    )
-    group.add_argument(
-        "--expert-slots", metavar="N", help="the same as a number of experts held a layer"
-    )
-    group.add_argument(
-        "--preload",
-        metavar="NAME,...",
-        help="pools to make resident at start, in this order, as long as they fit;"
-        " without it all, in order of name",
-    )
-    group.add_argument(
-        "--pin",
-        metavar="NAME,...",
-        default="",
-        help="pools to make resident before all others, and never to evict until unpinned",
-    )
-    group.add_argument(
-        "--host-expert-memory",
-        metavar="SIZE",
-        help="host memory a device in which experts read once are kept ready to copy"
-        " (default: none, they are read from the checkpoint's files)",
-    )
-    group.add_argument(
-        "--eviction-policy",
-        metavar="|".join(POLICIES),
-        default=POLICIES[0],
-        help="which pool goes when another needs its slots: the one asked for least often of late,"
-        " the one asked for least recently, or one that --preload does not name"
-        " (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-waiting",
-        metavar="N",
-        default="256",
-        help="requests that may wait for a pool to be loaded; more get 503 (default: %(default)s)",
-    )
-    group.add_argument(
-        "--load-deadline",
-        metavar="SECONDS",
-        default="60",
-        help="how long a request waits for its pool before it gets 503 (default: %(default)s)",
-    )
-    group.add_argument(
-        "--moe-backend",
-        dest="emo_moe_backend",
-        metavar="|".join(MOE_BACKENDS),
-        default="auto",
-        help="expert maths: our kernels for CUDA, vLLM's CPU kernel, or plain torch anywhere; auto"
-        " is the fastest that can run; replaces vLLM's flag of this name, which EMO's layers do not"
-        " read (default: %(default)s)",
-    )
-    group.add_argument(
-        "--expert-dtype",
-        metavar="|".join(EXPERT_DTYPES),
-        default=EXPERT_DTYPES[0],
-        help="experts in their slots: auto is --dtype; fp8_e4m3, with a scale an output channel,"
-        " takes half the memory of 16 bits and needs --moe-backend triton (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-pools",
-        metavar="N",
-        default="64",
-        help="rows of the pool table: pools and unions that can be in use at once"
-        " (default: %(default)s)",
-    )
-    group.add_argument(
-        "--drain-timeout",
-        metavar="SECONDS",
-        default="30",
-        help="how long SIGTERM waits for running requests (default: %(default)s)",
-    )
-    group.add_argument(
-        "--admin-api-key",
-        metavar="KEY",
-        action="append",
-        help="key that may add, remove, load, evict and pin pools, and opens all that --api-key"
-        " does; may be given several times. Without it --api-key may, and without either anybody",
-    )
-    group.add_argument(
-        "--open-paths",
-        metavar="PATH,...",
-        default=_OPEN_PATHS,
-        help="what answers without a key when --api-key is set (default: %(default)s)",
-    )
-    group.add_argument(
-        "--request-log",
-        metavar="FILE",
-        help="append one JSON line a request: pool, waiting, seconds, tokens; no text",
-    )
-    _add_auto_flags(group)
+    for _, flag, default in _flags():
+        flag.add_to(group, default)
 
 
-def _add_auto_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--auto-method",
-        metavar="|".join(AUTO_METHODS),
-        help=f"who chooses the pool of model {AUTO_POOL!r}: a classifier that learns from examples,"
-        " or the model's router, which needs none and a step of the engine (default: the classifier"
-        " while all pools have examples, else the router)",
-    )
-    group.add_argument(
-        "--auto-examples",
-        metavar="DIR",
-        help="what the classifier learns from: NAME.jsonl or NAME.txt, texts of that pool's domain",
-    )
-    group.add_argument(
-        "--auto-tokens",
-        metavar="N",
-        default="256",
-        help="first tokens of a prompt that are looked at (default: %(default)s)",
-    )
-    group.add_argument(
-        "--auto-min-coverage",
-        metavar="SHARE",
-        default="0.4",
-        help="share of the router's mass that the best pool must cover, else the base pool is"
-        " chosen, where it is resident; for the router alone (default: %(default)s)",
-    )
+def _flags() -> list[tuple[str, _Flag, object]]:
+    """Return name, flag and default of every field that is a flag, in order."""
+    return [
+        (entry.name, entry.metadata["flag"], entry.default)
+        for entry in fields(ServeSettings)
+        if "flag" in entry.metadata
+    ]
 
 
 def _check_pool_name(flag: str, name: str) -> None:
@@ -321,53 +435,7 @@ def _check_pool_name(flag: str, name: str) -> None:
         )
 
 
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
-def _parse_int(flag: str, text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"{flag} is {text!r}; give a whole number") from None
-
-
-def _parse_seconds(flag: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{flag} is {text!r}; give a number of seconds") from None
-
-
-def _parse_share(flag: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{flag} is {text!r}; give a number from 0 to 1") from None
-
-
-# -- sizes and slots --
-
-
-def parse_size(flag: str, text: str) -> int:
-    """Read "8GiB", "512 MiB" or plain bytes; ConfigError for anything else, GB and G included."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = match[2].upper() if match else ""
-    if match is None or unit not in _UNITS:
-        binary = f"{unit[0]}iB" if unit in ("K", "M", "G", "T", "KB", "MB", "GB", "TB") else None
-        remedy = f"write {match[1]}{binary}" if match and binary else "give e.g. 8GiB or 512MiB"
-        raise ConfigError(f"{flag} is {text!r}; {remedy} (KiB, MiB, GiB, TiB or plain bytes)")
-    return int(float(match[1]) * _UNITS[unit])
-
-
-def format_gib(num_bytes: int) -> str:
-    """Return a size in GiB, with figures enough to say something; very small ones in bytes."""
-    gib = num_bytes / GIB
-    if gib < 0.0001:
-        return f"{num_bytes} bytes"
-    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib:.4f} GiB"
+# -- slots --
 
 
 def slots_for_memory(budget_bytes: int, slot_bytes: int, experts_per_layer: Sequence[int]) -> int:
