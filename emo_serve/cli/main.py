@@ -93,7 +93,8 @@ def _serve(arguments: list[str]) -> int:
     _check_early(arguments)
     _configure_logging()
     from emo_serve import demo
-    from emo_serve.server.serve import DefaultModel, run
+    from emo_serve.server.serve import run
+    from emo_serve.server.startup.launch import DefaultModel
 
     defaults = {**_DEMO_FLAG_DEFAULTS, "auto_examples": str(demo.heldout_dir())}
     default_model = DefaultModel(demo.DEMO_MODEL, demo.model_dir(), demo.pools_dir(), defaults)

@@ -7,20 +7,20 @@ import signal
 import time
 
 from emo_serve.residency.manager import ResidencyManager
-from emo_serve.server.asgi.admission import RequestGate
+from emo_serve.server.asgi.admission import Admission
 
 __all__ = ["StopSignals", "drain"]
 
 
-async def drain(gate: RequestGate, manager: ResidencyManager, timeout_seconds: float) -> bool:
+async def drain(admission: Admission, manager: ResidencyManager, timeout_seconds: float) -> bool:
     """Refuse new work and wait for what is under way; False when that took too long.
 
     HTTP requests first: one of them may take several leases in turn. Then leases, which outlive the
     request of a background response.
     """
     deadline = time.monotonic() + timeout_seconds
-    gate.close()
-    is_idle = await gate.idle(timeout_seconds)
+    admission.close()
+    is_idle = await admission.idle(timeout_seconds)
     manager.start_draining()
     return await manager.drained(max(0.0, deadline - time.monotonic())) and is_idle
 

@@ -1,111 +1,43 @@
-"""The gate every HTTP request passes: headers in, refusals and coverage out, the end at shutdown.
+"""Admission: the layer every HTTP request passes, from its headers to the end of its answer.
 
 Pure ASGI around vLLM's app, which takes no middleware once it is built. A request carries one
-mutable `RequestContext` through its tasks; the generation hook reads the header there, and leaves
-how long a refused client should wait and what the request still waits for. A stream's status is
-sent before its first token is asked for, so it is held back here until the pool is leased: a client
-whose pool could not be loaded in time gets a 503 and not a stream that begins with an error.
+mutable `RequestContext` through its tasks; the generation hook reads the headers there, and leaves
+there how long a refused client should wait and what the request still waits for. A stream's status
+is sent before its first token is asked for, so it is held back here until the pool is leased: a
+client whose pool could not be loaded in time gets a 503 and not a stream that begins with an error.
 
-On the way out the pool that served the request is named in a header. A client that has asked for
-its coverage gets a whole answer when the engine requests' coverage is known, with the report in
-header and body, and a stream's report as an event before its end: see coverage_answer.
+On the way out the pool that served the request is named in a header. A client that asked for its
+coverage gets a complete answer once the coverage of its engine requests is known, with the report
+in header and body, or for a stream as an event before its end: see `asgi.coverage`.
 
-While the gate is closed only reading is allowed: health, metrics, listings. What was let in before
-is counted until its response ends.
+Once admission is closed only reading is allowed: health, metrics, listings. Requests admitted
+before are counted until their response ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emo_serve.errors import Draining, EmoServeError, RequestError
 from emo_serve.names import POOL_HEADER
-from emo_serve.server.asgi.coverage import (
-    COVERAGE_HEADER,
-    CoverageReport,
-    EventTail,
-    body_with,
-    wants_coverage,
-)
-from emo_serve.server.asgi.errors import error_body, retry_after_of, status_of
-from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
+from emo_serve.server.asgi.context import RequestContext, entered
+from emo_serve.server.asgi.coverage import COVERAGE_HEADER, EventTail, body_with, wants_coverage
+from emo_serve.server.asgi.errors import refusal
 
-__all__ = [
-    "READING_METHODS",
-    "AsgiApp",
-    "Message",
-    "Receive",
-    "RequestContext",
-    "RequestGate",
-    "Scope",
-    "Send",
-    "current_request",
-    "send_error",
-]
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+__all__ = ["READING_METHODS", "Admission"]
 
 READING_METHODS = ("GET", "HEAD", "OPTIONS")
 """Methods that change nothing."""
 
-_JSON, _EVENTS = b"application/json", b"text/event-stream"
 
+class Admission:
+    """Wrap an ASGI app; count running requests, and refuse new work once closed."""
 
-@dataclass
-class RequestContext:
-    """What the gate and the generation hook tell each other about one HTTP request.
-
-    The lists get one entry an engine request: `admissions` a future of None once its pool is leased
-    or of the refusal, `pool_names` the pool it runs in, and, if `wants_coverage`, `coverages` a
-    future of what of it was routed, which must be resolved however the request ends.
-    """
-
-    pool_headers: tuple[str, ...] = ()
-    wants_coverage: bool = False
-    retry_after_seconds: int | None = None
-    admissions: list[asyncio.Future[EmoServeError | None]] = field(default_factory=list)
-    pool_names: list[str] = field(default_factory=list)
-    coverages: list[asyncio.Future[CoverageSum | None]] = field(default_factory=list)
-
-    @property
-    def pools(self) -> str:
-        """Return the names of the pools that serve the request, each once; mostly it is one."""
-        return ", ".join(dict.fromkeys(self.pool_names))
-
-    async def refusal(self) -> EmoServeError | None:
-        """Wait until every engine request has its pool, or one cannot have it; return why."""
-        for admission in self.admissions:
-            if (error := await asyncio.shield(admission)) is not None:
-                return error
-        return None
-
-    async def report(self) -> CoverageReport:
-        """Wait until every engine request has ended; return what they have covered together."""
-        sums = [await asyncio.shield(coverage) for coverage in self.coverages]
-        return CoverageReport.of(self.pools, sums)
-
-
-_CURRENT: ContextVar[RequestContext | None] = ContextVar("emo_serve_request", default=None)
-
-
-def current_request() -> RequestContext:
-    """Return the context of the HTTP request being handled; an empty one outside of any."""
-    return _CURRENT.get() or RequestContext()
-
-
-class RequestGate:
-    """Wrap an ASGI app; count what is under way, and refuse new work once closed."""
-
-    def __init__(self, app: AsgiApp) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.is_closed = False
         self.num_running = 0
@@ -117,7 +49,7 @@ class RequestGate:
         self.is_closed = True
 
     async def idle(self, timeout_seconds: float) -> bool:
-        """Wait until nothing is under way; False when that took longer."""
+        """Wait until no request is running; False if that took longer."""
         try:
             async with asyncio.timeout(timeout_seconds):
                 while self.num_running:
@@ -131,48 +63,49 @@ class RequestGate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        counted = scope["method"] not in READING_METHODS
-        if counted and self.is_closed:
+        is_counted = scope["method"] not in READING_METHODS
+        if is_counted and self.is_closed:
             error = Draining(
                 "the server is shutting down; send the request to another or try again later"
             )
-            await _refuse(send, error, (b"connection", b"close"))
+            await refusal(error, {"connection": "close"})(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         try:
-            wants = wants_coverage(_values(scope, COVERAGE_HEADER))
-        except RequestError as error:
-            await _refuse(send, error)
+            wants = wants_coverage(headers.getlist(COVERAGE_HEADER))
+        except RequestError as bad_header:
+            await refusal(bad_header)(scope, receive, send)
             return
-        context = RequestContext(tuple(_values(scope, POOL_HEADER)), wants)
-        token = _CURRENT.set(context)
-        self._enter(counted)
+        context = RequestContext(tuple(headers.getlist(POOL_HEADER)), wants)
+        self._enter(is_counted)
         try:
-            await self.app(scope, receive, _Answer(send, context))
+            with entered(context):
+                await self.app(scope, receive, _Answer(scope, receive, send, context))
         finally:
-            self._leave(counted)
-            _CURRENT.reset(token)
+            self._leave(is_counted)
 
-    def _enter(self, counted: bool) -> None:
-        if counted:
+    def _enter(self, is_counted: bool) -> None:
+        if is_counted:
             self.num_running += 1
             self._idle.clear()
 
-    def _leave(self, counted: bool) -> None:
-        if counted:
+    def _leave(self, is_counted: bool) -> None:
+        if is_counted:
             self.num_running -= 1
             if self.num_running == 0:
                 self._idle.set()
 
 
 class _Answer:
-    """The `send` of one request's app: what of its messages goes out, and when.
+    """The `send` of one request's app: which of its messages go out, and when.
 
-    A stream nobody can be given a pool for becomes a refusal. With coverage wanted, a JSON answer
-    is kept until it is whole, and a stream's last event until the others and the report are out.
+    A stream whose pool cannot be had becomes a refusal. If coverage is wanted, a JSON answer is
+    kept until it is complete, and a stream's last event until the others and the report are out.
     """
 
-    def __init__(self, send: Send, context: RequestContext) -> None:
-        self._send, self._context = send, context
+    def __init__(self, scope: Scope, receive: Receive, send: Send, context: RequestContext) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._context = context
         self._is_refused = False
         self._held: Message | None = None  # the start of a JSON answer
         self._body = b""
@@ -196,28 +129,32 @@ class _Answer:
         status, context = message["status"], self._context
         if status == HTTPStatus.OK and (error := await context.refusal()) is not None:
             self._is_refused = True
-            await _refuse(self._send, error, *_named(context))
+            await self._refuse(error)
             return
-        extra = _named(context)
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            extra += _retry_after(context.retry_after_seconds)
-        message = {**message, "headers": [*message["headers"], *extra]}
+        headers = MutableHeaders(scope=message)
+        headers.update(self._pool_header())
+        if status == HTTPStatus.SERVICE_UNAVAILABLE and context.retry_after_seconds is not None:
+            headers["retry-after"] = str(context.retry_after_seconds)
         if status == HTTPStatus.OK and context.wants_coverage and context.pool_names:
-            kind = _value(message, b"content-type").partition(b";")[0].strip()
-            if kind == _JSON:
+            kind = _lower_case(message).get("content-type", "").partition(";")[0].strip()
+            if kind == "application/json":
                 self._held = message
                 return
-            if kind == _EVENTS:
+            if kind == "text/event-stream":
                 self._tail = EventTail()
         await self._send(message)
 
+    async def _refuse(self, error: EmoServeError) -> None:
+        await refusal(error, self._pool_header())(self._scope, self._receive, self._send)
+
     async def _send_held(self, start: Message) -> None:
         report, body = await self._context.report(), self._body
-        if not _value(start, b"content-encoding"):
+        headers = _lower_case(start)
+        if "content-encoding" not in headers:
             body = body_with(body, report)
-        length = (b"content-length", str(len(body)).encode())
-        others = [pair for pair in start["headers"] if pair[0].lower() != length[0]]
-        await self._send({**start, "headers": [*others, length, *report.headers]})
+        headers["content-length"] = str(len(body))
+        headers.update(report.headers)
+        await self._send({**start, "headers": headers.raw})
         await self._send({"type": "http.response.body", "body": body})
 
     async def _send_events(self, tail: EventTail, message: Message) -> None:
@@ -231,40 +168,10 @@ class _Answer:
             out += tail.rest
         await self._send({**message, "body": out, "more_body": has_more})
 
-
-def _values(scope: Scope, header: str) -> list[str]:
-    """Return the values of a request header, as many as were sent."""
-    return [value.decode("latin-1") for key, value in scope["headers"] if key == header.encode()]
+    def _pool_header(self) -> dict[str, str]:
+        return {POOL_HEADER: self._context.pools} if self._context.pool_names else {}
 
 
-def _value(start: Message, header: bytes) -> bytes:
-    """Return the value of a response header, b"" without one."""
-    return next((value for key, value in start["headers"] if key.lower() == header), b"")
-
-
-def _named(context: RequestContext) -> list[tuple[bytes, bytes]]:
-    return [(POOL_HEADER.encode(), context.pools.encode())] if context.pool_names else []
-
-
-def _retry_after(seconds: int | None) -> list[tuple[bytes, bytes]]:
-    return [] if seconds is None else [(b"retry-after", str(seconds).encode())]
-
-
-async def _refuse(send: Send, error: EmoServeError, *headers: tuple[bytes, bytes]) -> None:
-    """Answer with an error of ours in the app's place."""
-    headers = (*headers, *_retry_after(retry_after_of(error)))
-    await send_error(send, status_of(error), str(error), *headers)
-
-
-async def send_error(
-    send: Send, status: HTTPStatus, message: str, *headers: tuple[bytes, bytes]
-) -> None:
-    """Send a whole response: an error in OpenAI's shape."""
-    body = error_body(message, status)
-    all_headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        *headers,
-    ]
-    await send({"type": "http.response.start", "status": status.value, "headers": all_headers})
-    await send({"type": "http.response.body", "body": body})
+def _lower_case(start: Message) -> MutableHeaders:
+    """Return a copy of a response's headers; Starlette finds only names in lower case."""
+    return MutableHeaders(raw=[(name.lower(), value) for name, value in start["headers"]])

@@ -68,11 +68,11 @@ class CoverageReport:
         return cls(pools, coverage, total.tokens)
 
     @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """Return the response header; none where there is nothing to tell."""
+    def headers(self) -> dict[str, str]:
+        """Return the response header; none if no token was routed."""
         if self.coverage is None:
-            return []
-        return [(COVERAGE_HEADER.encode(), f"{self.coverage:.{_DIGITS}f}".encode())]
+            return {}
+        return {COVERAGE_HEADER: f"{self.coverage:.{_DIGITS}f}"}
 
 
 def body_with(body: bytes, report: CoverageReport) -> bytes:

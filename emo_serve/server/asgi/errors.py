@@ -1,9 +1,11 @@
-"""The one table from our errors to HTTP: status, and the reason that metrics count refusals by."""
+"""The one table from our errors to HTTP: status, reason for the metrics, and the response."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from http import HTTPStatus
+
+from starlette.responses import JSONResponse
 
 from emo_serve.errors import (
     Draining,
@@ -25,7 +27,14 @@ from emo_serve.errors import (
     UnknownPool,
 )
 
-__all__ = ["REFUSAL_REASONS", "error_body", "reason_of", "retry_after_of", "status_of"]
+__all__ = [
+    "REFUSAL_REASONS",
+    "error_response",
+    "reason_of",
+    "refusal",
+    "retry_after_of",
+    "status_of",
+]
 
 _TABLE: tuple[tuple[type[EmoServeError], HTTPStatus, str], ...] = (
     (UnknownPool, HTTPStatus.NOT_FOUND, "unknown_pool"),
@@ -66,7 +75,16 @@ def retry_after_of(error: EmoServeError) -> int | None:
     return error.retry_after_seconds if isinstance(error, Unavailable) else None
 
 
-def error_body(message: str, status: HTTPStatus, param: str | None = None) -> bytes:
-    """Return an error in OpenAI's shape, as vLLM's own handlers write it."""
-    error = {"message": message, "type": status.phrase, "param": param, "code": status.value}
-    return json.dumps({"error": error}).encode()
+def refusal(error: EmoServeError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return the whole response to a request refused with one of our errors."""
+    seconds = retry_after_of(error)
+    retry_after = {} if seconds is None else {"retry-after": str(seconds)}
+    return error_response(status_of(error), str(error), {**(headers or {}), **retry_after})
+
+
+def error_response(
+    status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """Return an error response in OpenAI's shape, as vLLM's own handlers write it."""
+    error = {"message": message, "type": status.phrase, "param": None, "code": status.value}
+    return JSONResponse({"error": error}, status, headers)

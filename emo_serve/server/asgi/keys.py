@@ -20,14 +20,12 @@ from collections.abc import Collection
 from enum import Enum
 from http import HTTPStatus
 
-from emo_serve.server.asgi.admission import (
-    READING_METHODS,
-    AsgiApp,
-    Receive,
-    Scope,
-    Send,
-    send_error,
-)
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from emo_serve.server.asgi.admission import READING_METHODS
+from emo_serve.server.asgi.errors import error_response
 
 __all__ = ["KeyGuard", "route_path"]
 
@@ -53,7 +51,7 @@ class KeyGuard:
 
     def __init__(
         self,
-        app: AsgiApp,
+        app: ASGIApp,
         api_keys: Collection[str],
         admin_keys: Collection[str],
         open_paths: Collection[str],
@@ -75,7 +73,7 @@ class KeyGuard:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
         else:
-            await _refuse(send, key)
+            await _refused(key)(scope, receive, send)
 
     def _opened_by(self, scope: Scope) -> tuple[_Key, ...]:
         """Return the keys that open a connection; none of them when it is open to all."""
@@ -91,11 +89,11 @@ class KeyGuard:
         return (_Key.API, _Key.ADMIN)
 
     def _key(self, scope: Scope) -> _Key:
-        value = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, token = value.partition(b" ")
-        if scheme.lower() != b"bearer" or not token:
+        value = Headers(scope=scope).get("authorization", "")
+        scheme, _, token = value.partition(" ")
+        if scheme.lower() != "bearer" or not token:
             return _Key.MISSING
-        digest = hashlib.sha256(token).digest()
+        digest = hashlib.sha256(token.encode("latin-1")).digest()
         # Every hash is compared, in constant time: how long it takes tells nothing of the keys.
         is_admin, is_api = (
             sum(secrets.compare_digest(digest, known) for known in hashes)
@@ -114,13 +112,10 @@ def _hashes(keys: Collection[str]) -> tuple[bytes, ...]:
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys if key)
 
 
-async def _refuse(send: Send, key: _Key) -> None:
-    """Answer in OpenAI's shape: 403 to a client we know, 401 to one we do not."""
+def _refused(key: _Key) -> JSONResponse:
+    """Return the refusal: 403 to a client we know, 401 to one we do not."""
     if key is _Key.API:
-        status = HTTPStatus.FORBIDDEN
         message = "this key may not change pools; use one of --admin-api-key"
-    else:
-        status = HTTPStatus.UNAUTHORIZED
-        message = f"{key.value} was sent; send Authorization: Bearer and a key of this server"
-    challenge = [(b"www-authenticate", b"Bearer")] if status is HTTPStatus.UNAUTHORIZED else []
-    await send_error(send, status, message, *challenge)
+        return error_response(HTTPStatus.FORBIDDEN, message)
+    message = f"{key.value} was sent; send Authorization: Bearer and a key of this server"
+    return error_response(HTTPStatus.UNAUTHORIZED, message, {"www-authenticate": "Bearer"})

@@ -17,20 +17,15 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from emo_serve.config import AUTO_POOL, BASE_POOL
 from emo_serve.errors import EmoServeError, RequestError
 from emo_serve.names import ModelNames
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.server.asgi.admission import (
-    AsgiApp,
-    Message,
-    Receive,
-    Scope,
-    Send,
-    current_request,
-    send_error,
-)
-from emo_serve.server.asgi.errors import reason_of, retry_after_of, status_of
+from emo_serve.server.asgi.context import current_request
+from emo_serve.server.asgi.errors import reason_of, refusal
 from emo_serve.server.asgi.keys import route_path
 from emo_serve.server.auto.choice import PoolChooser
 from emo_serve.server.auto.prompt_text import READERS, Prompt
@@ -58,7 +53,7 @@ class AutoPool:
 
     def __init__(
         self,
-        app: AsgiApp,
+        app: ASGIApp,
         names: ModelNames,
         chooser: PoolChooser,
         observer: AutoObserver,
@@ -86,8 +81,7 @@ class AutoPool:
             pool = await _unless_gone(receive, self._chooser.choose(prompt))
         except EmoServeError as error:
             self._observer.count_refusal(reason_of(error))
-            current_request().retry_after_seconds = retry_after_of(error)
-            await send_error(send, status_of(error), str(error))
+            await refusal(error)(scope, receive, send)
             return
         if pool is None:  # nobody waits for an answer
             return
@@ -165,7 +159,9 @@ async def _left(receive: Receive) -> None:
 
 
 def _with_length(scope: Scope, length: int) -> Scope:
-    """Return a scope whose headers tell the length of the new body, which comes in one piece."""
-    replaced = (b"content-length", b"transfer-encoding")
-    headers = [pair for pair in scope["headers"] if pair[0].lower() not in replaced]
-    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
+    """Return a scope whose headers give the length of the new body, which comes in one piece."""
+    changed = dict(scope)
+    headers = MutableHeaders(scope=changed)
+    del headers["transfer-encoding"]
+    headers["content-length"] = str(length)
+    return changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,17 @@ class ServerAddress:
     uds: str | None = None
     is_tls: bool = False
     key_variable: str | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, key_variable: str | None) -> ServerAddress:
+        """Return where a server of these flags listens."""
+        return cls(
+            host=args.host,
+            port=args.port,
+            uds=args.uds,
+            is_tls=bool(args.ssl_keyfile and args.ssl_certfile),
+            key_variable=key_variable,
+        )
 
     @property
     def url(self) -> str:

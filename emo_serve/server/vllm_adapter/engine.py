@@ -1,158 +1,83 @@
-"""vLLM's engine client, led through pools: half of the adapter to vLLM; `vllm_openai` is the other.
+"""vLLM's engine: started with empty expert slots, and asked questions of the server's own.
 
-Chat, completions, responses, messages and beam search all pass `AsyncLLM.generate`. Ours is a plain
-function: it finds the pool and raises while an HTTP status can still be sent, starts a task that
-waits for the pool and runs the request, and returns a generator of what comes. That task holds the
-lease, so the lease lasts as long as the engine works and not as long as a client takes to read; the
-gate knows from it when a stream may begin.
+Those questions are the warm-up at start and the router probes of `auto` and of builds. They pass no
+HTTP layer and no admission, so they go to the engine directly, under a lease of whoever asks.
 """
 
 from __future__ import annotations
 
-import asyncio
-import copy
+import argparse
 import itertools
-import weakref
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import os
+from collections.abc import Sequence
 from contextlib import aclosing
-from functools import partial
-from http import HTTPStatus
-from typing import Any
 
-from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import tokens_input
-from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from emo_serve.errors import EmoServeError, EngineDead
-from emo_serve.metrics import PoolMetrics
+from emo_serve.errors import EngineDead
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.server.asgi.admission import current_request
-from emo_serve.server.asgi.errors import reason_of, retry_after_of, status_of
-from emo_serve.server.pool_admin.service import PoolService
-from emo_serve.server.request_log import RequestLog
-from emo_serve.server.vllm_adapter.coverage import CoverageBook
-from emo_serve.server.vllm_adapter.request_account import RequestAccount
-from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
-from emo_serve.vllm_plugin import (
-    ACCOUNT_ARG,
-    MASS_SLOT_ARG,
-    NO_ACCOUNT,
-    NO_MASS_SLOT,
-    POOL_ROW_ARG,
-)
+from emo_serve.server.vllm_adapter.flags import engine_args, resolved
+from emo_serve.server.vllm_adapter.generation import place_in_row, salt_prompt
 
-__all__ = ["PooledLLM", "place_in_row", "salt_prompt", "to_http_error"]
+__all__ = ["OwnRequests", "start_engine"]
 
 
-def to_http_error(error: EmoServeError, param: str | None = "model") -> Exception:
-    """Return the vLLM exception whose handler answers with our error's status and message.
+def start_engine(args: argparse.Namespace) -> AsyncLLM:
+    """Start vLLM's engine on flags that `with_engine_values` returned; raises EngineDead."""
+    # Workers wait this long before they are told to end; a drained server has nothing to wait for.
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
+    if args.enforce_eager and current_platform.is_cpu():
+        # Eager leaves vLLM's small compiled helpers, for log-probabilities among others: on a CPU
+        # they need a C++ compiler and 14 s at first use.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    flags, usage = engine_args(args), UsageContext.OPENAI_API_SERVER
+    flags.scheduling_policy = "priority"  # pools are built behind all other requests
+    config = resolved(lambda: flags.create_engine_config(usage_context=usage))
+    try:
+        return AsyncLLM.from_vllm_config(
+            vllm_config=config,
+            usage_context=usage,
+            enable_log_requests=flags.enable_log_requests,
+            aggregate_engine_logging=flags.aggregate_engine_logging,
+            disable_log_stats=flags.disable_log_stats,
+        )
+    except RuntimeError as error:  # its processes have logged why
+        raise EngineDead(
+            "vLLM's engine did not start; the first ERROR above says why (on a CPU often memory:"
+            " see --kv-cache-memory-bytes)"
+        ) from error
 
-    `param` is the field of the request that a 400 blames. A 503 also leaves how long to wait, for
-    the gate to send as Retry-After.
-    """
-    status = status_of(error)
-    current_request().retry_after_seconds = retry_after_of(error)
-    if status == HTTPStatus.NOT_FOUND:
-        return VLLMNotFoundError(str(error))  # type: ignore[no-any-return]
-    if status == HTTPStatus.BAD_REQUEST:
-        return VLLMValidationError(str(error), parameter=param)  # type: ignore[no-any-return]
-    return GracefulHTTPError(str(error), status)  # type: ignore[no-any-return]
 
+class OwnRequests:
+    """Requests of the server itself, in rows of the pool table that the caller has leased."""
 
-class PooledLLM(AsyncLLM):
-    """The engine client vLLM's serving layer talks to; every request is led through a pool."""
+    def __init__(self, engine: AsyncLLM) -> None:
+        self._engine = engine
+        self._probe_ids = itertools.count(1)
 
-    _service: PoolService | None = None
-    _metrics: PoolMetrics | None = None
-    _probe_ids = itertools.count(1)
+    async def warm_up(self, pool: ExpertPool, row: int) -> None:
+        """Generate one token with log-probabilities: vLLM compiles those at their first use.
 
-    def attach_pools(
-        self,
-        service: PoolService,
-        metrics: PoolMetrics,
-        coverage: CoverageBook | None = None,
-        request_log: RequestLog | None = None,
-        *,
-        honours_priority: bool = False,
-    ) -> None:
-        """Give the client what requests need; before that none can be served.
-
-        Without `honours_priority` all clients' requests have the same.
+        That takes one second, or 14 where nothing is cached yet, and holds up every request.
         """
-        self._service, self._metrics, self._request_log = service, metrics, request_log
-        self._coverage, self._honours_priority = coverage, honours_priority
-        self._tasks: set[asyncio.Task[Any]] = set()  # asyncio keeps weak references
-
-    def generate(
-        self,
-        prompt: Any,
-        sampling_params: SamplingParams,
-        request_id: str,
-        *,
-        lora_request: LoRARequest | None = None,
-        **options: Any,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Find the pool now, raising what becomes an HTTP status; generate when iterated.
-
-        `lora_request` carries the model name the client wrote and never reaches the engine.
-        """
-        model = None if lora_request is None else lora_request.lora_name
-        service, metrics = self._pools()
-        try:
-            pool = service.admit(model, current_request().pool_headers)
-        except EmoServeError as error:
-            metrics.count_refusal(reason_of(error))
-            raise to_http_error(error) from error
-        salted = salt_prompt(prompt, pool.content_hash)
-        if not self._honours_priority:
-            options["priority"] = 0
-        loop, context = asyncio.get_running_loop(), current_request()
-        context.pool_names.append(pool.name)
-        admission: asyncio.Future[EmoServeError | None] = loop.create_future()
-        context.admissions.append(admission)
-        covered: asyncio.Future[CoverageSum | None] | None = None
-        if context.wants_coverage:
-            covered = loop.create_future()
-            context.coverages.append(covered)
-        account = NO_ACCOUNT if self._coverage is None else self._coverage.open(pool.name)
-        collector = RequestOutputCollector(sampling_params.output_kind, request_id)
-        request = (salted, sampling_params, request_id, options)
-        pump = asyncio.create_task(self._pump(collector, admission, account, pool, *request))
-        self._tasks.add(pump)
-        pump.add_done_callback(partial(self._settle, admission, account, covered))
-        stream = _collected(collector, pump)
-        # One that is never begun runs no `finally`: its client left while it waited.
-        weakref.finalize(stream, pump.cancel).atexit = False
-        return stream
-
-    def encode(self, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
-        """Refuse pooling requests: they would pass no pool."""
-        raise VLLMValidationError("this server generates text; it has no pooling models")
-
-    async def warm_up(self, pool: ExpertPool) -> None:
-        """Run one token with log-probabilities: vLLM compiles them at their first use.
-
-        That takes one second, or fourteen where nothing is cached yet, and holds up every request.
-        """
-        service, _ = self._pools()
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, detokenize=False)
         prompt = salt_prompt(tokens_input([0]), pool.content_hash)
-        async with service.lease(pool) as lease:
-            placed = place_in_row(params, lease.row)
-            async for _ in super().generate(prompt, placed, "emo-serve-warm-up"):
-                pass
+        async for _ in self._engine.generate(
+            prompt, place_in_row(params, row), "emo-serve-warm-up"
+        ):
+            pass
 
     async def run_probe(
         self, pool: ExpertPool, row: int, token_ids: Sequence[int], mass_slot: int, priority: int
     ) -> None:
-        """Run tokens in a row that is leased, so that the router's mass is in the slot after it.
+        """Run tokens so that the router's mass on them is added to a mass slot.
 
-        For RouterProbe. None of them comes out of the prefix cache: such are not routed.
+        For RouterProbe. No token comes out of the prefix cache: such tokens are not routed.
         """
         params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True
@@ -160,118 +85,10 @@ class PooledLLM(AsyncLLM):
         placed = place_in_row(params, row, mass_slot=mass_slot)
         prompt = salt_prompt(tokens_input(list(token_ids)), pool.content_hash)
         request_id = f"emo-serve-probe-{next(self._probe_ids)}"
-        stream = super().generate(prompt, placed, request_id, priority=priority)
+        stream = self._engine.generate(prompt, placed, request_id, priority=priority)
         try:
             async with aclosing(stream):
                 async for _ in stream:
                     pass
         except EngineDeadError as error:
             raise EngineDead("the engine died while it asked the router") from error
-
-    async def _pump(
-        self,
-        collector: RequestOutputCollector,
-        admission: asyncio.Future[EmoServeError | None],
-        number: int,
-        pool: ExpertPool,
-        prompt: Any,
-        params: SamplingParams,
-        request_id: str,
-        options: Mapping[str, Any],
-    ) -> None:
-        """Hold the lease while the engine works; errors go to the reader, cancelling aborts."""
-        service, metrics = self._pools()
-        account = RequestAccount(pool.name, is_delta=params.output_kind == RequestOutputKind.DELTA)
-        outcome = "failed"
-        try:
-            async with service.lease(pool) as lease:
-                account.note_granted(is_hit=lease.is_hit)
-                admission.set_result(None)
-                placed = place_in_row(params, lease.row, account=number)
-                stream = super().generate(prompt, placed, request_id, **options)
-                async with aclosing(stream):  # an abort is sent before the lease ends
-                    async for output in stream:
-                        account.add(output)
-                        collector.put(output)
-                        outcome = "finished" if output.finished else outcome
-            if outcome != "finished":
-                collector.put(EngineGenerateError("the engine ended the request without a result"))
-        except asyncio.CancelledError:
-            outcome = outcome if outcome == "finished" else "aborted"
-            raise
-        except EmoServeError as error:
-            metrics.count_refusal(reason_of(error))
-            collector.put(to_http_error(error))
-            if not admission.done():
-                admission.set_result(error)
-        except Exception as error:
-            collector.put(error)
-        finally:
-            metrics.count_request(pool.name, outcome)
-            metrics.count_tokens(pool.name, account.prompt_tokens, account.generation_tokens)
-            if self._request_log is not None:
-                self._request_log.append(account.record(outcome))
-
-    def _settle(
-        self,
-        admission: asyncio.Future[EmoServeError | None],
-        account: int,
-        covered: asyncio.Future[CoverageSum | None] | None,
-        pump: asyncio.Task[None],
-    ) -> None:
-        """Answer whoever waits for a request that has ended, however: it may never have begun."""
-        self._tasks.discard(pump)
-        if not admission.done():
-            admission.set_result(None)
-        if covered is not None:
-            reading = asyncio.ensure_future(self._report(account, covered))
-            self._tasks.add(reading)
-            reading.add_done_callback(self._tasks.discard)
-        elif self._coverage is not None:
-            self._coverage.close(account)
-
-    async def _report(self, account: int, covered: asyncio.Future[CoverageSum | None]) -> None:
-        found: CoverageSum | None = None
-        try:
-            if self._coverage is not None:
-                found = await self._coverage.result(account)
-        finally:
-            covered.set_result(found)
-
-    def _pools(self) -> tuple[PoolService, PoolMetrics]:
-        assert self._service is not None and self._metrics is not None, "attach_pools comes first"
-        return self._service, self._metrics
-
-
-async def _collected(
-    collector: RequestOutputCollector, pump: asyncio.Task[None]
-) -> AsyncGenerator[RequestOutput, None]:
-    """Yield what the pump collects; a slow reader finds outputs merged, never dropped."""
-    is_finished = False
-    try:
-        while not is_finished:
-            output = collector.get_nowait() or await collector.get()
-            is_finished = output.finished
-            yield output
-    finally:
-        pump.cancel()
-
-
-def salt_prompt(prompt: Any, content_hash: str) -> dict[str, Any]:
-    """Return a copy of a prompt whose prefix cache is the pool's alone.
-
-    A client's own salt is kept inside; the hash has a fixed length, so no two pairs of them meet.
-    """
-    if not isinstance(prompt, dict):
-        raise VLLMValidationError(f"prompts of type {type(prompt).__name__} name no pool")
-    return {**prompt, "cache_salt": f"emo:{content_hash}:{prompt.get('cache_salt') or ''}"}
-
-
-def place_in_row(
-    params: SamplingParams, row: int, *, account: int = NO_ACCOUNT, mass_slot: int = NO_MASS_SLOT
-) -> SamplingParams:
-    """Return a copy that routes in `row`, whatever the client put there; callers share params."""
-    placed = copy.copy(params)
-    ours = {POOL_ROW_ARG: row, ACCOUNT_ARG: account, MASS_SLOT_ARG: mass_slot}
-    placed.extra_args = {**(params.extra_args or {}), **ours}
-    return placed

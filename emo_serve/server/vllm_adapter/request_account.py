@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from emo_serve.server.request_log import RequestRecord
+from emo_serve.server.vllm_adapter.request_log import RequestRecord
 
 __all__ = ["RequestAccount"]
 

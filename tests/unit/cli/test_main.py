@@ -100,7 +100,8 @@ def test_serve_passes_every_flag_on_and_turns_errors_into_a_status(
     message: str,
 ) -> None:
     app = FakeApp(outcome)
-    monkeypatch.setitem(sys.modules, "emo_serve.server.serve", app)
+    for module in ("emo_serve.server.serve", "emo_serve.server.startup.launch"):
+        monkeypatch.setitem(sys.modules, module, app)
     monkeypatch.setattr(cli, "_configure_logging", lambda: None)
     assert run(capsys, "serve", "M", "--port", "1", "--max-pools", "4") == (status, "", message)
     assert app.argv == ["M", "--port", "1", "--max-pools", "4"]

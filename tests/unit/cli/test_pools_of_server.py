@@ -21,7 +21,7 @@ from emo_serve.cli.client import KEY_VARIABLES
 from emo_serve.errors import EmoServeError
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool, LayerExperts
-from emo_serve.server.asgi.errors import error_body, status_of
+from emo_serve.server.asgi.errors import error_response, status_of
 from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.service import PoolService
@@ -99,8 +99,7 @@ def to_http_error(error: EmoServeError) -> Exception:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    body = error_body(error.detail, HTTPStatus(error.status_code))
-    return Response(body, error.status_code, media_type="application/json")
+    return error_response(HTTPStatus(error.status_code), error.detail)
 
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -73,6 +73,8 @@ OWNERS = {
     "vllm": (
         "emo_serve.vllm_plugin",
         "emo_serve.server.vllm_adapter.engine",
+        "emo_serve.server.vllm_adapter.flags",
+        "emo_serve.server.vllm_adapter.generation",
         "emo_serve.server.vllm_adapter.openai",
     ),
     "torch": (

@@ -7,9 +7,10 @@ import os
 import signal
 
 import pytest
+from starlette.types import Message, Scope, Send
 
 from emo_serve.errors import Draining
-from emo_serve.server.asgi.admission import Message, RequestGate, Scope, Send
+from emo_serve.server.asgi.admission import Admission
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.shutdown import StopSignals, drain
 from tests.support.fake_engine import settle
@@ -33,7 +34,7 @@ class Generation:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
 
-async def post(gate: RequestGate) -> int:
+async def post(gate: Admission) -> int:
     statuses: list[int] = []
 
     async def send(message: Message) -> None:
@@ -58,7 +59,7 @@ async def test_running_requests_finish_though_they_need_further_leases(
     service: PoolService,
 ) -> None:
     generation = Generation(service)
-    gate = RequestGate(generation)
+    gate = Admission(generation)
     running = asyncio.create_task(post(gate))
     await settle()
     draining = asyncio.create_task(drain(gate, service.manager, 60))
@@ -76,7 +77,7 @@ async def test_running_requests_finish_though_they_need_further_leases(
 
 
 async def test_a_lease_without_a_request_is_waited_for_too(service: PoolService) -> None:
-    gate = RequestGate(Generation(service))
+    gate = Admission(Generation(service))
     async with service.lease(service.find("math")):
         draining = asyncio.create_task(drain(gate, service.manager, 60))
         await settle()
@@ -85,7 +86,7 @@ async def test_a_lease_without_a_request_is_waited_for_too(service: PoolService)
 
 
 async def test_a_drain_that_takes_too_long_says_so(service: PoolService) -> None:
-    gate = RequestGate(Generation(service))
+    gate = Admission(Generation(service))
     running = asyncio.create_task(post(gate))
     await settle()
     assert not await drain(gate, service.manager, 0.01)
@@ -95,7 +96,7 @@ async def test_a_drain_that_takes_too_long_says_so(service: PoolService) -> None
 
 
 async def test_with_nothing_under_way_a_drain_ends_at_once(service: PoolService) -> None:
-    assert await drain(RequestGate(Generation(service)), service.manager, 0.0)
+    assert await drain(Admission(Generation(service)), service.manager, 0.0)
 
 
 async def test_the_first_and_the_second_signal_are_told_apart() -> None:

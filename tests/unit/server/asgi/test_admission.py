@@ -7,9 +7,11 @@ import json
 from typing import Any
 
 import pytest
+from starlette.types import Message, Scope, Send
 
 from emo_serve.errors import EmoServeError, LoadDeadlineExceeded
-from emo_serve.server.asgi.admission import Message, RequestGate, Scope, Send, current_request
+from emo_serve.server.asgi.admission import Admission
+from emo_serve.server.asgi.context import current_request
 from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
 from tests.support.fake_engine import settle
 
@@ -34,7 +36,7 @@ class FakeApp:
 class Client:
     """Speak ASGI to a gate and keep what it says."""
 
-    def __init__(self, gate: RequestGate) -> None:
+    def __init__(self, gate: Admission) -> None:
         self.gate = gate
         self.sent: list[Message] = []
 
@@ -59,7 +61,7 @@ class Client:
 
 async def test_what_is_under_way_is_counted_until_its_answer_ends() -> None:
     app = FakeApp()
-    gate = RequestGate(app)
+    gate = Admission(app)
     tasks = [asyncio.create_task(Client(gate).request()) for _ in range(2)]
     await settle()
     assert gate.num_running == 2
@@ -72,7 +74,7 @@ async def test_what_is_under_way_is_counted_until_its_answer_ends() -> None:
 
 async def test_a_request_that_fails_or_is_cancelled_is_no_longer_counted() -> None:
     app = FakeApp()
-    gate = RequestGate(app)
+    gate = Admission(app)
     task = asyncio.create_task(Client(gate).request())
     await settle()
     task.cancel()
@@ -83,7 +85,7 @@ async def test_a_request_that_fails_or_is_cancelled_is_no_longer_counted() -> No
 async def test_closed_it_refuses_new_work_but_not_reading() -> None:
     app = FakeApp()
     app.may_answer.set()
-    gate = RequestGate(app)
+    gate = Admission(app)
     gate.close()
     client = Client(gate)
     await client.request("POST")
@@ -101,7 +103,7 @@ async def test_closed_it_refuses_new_work_but_not_reading() -> None:
 
 async def test_closed_it_finishes_what_was_let_in_before() -> None:
     app = FakeApp()
-    gate = RequestGate(app)
+    gate = Admission(app)
     client = Client(gate)
     task = asyncio.create_task(client.request())
     await settle()
@@ -118,7 +120,7 @@ async def test_closed_it_finishes_what_was_let_in_before() -> None:
 async def test_the_pool_header_reaches_the_app_and_only_its_own_request() -> None:
     app = FakeApp()
     app.may_answer.set()
-    gate = RequestGate(app)
+    gate = Admission(app)
     await Client(gate).request(headers=[(b"x-emo-pool", b"math"), (b"accept", b"*/*")])
     await Client(gate).request()
     await Client(gate).request(headers=[(b"x-emo-pool", b"\xe9"), (b"x-emo-pool", b"code")])
@@ -131,12 +133,12 @@ async def test_retry_after_is_sent_with_503_and_with_nothing_else() -> None:
         app = FakeApp(status)
         app.retry_after_seconds = 7
         app.may_answer.set()
-        client = Client(RequestGate(app))
+        client = Client(Admission(app))
         await client.request()
         assert client.headers.get(b"retry-after") == expected
     app = FakeApp(503)
     app.may_answer.set()
-    client = Client(RequestGate(app))
+    client = Client(Admission(app))
     await client.request()
     assert b"retry-after" not in client.headers
 
@@ -147,7 +149,7 @@ async def test_other_protocols_pass_untouched() -> None:
     async def app(scope: Scope, receive: object, send: object) -> None:
         seen.append(scope)
 
-    gate = RequestGate(app)
+    gate = Admission(app)
     gate.close()
     await gate({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
     assert seen == [{"type": "lifespan"}]
@@ -170,7 +172,7 @@ class Stream:
 
 async def test_a_stream_begins_when_every_engine_request_has_its_pool() -> None:
     app = Stream()
-    client = Client(RequestGate(app))
+    client = Client(Admission(app))
     request = asyncio.create_task(client.request())
     app.admissions[1].set_result(None)
     await settle()
@@ -183,7 +185,7 @@ async def test_a_stream_begins_when_every_engine_request_has_its_pool() -> None:
 
 async def test_a_stream_whose_pool_cannot_be_had_is_an_error_and_never_begins() -> None:
     app = Stream()
-    client = Client(RequestGate(app))
+    client = Client(Admission(app))
     request = asyncio.create_task(client.request())
     app.admissions[0].set_result(None)
     app.admissions[1].set_result(LoadDeadlineExceeded("too late", retry_after_seconds=9))
@@ -195,7 +197,7 @@ async def test_a_stream_whose_pool_cannot_be_had_is_an_error_and_never_begins() 
 
 async def test_a_client_that_leaves_before_its_stream_begins_is_let_go() -> None:
     app = Stream()
-    gate = RequestGate(app)
+    gate = Admission(app)
     client = Client(gate)
     request = asyncio.create_task(client.request())
     await settle()
@@ -253,7 +255,7 @@ class Generates:
 
 
 async def answered(app: Generates, headers: Any = WANTED) -> Client:
-    client = Client(RequestGate(app))
+    client = Client(Admission(app))
     request = asyncio.create_task(client.request(headers=headers))
     await settle()
     app.resolve()
@@ -293,7 +295,7 @@ async def test_a_whole_answer_has_the_coverage_in_header_and_body() -> None:
 
 async def test_a_whole_answer_waits_for_every_engine_requests_coverage() -> None:
     app = Generates(b"{}", pools=("math", "math"))
-    client = Client(RequestGate(app))
+    client = Client(Admission(app))
     request = asyncio.create_task(client.request(headers=WANTED))
     await settle()
     app.coverages[0].set_result(CoverageSum(3.0, 4))
@@ -306,7 +308,7 @@ async def test_a_whole_answer_waits_for_every_engine_requests_coverage() -> None
 
 async def test_nothing_routed_is_no_header_and_null_in_the_body() -> None:
     app = Generates(b"{}")
-    client = Client(RequestGate(app))
+    client = Client(Admission(app))
     request = asyncio.create_task(client.request(headers=WANTED))
     await settle()
     app.coverages[0].set_result(None)
@@ -342,7 +344,7 @@ DONE = b"data: [DONE]\n\n"
 
 async def test_a_stream_flows_and_gets_its_event_before_the_last() -> None:
     app = Generates(CHUNK, b"data: more\n\n", DONE, b"", kind=b"text/event-stream; charset=utf-8")
-    client = Client(RequestGate(app))
+    client = Client(Admission(app))
     request = asyncio.create_task(client.request(headers=WANTED))
     await settle()
     assert [message["body"] for message in client.sent[1:]] == [CHUNK, b"data: more\n\n"]
@@ -374,7 +376,7 @@ async def test_a_stream_nobody_asked_the_coverage_of_passes_message_by_message()
 @pytest.mark.parametrize("values", [[b"maybe"], [b"true", b"false"]])
 async def test_a_wish_that_cannot_be_read_is_a_400_and_runs_nothing(values: list[bytes]) -> None:
     app = FakeApp()
-    gate = RequestGate(app)
+    gate = Admission(app)
     client = Client(gate)
     await client.request(headers=[(b"x-emo-coverage", value) for value in values])
     assert (client.status, app.headers_seen, gate.num_running) == (400, [], 0)
@@ -390,7 +392,7 @@ async def test_a_refused_stream_names_its_pool() -> None:
         current_request().pool_names.append("law")
         await app(scope, receive, send)
 
-    client = Client(RequestGate(in_law))
+    client = Client(Admission(in_law))
     app.admissions[0].set_result(LoadDeadlineExceeded("too late", retry_after_seconds=9))
     await client.request(headers=WANTED)
     assert (client.status, client.headers[b"x-emo-pool"]) == (503, b"law")

@@ -53,12 +53,12 @@ def test_every_token_counts_the_same_whichever_engine_request_it_is_of() -> None
     sums = [CoverageSum(0.9, 1), None, CoverageSum(2.1, 3)]
     report = CoverageReport.of("math", sums)
     assert report == CoverageReport("math", 0.75, 4)
-    assert report.headers == [(b"x-emo-coverage", b"0.7500")]
+    assert report.headers == {"x-emo-coverage": "0.7500"}
 
 
 def test_nothing_routed_is_a_null_in_the_body_and_no_header() -> None:
     report = CoverageReport.of("math", [None])
-    assert report.headers == []
+    assert report.headers == {}
     field = json.loads(body_with(b"{}", report))["emo_serve"]
     assert field == {"pool": "math", "coverage": None, "routed_tokens": 0}
 

@@ -10,8 +10,8 @@ from urllib.parse import unquote
 import pytest
 from fastapi import FastAPI
 from starlette._utils import get_route_path
+from starlette.types import Message, Scope
 
-from emo_serve.server.asgi.admission import Message, Scope
 from emo_serve.server.asgi.keys import KeyGuard, route_path
 
 OPEN = ("/health", "/metrics")

@@ -8,18 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from emo_serve.errors import EmoServeError, EngineDead, LoadDeadlineExceeded, RequestError
 from emo_serve.names import ModelNames
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.server.asgi.admission import (
-    Message,
-    Receive,
-    RequestGate,
-    Scope,
-    Send,
-    current_request,
-)
+from emo_serve.server.asgi.admission import Admission
+from emo_serve.server.asgi.context import current_request
 from emo_serve.server.auto.middleware import AutoPool
 from emo_serve.server.auto.prompt_text import Prompt
 from tests.support.fake_engine import settle
@@ -105,7 +100,7 @@ class World:
     ) -> None:
         self.app, self.chooser, self.metrics = FakeApp(), FakeChooser(answer), FakeMetrics()
         auto = AutoPool(self.app, names, self.chooser, self.metrics, root_path=root)
-        self.gate = RequestGate(auto)
+        self.gate = Admission(auto)
         self.sent: list[Message] = []
         self.left = asyncio.Event()
 

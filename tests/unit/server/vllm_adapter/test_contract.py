@@ -1,6 +1,6 @@
 """What the adapter relies on in vLLM, name by name: the first thing to run after an upgrade.
 
-`vllm_engine` and `vllm_openai` import everything of vLLM that the front end uses. Here each of
+The four modules of `vllm_adapter` import everything of vLLM that the front end uses. Here each of
 those names is checked for the shape the adapter takes for granted, so that a change is a failed
 line here and not a request served in the wrong pool.
 """
@@ -56,10 +56,9 @@ from emo_serve.errors import (
     TooManyWaiting,
     UnknownPool,
 )
-from emo_serve.server.asgi.errors import error_body, status_of
+from emo_serve.server.asgi.errors import refusal, status_of
 from emo_serve.server.startup.unsupported_flags import _UNSUPPORTED
-from emo_serve.server.vllm_adapter import engine as vllm_engine
-from emo_serve.server.vllm_adapter import openai as vllm_openai
+from emo_serve.server.vllm_adapter import flags, generation
 from emo_serve.vllm_plugin.settings import PluginSettings
 from tests.unit.vllm_plugin.test_settings import vllm_config
 
@@ -82,8 +81,8 @@ def test_generate_and_encode_have_the_parameters_ours_replaces() -> None:
     assert "lora_request" in parameters(AsyncLLM.generate)
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
     assert inspect.isasyncgenfunction(AsyncLLM.encode)
-    assert not inspect.iscoroutinefunction(vllm_engine.PooledLLM.generate)
-    assert not inspect.isasyncgenfunction(vllm_engine.PooledLLM.generate)
+    assert not inspect.iscoroutinefunction(generation.PooledLLM.generate)
+    assert not inspect.isasyncgenfunction(generation.PooledLLM.generate)
 
 
 def test_every_entry_point_generates_through_the_client_and_hands_on_the_adapter() -> None:
@@ -122,23 +121,23 @@ def test_every_entry_point_generates_through_the_client_and_hands_on_the_adapter
 def test_sampling_params_can_be_copied_and_carry_extra_args() -> None:
     written = {"emo_pool_row": 9, "emo_account": 8, "emo_mass_slot": 7, "k": 1}
     params = SamplingParams(extra_args=dict(written), max_tokens=3)
-    placed = vllm_engine.place_in_row(params, 2, account=5, mass_slot=4)
+    placed = generation.place_in_row(params, 2, account=5, mass_slot=4)
     ours = {"emo_pool_row": 2, "emo_account": 5, "emo_mass_slot": 4}
     assert placed.extra_args == {**ours, "k": 1}
     assert params.extra_args == written
     assert (placed.max_tokens, placed.output_kind) == (3, params.output_kind)
-    plain = vllm_engine.place_in_row(SamplingParams(), 0)
+    plain = generation.place_in_row(SamplingParams(), 0)
     assert plain.extra_args == {"emo_pool_row": 0, "emo_account": 0, "emo_mass_slot": -1}
 
 
 def test_prompts_carry_a_cache_salt() -> None:
     assert tokens_input([1], cache_salt="s")["cache_salt"] == "s"
     prompt = tokens_input([1, 2], cache_salt="mine")
-    salted = vllm_engine.salt_prompt(prompt, "0" * 64)
+    salted = generation.salt_prompt(prompt, "0" * 64)
     assert salted == {**prompt, "cache_salt": f"emo:{'0' * 64}:mine"}
-    assert vllm_engine.salt_prompt({"prompt_token_ids": [1]}, "ab")["cache_salt"] == "emo:ab:"
+    assert generation.salt_prompt({"prompt_token_ids": [1]}, "ab")["cache_salt"] == "emo:ab:"
     with pytest.raises(VLLMValidationError):
-        vllm_engine.salt_prompt("raw text", "ab")
+        generation.salt_prompt("raw text", "ab")
 
 
 def test_outputs_are_collected_merged_and_raised() -> None:
@@ -228,20 +227,20 @@ def test_errors_have_the_statuses_the_table_counts_on(
     ],
 )
 def test_the_table_gives_each_of_our_errors_its_status(error: EmoServeError, status: int) -> None:
-    answer = create_error_response(vllm_engine.to_http_error(error)).error
+    answer = create_error_response(generation.to_http_error(error)).error
     assert answer.code == status == status_of(error)
     assert answer.message.startswith("x")
 
 
 def test_our_own_refusals_look_like_vllms() -> None:
     for error in (Draining("x"), LoadDeadlineExceeded("x"), EngineDead("x")):
-        theirs = create_error_response(vllm_engine.to_http_error(error)).model_dump()
-        assert json.loads(error_body(str(error), status_of(error))) == theirs
+        theirs = create_error_response(generation.to_http_error(error)).model_dump()
+        assert json.loads(bytes(refusal(error).body)) == theirs
 
 
 def test_only_requests_for_a_model_have_the_parameter_model() -> None:
     for param in ("model", None):
-        raised = vllm_engine.to_http_error(RequestError("x"), param=param)
+        raised = generation.to_http_error(RequestError("x"), param=param)
         assert create_error_response(raised).error.param == param
 
 
@@ -280,16 +279,12 @@ def test_every_refused_flag_is_one_of_vllms_and_off_by_default() -> None:
 
 
 def test_fp8_experts_are_refused_before_the_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise AssertionError("the engine was started")
-
-    monkeypatch.setattr(vllm_openai, "_engine_args", fail)
-    monkeypatch.setattr(vllm_openai.current_platform, "device_type", "cpu")
+    monkeypatch.setattr(flags.current_platform, "device_type", "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     for backend in ("auto", "triton"):
         settings = ServeSettings(moe_backend=backend, expert_dtype="fp8_e4m3")
         with pytest.raises(ConfigError, match=f"--moe-backend is {backend} and the device is cpu"):
-            vllm_openai.start_engine(argparse.Namespace(), settings, 4)
+            flags.with_engine_values(argparse.Namespace(), settings, 4)
 
 
 @pytest.mark.parametrize(
@@ -302,40 +297,27 @@ def test_fp8_experts_are_refused_before_the_engine_starts(monkeypatch: pytest.Mo
 def test_a_backend_of_another_device_is_refused_before_the_engine_starts(
     monkeypatch: pytest.MonkeyPatch, backend: str, device: str, message: str
 ) -> None:
-    def fail(*_: object) -> None:
-        raise AssertionError("the engine was started")
-
-    monkeypatch.setattr(vllm_openai, "_engine_args", fail)
-    monkeypatch.setattr(vllm_openai.current_platform, "device_type", device)
+    monkeypatch.setattr(flags.current_platform, "device_type", device)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ConfigError, match=message):
-        vllm_openai.start_engine(argparse.Namespace(), ServeSettings(moe_backend=backend), 4)
+        flags.with_engine_values(argparse.Namespace(), ServeSettings(moe_backend=backend), 4)
 
 
 def test_workers_read_what_the_front_end_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    class StopHere(Exception):
-        pass
-
-    def stop(_: object) -> None:
-        raise StopHere
-
-    monkeypatch.setattr(vllm_openai, "_engine_args", stop)
-    monkeypatch.setattr(vllm_openai.current_platform, "device_type", "cuda")
+    monkeypatch.setattr(flags.current_platform, "device_type", "cuda")
     args = argparse.Namespace(additional_config={"other": 1}, enforce_eager=False)
     settings = ServeSettings(expert_dtype="fp8_e4m3", max_pools=8, host_expert_bytes=1 << 30)
-    with pytest.raises(StopHere):
-        vllm_openai.start_engine(args, settings, 4)
-    read = PluginSettings.read(vllm_config(additional_config=args.additional_config))
+    filled = flags.with_engine_values(args, settings, 4)
+    read = PluginSettings.read(vllm_config(additional_config=filled.additional_config))
     assert read == PluginSettings(
         4, 8, "auto", "fp8_e4m3", 1 << 30, records_routing=True, holds_all=False
     )
-    assert args.additional_config["other"] == 1
+    assert filled.additional_config["other"] == 1
+    assert args.additional_config == {"other": 1}  # a namespace is never changed
 
 
 def test_our_flags_take_no_other_of_vllms_names() -> None:
-    args = vllm_openai.parse_serve_args(
-        ["M", "--moe-backend", "reference", "--port", "81"], {"port": 99}
-    )
+    args = flags.parse_serve_args(["M", "--moe-backend", "reference", "--port", "81"], {"port": 99})
     assert (args.model_tag, args.port) == ("M", 81)
     assert (args.emo_moe_backend, args.moe_backend) == ("reference", "auto")
     vllm = {
@@ -348,16 +330,16 @@ def test_our_flags_take_no_other_of_vllms_names() -> None:
 
 
 def test_the_model_may_be_given_as_a_flag() -> None:
-    assert vllm_openai.parse_serve_args(["--model", "M"], {}).model_tag == "M"
-    assert vllm_openai.parse_serve_args([], {}).model_tag is None
+    assert flags.parse_serve_args(["--model", "M"], {}).model_tag == "M"
+    assert flags.parse_serve_args([], {}).model_tag is None
 
 
 def test_without_a_model_some_defaults_are_others() -> None:
     others = {"kv_cache_memory_bytes": 7, "enforce_eager": True}
-    with_model = vllm_openai.parse_serve_args(["M"], others)
+    with_model = flags.parse_serve_args(["M"], others)
     assert (with_model.kv_cache_memory_bytes, with_model.enforce_eager) == (None, False)
-    without = vllm_openai.parse_serve_args([], others)
+    without = flags.parse_serve_args([], others)
     assert (without.kv_cache_memory_bytes, without.enforce_eager) == (7, True)
     given = ["--kv-cache-memory-bytes", "1M", "--no-enforce-eager"]
-    asked = vllm_openai.parse_serve_args(given, others)
+    asked = flags.parse_serve_args(given, others)
     assert (asked.kv_cache_memory_bytes, asked.enforce_eager) == (2**20, False)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from emo_serve.errors import ConfigError
-from emo_serve.server.request_log import RequestLog, RequestRecord
+from emo_serve.server.vllm_adapter.request_log import RequestLog, RequestRecord
 
 RECORD = RequestRecord(
     at_seconds=1_763_000_000.25,

@@ -7,7 +7,8 @@ import argparse
 import pytest
 
 from emo_serve.config import ServeSettings
-from emo_serve.server.serve import _address, _Keys
+from emo_serve.server.startup.launch import Keys
+from emo_serve.server.startup.summary import ServerAddress
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,8 @@ def test_the_line_to_try_names_a_variable_whose_key_opens_the_server(
     args = argparse.Namespace(
         api_key=flag, host=None, port=1, uds=None, ssl_keyfile=None, ssl_certfile=None
     )
-    keys = _Keys.take(args, ServeSettings(admin_api_keys=admin))
+    keys = Keys.read(args, ServeSettings(admin_api_keys=admin))
     assert (keys.api, keys.admin) == (api, admin)
-    assert args.api_key == ([*api, *admin] if api else None)  # what vLLM's own check knows
-    assert _address(args, keys).key_variable == variable
+    assert keys.known_to_vllm == ([*api, *admin] if api else None)
+    assert args.api_key == flag  # a namespace is never changed
+    assert ServerAddress.of(args, keys.variable).key_variable == variable

@@ -13,16 +13,15 @@ from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineGenerateError
 
 from emo_serve.errors import EngineDead, LoadDeadlineExceeded
 from emo_serve.metrics import PoolMetrics
-from emo_serve.server.asgi.admission import RequestContext
+from emo_serve.server.asgi.context import RequestContext
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
-from emo_serve.server.vllm_adapter.engine import PooledLLM
+from emo_serve.server.vllm_adapter.generation import PooledLLM
 from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
 from tests.support.fake_engine import FakeEngine, settle
 from tests.support.pool_services import service_of
@@ -46,7 +45,7 @@ class Script:
             self.outputs.put_nowait(item)
 
     async def generate(
-        self, llm: AsyncLLM, prompt: Any, params: SamplingParams, request_id: str, **options: Any
+        self, prompt: Any, params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncIterator[RequestOutput]:
         self.calls.append((prompt, params, request_id, options))
         is_finished = False
@@ -71,9 +70,14 @@ class Bench:
         self.coverage = CoverageBook(self._read, lambda pool, share: None)
         self.registry = CollectorRegistry()
         names = [pool.name for pool in service.pools]
-        metrics = PoolMetrics(self.registry, names, REFUSAL_REASONS, service.snapshot)
-        self.llm = object.__new__(PooledLLM)
-        self.llm.attach_pools(service, metrics, self.coverage)
+        self.metrics = PoolMetrics(self.registry, names, REFUSAL_REASONS, service.snapshot)
+        self.llm = self.client()
+
+    def client(self, *, honours_priority: bool = False) -> PooledLLM:
+        engine: Any = self.script
+        return PooledLLM(
+            engine, self.service, self.metrics, self.coverage, honours_priority=honours_priority
+        )
 
     async def _read(self) -> dict[int, CoverageSum]:
         sums, self.sums = self.sums, {}
@@ -98,9 +102,8 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-async def bench(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> Bench:
+async def bench(engine: FakeEngine) -> Bench:
     script = Script()
-    monkeypatch.setattr(AsyncLLM, "generate", lambda llm, *a, **k: script.generate(llm, *a, **k))
     service = service_of(engine, slots=6, rows=4)
     for name in ("math", "code"):
         await service.manager.load(service.find(name))
@@ -111,7 +114,7 @@ async def bench(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> Bench:
 def context(monkeypatch: pytest.MonkeyPatch) -> RequestContext:
     """The HTTP request that all of a test's generation belongs to."""
     context = RequestContext()
-    monkeypatch.setattr("emo_serve.server.vllm_adapter.engine.current_request", lambda: context)
+    monkeypatch.setattr("emo_serve.server.vllm_adapter.generation.current_request", lambda: context)
     return context
 
 
@@ -136,10 +139,8 @@ async def test_a_request_is_placed_in_its_pools_row_with_its_pools_salt(bench: B
 
 async def test_priority_is_the_clients_where_the_operator_wants_it(bench: Bench) -> None:
     """Without --scheduling-policy priority nobody can push in front; vLLM ignores it there, too."""
-    metrics = bench.llm._metrics
-    assert metrics is not None
     for honours, expected in ((False, 0), (True, -9)):
-        bench.llm.attach_pools(bench.service, metrics, bench.coverage, honours_priority=honours)
+        bench.llm = bench.client(honours_priority=honours)
         bench.script.feed(output("a", [1], finished=True))
         await read(bench.generate("math", priority=-9))
         assert bench.script.calls[-1][3]["priority"] == expected

@@ -1,0 +1,259 @@
+"""One running server from a decided start and a running engine, part by part, in one place."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import uvicorn
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import JSONResponse
+
+from emo_serve.config import BASE_POOL
+from emo_serve.errors import EngineDead, PoolLoadFailed, PoolTooLarge, Unavailable
+from emo_serve.metrics import PoolMetrics
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.manager import ResidencyManager
+from emo_serve.residency.policy import make_policy
+from emo_serve.residency.slots import SlotTable
+from emo_serve.server.asgi.admission import Admission
+from emo_serve.server.asgi.errors import REFUSAL_REASONS
+from emo_serve.server.asgi.keys import KeyGuard
+from emo_serve.server.auto.choice import make_chooser, text_of
+from emo_serve.server.auto.middleware import AutoPool
+from emo_serve.server.pool_admin.api import create_router
+from emo_serve.server.pool_admin.builder import PoolBuilder
+from emo_serve.server.pool_admin.service import PoolService
+from emo_serve.server.startup.launch import Launch
+from emo_serve.server.startup.plan import StartPlan
+from emo_serve.server.startup.summary import PoolLine, ServerAddress, Summary
+from emo_serve.server.vllm_adapter.coverage import CoverageBook
+from emo_serve.server.vllm_adapter.engine import OwnRequests
+from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
+from emo_serve.server.vllm_adapter.openai import (
+    build_http_app,
+    create_http_server,
+    metrics_registry,
+)
+from emo_serve.server.vllm_adapter.probe import RouterProbe
+from emo_serve.server.vllm_adapter.request_log import RequestLog
+from emo_serve.server.vllm_adapter.worker_calls import EngineFacts, WorkerCalls
+
+__all__ = ["Server", "build_server"]
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 5.0
+_STATES = ("resident", "loaded when asked for", "does not fit")
+
+
+@dataclass(frozen=True)
+class Server:
+    """What is needed to answer requests and to stop; `http` has not been started."""
+
+    http: uvicorn.Server
+    llm: PooledLLM
+    admission: Admission
+    manager: ResidencyManager
+    coverage: CoverageBook
+    summary: Summary
+
+
+async def build_server(launch: Launch, engine: Any, request_log: RequestLog | None) -> Server:
+    """Build the server on vLLM's AsyncLLM and load its first pools; raises EngineDead."""
+    args, settings, plan, checkpoint = (
+        launch.args,
+        launch.settings,
+        launch.plan,
+        launch.checkpoint,
+    )
+    calls = WorkerCalls(
+        lambda method, call_args: engine.collective_rpc(method, args=call_args),  # no timeout=
+        lambda: bool(engine.errored),
+        checkpoint.check_experts,
+        _log_progress(),
+    )
+    facts = await calls.describe()
+    _check_facts(facts, plan)
+    metrics = PoolMetrics(
+        metrics_registry(),
+        [BASE_POOL, *plan.catalog.pools],
+        REFUSAL_REASONS,
+        lambda: service.snapshot(),
+    )
+    manager = _manager(launch, calls, facts, metrics)
+    service = PoolService(
+        plan.names,
+        plan.base_pool,
+        plan.catalog,
+        manager,
+        metrics,
+        calls.usage_of if facts.records_routing else None,
+    )
+    await _load_pools(manager, plan)
+    coverage = CoverageBook(calls.read_coverage, metrics.observe_coverage)
+    llm = PooledLLM(
+        engine,
+        service,
+        metrics,
+        coverage,
+        request_log,
+        honours_priority=args.scheduling_policy == "priority",
+    )
+    app = await build_http_app(llm, args, service, metrics)
+    own = OwnRequests(engine)
+    await _warm_up(own, service)
+    longest = engine.model_config.max_model_len - 1  # and one token that is generated
+    probe = RouterProbe(manager, own.run_probe, calls.read_mass, longest)
+    chooser = await make_chooser(settings, service, probe, checkpoint, launch.auto_examples)
+    admission = Admission(AutoPool(app, plan.names, chooser, metrics, root_path=args.root_path))
+    builder = PoolBuilder(
+        probe,
+        checkpoint,
+        service,
+        lambda name, examples: chooser.add_examples(name, list(map(text_of, examples))),
+    )
+    _add_routes(app, admission, service, llm, builder)
+    guarded = KeyGuard(
+        admission,
+        launch.keys.api,
+        launch.keys.admin,
+        settings.open_paths,
+        root_path=args.root_path,
+    )
+    http = create_http_server(guarded, app, args)
+    return Server(http, llm, admission, manager, coverage, _summarise(launch, facts, service))
+
+
+# -- parts --
+
+
+def _check_facts(facts: EngineFacts, plan: StartPlan) -> None:
+    """Refuse an engine that is not what the plan asked for."""
+    expected = tuple(min(plan.num_slots, count) for count in plan.experts_per_layer if count)
+    if facts.num_slots != expected:
+        raise EngineDead(f"the engine has {facts.num_slots} slots; {expected} were asked for")
+    if not facts.routes_by_pool:
+        raise EngineDead("the engine's model runner does not hand pool rows to the model")
+
+
+def _manager(
+    launch: Launch, calls: WorkerCalls, facts: EngineFacts, metrics: PoolMetrics
+) -> ResidencyManager:
+    settings, plan = launch.settings, launch.plan
+    return ResidencyManager(
+        SlotTable(plan.experts_per_layer, plan.num_slots),
+        settings.max_pools,
+        calls,
+        slot_bytes=facts.slot_bytes_all_ranks,
+        policy=make_policy(settings.eviction_policy, plan.preferred),
+        max_waiting=settings.max_waiting,
+        load_deadline_seconds=settings.load_deadline_seconds,
+        observer=metrics,
+    )
+
+
+async def _load_pools(manager: ResidencyManager, plan: StartPlan) -> None:
+    """Make the pinned pools resident, then others as long as there is room."""
+    for pool in plan.pinned:
+        await manager.load(pool, pin=True)
+    for pool in plan.load_order:
+        if not manager.fits_now(pool):
+            logger.info(
+                "pool %s is loaded when it is asked for: no room beside the others", pool.name
+            )
+            continue
+        try:
+            await manager.load(pool)
+        except PoolLoadFailed:  # logged already; its requests will be told too
+            continue
+
+
+def _log_progress() -> Callable[[int, int], None]:
+    """Return a listener that logs long loads every few seconds."""
+    last = time.monotonic()
+
+    def on_copied(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PROGRESS_SECONDS:
+            last = time.monotonic()
+            logger.info("loading experts: %d of %d (%.0f %%)", done, total, 100 * done / total)
+
+    return on_copied
+
+
+async def _warm_up(own: OwnRequests, service: PoolService) -> None:
+    logger.info("warming up")
+    pool = min(service.pools, key=lambda pool: _readiness(service, pool))
+    async with service.lease(pool) as lease:
+        await own.warm_up(pool, lease.row)
+
+
+def _add_routes(
+    app: FastAPI,
+    admission: Admission,
+    service: PoolService,
+    llm: PooledLLM,
+    builder: PoolBuilder,
+) -> None:
+    router = APIRouter()
+
+    @router.get("/ready")
+    async def ready() -> JSONResponse:
+        """Answer 200 while new requests are taken, 503 when draining or when the engine died."""
+        is_ready = not admission.is_closed and not llm.errored
+        return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
+
+    app.include_router(router)
+    app.include_router(create_router(service, partial(to_http_error, param=None), builder))
+
+
+# -- summary --
+
+
+def _summarise(launch: Launch, facts: EngineFacts, service: PoolService) -> Summary:
+    plan = launch.plan
+    statuses = [service.status(pool) for pool in service.pools]
+    lines = tuple(
+        PoolLine(
+            name=status.pool.name,
+            experts_per_layer=tuple(map(len, status.pool.expert_ids)),
+            state=_STATES[_readiness(service, status.pool)],
+            is_default=status.is_default,
+        )
+        for status in statuses
+    )
+    return Summary(
+        model=launch.args.served_model_name[0],
+        facts=facts,
+        experts_per_layer=plan.experts_per_layer,
+        slots_per_layer=plan.num_slots,
+        pools_source=launch.settings.pools_dir,
+        pools=lines,
+        refused=tuple(map(str, plan.catalog.refused)),
+        address=ServerAddress.of(launch.args, launch.keys.variable),
+        try_model=_model_to_try(service),
+    )
+
+
+def _readiness(service: PoolService, pool: ExpertPool) -> int:
+    """Return 0 for a resident pool, 1 for one that can be loaded, 2 for one that cannot."""
+    if service.manager.is_resident(pool):
+        return 0
+    try:
+        service.manager.check_admissible(pool)
+    except (PoolTooLarge, Unavailable):
+        return 2
+    return 1
+
+
+def _model_to_try(service: PoolService) -> str:
+    """Return a model name that can be answered: a resident pool's, else the readiest."""
+    named: Sequence[ExpertPool] = list(service.catalog.pools.values())
+    if not named:
+        return service.names.base[0]
+    return min(named, key=lambda pool: _readiness(service, pool)).name

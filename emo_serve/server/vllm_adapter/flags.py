@@ -1,0 +1,123 @@
+"""vLLM's command line: parsed with ours, checked, and filled in with what our engine needs.
+
+A namespace is never changed here: `with_values` makes a new one, so whoever holds one knows what it
+says. Everything that can be refused without starting an engine raises ConfigError.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from emo_serve.config import ServeSettings, add_serve_flags
+from emo_serve.errors import ConfigError, EmoServeError
+from emo_serve.vllm_plugin import (
+    ADDITIONAL_CONFIG_KEY,
+    LOAD_FORMAT,
+    WORKER_EXTENSION_CLS,
+    check_expert_dtype,
+    check_moe_backend,
+    worker_cls_for,
+)
+
+__all__ = [
+    "dtype_bytes",
+    "engine_args",
+    "parse_serve_args",
+    "resolved",
+    "with_engine_values",
+    "with_values",
+]
+
+_RECORD_VARIABLE = "EMO_SERVE_RECORD_ROUTING"  # for benchmarks: 0 shows what recording costs
+
+_T = TypeVar("_T")
+
+
+def parse_serve_args(
+    argv: Sequence[str], defaults_without_model: Mapping[str, object]
+) -> argparse.Namespace:
+    """Parse the flags of `vllm serve` and ours; vLLM's quick checks raise ConfigError here.
+
+    A positional MODEL and `--model` mean the same; the result has it in `model_tag`. With neither,
+    `defaults_without_model` replaces vLLM's defaults, by the names in the namespace.
+    """
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="emo-serve serve", conflict_handler="resolve")
+    make_arg_parser(parser)
+    default_model = parser.get_default("model")
+    add_serve_flags(parser)
+    args: argparse.Namespace = parser.parse_args(list(argv))
+    tag = args.model_tag
+    if tag is None and args.model != default_model:
+        tag = args.model
+    if tag is None:
+        parser.set_defaults(**defaults_without_model)
+        args = parser.parse_args(list(argv))
+    # vLLM's flag --moe-backend gave way to ours, so its field keeps vLLM's default
+    args = with_values(args, model_tag=tag, moe_backend="auto")
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    return args
+
+
+def with_values(args: argparse.Namespace, **values: object) -> argparse.Namespace:
+    """Return a copy of a namespace with some values replaced."""
+    return argparse.Namespace(**{**vars(args), **values})
+
+
+def with_engine_values(
+    args: argparse.Namespace, settings: ServeSettings, num_slots: int
+) -> argparse.Namespace:
+    """Return the flags of an engine with our model, loader and workers; `args.model` is local.
+
+    Raises ConfigError for expert settings that this machine's device cannot run.
+    """
+    device = current_platform.device_type
+    check_expert_dtype(settings.expert_dtype, settings.moe_backend, device)
+    check_moe_backend(settings.moe_backend, device)
+    ours = {
+        "num_slots": num_slots,
+        "num_pools": settings.max_pools,
+        "host_expert_bytes": settings.host_expert_bytes,
+        "records_routing": os.environ.get(_RECORD_VARIABLE) != "0",
+        "moe_backend": settings.moe_backend,
+        "expert_dtype": settings.expert_dtype,
+    }
+    return with_values(
+        args,
+        load_format=LOAD_FORMAT,
+        worker_cls=worker_cls_for(device),
+        worker_extension_cls=WORKER_EXTENSION_CLS,
+        additional_config={**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: ours},
+    )
+
+
+def dtype_bytes(args: argparse.Namespace) -> int:
+    """Return the bytes of one activation in the dtype vLLM resolves these flags to."""
+    return int(resolved(lambda: engine_args(args).create_model_config()).dtype.itemsize)
+
+
+def engine_args(args: argparse.Namespace) -> Any:
+    """Return vLLM's AsyncEngineArgs of these flags."""
+    return resolved(lambda: AsyncEngineArgs.from_cli_args(args))
+
+
+def resolved(build: Callable[[], _T]) -> _T:
+    """Build a config of vLLM's; what it refuses becomes one line of ConfigError."""
+    try:
+        return build()
+    except EmoServeError:
+        raise
+    except (KeyError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM refuses these flags: {' '.join(str(error).split())}") from error

@@ -1,0 +1,239 @@
+"""vLLM's engine client, led through pools: the one hook that every generating route passes.
+
+Chat, completions, responses, messages and beam search all call `generate` of the engine client.
+Ours is a plain function: it finds the pool and raises while an HTTP status can still be sent,
+starts a task that waits for the pool and runs the request, and returns a generator of its outputs.
+That task holds the lease, so the lease lasts as long as the engine works and not as long as a
+client takes to read. Admission learns from it when a stream may begin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import weakref
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineGenerateError
+from vllm.v1.engine.output_processor import RequestOutputCollector
+
+from emo_serve.errors import EmoServeError
+from emo_serve.metrics import PoolMetrics
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.server.asgi.context import current_request
+from emo_serve.server.asgi.errors import reason_of, retry_after_of, status_of
+from emo_serve.server.pool_admin.service import PoolService
+from emo_serve.server.vllm_adapter.coverage import CoverageBook
+from emo_serve.server.vllm_adapter.request_account import RequestAccount
+from emo_serve.server.vllm_adapter.request_log import RequestLog
+from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
+from emo_serve.vllm_plugin import (
+    ACCOUNT_ARG,
+    MASS_SLOT_ARG,
+    NO_ACCOUNT,
+    NO_MASS_SLOT,
+    POOL_ROW_ARG,
+)
+
+__all__ = ["PooledLLM", "place_in_row", "salt_prompt", "to_http_error"]
+
+
+def to_http_error(error: EmoServeError, param: str | None = "model") -> Exception:
+    """Return the vLLM exception whose handler answers with our error's status and message.
+
+    `param` is the field of the request that a 400 blames. A 503 also leaves how long to wait in the
+    request's context, for admission to send as Retry-After.
+    """
+    status = status_of(error)
+    current_request().retry_after_seconds = retry_after_of(error)
+    if status == HTTPStatus.NOT_FOUND:
+        return VLLMNotFoundError(str(error))  # type: ignore[no-any-return]
+    if status == HTTPStatus.BAD_REQUEST:
+        return VLLMValidationError(str(error), parameter=param)  # type: ignore[no-any-return]
+    return GracefulHTTPError(str(error), status)  # type: ignore[no-any-return]
+
+
+class PooledLLM:
+    """The engine client vLLM's serving layer talks to; every request is led through a pool.
+
+    It wraps a running engine: `generate` and `encode` are ours, all else is the engine's. With
+    `honours_priority` a client's priority counts; without, all requests have the same.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncLLM,
+        service: PoolService,
+        metrics: PoolMetrics,
+        coverage: CoverageBook | None = None,
+        request_log: RequestLog | None = None,
+        *,
+        honours_priority: bool = False,
+    ) -> None:
+        self._engine = engine
+        self._service, self._metrics, self._request_log = service, metrics, request_log
+        self._coverage, self._honours_priority = coverage, honours_priority
+        self._tasks: set[asyncio.Task[Any]] = set()  # asyncio keeps weak references
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what is the engine's: configuration, renderer, state, abort, statistics."""
+        return getattr(self._engine, name)
+
+    def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        lora_request: LoRARequest | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Find the pool now, raising what becomes an HTTP status; generate when iterated.
+
+        `lora_request` carries the model name the client wrote and never reaches the engine.
+        """
+        model = None if lora_request is None else lora_request.lora_name
+        service, metrics = self._service, self._metrics
+        try:
+            pool = service.admit(model, current_request().pool_headers)
+        except EmoServeError as error:
+            metrics.count_refusal(reason_of(error))
+            raise to_http_error(error) from error
+        salted = salt_prompt(prompt, pool.content_hash)
+        if not self._honours_priority:
+            options["priority"] = 0
+        loop, context = asyncio.get_running_loop(), current_request()
+        context.pool_names.append(pool.name)
+        admission: asyncio.Future[EmoServeError | None] = loop.create_future()
+        context.admissions.append(admission)
+        covered: asyncio.Future[CoverageSum | None] | None = None
+        if context.wants_coverage:
+            covered = loop.create_future()
+            context.coverages.append(covered)
+        account = NO_ACCOUNT if self._coverage is None else self._coverage.open(pool.name)
+        collector = RequestOutputCollector(sampling_params.output_kind, request_id)
+        request = (salted, sampling_params, request_id, options)
+        pump = asyncio.create_task(self._pump(collector, admission, account, pool, *request))
+        self._tasks.add(pump)
+        pump.add_done_callback(partial(self._settle, admission, account, covered))
+        stream = _collected(collector, pump)
+        # One that is never begun runs no `finally`: its client left while it waited.
+        weakref.finalize(stream, pump.cancel).atexit = False
+        return stream
+
+    def encode(self, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
+        """Refuse pooling requests: they would pass no pool."""
+        raise VLLMValidationError("this server generates text; it has no pooling models")
+
+    async def _pump(
+        self,
+        collector: RequestOutputCollector,
+        admission: asyncio.Future[EmoServeError | None],
+        number: int,
+        pool: ExpertPool,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Hold the lease while the engine works; errors go to the reader, cancelling aborts."""
+        service, metrics = self._service, self._metrics
+        account = RequestAccount(pool.name, is_delta=params.output_kind == RequestOutputKind.DELTA)
+        outcome = "failed"
+        try:
+            async with service.lease(pool) as lease:
+                account.note_granted(is_hit=lease.is_hit)
+                admission.set_result(None)
+                placed = place_in_row(params, lease.row, account=number)
+                stream = self._engine.generate(prompt, placed, request_id, **options)
+                async with aclosing(stream):  # an abort is sent before the lease ends
+                    async for output in stream:
+                        account.add(output)
+                        collector.put(output)
+                        outcome = "finished" if output.finished else outcome
+            if outcome != "finished":
+                collector.put(EngineGenerateError("the engine ended the request without a result"))
+        except asyncio.CancelledError:
+            outcome = outcome if outcome == "finished" else "aborted"
+            raise
+        except EmoServeError as error:
+            metrics.count_refusal(reason_of(error))
+            collector.put(to_http_error(error))
+            if not admission.done():
+                admission.set_result(error)
+        except Exception as error:
+            collector.put(error)
+        finally:
+            metrics.count_request(pool.name, outcome)
+            metrics.count_tokens(pool.name, account.prompt_tokens, account.generation_tokens)
+            if self._request_log is not None:
+                self._request_log.append(account.record(outcome))
+
+    def _settle(
+        self,
+        admission: asyncio.Future[EmoServeError | None],
+        account: int,
+        covered: asyncio.Future[CoverageSum | None] | None,
+        pump: asyncio.Task[None],
+    ) -> None:
+        """Answer whoever waits for a request that has ended, however: it may never have begun."""
+        self._tasks.discard(pump)
+        if not admission.done():
+            admission.set_result(None)
+        if covered is not None:
+            reading = asyncio.ensure_future(self._report(account, covered))
+            self._tasks.add(reading)
+            reading.add_done_callback(self._tasks.discard)
+        elif self._coverage is not None:
+            self._coverage.close(account)
+
+    async def _report(self, account: int, covered: asyncio.Future[CoverageSum | None]) -> None:
+        found: CoverageSum | None = None
+        try:
+            if self._coverage is not None:
+                found = await self._coverage.result(account)
+        finally:
+            covered.set_result(found)
+
+
+async def _collected(
+    collector: RequestOutputCollector, pump: asyncio.Task[None]
+) -> AsyncGenerator[RequestOutput, None]:
+    """Yield what the pump collects; a slow reader finds outputs merged, never dropped."""
+    is_finished = False
+    try:
+        while not is_finished:
+            output = collector.get_nowait() or await collector.get()
+            is_finished = output.finished
+            yield output
+    finally:
+        pump.cancel()
+
+
+def salt_prompt(prompt: Any, content_hash: str) -> dict[str, Any]:
+    """Return a copy of a prompt whose prefix cache is the pool's alone.
+
+    A client's own salt is kept inside; the hash has a fixed length, so no two pairs of them meet.
+    """
+    if not isinstance(prompt, dict):
+        raise VLLMValidationError(f"prompts of type {type(prompt).__name__} name no pool")
+    return {**prompt, "cache_salt": f"emo:{content_hash}:{prompt.get('cache_salt') or ''}"}
+
+
+def place_in_row(
+    params: SamplingParams, row: int, *, account: int = NO_ACCOUNT, mass_slot: int = NO_MASS_SLOT
+) -> SamplingParams:
+    """Return a copy that routes in `row`, whatever the client put there; callers share params."""
+    placed = copy.copy(params)
+    ours = {POOL_ROW_ARG: row, ACCOUNT_ARG: account, MASS_SLOT_ARG: mass_slot}
+    placed.extra_args = {**(params.extra_args or {}), **ours}
+    return placed
