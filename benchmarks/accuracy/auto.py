@@ -45,7 +45,7 @@ from emo_serve.config import AUTO_METHODS
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.tokenizer import ModelTokenizer
 from emo_serve.pools.calibration.build import calibrate
-from emo_serve.server.auto.choice import MIN_MARGIN
+from emo_serve.server.auto.by_classifier import MIN_MARGIN
 from emo_serve.server.auto.classifier import PoolClassifier
 
 __all__ = ["Asked", "added_ms", "report", "rows_of"]

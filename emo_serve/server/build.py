@@ -41,6 +41,7 @@ from emo_serve.server.vllm_adapter.openai import (
 )
 from emo_serve.server.vllm_adapter.probe import RouterProbe
 from emo_serve.server.vllm_adapter.request_log import RequestLog
+from emo_serve.server.vllm_adapter.tokenizer import EngineTokenizer
 from emo_serve.server.vllm_adapter.worker_calls import EngineFacts, WorkerCalls
 
 __all__ = ["Server", "build_server"]
@@ -109,7 +110,10 @@ async def build_server(launch: Launch, engine: Any, request_log: RequestLog | No
     await _warm_up(own, service)
     longest = engine.model_config.max_model_len - 1  # and one token that is generated
     probe = RouterProbe(manager, own.run_probe, calls.read_mass, longest)
-    chooser = await make_chooser(settings, service, probe, checkpoint, launch.auto_examples)
+    tokenizer = EngineTokenizer(engine.renderer, args)
+    chooser = await make_chooser(
+        settings, service, probe, tokenizer, checkpoint.config, launch.auto_examples
+    )
     admission = Admission(AutoPool(app, plan.names, chooser, metrics, root_path=args.root_path))
     builder = PoolBuilder(
         probe,

@@ -13,26 +13,20 @@ from hypothesis import strategies as st
 
 from emo_serve import demo
 from emo_serve.config import ServeSettings, add_serve_flags
-from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.emo.config import MoeLayer
+from emo_serve.emo.config import MoeLayer, load_config
 from emo_serve.errors import ConfigError, LoadDeadlineExceeded, RequestError
 from emo_serve.pools.pool import ExpertPool, LayerExperts
-from emo_serve.server.auto import choice as pool_chooser
-from emo_serve.server.auto.choice import (
-    Beginning,
-    BetterChooser,
-    Candidates,
-    RouterChooser,
-    TfidfChooser,
-    coverages,
-    make_chooser,
-    read_auto_examples,
-    trunk_pool,
-)
+from emo_serve.server.auto import by_classifier, choice
+from emo_serve.server.auto.by_classifier import TfidfChooser
+from emo_serve.server.auto.by_router import RouterChooser, coverages, trunk_pool
+from emo_serve.server.auto.candidates import Candidates
+from emo_serve.server.auto.choice import FallbackChooser, make_chooser, read_auto_examples
+from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.vllm_adapter.worker_calls import RouterMass
 from tests.support.pool_services import MOE_LAYERS, pool, service_of
+from tests.support.served_tokenizer import FileTokenizer
 
 VOCABULARY = 3072  # of the demo model, whose tokenizer reads the prompts
 TEXTS = {
@@ -64,14 +58,14 @@ class FakeProbe:
         return RouterMass(tokens, ((), layer, layer))
 
 
-def beginning(num_tokens: int = 256, directory: Path | None = None) -> Beginning:
-    return Beginning(directory or demo.model_dir(), num_tokens, VOCABULARY)
+def prefix_of(num_tokens: int = 256, directory: Path | None = None) -> PromptPrefix:
+    return PromptPrefix(FileTokenizer(directory or demo.model_dir()), num_tokens, VOCABULARY)
 
 
 def router(
     service: PoolService, probe: FakeProbe, num_tokens: int = 256, min_coverage: float = 0.4
 ) -> RouterChooser:
-    start = beginning(num_tokens)
+    start = prefix_of(num_tokens)
     return RouterChooser(probe, Candidates(service), start, MOE_LAYERS, min_coverage)  # type: ignore[arg-type]
 
 
@@ -117,7 +111,7 @@ async def test_the_pool_that_covers_most_wins() -> None:
     assert chosen.name == "code"
     ((asked, ids),) = probe.asked
     assert asked.name == "base"
-    assert ids == beginning().ids(Prompt("x = 1"))
+    assert ids == await prefix_of().ids(Prompt("x = 1"))
 
 
 async def test_without_the_base_pool_the_trunk_is_asked() -> None:
@@ -202,22 +196,22 @@ async def test_ids_the_model_does_not_have_are_refused(token: int) -> None:
     assert probe.asked == []
 
 
-def test_a_text_with_half_a_surrogate_pair_is_read() -> None:
-    assert beginning().text(Prompt("a\ud800b")).startswith("a")
+async def test_a_text_with_half_a_surrogate_pair_is_read() -> None:
+    assert (await prefix_of().text(Prompt("a\ud800b"))).startswith("a")
 
 
-def test_a_model_without_a_tokenizer_takes_ids(tmp_path: Path) -> None:
-    start = beginning(directory=tmp_path)
-    assert start.ids(Prompt(ids=(3, 4))) == [3, 4]
+async def test_a_model_without_a_tokenizer_takes_ids(tmp_path: Path) -> None:
+    start = prefix_of(directory=tmp_path)
+    assert await start.ids(Prompt(ids=(3, 4))) == [3, 4]
     with pytest.raises(RequestError, match=r"cannot read prompts here: .*tokenizer\.json"):
-        start.ids(Prompt("x"))
+        await start.ids(Prompt("x"))
 
 
 # -- classifier --
 
 
 async def taught(service: PoolService, *names: str) -> TfidfChooser:
-    chooser = TfidfChooser(Candidates(service), beginning())
+    chooser = TfidfChooser(Candidates(service), prefix_of())
     for name in names:
         chooser.add_examples(name, TEXTS[name])
     await chooser.fitted()
@@ -232,14 +226,14 @@ async def test_a_text_goes_to_the_pool_whose_examples_it_is_like() -> None:
         ("the defendant may appeal", "law"),
     ):
         assert (await chooser.choose(Prompt(text))).name == name
-        ids = tuple(beginning().ids(Prompt(text)))
+        ids = tuple(await prefix_of().ids(Prompt(text)))
         assert (await chooser.choose(Prompt(ids=ids))).name == name
 
 
 async def test_a_text_like_none_goes_to_the_base_pool_where_it_is_resident(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pool_chooser, "MIN_MARGIN", 0.2)
+    monkeypatch.setattr(by_classifier, "MIN_MARGIN", 0.2)
     known, strange = Prompt(TEXTS["law"][0]), Prompt("colourless green ideas sleep furiously")
     for service, expected in ((await with_base(), {"base"}), (service_of(), set(TEXTS))):
         chooser = await taught(service, *TEXTS)
@@ -277,8 +271,8 @@ async def test_with_fewer_than_two_to_choose_from_it_is_the_base_pool_or_nothing
 async def test_what_one_pool_may_teach_is_bounded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(pool_chooser, "_MOST_CHARACTERS", 30)
-    chooser = TfidfChooser(Candidates(service_of()), beginning())
+    monkeypatch.setattr(by_classifier, "_MOST_CHARACTERS", 30)
+    chooser = TfidfChooser(Candidates(service_of()), prefix_of())
     chooser.add_examples("math", ["  ", "plus " * 5, "the court finds the defendant"])
     chooser.add_examples("law", [TEXTS["law"][0][:30]])
     await chooser.fitted()
@@ -296,14 +290,14 @@ async def test_the_router_is_asked_while_a_pool_has_no_examples(
     service, probe = service_of(), FakeProbe((1, 1, 0, 0, 0, 0, 0))
     await service.remove("hot")
     classifier = await taught(service, "math")
-    chooser, code = BetterChooser(classifier, router(service, probe)), Prompt(TEXTS["code"][0])
+    chooser, code = FallbackChooser(classifier, router(service, probe)), Prompt(TEXTS["code"][0])
     assert (await chooser.choose(code)).name == "math"
     assert caplog.text == ""  # nobody gave it two to tell apart
     chooser.add_examples("code", TEXTS["code"])
     await classifier.fitted()
     for _ in range(2):
         assert (await chooser.choose(code)).name == "math"
-    assert caplog.text.count("auto asks the router: no examples of law") == 1
+    assert caplog.text.count("auto uses the router: no examples of pool law") == 1
     assert len(probe.asked) == 3
     chooser.add_examples("law", TEXTS["law"])
     await classifier.fitted()
@@ -361,10 +355,10 @@ def test_a_classifier_with_nothing_to_learn_from_is_refused(examples: str, tmp_p
 def test_without_scikit_learn_the_router_is_asked_or_the_start_refused(
     examples: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(pool_chooser, "is_installed", lambda: False)
+    monkeypatch.setattr(choice, "is_installed", lambda: False)
     where = ("--auto-examples", examples)
     assert read_auto_examples(settings_of(*where)) == {}
-    assert "auto asks the router, for scikit-learn is not installed" in caplog.text
+    assert "auto uses the router: scikit-learn is not installed" in caplog.text
     with pytest.raises(ConfigError, match=r"pip install 'emo-serve\[auto\]'"):
         read_auto_examples(settings_of(*where, "--auto-method", "tfidf"))
 
@@ -372,16 +366,16 @@ def test_without_scikit_learn_the_router_is_asked_or_the_start_refused(
 @pytest.mark.parametrize(
     ("flags", "kind"),
     [
-        ((), BetterChooser),
+        ((), FallbackChooser),
         (("--auto-method", "tfidf"), TfidfChooser),
         (("--auto-method", "router"), RouterChooser),
     ],
 )
 async def test_the_flag_says_who_chooses(flags: tuple[str, ...], kind: type) -> None:
-    checkpoint = Checkpoint.open(demo.model_dir())
+    tokenizer, config = FileTokenizer(demo.model_dir()), load_config(demo.model_dir())
     service, probe = service_of(), FakeProbe()
     await service.remove("hot")
-    chooser = await make_chooser(settings_of(*flags), service, probe, checkpoint, TEXTS)  # type: ignore[arg-type]
+    chooser = await make_chooser(settings_of(*flags), service, probe, tokenizer, config, TEXTS)  # type: ignore[arg-type]
     assert type(chooser) is kind
     if kind is not RouterChooser:
         assert (await chooser.choose(Prompt(TEXTS["law"][0]))).name == "law"
@@ -389,7 +383,7 @@ async def test_the_flag_says_who_chooses(flags: tuple[str, ...], kind: type) -> 
 
 
 async def test_without_scikit_learn_nobody_else_can_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_chooser, "is_installed", lambda: False)
-    checkpoint = Checkpoint.open(demo.model_dir())
-    chooser = await make_chooser(settings_of(), service_of(), FakeProbe(), checkpoint, {})  # type: ignore[arg-type]
+    monkeypatch.setattr(choice, "is_installed", lambda: False)
+    tokenizer, config = FileTokenizer(demo.model_dir()), load_config(demo.model_dir())
+    chooser = await make_chooser(settings_of(), service_of(), FakeProbe(), tokenizer, config, {})  # type: ignore[arg-type]
     assert isinstance(chooser, RouterChooser)

@@ -1,0 +1,98 @@
+"""Choose by EMO's own router: the pool that covers most of the full router's mass on a prompt.
+
+The prompt's first tokens run through the engine as one request. They run in the base pool where
+that is resident, else in a pool of the implied experts alone, which any slab can hold beside
+others: its path is not the model's, so the choice is a little worse. The router knows every pool
+and needs nothing but the pools. Coverage grows with a pool's size, so among pools of different
+sizes it favours the large ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from emo_serve.emo.config import MoeLayer
+from emo_serve.metrics import AUTO_PROBE_POOL
+from emo_serve.pools.pool import ExpertPool, LayerExperts
+from emo_serve.server.auto.candidates import Candidates, nothing_to_choose, pool_size
+from emo_serve.server.auto.prompt_prefix import PromptPrefix
+from emo_serve.server.auto.prompt_text import Prompt
+from emo_serve.server.vllm_adapter.worker_calls import RouterMass
+
+if TYPE_CHECKING:
+    from emo_serve.server.vllm_adapter.probe import RouterProbe
+
+__all__ = ["RouterChooser", "coverages", "trunk_pool"]
+
+
+def trunk_pool(moe_layers: Sequence[MoeLayer | None]) -> ExpertPool:
+    """Return a pool of the implied experts alone; expert 0 in a layer that implies none."""
+    layers = (None if moe is None else LayerExperts(moe.smallest_pool) for moe in moe_layers)
+    return ExpertPool(AUTO_PROBE_POOL, tuple(layers))
+
+
+class RouterChooser:
+    """Choose the pool that covers most of the full router's mass on the prompt's first tokens.
+
+    With less than `min_coverage` in the best, it is the base pool, where that is resident. Equal
+    coverage goes to the smaller pool, then by name.
+    """
+
+    def __init__(
+        self,
+        probe: RouterProbe,
+        candidates: Candidates,
+        prefix: PromptPrefix,
+        moe_layers: Sequence[MoeLayer | None],
+        min_coverage: float,
+    ) -> None:
+        self._probe, self._candidates, self._prefix = probe, candidates, prefix
+        self._moe_layers = moe_layers
+        self._min_coverage = min_coverage
+        self._trunk = trunk_pool(moe_layers)
+        self._is_trunk_kept = False
+
+    async def choose(self, prompt: Prompt) -> ExpertPool:
+        """Return the pool; raises RequestError without any, and what a lease raises."""
+        pools, base = self._candidates.pools(), self._candidates.base()
+        if not pools and base is None:
+            raise nothing_to_choose("none is known that the slab can hold")
+        if base is None and len(pools) == 1:
+            return pools[0]
+        if base is not None and not pools:
+            return base
+        ids = await self._prefix.ids(prompt)
+        if base is None and not self._is_trunk_kept:
+            self._candidates.keep(self._trunk)
+            self._is_trunk_kept = True
+        mass = await self._probe.mass(base or self._trunk, ids[: self._probe.max_tokens])
+        shares = coverages(mass, pools, self._moe_layers)
+        share, best = min(
+            zip(shares, pools, strict=True),
+            key=lambda pair: (-round(pair[0], 9), pool_size(pair[1]), pair[1].name),
+        )
+        return base if base is not None and share < self._min_coverage else best
+
+    def add_examples(self, name: str, texts: Sequence[str]) -> None:
+        """Do nothing: the router needs no examples."""
+
+
+def coverages(
+    mass: RouterMass, pools: Sequence[ExpertPool], moe_layers: Sequence[MoeLayer | None]
+) -> list[float]:
+    """Return each pool's coverage: the share of mass inside, mean over tokens and MoE layers.
+
+    Shared experts do not count, as in calibration; nor does a layer of nothing else.
+    """
+    standard = [0 if moe is None else moe.num_standard_experts for moe in moe_layers]
+    parts = [np.asarray(layer)[:count] for layer, count in zip(mass.layers, standard, strict=True)]
+    mass_E = np.concatenate(parts) / (mass.tokens * max(1, sum(map(bool, standard))))
+    starts = np.cumsum([0, *standard])
+    inside_PE = np.zeros((len(pools), len(mass_E)))
+    for row, pool in zip(inside_PE, pools, strict=True):
+        for start, count, ids in zip(starts, standard, pool.expert_ids, strict=False):
+            row[[start + expert for expert in ids if expert < count]] = 1.0
+    return [float(share) for share in inside_PE @ mass_E]

@@ -1,0 +1,51 @@
+"""The pools that a choice may fall on, asked anew for each choice."""
+
+from __future__ import annotations
+
+from emo_serve.config import AUTO_POOL
+from emo_serve.errors import PoolBlocked, PoolTooLarge, RequestError, Unavailable
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.server.pool_admin.service import PoolService
+
+__all__ = ["Candidates", "nothing_to_choose", "pool_size"]
+
+
+class Candidates:
+    """The pools a choice may fall on, as the service knows them now."""
+
+    def __init__(self, service: PoolService) -> None:
+        self._service = service
+
+    def pools(self) -> list[ExpertPool]:
+        """Return the catalog's pools that the slab can hold beside what is pinned."""
+        return [pool for pool in self._service.catalog.pools.values() if self._may_serve(pool)]
+
+    def base(self) -> ExpertPool | None:
+        """Return the base pool where it is resident."""
+        base = self._service.pools[0]
+        return base if self._service.manager.is_resident(base) else None
+
+    def keep(self, pool: ExpertPool) -> None:
+        """Have a pool that no name leads to stay when a build ends whose first pool is the same."""
+        self._service.keep(pool)
+
+    def _may_serve(self, pool: ExpertPool) -> bool:
+        try:
+            self._service.manager.check_admissible(pool)
+        except (PoolBlocked, PoolTooLarge):
+            return False
+        except Unavailable:  # that passes, or refuses the request whatever pool it gets
+            return True
+        return True
+
+
+def nothing_to_choose(reason: str) -> RequestError:
+    """Return the refusal of a prompt for which there is no pool."""
+    return RequestError(
+        f"model {AUTO_POOL!r} has no pool to choose: {reason}; name one, or see GET /v1/pools"
+    )
+
+
+def pool_size(pool: ExpertPool) -> int:
+    """Return the experts of all layers: of equally good pools the smallest is chosen."""
+    return sum(map(len, pool.expert_ids))

@@ -1,0 +1,50 @@
+"""The first tokens of a prompt, which are all that a choice looks at."""
+
+from __future__ import annotations
+
+from emo_serve.config import AUTO_POOL
+from emo_serve.errors import RequestError
+from emo_serve.server.auto.prompt_text import Prompt
+from emo_serve.server.tokenizer import ServedTokenizer
+
+__all__ = ["PromptPrefix"]
+
+_CHARS_PER_TOKEN = 16  # the most text that is tokenized; more only matters for repeated characters
+
+
+class PromptPrefix:
+    """Cut prompts to their first tokens, as ids or as text."""
+
+    def __init__(self, tokenizer: ServedTokenizer, num_tokens: int, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._num_tokens = num_tokens
+        self._vocab_size = vocab_size
+
+    async def ids(self, prompt: Prompt) -> list[int]:
+        """Return the first ids; RequestError for ids the model does not have, and for none."""
+        ids = self._known_ids(prompt) if prompt.ids else await self._encoded(prompt.text)
+        if not ids:
+            raise RequestError(f"model {AUTO_POOL!r} needs a prompt; this one has no token")
+        return ids
+
+    async def text(self, prompt: Prompt) -> str:
+        """Return the text of the first ids; raises as `ids` does."""
+        return await self._tokenizer.decode(await self.ids(prompt))
+
+    def _known_ids(self, prompt: Prompt) -> list[int]:
+        ids = prompt.ids[: self._num_tokens]
+        wrong = next((token for token in ids if not 0 <= token < self._vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"the prompt has token id {wrong}; the model's are 0 to {self._vocab_size - 1}"
+            )
+        return list(ids)
+
+    async def _encoded(self, text: str) -> list[int]:
+        start = text[: self._num_tokens * _CHARS_PER_TOKEN]
+        valid = start.encode(errors="replace").decode()  # JSON may hold half a surrogate pair
+        try:
+            ids = await self._tokenizer.encode(valid)
+        except RequestError as error:
+            raise RequestError(f"model {AUTO_POOL!r} cannot read prompts here: {error}") from error
+        return ids[: self._num_tokens]

@@ -1,0 +1,71 @@
+"""The engine's tokenizer and chat template: text that the server reads is the text it serves.
+
+`auto` and builds on the server read prompts and examples before a request is made of them. They go
+through vLLM's own renderer, which honours --tokenizer, --tokenizer-mode, --chat-template and their
+like, in its own threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
+from vllm.renderers.chat_utils import load_chat_template
+from vllm.renderers.params import ChatParams, TokenizeParams
+
+from emo_serve.errors import RequestError
+
+__all__ = ["EngineTokenizer"]
+
+
+class EngineTokenizer:
+    """A ServedTokenizer over an engine's renderer, with the chat template of the flags."""
+
+    def __init__(self, renderer: Any, args: argparse.Namespace) -> None:
+        self._renderer = renderer
+        self._template = load_chat_template(args.chat_template)
+        self._content_format = args.chat_template_content_format
+        self._template_kwargs = resolve_default_chat_template_kwargs(args) or {}
+
+    async def encode(self, text: str) -> list[int]:
+        """Return the ids of a text prompt, special tokens included."""
+        return await self._ids({"prompt": text}, adds_special_tokens=True)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the ids of a conversation, rendered by the served chat template."""
+        is_open = messages[-1].get("role") != "assistant"
+        turn = {"add_generation_prompt": is_open, "continue_final_message": False}
+        params = ChatParams(
+            chat_template=self._template,
+            chat_template_content_format=self._content_format,
+            chat_template_kwargs={**self._template_kwargs, **turn, "tokenize": False},
+        )
+        with _refusing("chat template", "these messages"):
+            _, prompt = await self._renderer.render_messages_async(list(messages), params)
+        return await self._ids(prompt, adds_special_tokens=False)
+
+    async def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        with _refusing("tokenizer", "these ids"):
+            tokenizer = self._renderer.get_tokenizer()
+            text = await asyncio.to_thread(tokenizer.decode, list(ids), skip_special_tokens=True)
+        return str(text)
+
+    async def _ids(self, prompt: Mapping[str, Any], *, adds_special_tokens: bool) -> list[int]:
+        params = TokenizeParams(max_total_tokens=None, add_special_tokens=adds_special_tokens)
+        with _refusing("tokenizer", "this text"):
+            (encoded,) = await self._renderer.tokenize_prompts_async([prompt], params)
+        return list(encoded["prompt_token_ids"])
+
+
+@contextmanager
+def _refusing(part: str, what: str) -> Iterator[None]:
+    """Turn an error of tokenizer or template into a refusal: they are programs of the model's."""
+    try:
+        yield
+    except Exception as error:
+        raise RequestError(f"the model's {part} refuses {what}: {error}") from error
