@@ -93,12 +93,17 @@ def _serve(arguments: list[str]) -> int:
     _check_early(arguments)
     _configure_logging()
     from emo_serve import demo
+    from emo_serve.server.startup.quiet import be_quiet, is_quiet
+
+    quiet = is_quiet(arguments)
+    if quiet:
+        be_quiet()
     from emo_serve.server.serve import run
     from emo_serve.server.startup.launch import DefaultModel
 
     defaults = {**_DEMO_FLAG_DEFAULTS, "auto_examples": str(demo.heldout_dir())}
     default_model = DefaultModel(demo.DEMO_MODEL, demo.model_dir(), demo.pools_dir(), defaults)
-    return run(arguments, lambda text: print(text, flush=True), default_model)
+    return run(arguments, lambda text: print(text, flush=True), default_model, is_quiet=quiet)
 
 
 def _check_early(arguments: list[str]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +29,7 @@ from emo_serve.server.pool_admin.builder import PoolBuilder
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.startup.launch import Launch
 from emo_serve.server.startup.plan import StartPlan
+from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.summary import PoolLine, ServerAddress, Summary
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.engine import OwnRequests
@@ -48,7 +48,6 @@ __all__ = ["Server", "build_server"]
 
 logger = logging.getLogger(__name__)
 
-_PROGRESS_SECONDS = 5.0
 _STATES = ("resident", "loaded when asked for", "does not fit")
 
 
@@ -64,7 +63,9 @@ class Server:
     summary: Summary
 
 
-async def build_server(launch: Launch, engine: Any, request_log: RequestLog | None) -> Server:
+async def build_server(
+    launch: Launch, engine: Any, request_log: RequestLog | None, progress: StartProgress
+) -> Server:
     """Build the server on vLLM's AsyncLLM and load its first pools; raises EngineDead."""
     args, settings, plan, checkpoint = (
         launch.args,
@@ -76,7 +77,7 @@ async def build_server(launch: Launch, engine: Any, request_log: RequestLog | No
         lambda method, call_args: engine.collective_rpc(method, args=call_args),  # no timeout=
         lambda: bool(engine.errored),
         checkpoint.check_experts,
-        _log_progress(),
+        progress.copied,
     )
     facts = await calls.describe()
     _check_facts(facts, plan)
@@ -95,6 +96,7 @@ async def build_server(launch: Launch, engine: Any, request_log: RequestLog | No
         metrics,
         calls.usage_of if facts.records_routing else None,
     )
+    progress.stage("loading experts")
     await _load_pools(manager, plan)
     coverage = CoverageBook(calls.read_coverage, metrics.observe_coverage)
     llm = PooledLLM(
@@ -107,6 +109,7 @@ async def build_server(launch: Launch, engine: Any, request_log: RequestLog | No
     )
     app = await build_http_app(llm, args, service, metrics)
     own = OwnRequests(engine)
+    progress.stage("warming up")
     await _warm_up(own, service)
     longest = engine.model_config.max_model_len - 1  # and one token that is generated
     probe = RouterProbe(manager, own.run_probe, calls.read_mass, longest)
@@ -177,21 +180,7 @@ async def _load_pools(manager: ResidencyManager, plan: StartPlan) -> None:
             continue
 
 
-def _log_progress() -> Callable[[int, int], None]:
-    """Return a listener that logs long loads every few seconds."""
-    last = time.monotonic()
-
-    def on_copied(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _PROGRESS_SECONDS:
-            last = time.monotonic()
-            logger.info("loading experts: %d of %d (%.0f %%)", done, total, 100 * done / total)
-
-    return on_copied
-
-
 async def _warm_up(own: OwnRequests, service: PoolService) -> None:
-    logger.info("warming up")
     pool = min(service.pools, key=lambda pool: _readiness(service, pool))
     async with service.lease(pool) as lease:
         await own.warm_up(pool, lease.row)

@@ -14,12 +14,16 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 
+from emo_serve.errors import EngineDead
 from emo_serve.server.build import Server, build_server
 from emo_serve.server.shutdown import StopSignals, drain
+from emo_serve.server.startup.engine_output import EngineOutput
 from emo_serve.server.startup.launch import DefaultModel, Launch, prepare
+from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.summary import format_summary
 from emo_serve.server.vllm_adapter.engine import start_engine
 from emo_serve.server.vllm_adapter.openai import bind_socket, run_beside_server
@@ -32,28 +36,74 @@ logger = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 10.0  # then the engine's processes are killed
 
 
-def run(argv: Sequence[str], announce: Callable[[str], None], default_model: DefaultModel) -> int:
+def run(
+    argv: Sequence[str],
+    announce: Callable[[str], None],
+    default_model: DefaultModel,
+    *,
+    is_quiet: bool,
+) -> int:
     """Serve until a signal; return the exit status. `announce` gets the start-up summary.
 
-    Raises ConfigError, before anything heavy is started, for flags that cannot work.
+    With `is_quiet` only what matters of the engine's output is shown. Raises ConfigError, before
+    anything heavy is started, for flags that cannot work, and EngineDead.
     """
     import uvloop
 
-    return uvloop.run(_serve(prepare(argv, default_model), announce))
+    with os.fdopen(os.dup(2), "w", buffering=1) as stderr:
+        progress = StartProgress(stderr)
+        progress.stage("reading the checkpoint")
+        launch = prepare(argv, default_model)
+        output = EngineOutput(notice=progress.notice) if is_quiet else None
+        status = uvloop.run(_serve(launch, announce, progress, output))
+    if output is not None:
+        output.close()
+        _drop_last_words()
+    return status
 
 
-async def _serve(launch: Launch, announce: Callable[[str], None]) -> int:
+async def _serve(
+    launch: Launch,
+    announce: Callable[[str], None],
+    progress: StartProgress,
+    output: EngineOutput | None,
+) -> int:
     signal.signal(signal.SIGTERM, _abandon_start)  # until the drain takes over
     with ExitStack() as stack:
         request_log = None
         if (path := launch.settings.request_log) is not None:
             request_log = stack.enter_context(closing(RequestLog(path)))
         sock = stack.enter_context(closing(bind_socket(launch.args)))
-        engine = start_engine(launch.args)
-        stack.callback(engine.shutdown, timeout=_SHUTDOWN_SECONDS)
-        signals = StopSignals(asyncio.get_running_loop())
-        server = await build_server(launch, engine, request_log)
+        try:
+            progress.stage("starting the engine")
+            with nullcontext() if output is None else output.captured():
+                engine = start_engine(launch.args)
+            stack.callback(engine.shutdown, timeout=_SHUTDOWN_SECONDS)
+            signals = StopSignals(asyncio.get_running_loop())
+            server = await build_server(launch, engine, request_log, progress)
+        except EngineDead as error:
+            if output is None:
+                raise
+            raise EngineDead(_explained(error, output.cause())) from error
+        if output is not None:
+            # uvicorn's start and stop take seven lines; requests have a logger of their own.
+            logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+            output.started()
+            stack.callback(output.ending)
+        progress.finished()
         return await _answer(server, launch, sock, signals, announce)
+
+
+def _explained(error: EngineDead, cause: str | None) -> str:
+    """Return why a start failed, and how to see everything the engine printed."""
+    return f"{error}: {cause or 'it printed no error'} (--log-level info shows all its output)"
+
+
+def _drop_last_words() -> None:
+    """Drop what libraries print while Python ends: Triton's bindings list what they leak."""
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
 
 
 def _abandon_start(number: int, _: object) -> None:

@@ -46,11 +46,8 @@ def start_engine(args: argparse.Namespace) -> AsyncLLM:
             aggregate_engine_logging=flags.aggregate_engine_logging,
             disable_log_stats=flags.disable_log_stats,
         )
-    except RuntimeError as error:  # its processes have logged why
-        raise EngineDead(
-            "vLLM's engine did not start; the first ERROR above says why (on a CPU often memory:"
-            " see --kv-cache-memory-bytes)"
-        ) from error
+    except RuntimeError as error:  # its processes have printed why
+        raise EngineDead("the engine did not start") from error
 
 
 class OwnRequests:

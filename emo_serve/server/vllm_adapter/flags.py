@@ -53,6 +53,7 @@ def parse_serve_args(
     cli_env_setup()
     parser = FlexibleArgumentParser(prog="emo-serve serve", conflict_handler="resolve")
     make_arg_parser(parser)
+    _accept_lower_case(parser, "--log-level")
     default_model = parser.get_default("model")
     add_serve_flags(parser)
     args: argparse.Namespace = parser.parse_args(list(argv))
@@ -69,6 +70,13 @@ def parse_serve_args(
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     return args
+
+
+def _accept_lower_case(parser: argparse.ArgumentParser, flag: str) -> None:
+    """Let a flag whose values vLLM writes in capitals be given in either case."""
+    for action in parser._actions:
+        if flag in action.option_strings:
+            action.type = str.upper
 
 
 def with_values(args: argparse.Namespace, **values: object) -> argparse.Namespace:

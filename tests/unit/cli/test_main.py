@@ -76,7 +76,10 @@ class FakeApp:
     def DefaultModel(self, *fields: Any) -> tuple[Any, ...]:
         return fields
 
-    def run(self, argv: Sequence[str], announce: object, default_model: object) -> int:
+    def run(
+        self, argv: Sequence[str], announce: object, default_model: object, *, is_quiet: bool
+    ) -> int:
+        assert is_quiet
         self.argv = list(argv)
         if isinstance(self.outcome, Exception):
             raise self.outcome
@@ -103,6 +106,7 @@ def test_serve_passes_every_flag_on_and_turns_errors_into_a_status(
     for module in ("emo_serve.server.serve", "emo_serve.server.startup.launch"):
         monkeypatch.setitem(sys.modules, module, app)
     monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setenv("VLLM_LOGGING_CONFIG_PATH", "")
     assert run(capsys, "serve", "M", "--port", "1", "--max-pools", "4") == (status, "", message)
     assert app.argv == ["M", "--port", "1", "--max-pools", "4"]
 

@@ -1,0 +1,137 @@
+"""What the engine's processes print, a line at a time: shown, dropped, or the reason of a failure.
+
+During a start the output of the processes that are started goes into a pipe, which a thread of this
+process reads for as long as they live. Nothing is shown until the engine runs, but kept: if the
+start fails, its cause is in there (`cause`), and 200 lines of stack traces are not shown. From then
+on warnings and errors are shown as they come, and so is whatever is no log line of vLLM's, such as
+the last words of a process that crashes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from emo_serve.server.startup.quiet import is_harmless
+
+__all__ = ["EngineOutput", "find_cause"]
+
+_LINE = re.compile(r"(?:\([^)]* pid=\d+\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d [\d:]+ ")
+_CONTINUED = re.compile(r"^(?:\([^)]* pid=\d+\) )?(?:ERROR \d\d-\d\d [\d:]+ \[[^]]*\] ?)?")
+_EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit): .")
+_NO_CAUSE = re.compile(r"initialization failed|See (?:root cause|stack trace)|Engine core proc")
+_MOST_LINES = 5000
+_SHOWN_LEVELS = ("WARNING", "ERROR", "CRITICAL")
+
+
+class EngineOutput:
+    """Read what processes print that are started inside `captured`; `show` gets lines to show."""
+
+    def __init__(
+        self,
+        show: Callable[[str], None] | None = None,
+        notice: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._show = show or _to_stderr
+        self._notice = notice
+        self._lock = threading.Lock()
+        self._kept: deque[str] | None = deque(maxlen=_MOST_LINES)
+        self._is_ending = False
+        read_fd, self._write_fd = os.pipe()
+        self._lines: TextIO = os.fdopen(read_fd, errors="replace", newline="\n")
+        self._thread = threading.Thread(target=self._read, name="engine-output", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """Have processes that are started inside print into the pipe; not for two threads at once.
+
+        What this process itself prints inside goes there too.
+        """
+        sys.stdout.flush()
+        sys.stderr.flush()
+        saved = [(fd, os.dup(fd)) for fd in (1, 2)]
+        for fd, _ in saved:
+            os.dup2(self._write_fd, fd)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for fd, copy in saved:
+                os.dup2(copy, fd)
+                os.close(copy)
+
+    def started(self) -> None:
+        """Show what was kept back and matters, and from now on such lines as they come."""
+        with self._lock:
+            kept, self._kept = self._kept, None
+            for line in kept or ():
+                if (level := _level(line)) and _matters(level, line):
+                    self._show(line)
+
+    def ending(self) -> None:
+        """Show only warnings and errors from now on: libraries complain of their own end."""
+        self._is_ending = True
+
+    def cause(self, wait_seconds: float = 2.0) -> str | None:
+        """Return why the start failed, as far as the processes said it; they must have ended.
+
+        Closes the pipe, so nothing more can be started.
+        """
+        self.close(wait_seconds)
+        with self._lock:
+            return find_cause(self._kept or ())
+
+    def close(self, wait_seconds: float = 2.0) -> None:
+        """Stop reading once every process has closed its end, or after a while."""
+        if self._write_fd >= 0:
+            os.close(self._write_fd)
+            self._write_fd = -1
+        self._thread.join(wait_seconds)
+
+    def _read(self) -> None:
+        with self._lines:
+            for raw in self._lines:
+                line = raw.rstrip("\n")
+                self._notice(line)
+                with self._lock:
+                    if self._kept is not None:
+                        self._kept.append(line)
+                        continue
+                level = _level(line)
+                if _matters(level, line) if level else not self._is_ending:
+                    self._show(line)
+
+
+def find_cause(lines: Iterable[str]) -> str | None:
+    """Return the first exception in the output of a failed start, without vLLM's line prefixes.
+
+    vLLM reports it again as its own "initialization failed", which is passed over.
+    """
+    for line in lines:
+        text = line[match.end() :] if (match := _CONTINUED.match(line)) else line
+        if _EXCEPTION.match(text) and not _NO_CAUSE.search(text):
+            return " ".join(text.split())
+    return None
+
+
+def _level(line: str) -> str | None:
+    """Return the level of a log line of vLLM's, None for any other line."""
+    match = _LINE.match(line)
+    return match[1] if match else None
+
+
+def _matters(level: str, line: str) -> bool:
+    return level in _SHOWN_LEVELS and not is_harmless(line)
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
