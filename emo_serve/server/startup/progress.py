@@ -11,7 +11,7 @@ __all__ = ["StartProgress"]
 _STAGES = (
     ("Starting to load model", "reading the trunk and allocating expert slots"),
     ("GiB for KV cache", "allocating the KV cache"),
-    ("torch.compile", "compiling"),
+    ("Dynamo bytecode transform", "compiling"),
 )
 """Parts of what vLLM (0.32.0) logs, and what the engine is doing then."""
 
