@@ -1,8 +1,8 @@
 """Expert pools under a slot budget. Loads run beside decoding; only a lease keeps a pool in place.
 
 The one authority, in the front-end process, on who sits where. A request takes a lease: at once if
-its pool is resident, else after a wait in the line (see `line`), and only it waits. Operators load,
-pin, evict and retire pools through the same line. Giving a lease back never awaits.
+its pool is resident, else after a wait in the queue (see `queue`), and only it waits. Operators
+load, pin, evict and retire pools through the same queue. Giving a lease back never awaits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from emo_serve.errors import Draining, PoolInUse
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.policy import EvictionPolicy, LruPolicy
 from emo_serve.residency.ports import NobodyCounts, PoolEngine, ResidencyObserver
-from emo_serve.residency.queue import LoadLine
+from emo_serve.residency.queue import LoadQueue
 from emo_serve.residency.records import Purpose
 from emo_serve.residency.room import Room
 from emo_serve.residency.slots import SlotTable
@@ -62,7 +62,7 @@ class ResidencyManager:
         self._policy: EvictionPolicy = policy or LruPolicy()
         self._observer: ResidencyObserver = observer or NobodyCounts()
         self._deadline_seconds = load_deadline_seconds
-        self._line = LoadLine(
+        self._queue = LoadQueue(
             self._room,
             engine,
             self._policy,
@@ -81,24 +81,24 @@ class ResidencyManager:
 
     def is_pinned(self, pool: ExpertPool) -> bool:
         """Tell whether an operator wants the pool to stay resident."""
-        return pool.content_hash in self._line.pinned
+        return pool.content_hash in self._queue.pinned
 
     def fits_now(self, pool: ExpertPool) -> bool:
         """Tell whether the pool is resident, or could be loaded and nothing evicted."""
-        return pool.content_hash in self._line.entries or self._room.fits(self._room.demand(pool))
+        return pool.content_hash in self._queue.resident or self._room.fits(self._room.demand(pool))
 
     def check_admissible(self, pool: ExpertPool) -> None:
         """Raise what a new request for the pool must be refused with now, before it waits.
 
         Draining; PoolTooLarge if the slab could never hold it, PoolBlocked if it does not fit
-        beside the pinned pools, TooManyWaiting if it would have to wait and the line is full. A
+        beside the pinned pools, TooManyWaiting if it would have to wait and the queue is full. A
         pool that was retired and is asked for here again has been defined again: it may stay.
         """
-        self._line.revive(pool.content_hash)
+        self._queue.revive(pool.content_hash)
         if self._is_draining:
             raise Draining("the server is shutting down and takes no new requests")
-        if self._line.open_entry(pool) is None:
-            self._line.check_may_wait(pool)
+        if self._queue.open_entry(pool) is None:
+            self._queue.check_may_wait(pool)
 
     def check_can_ever_fit(self, pool: ExpertPool) -> None:
         """Raise PoolTooLarge for a pool that even the empty slab could not hold."""
@@ -115,29 +115,29 @@ class ResidencyManager:
         a load raised.
         """
         is_hit = self._would_hit(pool)
-        self._line.counts.hits += is_hit
-        self._line.counts.misses += not is_hit
+        self._queue.counts.hits += is_hit
+        self._queue.counts.misses += not is_hit
         self._observer.count_ask(pool.name, is_hit=is_hit)
-        entry = await self._line.obtain(pool, Purpose.LEASE)
+        entry = await self._queue.acquire(pool, Purpose.LEASE)
         try:
             yield Lease(entry.row, pool, is_hit)
         finally:
-            self._line.give_back(entry)
+            self._queue.release(entry)
 
     # -- operators --
 
     async def load(self, pool: ExpertPool, *, pin: bool = False) -> None:
         """Make a pool resident; a no-op for one that is. With `pin`, have it stay.
 
-        Waits in the same line as requests do and raises the same. Cancelling the caller does not
+        Waits in the same queue as requests do and raises the same. Cancelling the caller does not
         stop a load that has begun.
         """
-        await self._line.obtain(pool, Purpose.PIN if pin else Purpose.LOAD)
+        await self._queue.acquire(pool, Purpose.PIN if pin else Purpose.LOAD)
 
     def unpin(self, pool: ExpertPool) -> None:
         """Let the pool be evicted like any other; a no-op for one that is not pinned."""
-        self._line.pinned.discard(pool.content_hash)
-        self._line.advance()
+        self._queue.pinned.discard(pool.content_hash)
+        self._queue.schedule()
 
     async def evict(self, pool: ExpertPool, *, drain: bool = False) -> None:
         """Take a pool's slots away, as far as no other needs them; a no-op for one that has none.
@@ -146,10 +146,10 @@ class ResidencyManager:
         lets nobody in until its requests have ended, and is evicted then; if that takes longer than
         the load deadline it stays, and PoolInUse is raised.
         """
-        entry = self._line.entries.get(pool.content_hash)
+        entry = self._queue.resident.get(pool.content_hash)
         if entry is None:
             return
-        if pool.content_hash in self._line.pinned:
+        if pool.content_hash in self._queue.pinned:
             raise PoolInUse(f"pool {pool.name!r} is pinned; unpin it first")
         if not entry.is_published:
             raise PoolInUse(f"pool {pool.name!r} is being loaded; evict it when it is resident")
@@ -159,7 +159,7 @@ class ResidencyManager:
                 " with drain=true, which lets no new ones in until these have ended"
             )
         entry.drains += 1
-        self._line.advance()
+        self._queue.schedule()
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 await entry.gone.wait()
@@ -172,7 +172,7 @@ class ResidencyManager:
             ) from None
         finally:
             entry.drains -= 1
-            self._line.advance()
+            self._queue.schedule()
 
     def retire(self, pool: ExpertPool) -> None:
         """Forget a pool whose definition is gone: unpinned, evicted once no lease holds it.
@@ -180,11 +180,11 @@ class ResidencyManager:
         Requests that wait for it are served; operators who do get StateConflict.
         """
         self._policy.forget(pool.content_hash)
-        self._line.retire(pool.content_hash)
+        self._queue.retire(pool.content_hash)
 
     def revive(self, pool: ExpertPool) -> None:
         """Let a pool stay that was retired: somebody wants the same content again."""
-        self._line.revive(pool.content_hash)
+        self._queue.revive(pool.content_hash)
 
     def cool(self, pool: ExpertPool) -> None:
         """Have a pool go before others when the next one needs room, as if nobody asked for it."""
@@ -200,9 +200,9 @@ class ResidencyManager:
         """Wait until no lease is held or waited for; return False when that takes too long."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                while self._line.num_running or self._line.num_waiting:
-                    self._line.idle.clear()
-                    await self._line.idle.wait()
+                while self._queue.num_running or self._queue.num_waiting:
+                    self._queue.idle.clear()
+                    await self._queue.idle.wait()
         except TimeoutError:
             return False
         return True
@@ -212,43 +212,43 @@ class ResidencyManager:
     def statistics(self) -> ResidencyStats:
         """Return a snapshot; pools that are neither resident nor wanted are not in it."""
         slots = self._room.slots
-        leased = [key for key, entry in self._line.entries.items() if entry.leases]
+        leased = [key for key, entry in self._queue.resident.items() if entry.leases]
         return ResidencyStats(
             layers=slots.usage(),
-            pools=tuple(map(self._status, {**self._line.entries, **self._line.wants})),
+            pools=tuple(map(self._status, {**self._queue.resident, **self._queue.pending})),
             num_rows=self._room.num_rows,
             free_rows=self._room.num_free_rows,
-            running_requests=self._line.num_running,
-            waiting_requests=self._line.num_waiting,
+            running_requests=self._queue.num_running,
+            waiting_requests=self._queue.num_waiting,
             slot_bytes=self._room.slot_bytes,
             leased_slots=slots.slots_of(leased),
             is_draining=self._is_draining,
-            **vars(self._line.counts),
+            **vars(self._queue.counts),
         )
 
     def check_integrity(self) -> None:
-        """Assert that slots, rows, entries, leases and the line agree."""
-        self._line.check_integrity()
+        """Assert that slots, rows, entries, leases and the queue agree."""
+        self._queue.check_integrity()
 
     def _status(self, key: str) -> PoolResidency:
-        entry, want = self._line.entries.get(key), self._line.wants.get(key)
-        pool = entry.pool if entry is not None else self._line.wants[key].pool
+        entry, pending = self._queue.resident.get(key), self._queue.pending.get(key)
+        pool = entry.pool if entry is not None else self._queue.pending[key].pool
         state: PoolState = "waiting"
         if entry is not None:
-            is_open = self._line.open_entry(pool) is not None
+            is_open = self._queue.open_entry(pool) is not None
             state = "resident" if is_open else "closing" if entry.is_published else "loading"
         return PoolResidency(
             name=pool.name,
             content_hash=key,
             row=entry.row if entry is not None and entry.is_published else None,
             state=state,
-            is_pinned=key in self._line.pinned,
+            is_pinned=key in self._queue.pinned,
             running_requests=entry.leases if entry is not None else 0,
-            waiting_requests=len(want.waiters) if want is not None else 0,
+            waiting_requests=len(pending.waiters) if pending is not None else 0,
         )
 
     def _would_hit(self, pool: ExpertPool) -> bool:
-        """Tell whether a lease would be had without a copy and without a turn in the line."""
-        if pool.content_hash in self._line.entries:
-            return self._line.open_entry(pool) is not None
+        """Tell whether a lease would be had without a copy and without a wait in the queue."""
+        if pool.content_hash in self._queue.resident:
+            return self._queue.open_entry(pool) is not None
         return self.is_resident(pool)

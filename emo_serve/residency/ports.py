@@ -50,7 +50,7 @@ class ResidencyObserver(Protocol):
     """Hear what happens to pools, by name; called between two awaits, so it must be quick."""
 
     def count_ask(self, pool: str, *, is_hit: bool) -> None:
-        """Count a request; a hit needs no copy and no turn in the line."""
+        """Count a request; a hit needs no copy and no wait in the queue."""
         ...
 
     def count_wait(self, pool: str, outcome: str, seconds: float) -> None:

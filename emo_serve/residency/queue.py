@@ -1,18 +1,18 @@
-"""The line in which pools are waited for, and the loads and evictions that move it on.
+"""The waiting queue of pools, and the loads and evictions that move it on.
 
-First come, first served, a pool a place:
+First come, first served, one place per pool:
 
 - A pool that needs nothing copied, a union above all, costs a row of the engine's pool table and is
-  let in past the line.
-- The first pool in line that needs copies may evict pools that are neither leased nor pinned, in
+  let in past the queue.
+- The first waiting pool that needs copies may evict pools that are neither leased nor pinned, in
   the policy's order. If those do not make room, the coldest leased ones are *closed*: their
   requests run to the end, new ones wait behind, and when the last lease is back they are evicted.
 - A pool further back may pass when it can be loaded without taking what the first is waiting for.
-- So a wait is bounded by the line ahead: each place costs at most the longest running request and a
-  load, and a second load if another pool passed and has the link when the room is there.
+- So a wait is bounded by the queue ahead: each place costs at most the longest running request and
+  a load, and a second load if another pool passed and has the link when the room is there.
 - When a load is done its waiters have their leases before anybody else can ask.
 
-One load at a time: they share one link to the device. Loads are tasks of the line's own, so that a
+One load at a time: they share one link to the device. Loads are tasks of the queue's own, so that a
 client that goes away neither interrupts nor repeats them. Everything here belongs to one event
 loop; between two awaits the tables are consistent.
 """
@@ -35,18 +35,18 @@ from emo_serve.errors import (
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.policy import EvictionPolicy
 from emo_serve.residency.ports import LoadReport, PoolEngine, ResidencyObserver
-from emo_serve.residency.records import Counts, Entry, Purpose, Want
+from emo_serve.residency.records import Counts, PendingPool, Purpose, ResidentPool
 from emo_serve.residency.room import Room
 from emo_serve.residency.slots import LoadPlan
 
-__all__ = ["LoadLine"]
+__all__ = ["LoadQueue"]
 
 logger = logging.getLogger(__name__)
 
 _REMEMBERED_RETIRED = 4096  # definitions whose stragglers are known; they ask within a moment
 
 
-class LoadLine:
+class LoadQueue:
     """Own who has room and who waits for it; see the module for the rules.
 
     `entries`, `wants` and `pinned` go by content hash and are for others to read.
@@ -63,8 +63,8 @@ class LoadLine:
         deadline_seconds: float,
     ) -> None:
         self.room = room
-        self.entries: dict[str, Entry] = {}
-        self.wants: dict[str, Want] = {}  # first come first
+        self.resident: dict[str, ResidentPool] = {}
+        self.pending: dict[str, PendingPool] = {}  # first come first
         self.pinned: set[str] = set()
         self.counts = Counts()
         self.idle = asyncio.Event()
@@ -75,7 +75,7 @@ class LoadLine:
         self._max_waiting = max_waiting
         self._deadline_seconds = deadline_seconds
         self._closing: set[str] = set()
-        self._closing_for: Want | None = None
+        self._closing_for: PendingPool | None = None
         self._retired: OrderedDict[str, None] = OrderedDict()  # the oldest first
         self._tasks: dict[asyncio.Task[None], bool] = {}  # -> whether it copies
         self._last_load_seconds = 0.0
@@ -85,64 +85,64 @@ class LoadLine:
     @property
     def num_running(self) -> int:
         """Return the leases held, of all pools."""
-        return sum(entry.leases for entry in self.entries.values())
+        return sum(entry.leases for entry in self.resident.values())
 
     @property
     def num_waiting(self) -> int:
         """Return how many requests and operators wait."""
-        return sum(len(want.waiters) for want in self.wants.values())
+        return sum(len(pending.waiters) for pending in self.pending.values())
 
-    def open_entry(self, pool: ExpertPool) -> Entry | None:
+    def open_entry(self, pool: ExpertPool) -> ResidentPool | None:
         """Return the pool's entry if a lease on it can be had at once."""
-        entry = self.entries.get(pool.content_hash)
+        entry = self.resident.get(pool.content_hash)
         if entry is None or not entry.is_published or entry.is_retired or entry.drains:
             return None
         return None if pool.content_hash in self._closing else entry
 
     def check_integrity(self) -> None:
-        """Assert that slots, rows, entries, leases and the line agree."""
+        """Assert that slots, rows, entries, leases and the queue agree."""
         self.room.check_integrity()
-        assert self.room.slots.keys == self.entries.keys()
-        for key, entry in self.entries.items():
+        assert self.room.slots.keys == self.resident.keys()
+        for key, entry in self.resident.items():
             assert key == entry.pool.content_hash
             assert entry.row == self.room.row_of(key)
             assert entry.leases >= 0 and entry.drains >= 0
             assert entry.is_published or not (entry.leases or key in self.pinned)
             assert not (entry.is_retired and key in self.pinned)
-        assert self.pinned <= self.entries.keys()
-        assert self._closing <= self.entries.keys() - self.pinned
+        assert self.pinned <= self.resident.keys()
+        assert self._closing <= self.resident.keys() - self.pinned
         assert self._closing_for is not None or not self._closing
-        for key, want in self.wants.items():
-            assert key == want.pool.content_hash
-            assert want.waiters, "a place in the line that nobody holds"
-            assert self.open_entry(want.pool) is None, "somebody waits for an open pool"
+        for key, pending in self.pending.items():
+            assert key == pending.pool.content_hash
+            assert pending.waiters, "a place in the queue that nobody holds"
+            assert self.open_entry(pending.pool) is None, "somebody waits for an open pool"
         assert sum(self._tasks.values()) <= 1, "two loads at once"
 
     # -- waiting --
 
-    async def obtain(self, pool: ExpertPool, purpose: Purpose) -> Entry:
+    async def acquire(self, pool: ExpertPool, purpose: Purpose) -> ResidentPool:
         """Return the pool's entry, resident, with what `purpose` asks for already done.
 
-        Waits in line if need be. Raises as `check_may_wait`, LoadDeadlineExceeded, and whatever
-        the load raised.
+        Waits in the queue if need be. Raises as `check_may_wait`, LoadDeadlineExceeded, and
+        whatever the load raised.
         """
         key = pool.content_hash
         self._policy.note_asked(key, self._clock())
-        if purpose is Purpose.PIN and key in self.entries:
+        if purpose is Purpose.PIN and key in self.resident:
             self._closing.discard(key)
         if (entry := self.open_entry(pool)) is not None:
             self._grant(entry, purpose)
-            self.advance()  # a pin may leave too little for who waits
+            self.schedule()  # a pin may leave too little for who waits
             return entry
         self.check_may_wait(pool)
-        if (want := self.wants.get(key)) is None:
-            want = self.wants[key] = Want(pool, self.room.demand(pool))
-        place: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
-        want.waiters[place] = purpose
+        if (pending := self.pending.get(key)) is None:
+            pending = self.pending[key] = PendingPool(pool, self.room.demand(pool))
+        place: asyncio.Future[ResidentPool] = asyncio.get_running_loop().create_future()
+        pending.waiters[place] = purpose
         start, outcome = self._clock(), "failed"
         deadline = asyncio.timeout(self._deadline_seconds)
         try:
-            self.advance()
+            self.schedule()
             async with deadline:
                 entry = await place
             outcome = "granted"
@@ -151,56 +151,58 @@ class LoadLine:
             if not deadline.expired():  # the load raised it
                 raise
             outcome = "deadline"
-            raise self._too_late(want) from None
+            raise self._too_late(pending) from None
         except asyncio.CancelledError:
             outcome = "left"
             raise
         finally:
             if outcome != "granted":
-                self._leave(want, place, purpose)
+                self._leave(pending, place, purpose)
             self._observer.count_wait(pool.name, outcome, self._clock() - start)
 
-    def _leave(self, want: Want, place: asyncio.Future[Entry], purpose: Purpose) -> None:
-        """Give up a place in the line, and the lease that may have come in the same moment."""
+    def _leave(
+        self, pending: PendingPool, place: asyncio.Future[ResidentPool], purpose: Purpose
+    ) -> None:
+        """Give up a place in the queue, and the lease that may have come in the same moment."""
         is_granted = place.done() and not place.cancelled() and place.exception() is None
         if is_granted and purpose is Purpose.LEASE:
-            self.give_back(place.result())
-        want.waiters.pop(place, None)
-        if not want.waiters and self.wants.get(want.pool.content_hash) is want:
-            del self.wants[want.pool.content_hash]
-        self.advance()
+            self.release(place.result())
+        pending.waiters.pop(place, None)
+        if not pending.waiters and self.pending.get(pending.pool.content_hash) is pending:
+            del self.pending[pending.pool.content_hash]
+        self.schedule()
 
-    def _let_in(self, want: Want, entry: Entry) -> None:
-        del self.wants[want.pool.content_hash]
-        for place, purpose in want.waiters.items():
+    def _let_in(self, pending: PendingPool, entry: ResidentPool) -> None:
+        del self.pending[pending.pool.content_hash]
+        for place, purpose in pending.waiters.items():
             if not place.done():
                 self._grant(entry, purpose)
                 place.set_result(entry)
-        want.waiters.clear()
+        pending.waiters.clear()
 
-    def _turn_away(self, want: Want, error: Exception) -> None:
-        del self.wants[want.pool.content_hash]
-        for place in want.waiters:
+    def _turn_away(self, pending: PendingPool, error: Exception) -> None:
+        del self.pending[pending.pool.content_hash]
+        for place in pending.waiters:
             if not place.done():
                 place.set_exception(error)
-        want.waiters.clear()
+        pending.waiters.clear()
 
-    def _grant(self, entry: Entry, purpose: Purpose) -> None:
+    def _grant(self, entry: ResidentPool, purpose: Purpose) -> None:
         if purpose is Purpose.LEASE:
             entry.leases += 1
         elif purpose is Purpose.PIN and not entry.is_retired:
             self.pinned.add(entry.pool.content_hash)
             self._closing.discard(entry.pool.content_hash)
-            stay = self.room.kept(self.entries.keys() - self.pinned)
-            for want in list(self.wants.values()):
-                if not self.room.can_hold(stay | want.demand):
-                    self._turn_away(want, self._blocked(want.pool))
+            stay = self.room.kept(self.resident.keys() - self.pinned)
+            for pending in list(self.pending.values()):
+                if not self.room.can_hold(stay | pending.demand):
+                    self._turn_away(pending, self._blocked(pending.pool))
 
-    def give_back(self, entry: Entry) -> None:
+    def release(self, entry: ResidentPool) -> None:
         """End a lease."""
         entry.leases -= 1
         if not entry.leases:
-            self.advance()
+            self.schedule()
 
     def retire(self, key: str) -> None:
         """Unpin a pool and have it go after its last lease; operators wait for it in vain.
@@ -211,32 +213,33 @@ class LoadLine:
         self._retired[key] = None
         if len(self._retired) > _REMEMBERED_RETIRED:
             self._retired.popitem(last=False)
-        if (entry := self.entries.get(key)) is not None:
+        if (entry := self.resident.get(key)) is not None:
             entry.is_retired = True
-        if (want := self.wants.get(key)) is not None:
-            for place, purpose in want.waiters.items():
+        if (pending := self.pending.get(key)) is not None:
+            for place, purpose in pending.waiters.items():
                 if purpose is not Purpose.LEASE and not place.done():
                     place.set_exception(
                         StateConflict(
-                            f"pool {want.pool.name!r} was redefined or removed before it was loaded"
+                            f"pool {pending.pool.name!r} was redefined or removed before it was"
+                            " loaded"
                         )
                     )
-        self.advance()
+        self.schedule()
 
     def revive(self, key: str) -> None:
         """Have a pool stay that was retired: the same content is defined again."""
         if key not in self._retired:
             return
         del self._retired[key]
-        if (entry := self.entries.get(key)) is not None:
+        if (entry := self.resident.get(key)) is not None:
             entry.is_retired = False
-            self.advance()
+            self.schedule()
 
-    # -- the line --
+    # -- the queue --
 
-    def advance(self) -> None:
+    def schedule(self) -> None:
         """Do all that can be done now: evict, let in, start loads. Never awaits."""
-        while self._evict_leaving() or self._serve_line():
+        while self._evict_leaving() or self._serve_waiting():
             pass
         if not self.num_running and not self.num_waiting:
             self.idle.set()
@@ -245,7 +248,7 @@ class LoadLine:
         """Evict what is retired or drained and no lease holds; tell whether anything was."""
         leaving = [
             (key, entry)
-            for key, entry in self.entries.items()
+            for key, entry in self.resident.items()
             if (entry.is_retired or entry.drains) and entry.is_published and not entry.leases
         ]
         for key, entry in leaving:
@@ -253,21 +256,25 @@ class LoadLine:
             self._forget(key, "operator" if entry.drains else "retired")
         return bool(leaving)
 
-    def _serve_line(self) -> bool:
-        """Walk the line once; True after a change that may let others in: walk it again."""
-        if self._closing_for not in self.wants.values():
+    def _serve_waiting(self) -> bool:
+        """Walk the queue once; True after a change that may let others in: walk it again."""
+        if self._closing_for not in self.pending.values():
             self._reopen()
-        for want in self.wants.values():
-            if (entry := self.open_entry(want.pool)) is not None:
-                self._let_in(want, entry)
+        for pending in self.pending.values():
+            if (entry := self.open_entry(pending.pool)) is not None:
+                self._let_in(pending, entry)
                 return True
         # Others' pools are loading, or on their way out, or nobody wants them any more.
-        line = [w for key, w in self.wants.items() if key not in self.entries and w.is_wanted]
-        if not line:
+        waiting = [
+            pending
+            for key, pending in self.pending.items()
+            if key not in self.resident and pending.is_wanted
+        ]
+        if not waiting:
             return False
-        first, *others = line
+        first, *others = waiting
         coldest_first = self._coldest_first()
-        idle = [key for key in coldest_first if not self.entries[key].leases]
+        idle = [key for key in coldest_first if not self.resident[key].leases]
         victims = self.room.choose(first.demand, idle)
         if victims is not None and self._has_link(first):
             self._start(first, victims)
@@ -279,36 +286,36 @@ class LoadLine:
         return self._let_pass(first, others, reserved, idle)
 
     def _let_pass(
-        self, first: Want, others: list[Want], reserved: set[str], idle: list[str]
+        self, first: PendingPool, others: list[PendingPool], reserved: set[str], idle: list[str]
     ) -> bool:
         """Start what can be started behind the first, if that is no loss to it.
 
         `reserved` is what goes for the first, `idle` what may go for the others.
         """
         at_least = first.demand | self.room.kept(reserved.union(idle))
-        for want in others:
-            if not self._has_link(want) or not self.room.can_hold(at_least | want.demand):
+        for pending in others:
+            if not self._has_link(pending) or not self.room.can_hold(at_least | pending.demand):
                 continue
-            victims = self.room.choose(want.demand, idle)
-            both = first.demand | want.demand
+            victims = self.room.choose(pending.demand, idle)
+            both = first.demand | pending.demand
             if victims is not None and self.room.fits(both, without=reserved.union(victims)):
-                self._start(want, victims)
+                self._start(pending, victims)
                 return True
         return False
 
-    def _has_link(self, want: Want) -> bool:
+    def _has_link(self, pending: PendingPool) -> bool:
         """Tell whether the link is free, or not needed."""
-        return not self._is_copying or self.room.slots.covers_bits(want.demand.experts)
+        return not self._is_copying or self.room.slots.covers_bits(pending.demand.experts)
 
-    def _close_for(self, want: Want, coldest_first: list[str]) -> bool:
+    def _close_for(self, pending: PendingPool, coldest_first: list[str]) -> bool:
         """Stop admission to the coldest pools whose going makes room; True if others open for it.
 
         What is closed already goes first, lest new leases on it outrun the choice. Pools that are
         still on their way go last; whoever waits for one is let in when it has come.
         """
-        self._closing_for = want
-        coming = [key for key, entry in self.entries.items() if not entry.is_published]
-        chosen = self.room.choose(want.demand, coldest_first + coming)
+        self._closing_for = pending
+        coming = [key for key, entry in self.resident.items() if not entry.is_published]
+        chosen = self.room.choose(pending.demand, coldest_first + coming)
         assert chosen is not None, "only pins could forbid it, and they would have refused it"
         closed, self._closing = self._closing, set(chosen)
         return not closed <= self._closing
@@ -325,7 +332,7 @@ class LoadLine:
         """
         evictable = [
             key
-            for key, entry in self.entries.items()
+            for key, entry in self.resident.items()
             if entry.is_published and key not in self.pinned
         ]
         coldest_first = self._policy.coldest_first(evictable, self._clock())
@@ -340,26 +347,28 @@ class LoadLine:
     def _is_copying(self) -> bool:
         return any(self._tasks.values())
 
-    def _start(self, want: Want, victims: list[str]) -> None:
+    def _start(self, pending: PendingPool, victims: list[str]) -> None:
         """Evict the victims, take slots and a row, and set the pool's task going."""
-        pool = want.pool
+        pool = pending.pool
         plan = self.room.plan(pool, victims)
         try:
             self._engine.check_readable(plan.copies)
         except Exception as error:  # whoever gave a lease back and came by here did not ask for it
             self._note_failure(pool, error)
             return
-        if self._closing_for is want:
+        if self._closing_for is pending:
             self._reopen()
         row = self.room.take(pool, plan)
         for victim in victims:
             self._forget(victim, "room")
-        self.entries[plan.key] = entry = Entry(pool, row, is_retired=plan.key in self._retired)
+        self.resident[plan.key] = entry = ResidentPool(
+            pool, row, is_retired=plan.key in self._retired
+        )
         task = asyncio.create_task(self._settle(entry, plan))
         self._tasks[task] = bool(plan.copies)
         task.add_done_callback(self._note_done)
 
-    async def _settle(self, entry: Entry, plan: LoadPlan) -> None:
+    async def _settle(self, entry: ResidentPool, plan: LoadPlan) -> None:
         """Copy and publish, then let in who waits; a failure takes back slots, row and entry."""
         pool = entry.pool
         try:
@@ -380,21 +389,21 @@ class LoadLine:
         entry.is_published = True
         if plan.copies:
             self._note_load(pool, plan, report)
-        if (want := self.wants.get(plan.key)) is not None:
-            self._let_in(want, entry)  # before anything else may want it gone
+        if (pending := self.pending.get(plan.key)) is not None:
+            self._let_in(pending, entry)  # before anything else may pending it gone
 
     def _note_done(self, task: asyncio.Task[None]) -> None:
-        """Go on with the line when a load has ended, however it did."""
+        """Go on with the queue when a load has ended, however it did."""
         del self._tasks[task]
         if task.cancelled():  # the event loop's end
             return
         if (error := task.exception()) is not None:
             logger.error("the end of a load went wrong", exc_info=error)
-        self.advance()
+        self.schedule()
 
     def _forget(self, key: str, reason: str | None) -> None:
         """Drop the entry of a pool that has given back its slots and row."""
-        entry = self.entries.pop(key)
+        entry = self.resident.pop(key)
         self._closing.discard(key)
         entry.gone.set()
         if reason is not None:
@@ -429,26 +438,27 @@ class LoadLine:
         self._observer.count_load(
             pool.name, "failed", **nothing, bytes_copied=0, bytes_read=0, seconds=0.0
         )
-        if (want := self.wants.get(pool.content_hash)) is not None:
-            self._turn_away(want, error)
+        if (pending := self.pending.get(pool.content_hash)) is not None:
+            self._turn_away(pending, error)
 
     # -- refusals --
 
     def check_may_wait(self, pool: ExpertPool) -> None:
         """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless a place may be had."""
         self.room.check_can_ever_fit(pool)
-        if not self.room.fits(self.room.demand(pool), without=self.entries.keys() - self.pinned):
+        if not self.room.fits(self.room.demand(pool), without=self.resident.keys() - self.pinned):
             raise self._blocked(pool)
         if self.num_waiting >= self._max_waiting:
             raise TooManyWaiting(
-                f"pool {pool.name!r} is not resident, and {self.num_waiting} requests wait for"
-                f" loads already, as many as may; retry later, or raise --max-waiting",
+                f"the waiting queue is full: {self.num_waiting} requests wait for loads already"
+                f" (--max-waiting {self._max_waiting}), and pool {pool.name!r} is not resident;"
+                f" retry later, or raise --max-waiting",
                 self._retry_after_seconds(),
             )
 
     def _blocked(self, pool: ExpertPool) -> PoolBlocked:
-        names = sorted(self.entries[key].pool.name for key in self.pinned)
-        unpinned = self.entries.keys() - self.pinned
+        names = sorted(self.resident[key].pool.name for key in self.pinned)
+        unpinned = self.resident.keys() - self.pinned
         has_slots = self.room.slots.fits(pool.expert_ids, without=unpinned)
         what, flags = (
             ("rows", "--max-pools") if has_slots else ("slots", "--expert-memory or --expert-slots")
@@ -459,15 +469,16 @@ class LoadLine:
             self._retry_after_seconds(),
         )
 
-    def _too_late(self, want: Want) -> LoadDeadlineExceeded:
-        busy = sum(self.entries[key].leases for key in self._closing)
+    def _too_late(self, pending: PendingPool) -> LoadDeadlineExceeded:
+        busy = sum(self.resident[key].leases for key in self._closing)
         return LoadDeadlineExceeded(
-            f"pool {want.pool.name!r} was not loaded within {self._deadline_seconds:g} s"
-            f" (pools in line: {len(self.wants)}; requests still running in pools that must go"
-            f" first: {busy}); retry later, raise --load-deadline, or give experts more room",
+            f"pool {pending.pool.name!r} was not loaded within {self._deadline_seconds:g} s"
+            f" (pools in the waiting queue: {len(self.pending)}; requests still running in pools"
+            f" that must go first: {busy}); retry later, raise --load-deadline, or give experts"
+            " more room",
             self._retry_after_seconds(),
         )
 
     def _retry_after_seconds(self) -> int:
-        """Estimate when the line is served, from its length and the last load."""
-        return max(1, math.ceil(self._last_load_seconds * (len(self.wants) + 1)))
+        """Estimate when the queue is served, from its length and the last load."""
+        return max(1, math.ceil(self._last_load_seconds * (len(self.pending) + 1)))

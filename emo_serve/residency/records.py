@@ -1,4 +1,5 @@
-"""Who has room and who waits for it: the records that the line keeps, by content hash."""
+"""Who has room and who waits for it: the records that the waiting queue keeps, by content
+hash."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from enum import Enum
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.room import Demand
 
-__all__ = ["Counts", "Entry", "Purpose", "Want"]
+__all__ = ["Counts", "PendingPool", "Purpose", "ResidentPool"]
 
 
 class Purpose(Enum):
-    """What somebody in the line wants of the pool once it is resident."""
+    """What a waiting request or operator wants of the pool once it is resident."""
 
     LEASE = "lease"
     PIN = "pin"
@@ -21,7 +22,7 @@ class Purpose(Enum):
 
 
 @dataclass(eq=False)
-class Entry:
+class ResidentPool:
     """One pool that was given room. `drains` counts the operators who wait for it to go."""
 
     pool: ExpertPool
@@ -34,12 +35,12 @@ class Entry:
 
 
 @dataclass(eq=False)
-class Want:
-    """One pool that is waited for; all who wait for it share its place in the line."""
+class PendingPool:
+    """One pool that is waited for; all who wait for it share its place in the queue."""
 
     pool: ExpertPool
     demand: Demand
-    waiters: dict[asyncio.Future[Entry], Purpose] = field(default_factory=dict)
+    waiters: dict[asyncio.Future[ResidentPool], Purpose] = field(default_factory=dict)
 
     @property
     def is_wanted(self) -> bool:

@@ -31,7 +31,7 @@ class PoolResidency:
 
 @dataclass(frozen=True)
 class ResidencyStats:
-    """A snapshot of slots, rows, leases and the line; counts run from the start of the server."""
+    """A snapshot of slots, rows, leases and the queue; counts run from the start of the server."""
 
     layers: tuple[LayerSlots, ...]
     pools: tuple[PoolResidency, ...]

@@ -1,6 +1,6 @@
 """Leases, loads and failures of the ResidencyManager, with an engine that ends when told to.
 
-The line in which pools are waited for has tests of its own, and so have operators' changes.
+The waiting queue has tests of its own, and so have operators' changes.
 """
 
 from __future__ import annotations
@@ -313,14 +313,14 @@ async def test_any_error_of_the_check_is_that_pools_alone() -> None:
     running = Client(manager, A)
     await settle()
     del engine.check_readable
-    waiting, next_in_line = Client(manager, B), Client(manager, A)
+    waiting, next_in_queue = Client(manager, B), Client(manager, A)
     await settle()
     await running.finish()
     with pytest.raises(OSError, match="disk on fire"):
         await waiting.task
     await settle()
-    assert next_in_line.is_running
-    await next_in_line.finish()
+    assert next_in_queue.is_running
+    await next_in_queue.finish()
     manager.check_integrity()
 
 
@@ -363,13 +363,13 @@ async def test_a_load_that_the_engine_cancels_is_a_failed_load() -> None:
     """A call given up by the engine's client raises CancelledError, though nobody stopped us."""
     engine = FakeEngine(is_holding=True)
     manager = a_manager(engine, slots=2)
-    client, next_in_line = Client(manager, A), Client(manager, B)
+    client, next_in_queue = Client(manager, A), Client(manager, B)
     (await engine.next_held()).done.cancel()
     with pytest.raises(EngineDead, match="given up"):
         await client.task
     (await engine.next_held()).release()
     await settle()
-    await next_in_line.finish()
+    await next_in_queue.finish()
     manager.check_integrity()
 
 

@@ -98,7 +98,7 @@ async def test_a_pin_that_changes_the_choice_opens_what_need_not_go_any_more() -
         await client.finish()
 
 
-async def test_operators_wait_in_the_line_that_requests_wait_in() -> None:
+async def test_operators_wait_in_the_queue_that_requests_wait_in() -> None:
     engine = FakeEngine(is_holding=True)
     manager = await loaded(engine, A, B, max_waiting=2)
     clients = [Client(manager, A), Client(manager, B)]
@@ -274,7 +274,7 @@ async def test_a_pin_on_a_draining_pool_comes_after_the_drain() -> None:
     manager.check_integrity()
 
 
-async def test_draining_what_the_first_in_line_waits_for_loses_nothing() -> None:
+async def test_draining_what_the_first_in_the_queue_waits_for_loses_nothing() -> None:
     manager = await loaded(FakeEngine(), A, B)
     clients = [Client(manager, A), Client(manager, B)]
     await settle()
@@ -290,8 +290,8 @@ async def test_draining_what_the_first_in_line_waits_for_loses_nothing() -> None
     manager.check_integrity()
 
 
-async def test_who_waits_behind_a_drain_does_not_hold_up_the_line() -> None:
-    """A is first in line and on its way out; c, behind it, is served."""
+async def test_who_waits_behind_a_drain_does_not_hold_up_the_queue() -> None:
+    """A is first in the queue and on its way out; c, behind it, is served."""
     manager = await loaded(FakeEngine(), A)
     running = Client(manager, A)
     await settle()

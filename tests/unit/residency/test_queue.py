@@ -1,4 +1,4 @@
-"""The line in which pools are waited for: who closes, who passes, who leaves, who is told what."""
+"""The waiting queue: who closes, who passes, who leaves, who is told what."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def test_what_is_closed_stays_the_choice_however_hot_it_becomes() -> None:
 
 @pytest.mark.parametrize("how", ["leaves", "deadline"])
 @in_virtual_time
-async def test_closed_pools_open_again_when_the_first_in_line_goes(how: str) -> None:
+async def test_closed_pools_open_again_when_the_first_in_the_queue_goes(how: str) -> None:
     manager, clients = await contended(FakeEngine(is_holding=True), load_deadline_seconds=60.0)
     in_c = Client(manager, C)
     await asyncio.sleep(30.0)
@@ -233,7 +233,7 @@ async def test_nobody_passes_who_would_take_what_the_first_waits_for() -> None:
         await client.finish()
 
 
-async def test_the_second_in_line_starts_first_if_there_is_room_for_both() -> None:
+async def test_the_second_in_the_queue_starts_first_if_there_is_room_for_both() -> None:
     engine = FakeEngine(is_holding=True)
     manager = await loaded(engine, A, slots=5)
     in_a = Client(manager, A)
@@ -252,7 +252,7 @@ async def test_the_second_in_line_starts_first_if_there_is_room_for_both() -> No
     await small.finish()
 
 
-async def test_the_second_in_line_waits_if_it_would_need_the_firsts_room() -> None:
+async def test_the_second_in_the_queue_waits_if_it_would_need_the_firsts_room() -> None:
     engine = FakeEngine(is_holding=True)
     manager = await loaded(engine, A, slots=5)
     in_a = Client(manager, A)
@@ -344,7 +344,7 @@ async def test_who_waits_for_rows_is_served_in_turn_too() -> None:
 # -- the bounds of waiting --
 
 
-async def test_the_line_is_bounded_over_all_pools() -> None:
+async def test_the_queue_is_bounded_over_all_pools() -> None:
     engine = FakeEngine(is_holding=True)
     manager = await loaded(engine, A, max_waiting=2)
     waiting = [Client(manager, B), Client(manager, C)]
@@ -462,7 +462,7 @@ async def test_a_client_cancelled_in_the_moment_of_its_lease_gives_it_back(
 ) -> None:
     engine = FakeEngine(is_holding=True)
     manager = a_manager(engine, slots=2)
-    client, next_in_line = Client(manager, A), Client(manager, B)
+    client, next_in_queue = Client(manager, A), Client(manager, B)
     load = await engine.next_held()
     if is_cancelled_first:
         client.task.cancel()
@@ -477,10 +477,10 @@ async def test_a_client_cancelled_in_the_moment_of_its_lease_gives_it_back(
     assert client.task.cancelled()
     manager.check_integrity()
     assert manager.statistics().running_requests == 0
-    (await engine.next_held()).release()  # the next in line is served at once
+    (await engine.next_held()).release()  # the next in the queue is served at once
     await settle()
-    assert next_in_line.is_running
-    await next_in_line.finish()
+    assert next_in_queue.is_running
+    await next_in_queue.finish()
 
 
 @in_virtual_time
@@ -561,14 +561,14 @@ async def test_pinned_pools_block_by_rows_too() -> None:
         a_manager_full.check_admissible(B)
 
 
-async def test_a_pin_turns_away_those_who_wait_already_wherever_in_the_line() -> None:
+async def test_a_pin_turns_away_those_who_wait_already_wherever_in_the_queue() -> None:
     engine = FakeEngine(is_holding=True)
     manager, clients = await contended(engine)
     first, second, third = Client(manager, C), Client(manager, AC), Client(manager, D)
     await settle()
     await manager.load(B, pin=True)
     await settle()
-    assert isinstance(second.task.exception(), PoolBlocked)  # in line behind the first
+    assert isinstance(second.task.exception(), PoolBlocked)  # in the queue behind the first
     assert not first.task.done() and not third.task.done()
     await manager.load(A, pin=True)
     for client in (first, third):
@@ -595,10 +595,10 @@ async def test_a_pin_that_was_waited_for_turns_away_those_behind_it() -> None:
     manager.check_integrity()
 
 
-# -- failures in the line --
+# -- failures in the queue --
 
 
-async def test_the_line_goes_on_after_a_failed_load() -> None:
+async def test_the_queue_goes_on_after_a_failed_load() -> None:
     engine = FakeEngine(is_holding=True)
     manager, clients = await contended(engine)
     engine.unreadable = {(0, 4)}

@@ -1,4 +1,4 @@
-"""Nobody starves: the bound that `line` claims, in virtual time, and that it takes closing to hold.
+"""No request starves: the bound that `queue` claims, in virtual time, and that it needs closing.
 
 Requests last at most REQUEST seconds and a load LOAD seconds; clients ask again at once, for ever.
 """
@@ -17,7 +17,7 @@ from benchmarks.residency.virtual_time import run
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.policy import POLICIES, make_policy
-from emo_serve.residency.queue import LoadLine
+from emo_serve.residency.queue import LoadQueue
 from tests.support.fake_engine import FakeEngine
 from tests.support.residency_world import A, B, C, D, a_manager, a_pool, now
 
@@ -63,8 +63,8 @@ async def endless_load(
 
 
 async def one_request(manager: ResidencyManager, pool: ExpertPool, seconds: float) -> Wait:
-    wants = manager._line.wants
-    ahead = list(wants).index(pool.content_hash) if pool.content_hash in wants else len(wants)
+    pending = manager._queue.pending
+    ahead = list(pending).index(pool.content_hash) if pool.content_hash in pending else len(pending)
     start = now()
     async with manager.lease(pool):
         wait = Wait(now() - start, ahead)
@@ -120,7 +120,7 @@ def test_under_endless_load_a_third_pool_waits_one_request_and_one_load(
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("num_pools", [3, 4, 6])
-def test_with_endless_load_on_all_a_wait_is_the_line_ahead(num_pools: int, policy: str) -> None:
+def test_with_endless_load_on_all_a_wait_is_the_queue_ahead(num_pools: int, policy: str) -> None:
     waits = waits_of_all(num_pools, seed=num_pools, policy=policy)
     assert len(waits) > 200
     assert max(wait.ahead for wait in waits) >= num_pools - 3
@@ -130,7 +130,7 @@ def test_with_endless_load_on_all_a_wait_is_the_line_ahead(num_pools: int, polic
 
 def test_without_closing_it_would_starve(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the tests above can fail."""
-    monkeypatch.setattr(LoadLine, "_close_for", lambda *args: None)
+    monkeypatch.setattr(LoadQueue, "_close_for", lambda *args: None)
     with pytest.raises(TimeoutError):
         wait_for_c(seed=0)
 

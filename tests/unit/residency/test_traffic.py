@@ -34,7 +34,7 @@ from emo_serve.errors import (
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.manager import Lease, ResidencyManager
 from emo_serve.residency.policy import POLICIES, make_policy
-from emo_serve.residency.records import Entry
+from emo_serve.residency.records import ResidentPool
 from emo_serve.residency.slots import SlotTable
 from tests.support.fake_engine import SLOT_BYTES, FakeEngine, Operation, settle
 from tests.support.residency_world import AB, AC, BC, PROFILE, A, B, C, D, a_pool, loaded
@@ -113,7 +113,7 @@ class Residency(RuleBasedStateMachine):
         self.engine = FakeEngine(is_holding=True)
         self.requests: dict[asyncio.Task[None], Request] = {}
         self.operators: list[asyncio.Task[None]] = []
-        self.pinned: dict[str, Entry] = {}
+        self.pinned: dict[str, ResidentPool] = {}
         self.outcomes: Counter[str] = Counter()
 
     @initialize(
@@ -214,9 +214,9 @@ class Residency(RuleBasedStateMachine):
     @rule(number=which, passes=passes)
     def unpin(self, number: int, passes: int) -> None:
         def action() -> None:
-            if pinned := sorted(self.manager._line.pinned):
+            if pinned := sorted(self.manager._queue.pinned):
                 key = pinned[number % len(pinned)]
-                self.manager.unpin(self.manager._line.entries[key].pool)
+                self.manager.unpin(self.manager._queue.resident[key].pool)
 
         self.soon(action, passes)
 
@@ -297,7 +297,7 @@ class Residency(RuleBasedStateMachine):
             elif request.lease is not None:
                 assert self.engine.serves(request.lease.row, request.pool), request.pool
                 running[request.pool.content_hash] += 1
-        entries = self.manager._line.entries
+        entries = self.manager._queue.resident
         for key, count in running.items():
             assert entries[key].leases >= count
         for task in [task for task in self.operators if task.done()]:
@@ -305,10 +305,10 @@ class Residency(RuleBasedStateMachine):
             self.operators.remove(task)
 
     def check_pins(self) -> None:
-        line = self.manager._line
-        for key in line.pinned & self.pinned.keys():
-            assert line.entries[key] is self.pinned[key], "a pinned pool was evicted"
-        self.pinned = {key: line.entries[key] for key in line.pinned}
+        queue = self.manager._queue
+        for key in queue.pinned & self.pinned.keys():
+            assert queue.resident[key] is self.pinned[key], "a pinned pool was evicted"
+        self.pinned = {key: queue.resident[key] for key in queue.pinned}
 
     def note(self, task: asyncio.Task[None], allowed: tuple[type[Exception], ...]) -> None:
         error = None if task.cancelled() else task.exception()
@@ -344,10 +344,10 @@ class Residency(RuleBasedStateMachine):
 
     @property
     def is_busy(self) -> bool:
-        return bool(self.requests or self.operators or self.manager._line._tasks)
+        return bool(self.requests or self.operators or self.manager._queue._tasks)
 
     def evict_everything(self) -> None:
-        for entry in list(self.manager._line.entries.values()):
+        for entry in list(self.manager._queue.resident.values()):
             self.soon(lambda: self.manager.unpin(entry.pool), passes=1)  # noqa: B023
             self.run(self.manager.evict(entry.pool))
         empty, fresh = self.manager.statistics(), self.fresh_manager().statistics()

@@ -306,7 +306,7 @@ async def test_a_wait_that_is_too_long_is_told_to_the_gate_and_to_the_reader(
     bench: Bench, engine: FakeEngine, context: RequestContext
 ) -> None:
     engine.is_holding = True
-    bench.service.manager._line._deadline_seconds = 0.0  # rather than a minute of waiting
+    bench.service.manager._queue._deadline_seconds = 0.0  # rather than a minute of waiting
     stream = bench.generate("law")
     with pytest.raises(GracefulHTTPError, match="pool 'law' was not loaded within 0 s") as error:
         await read(stream)
