@@ -91,10 +91,10 @@ class ResidencyManager:
         """Raise what a new request for the pool must be refused with now, before it waits.
 
         Draining; PoolTooLarge if the slab could never hold it, PoolBlocked if it does not fit
-        beside the pinned pools, TooManyWaiting if it would have to wait and the queue is full. A
-        pool that was retired and is asked for here again has been defined again: it may stay.
+        beside the pinned pools, TooManyWaiting if it would have to wait and the queue is full.
+        A question: asking changes nothing, so whoever admits a request for a pool that may have
+        been retired calls `revive` first.
         """
-        self._queue.revive(pool.content_hash)
         if self._is_draining:
             raise Draining("the server is shutting down and takes no new requests")
         if self._queue.open_entry(pool) is None:
@@ -183,7 +183,10 @@ class ResidencyManager:
         self._queue.retire(pool.content_hash)
 
     def revive(self, pool: ExpertPool) -> None:
-        """Let a pool stay that was retired: somebody wants the same content again."""
+        """Let a retired pool stay, because its content is defined again; else a no-op.
+
+        Not for requests admitted before the pool was retired: they are served, and then it goes.
+        """
         self._queue.revive(pool.content_hash)
 
     def cool(self, pool: ExpertPool) -> None:

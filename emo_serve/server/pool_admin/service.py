@@ -105,19 +105,28 @@ class PoolService:
     def admit(self, model: str | None, headers: Sequence[str] = ()) -> ExpertPool:
         """Find the pool and raise, as HTTP statuses need it, unless a request may wait for it."""
         pool = self.find(model, headers)
-        self.manager.check_admissible(pool)
+        self._admit(pool)
         return pool
 
     def lease(self, pool: ExpertPool) -> AbstractAsyncContextManager[Lease]:
         """Hold a pool for one engine request."""
         return self.manager.lease(pool)
 
+    def _admit(self, pool: ExpertPool) -> None:
+        """Admit a request for a pool that its name has just led to; raises as `admit` does.
+
+        The pool is defined, so it may stay, even if its content was retired under an earlier
+        definition. A union that was not in use when its parts were defined again is revived here.
+        """
+        self.manager.revive(pool)
+        self.manager.check_admissible(pool)
+
     # -- residency, for operators --
 
     async def load(self, name: str, *, pin: bool = False) -> PoolStatus:
         """Make a pool or union resident, in the line that requests wait in; raises as they do."""
         pool = self.find(name)
-        self.manager.check_admissible(pool)
+        self._admit(pool)
         await self.manager.load(pool, pin=pin)
         return self.status(pool)
 
@@ -214,7 +223,10 @@ class PoolService:
             await self._apply(change)
 
     async def _apply(self, change: CatalogChange) -> list[str]:
-        """Carry a change out and retire what it replaces; return the names that were pinned."""
+        """Carry a change out, retire what it replaces and revive what it defines again.
+
+        Returns the names that were pinned.
+        """
         await asyncio.to_thread(change.write)
         old = self._made_of(change.name)
         self.catalog.commit(change)
@@ -227,7 +239,10 @@ class PoolService:
             version = self.catalog.version(change.name)
             logger.info("pool %s is defined, version %d", change.name, version)
         pinned = [pool.name for pool in old if self.manager.is_pinned(pool)]
-        current = {pool.content_hash for pool in (*self.pools, *self._made_of(change.name))}
+        new = self._made_of(change.name)
+        for pool in new:
+            self.manager.revive(pool)
+        current = {pool.content_hash for pool in (*self.pools, *new)}
         current |= self._unnamed.keys()
         for pool in old:
             if pool.content_hash not in current:

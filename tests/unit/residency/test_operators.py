@@ -381,7 +381,8 @@ async def test_a_pool_retired_and_defined_again_with_the_same_content_stays() ->
     running = Client(manager, A)
     await settle()
     manager.retire(A)
-    manager.check_admissible(a_pool("again", 0, 1))  # as the door does for what is defined
+    manager.revive(a_pool("again", 0, 1))  # as the service does for what is defined
+    manager.check_admissible(a_pool("again", 0, 1))
     again = Client(manager, a_pool("again", 0, 1))
     await settle()
     assert again.is_running
@@ -389,6 +390,41 @@ async def test_a_pool_retired_and_defined_again_with_the_same_content_stays() ->
     await again.finish()
     assert states(manager) == {"a": "resident"}
     assert engine.operations == []
+
+
+async def test_asking_whether_a_retired_pool_is_admissible_does_not_keep_it() -> None:
+    """It is a question: a straggler runs to its end, and then the pool still goes."""
+    engine = FakeEngine()
+    manager = await loaded(engine, A, B)
+    running = Client(manager, A)
+    await settle()
+    manager.retire(A)
+    before = manager.statistics()
+    manager.check_admissible(A)
+    assert manager.statistics() == before
+    straggler = Client(manager, A)
+    await settle()
+    assert state(manager, A) == "closing" and not straggler.is_running
+    await running.finish()
+    await settle()
+    manager.check_admissible(A)  # loaded again, for the straggler alone
+    assert straggler.is_running
+    await straggler.finish()
+    assert states(manager) == {"b": "resident"}
+    manager.check_integrity()
+
+
+async def test_only_a_revived_pool_outlives_its_stragglers() -> None:
+    manager = await loaded(FakeEngine(), A, B)
+    for pool in (A, B):
+        manager.retire(pool)
+    manager.revive(A)
+    manager.revive(C)  # never retired: a no-op
+    for pool in (A, B):
+        async with manager.lease(pool):
+            pass
+    assert states(manager) == {"a": "resident"}
+    manager.check_integrity()
 
 
 async def test_a_pool_retired_while_it_loads_serves_who_waits_and_goes() -> None:

@@ -286,6 +286,76 @@ async def test_a_removed_pool_is_gone_and_may_come_back() -> None:
     assert await answer_of(service, "math", engine)
 
 
+@pytest.mark.parametrize("is_asked_for", [True, False])
+async def test_a_removed_pool_that_is_defined_again_stays_where_it_is(is_asked_for: bool) -> None:
+    """Its last request from before the removal does not take it along."""
+    engine = FakeEngine()
+    service = service_of(engine)
+    async with service.lease(service.find("math")):
+        await service.remove("math")
+        await service.add(bare("numbers", 0, 1))  # as math
+        if is_asked_for:
+            service.admit("numbers")
+        assert service.status(service.find("numbers")).state == "resident"
+    assert service.status(service.find("numbers")).state == "resident"
+    assert len(engine.operations) == 1
+    service.manager.check_integrity()
+
+
+async def test_a_union_whose_parts_are_defined_again_stays_once_it_is_asked_for() -> None:
+    """Nothing held or awaited it when they were: it is the new request that revives it."""
+    service = service_of()
+    await service.load("math+code")
+    await service.remove("math")
+    await service.add(bare("math", 0, 1))
+    assert service.manager.statistics().pools == ()
+    union = service.admit("math+code")
+    async with service.lease(union):
+        pass
+    assert service.status(union).state == "resident"
+    service.manager.check_integrity()
+
+
+@pytest.mark.parametrize("is_defined_otherwise", [True, False])
+async def test_a_straggler_of_a_definition_that_is_gone_leaves_nothing(
+    is_defined_otherwise: bool,
+) -> None:
+    """Admitted before the change, it takes its lease after it; later requests change nothing."""
+    engine = FakeEngine()
+    service = service_of(engine)
+    await service.load("math")
+    straggler = service.admit("math")
+    if is_defined_otherwise:
+        await service.add(bare("math", 5), replace=True)
+        service.admit("math")
+    else:
+        await service.remove("math")
+    async with service.lease(straggler) as lease:
+        assert engine.serves(lease.row, straggler)
+    assert service.manager.statistics().pools == ()
+    service.manager.check_integrity()
+
+
+async def test_a_definition_that_is_refused_revives_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what is written is defined again; the old content goes with its last request."""
+    service = stored_service(tmp_path)
+    async with service.lease(service.find("math")):
+        await service.add(bare("math", 5), replace=True)
+        await service.pin("math")
+        with monkeypatch.context() as patch, pytest.raises(PoolStoreError):
+            patch.setattr("os.fsync", _no_space)
+            await service.add(bare("math", 0, 1), replace=True)
+    assert [entry.content_hash for entry in service.manager.statistics().pools] == [
+        service.find("math").content_hash
+    ]
+
+
+def _no_space(descriptor: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
 @pytest.mark.parametrize("default", ["math", "math+code"])
 async def test_the_default_and_the_base_pool_cannot_be_removed(default: str) -> None:
     service = service_of(default_pool=default)
