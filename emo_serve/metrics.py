@@ -54,6 +54,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from emo_serve.residency.ports import LoadReport
+
 __all__ = [
     "AUTO_PROBE_POOL",
     "BUILD_POOL",
@@ -248,30 +250,19 @@ class PoolMetrics:
 
     # -- loads --
 
-    def count_load(
-        self,
-        pool: str,
-        outcome: str,
-        *,
-        slab_hits: int,
-        host_hits: int,
-        disk_reads: int,
-        bytes_copied: int,
-        bytes_read: int,
-        seconds: float,
-    ) -> None:
-        """Count a load that ended; `outcome` is one of LOAD_OUTCOMES.
-
-        The three tiers count experts. A failed load's time is not in the histogram.
-        """
-        assert outcome in LOAD_OUTCOMES, outcome
-        self._loads.labels(self._label(pool), outcome).inc()
-        if outcome == "loaded":
-            self._load_seconds.observe(seconds)
-        for tier, count in zip(TIERS, (slab_hits, host_hits, disk_reads), strict=True):
+    def count_load(self, pool: str, report: LoadReport) -> None:
+        """Count a load that copied experts and published its pool."""
+        self._loads.labels(self._label(pool), "loaded").inc()
+        self._load_seconds.observe(report.seconds)
+        found = (report.slab_hits, report.host_hits, report.disk_reads)
+        for tier, count in zip(TIERS, found, strict=True):
             self._experts.labels(tier).inc(count)
-        self._copied.inc(bytes_copied)
-        self._read.inc(bytes_read)
+        self._copied.inc(report.bytes_copied)
+        self._read.inc(report.bytes_read)
+
+    def count_failed_load(self, pool: str) -> None:
+        """Count a load that failed; only the number of such loads is known."""
+        self._loads.labels(self._label(pool), "failed").inc()
 
     def count_eviction(self, pool: str, reason: str) -> None:
         """Count a pool that gave up its slots; `reason` is one of EVICTION_REASONS."""

@@ -120,7 +120,8 @@ class _Engine:
         seconds = self._link.overhead_seconds + num_bytes / self._link.bytes_per_second
         await asyncio.sleep(seconds)
         self._outcome.bytes_copied += num_bytes
-        return LoadReport(len(copies), num_bytes, seconds=seconds)
+        num_experts = sum(map(len, expert_ids))
+        return LoadReport(num_experts, len(copies), 0, num_bytes, num_bytes, seconds)
 
 
 def simulate(

@@ -13,17 +13,29 @@ __all__ = ["LoadReport", "NobodyCounts", "PoolEngine", "ResidencyObserver"]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What one load took. Bytes are those of all ranks together.
+    """What one load of a pool took, for the queue, the logs and the metrics alike.
 
-    `host_hits` counts experts found in host memory, on the rank that found fewest; `seconds` run
-    from the first call to publication.
+    Of the pool's `num_experts`, `experts_copied` were missing from the slab; of those, `host_hits`
+    were in host memory, on the rank that found fewest, and the others were read from disk. Bytes
+    are those of all ranks together; `seconds` run from the first call to publication.
     """
 
-    experts_copied: int = 0
-    bytes_copied: int = 0
-    bytes_read: int = 0
-    host_hits: int = 0
-    seconds: float = 0.0
+    num_experts: int
+    experts_copied: int
+    host_hits: int
+    bytes_copied: int
+    bytes_read: int
+    seconds: float
+
+    @property
+    def slab_hits(self) -> int:
+        """Return the experts that were in slots already."""
+        return self.num_experts - self.experts_copied
+
+    @property
+    def disk_reads(self) -> int:
+        """Return the experts that were read from disk."""
+        return self.experts_copied - self.host_hits
 
 
 class PoolEngine(Protocol):
@@ -57,19 +69,12 @@ class ResidencyObserver(Protocol):
         """Count the end of a wait: granted, deadline, failed or left."""
         ...
 
-    def count_load(
-        self,
-        pool: str,
-        outcome: str,
-        *,
-        slab_hits: int,
-        host_hits: int,
-        disk_reads: int,
-        bytes_copied: int,
-        bytes_read: int,
-        seconds: float,
-    ) -> None:
-        """Count a load that copied experts, by where they were: `outcome` is loaded or failed."""
+    def count_load(self, pool: str, report: LoadReport) -> None:
+        """Count a load that copied experts and published its pool."""
+        ...
+
+    def count_failed_load(self, pool: str) -> None:
+        """Count a load that failed, or could not begin; what it copied is not known."""
         ...
 
     def count_eviction(self, pool: str, reason: str) -> None:
@@ -86,18 +91,10 @@ class NobodyCounts:
     def count_wait(self, pool: str, outcome: str, seconds: float) -> None:
         """Do nothing."""
 
-    def count_load(
-        self,
-        pool: str,
-        outcome: str,
-        *,
-        slab_hits: int,
-        host_hits: int,
-        disk_reads: int,
-        bytes_copied: int,
-        bytes_read: int,
-        seconds: float,
-    ) -> None:
+    def count_load(self, pool: str, report: LoadReport) -> None:
+        """Do nothing."""
+
+    def count_failed_load(self, pool: str) -> None:
         """Do nothing."""
 
     def count_eviction(self, pool: str, reason: str) -> None:

@@ -388,7 +388,7 @@ class LoadQueue:
         self.room.settle(plan.key, is_loaded=True)
         entry.is_published = True
         if plan.copies:
-            self._note_load(pool, plan, report)
+            self._note_load(pool, report)
         if (pending := self.pending.get(plan.key)) is not None:
             self._let_in(pending, entry)  # before anything else may pending it gone
 
@@ -411,33 +411,21 @@ class LoadQueue:
             self._observer.count_eviction(entry.pool.name, reason)
             logger.info("evicted pool %s (%s)", entry.pool.name, reason)
 
-    def _note_load(self, pool: ExpertPool, plan: LoadPlan, report: LoadReport) -> None:
-        experts, copied = sum(map(len, pool.expert_ids)), len(plan.copies)
+    def _note_load(self, pool: ExpertPool, report: LoadReport) -> None:
         self.counts.loads += 1
         self._last_load_seconds = report.seconds
         logger.info(
             "loaded pool %s in %.3f s: %d of its %d experts copied, %d bytes read",
-            *(pool.name, report.seconds, copied, experts, report.bytes_read),
+            *(pool.name, report.seconds, report.experts_copied, report.num_experts),
+            report.bytes_read,
         )
-        self._observer.count_load(
-            pool.name,
-            "loaded",
-            slab_hits=experts - copied,
-            host_hits=report.host_hits,
-            disk_reads=copied - report.host_hits,
-            bytes_copied=report.bytes_copied,
-            bytes_read=report.bytes_read,
-            seconds=report.seconds,
-        )
+        self._observer.count_load(pool.name, report)
 
     def _note_failure(self, pool: ExpertPool, error: Exception) -> None:
         """Turn away who waits for a pool that could not be loaded."""
         self.counts.failed_loads += 1
         logger.error("pool %s could not be loaded: %s", pool.name, error)
-        nothing = {"slab_hits": 0, "host_hits": 0, "disk_reads": 0}
-        self._observer.count_load(
-            pool.name, "failed", **nothing, bytes_copied=0, bytes_read=0, seconds=0.0
-        )
+        self._observer.count_failed_load(pool.name)
         if (pending := self.pending.get(pool.content_hash)) is not None:
             self._turn_away(pending, error)
 

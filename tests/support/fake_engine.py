@@ -73,7 +73,8 @@ class FakeEngine:
             self.slot_of[copy.layer, copy.expert] = copy.slot
         self.table[row] = (ids, temperature)
         size = SLOT_BYTES * len(copies)
-        return LoadReport(len(copies), size, size, 0, self.load_seconds)
+        num_experts = sum(map(len, ids))
+        return LoadReport(num_experts, len(copies), 0, size, size, self.load_seconds)
 
     def serves(self, row: int, pool: ExpertPool) -> bool:
         """Tell whether a request on this row would be computed with just this pool's experts."""

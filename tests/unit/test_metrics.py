@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -10,6 +11,7 @@ from prometheus_client.exposition import generate_latest
 
 from emo_serve import metrics as metrics_module
 from emo_serve.metrics import MetricsSnapshot, PoolMetrics, PoolSnapshot
+from emo_serve.residency.ports import LoadReport
 
 
 def pool(
@@ -79,17 +81,9 @@ def metrics(registry: CollectorRegistry) -> PoolMetrics:
     return PoolMetrics(registry, ["base", "math"], ["unknown_pool"], lambda: SNAPSHOT)
 
 
-def load(metrics: PoolMetrics, name: str, outcome: str, seconds: float = 0.2) -> None:
-    metrics.count_load(
-        name,
-        outcome,
-        slab_hits=5,
-        host_hits=2,
-        disk_reads=1,
-        bytes_copied=300,
-        bytes_read=100,
-        seconds=seconds,
-    )
+LOAD = LoadReport(
+    num_experts=8, experts_copied=3, host_hits=2, bytes_copied=300, bytes_read=100, seconds=0.2
+)
 
 
 def shown(registry: CollectorRegistry, label: str) -> set[str]:
@@ -141,8 +135,9 @@ def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> No
     metrics.count_ask("math", is_hit=True)
     metrics.count_ask("a+b", is_hit=False)
     metrics.count_wait("math", "granted", 0.3)
-    load(metrics, "math", "loaded")
-    load(metrics, "base", "failed")
+    metrics.count_load("math", LOAD)
+    metrics.count_load("a+b", replace(LOAD, seconds=3.0))
+    metrics.count_failed_load("base")
     metrics.count_eviction("math", "room")
     for name, labels, value in (
         ("requests_total", {"pool": "math", "outcome": "finished"}, 1),
@@ -169,9 +164,12 @@ def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> No
         ("waiting_seconds_bucket", {"outcome": "granted", "le": "0.5"}, 1),
         ("waiting_seconds_bucket", {"outcome": "granted", "le": "0.25"}, 0),
         ("pool_loads_total", {"pool": "math", "outcome": "loaded"}, 1),
+        ("pool_loads_total", {"pool": "math", "outcome": "failed"}, 0),
+        ("pool_loads_total", {"pool": "(union)", "outcome": "loaded"}, 1),
+        ("pool_loads_total", {"pool": "base", "outcome": "loaded"}, 0),
         ("pool_loads_total", {"pool": "base", "outcome": "failed"}, 1),
-        ("pool_load_seconds_count", {}, 1),
-        ("pool_load_seconds_sum", {}, 0.2),
+        ("pool_load_seconds_count", {}, 2),
+        ("pool_load_seconds_sum", {}, 3.2),
         ("pool_load_bytes_total", {}, 600),
         ("file_read_bytes_total", {}, 200),
         ("expert_reads_total", {"tier": "slab"}, 10),
@@ -188,7 +186,6 @@ def test_a_word_that_is_no_outcome_is_a_bug(metrics: PoolMetrics) -> None:
         lambda: metrics.count_request("math", "done"),
         lambda: metrics.count_wait("math", "done", 1.0),
         lambda: metrics.count_eviction("math", "done"),
-        lambda: load(metrics, "math", "done"),
     ):
         with pytest.raises(AssertionError):
             count()

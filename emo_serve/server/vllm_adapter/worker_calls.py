@@ -136,9 +136,10 @@ class WorkerCalls:
         """
         start = time.monotonic()
         table_row = (row, [list(ids) for ids in expert_ids], temperature)
+        num_experts = sum(map(len, expert_ids))
         if not copies:
             await self._call("emo_publish_pool", *table_row)
-            return LoadReport(0, 0, 0, 0, time.monotonic() - start)
+            return LoadReport(num_experts, 0, 0, 0, 0, time.monotonic() - start)
         load_id = next(self._load_ids)
         rows = [[copy.layer, copy.expert, copy.slot] for copy in copies]
         await self._call("emo_start_load", load_id, rows)
@@ -147,6 +148,7 @@ class WorkerCalls:
         if failures:
             raise PoolLoadFailed(failures[0])
         return LoadReport(
+            num_experts=num_experts,
             experts_copied=len(copies),
             bytes_copied=sum(reply["bytes_copied"] for reply in replies),
             bytes_read=sum(reply["bytes_read"] for reply in replies),

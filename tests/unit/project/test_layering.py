@@ -28,7 +28,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "emo_serve.residency.policy",
         "emo_serve.errors",
     ),
-    "emo_serve.metrics": (),
+    "emo_serve.metrics": ("emo_serve.residency.ports",),
     "emo_serve.emo": ("emo_serve.errors",),
     "emo_serve.pools": ("emo_serve.emo", "emo_serve.errors"),
     "emo_serve.residency": ("emo_serve.pools.pool", "emo_serve.errors"),

@@ -18,6 +18,7 @@ from emo_serve.errors import (
     PoolTooLarge,
 )
 from emo_serve.residency.manager import Lease
+from emo_serve.residency.ports import LoadReport, NobodyCounts
 from emo_serve.residency.slots import Copy
 from tests.support.fake_engine import SLOT_BYTES, FakeEngine, settle
 from tests.support.residency_world import (
@@ -404,8 +405,6 @@ async def test_a_failure_nobody_waits_for_is_not_reported_by_asyncio() -> None:
 async def test_an_observer_that_fails_is_logged_and_stops_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from emo_serve.residency.ports import NobodyCounts
-
     class Broken(NobodyCounts):
         def count_load(self, *args: object, **kwargs: object) -> None:
             raise ValueError("no such label")
@@ -416,6 +415,37 @@ async def test_an_observer_that_fails_is_logged_and_stops_nobody(
             pass
     assert "no such label" in caplog.text
     manager.check_integrity()
+
+
+async def test_an_observer_is_told_of_copies_and_failures() -> None:
+    """One record for each load that copied; a union of resident pools only publishes a row."""
+    events: list[tuple[str, LoadReport | None]] = []
+
+    class Recording(NobodyCounts):
+        def count_load(self, pool: str, report: LoadReport) -> None:
+            events.append((pool, report))
+
+        def count_failed_load(self, pool: str) -> None:
+            events.append((pool, None))
+
+    engine = FakeEngine()
+    manager = a_manager(engine, slots=8, observer=Recording())
+    for pool in (A, B, AB, BC):
+        await manager.load(pool)
+    engine.failure = PoolLoadFailed("gone")
+    engine.unreadable = {(0, 7)}
+    for pool in (D, a_pool("e", 6)):  # before the load, and in it
+        with pytest.raises(PoolLoadFailed):
+            await manager.load(pool)
+    assert [name for name, report in events if report is None] == ["d", "e"]
+    reports = {name: report for name, report in events if report is not None}
+    assert reports.keys() == {"a", "b", "b+c"}
+    of_union = reports["b+c"]
+    assert (of_union.num_experts, of_union.experts_copied) == (4, 2)
+    assert (of_union.slab_hits, of_union.host_hits, of_union.disk_reads) == (2, 0, 2)
+    assert (of_union.bytes_copied, of_union.bytes_read) == (2 * SLOT_BYTES, 2 * SLOT_BYTES)
+    stats = manager.statistics()
+    assert (stats.loads, stats.failed_loads) == (3, 2)
 
 
 # -- shutdown --

@@ -103,6 +103,7 @@ async def test_a_load_is_started_polled_and_published() -> None:
     assert heard == [(0, 2), (1, 2), (2, 2)]
     assert (report.experts_copied, report.bytes_copied, report.bytes_read) == (2, 32, 21)
     assert report.host_hits == 1 and report.seconds >= 0
+    assert (report.num_experts, report.slab_hits, report.disk_reads) == (2, 0, 1)
 
 
 @pytest.mark.usefixtures("no_waiting")
@@ -112,6 +113,7 @@ async def test_nothing_to_copy_is_one_call() -> None:
     report = await calls.make_resident(3, IDS, 1.5, [])
     assert workers.calls == [("emo_publish_pool", (1, 3, [[1, 2], []], 1.5))]
     assert (report.experts_copied, report.bytes_copied, report.host_hits) == (0, 0, 0)
+    assert (report.num_experts, report.slab_hits) == (2, 2)
 
 
 @pytest.mark.usefixtures("no_waiting")
