@@ -18,10 +18,16 @@ from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.policy import EvictionPolicy, LruPolicy
 from emo_serve.residency.ports import NobodyCounts, PoolEngine, ResidencyObserver
 from emo_serve.residency.queue import LoadQueue
-from emo_serve.residency.records import Purpose
+from emo_serve.residency.records import PendingPool, Purpose, ResidentPool
+from emo_serve.residency.resident import ResidentPools
 from emo_serve.residency.room import Room
 from emo_serve.residency.slots import SlotTable
-from emo_serve.residency.statistics import PoolResidency, PoolState, ResidencyStats
+from emo_serve.residency.statistics import (
+    EventCounts,
+    PoolResidency,
+    PoolState,
+    ResidencyStats,
+)
 
 __all__ = ["Lease", "ResidencyManager"]
 
@@ -60,13 +66,15 @@ class ResidencyManager:
     ) -> None:
         self._room = Room(slots, num_rows, slot_bytes)
         self._policy: EvictionPolicy = policy or LruPolicy()
-        self._observer: ResidencyObserver = observer or NobodyCounts()
+        self._counts = EventCounts(observer or NobodyCounts())
         self._deadline_seconds = load_deadline_seconds
+        self._resident = ResidentPools(self._room, self._counts)
         self._queue = LoadQueue(
             self._room,
+            self._resident,
             engine,
             self._policy,
-            self._observer,
+            self._counts,
             clock,
             max_waiting,
             load_deadline_seconds,
@@ -81,11 +89,11 @@ class ResidencyManager:
 
     def is_pinned(self, pool: ExpertPool) -> bool:
         """Tell whether an operator wants the pool to stay resident."""
-        return pool.content_hash in self._queue.pinned
+        return self._resident.is_pinned(pool.content_hash)
 
     def fits_now(self, pool: ExpertPool) -> bool:
         """Tell whether the pool is resident, or could be loaded and nothing evicted."""
-        return pool.content_hash in self._queue.resident or self._room.fits(self._room.demand(pool))
+        return pool.content_hash in self._resident or self._room.fits(self._room.demand(pool))
 
     def check_admissible(self, pool: ExpertPool) -> None:
         """Raise what a new request for the pool must be refused with now, before it waits.
@@ -97,7 +105,7 @@ class ResidencyManager:
         """
         if self._is_draining:
             raise Draining("the server is shutting down and takes no new requests")
-        if self._queue.open_entry(pool) is None:
+        if self._resident.get_open(pool.content_hash) is None:
             self._queue.check_may_wait(pool)
 
     def check_can_ever_fit(self, pool: ExpertPool) -> None:
@@ -115,14 +123,12 @@ class ResidencyManager:
         a load raised.
         """
         is_hit = self._would_hit(pool)
-        self._queue.counts.hits += is_hit
-        self._queue.counts.misses += not is_hit
-        self._observer.count_ask(pool.name, is_hit=is_hit)
-        entry = await self._queue.acquire(pool, Purpose.LEASE)
+        self._counts.count_ask(pool.name, is_hit=is_hit)
+        resident = await self._queue.acquire(pool, Purpose.LEASE)
         try:
-            yield Lease(entry.row, pool, is_hit)
+            yield Lease(resident.row, pool, is_hit)
         finally:
-            self._queue.release(entry)
+            self._queue.release(resident)
 
     # -- operators --
 
@@ -136,8 +142,7 @@ class ResidencyManager:
 
     def unpin(self, pool: ExpertPool) -> None:
         """Let the pool be evicted like any other; a no-op for one that is not pinned."""
-        self._queue.pinned.discard(pool.content_hash)
-        self._queue.schedule()
+        self._queue.unpin(pool.content_hash)
 
     async def evict(self, pool: ExpertPool, *, drain: bool = False) -> None:
         """Take a pool's slots away, as far as no other needs them; a no-op for one that has none.
@@ -146,33 +151,29 @@ class ResidencyManager:
         lets nobody in until its requests have ended, and is evicted then; if that takes longer than
         the load deadline it stays, and PoolInUse is raised.
         """
-        entry = self._queue.resident.get(pool.content_hash)
-        if entry is None:
+        resident = self._resident.get(pool.content_hash)
+        if resident is None:
             return
-        if pool.content_hash in self._queue.pinned:
+        if self.is_pinned(pool):
             raise PoolInUse(f"pool {pool.name!r} is pinned; unpin it first")
-        if not entry.is_published:
+        if not resident.is_published:
             raise PoolInUse(f"pool {pool.name!r} is being loaded; evict it when it is resident")
-        if entry.leases and not drain:
+        if resident.leases and not drain:
             raise PoolInUse(
-                f"pool {pool.name!r} has {entry.leases} running requests; wait for them, or evict"
-                " with drain=true, which lets no new ones in until these have ended"
+                f"pool {pool.name!r} has {resident.leases} running requests; wait for them, or"
+                " evict with drain=true, which lets no new ones in until these have ended"
             )
-        entry.drains += 1
-        self._queue.schedule()
-        try:
-            async with asyncio.timeout(self._deadline_seconds):
-                await entry.gone.wait()
-        except TimeoutError:
-            if entry.gone.is_set():  # in the very moment
-                return
-            raise PoolInUse(
-                f"pool {pool.name!r} still has {entry.leases} running requests after"
-                f" {self._deadline_seconds:g} s; it takes requests again"
-            ) from None
-        finally:
-            entry.drains -= 1
-            self._queue.schedule()
+        with self._queue.draining(resident):
+            try:
+                async with asyncio.timeout(self._deadline_seconds):
+                    await resident.gone.wait()
+            except TimeoutError:
+                if resident.gone.is_set():  # in the very moment
+                    return
+                raise PoolInUse(
+                    f"pool {pool.name!r} still has {resident.leases} running requests after"
+                    f" {self._deadline_seconds:g} s; it takes requests again"
+                ) from None
 
     def retire(self, pool: ExpertPool) -> None:
         """Forget a pool whose definition is gone: unpinned, evicted once no lease holds it.
@@ -203,9 +204,7 @@ class ResidencyManager:
         """Wait until no lease is held or waited for; return False when that takes too long."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                while self._queue.num_running or self._queue.num_waiting:
-                    self._queue.idle.clear()
-                    await self._queue.idle.wait()
+                await self._queue.wait_until_idle()
         except TimeoutError:
             return False
         return True
@@ -215,43 +214,51 @@ class ResidencyManager:
     def statistics(self) -> ResidencyStats:
         """Return a snapshot; pools that are neither resident nor wanted are not in it."""
         slots = self._room.slots
-        leased = [key for key, entry in self._queue.resident.items() if entry.leases]
+        pending = {one.key: one for one in self._queue.pending}
+        held = [self._status(one, pending.pop(one.key, None)) for one in self._resident]
+        awaited = [self._status(None, one) for one in pending.values()]
+        leased = [resident.key for resident in self._resident if resident.leases]
         return ResidencyStats(
             layers=slots.usage(),
-            pools=tuple(map(self._status, {**self._queue.resident, **self._queue.pending})),
+            pools=(*held, *awaited),
             num_rows=self._room.num_rows,
             free_rows=self._room.num_free_rows,
-            running_requests=self._queue.num_running,
+            running_requests=self._resident.num_leases,
             waiting_requests=self._queue.num_waiting,
             slot_bytes=self._room.slot_bytes,
             leased_slots=slots.slots_of(leased),
             is_draining=self._is_draining,
-            **vars(self._queue.counts),
+            hits=self._counts.hits,
+            misses=self._counts.misses,
+            loads=self._counts.loads,
+            failed_loads=self._counts.failed_loads,
+            evictions=self._counts.evictions,
         )
 
     def check_integrity(self) -> None:
-        """Assert that slots, rows, entries, leases and the queue agree."""
+        """Assert that slots, rows, leases and the queue agree."""
         self._queue.check_integrity()
 
-    def _status(self, key: str) -> PoolResidency:
-        entry, pending = self._queue.resident.get(key), self._queue.pending.get(key)
-        pool = entry.pool if entry is not None else self._queue.pending[key].pool
+    def _status(self, resident: ResidentPool | None, pending: PendingPool | None) -> PoolResidency:
+        """Describe a pool that has room, is waited for, or both; one of the two must be given."""
+        known = resident or pending
+        assert known is not None
         state: PoolState = "waiting"
-        if entry is not None:
-            is_open = self._queue.open_entry(pool) is not None
-            state = "resident" if is_open else "closing" if entry.is_published else "loading"
+        if resident is not None:
+            state = "closing" if resident.is_published else "loading"
+            state = "resident" if resident.is_open else state
         return PoolResidency(
-            name=pool.name,
-            content_hash=key,
-            row=entry.row if entry is not None and entry.is_published else None,
+            name=known.pool.name,
+            content_hash=known.key,
+            row=resident.row if resident is not None and resident.is_published else None,
             state=state,
-            is_pinned=key in self._queue.pinned,
-            running_requests=entry.leases if entry is not None else 0,
+            is_pinned=self._resident.is_pinned(known.key),
+            running_requests=resident.leases if resident is not None else 0,
             waiting_requests=len(pending.waiters) if pending is not None else 0,
         )
 
     def _would_hit(self, pool: ExpertPool) -> bool:
         """Tell whether a lease would be had without a copy and without a wait in the queue."""
-        if pool.content_hash in self._queue.resident:
-            return self._queue.open_entry(pool) is not None
+        if (resident := self._resident.get(pool.content_hash)) is not None:
+            return resident.is_open
         return self.is_resident(pool)

@@ -10,51 +10,39 @@ First come, first served, one place per pool:
 - A pool further back may pass when it can be loaded without taking what the first is waiting for.
 - So a wait is bounded by the queue ahead: each place costs at most the longest running request and
   a load, and a second load if another pool passed and has the link when the room is there.
-- When a load is done its waiters have their leases before anybody else can ask.
+- When a load is done its waiters have their leases before any other request can ask.
 
-One load at a time: they share one link to the device. Loads are tasks of the queue's own, so that a
-client that goes away neither interrupts nor repeats them. Everything here belongs to one event
-loop; between two awaits the tables are consistent.
+Who waits is `PendingPools`' account, who has room is `ResidentPools'`, and `RunningLoads` runs one
+load at a time. Here it is decided what happens next. Everything belongs to one event loop; between
+two awaits the tables are consistent.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from emo_serve.errors import (
-    EngineDead,
-    LoadDeadlineExceeded,
-    PoolBlocked,
-    StateConflict,
-    TooManyWaiting,
-)
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.loads import RunningLoads
+from emo_serve.residency.pending import PendingPools
 from emo_serve.residency.policy import EvictionPolicy
-from emo_serve.residency.ports import LoadReport, PoolEngine, ResidencyObserver
-from emo_serve.residency.records import Counts, PendingPool, Purpose, ResidentPool
+from emo_serve.residency.ports import PoolEngine, ResidencyObserver
+from emo_serve.residency.records import PendingPool, Purpose, ResidentPool, Waiter
+from emo_serve.residency.refusals import Refusals
+from emo_serve.residency.resident import ResidentPools
 from emo_serve.residency.room import Room
-from emo_serve.residency.slots import LoadPlan
 
 __all__ = ["LoadQueue"]
 
-logger = logging.getLogger(__name__)
-
-_REMEMBERED_RETIRED = 4096  # definitions whose stragglers are known; they ask within a moment
-
 
 class LoadQueue:
-    """Own who has room and who waits for it; see the module for the rules.
-
-    `entries`, `wants` and `pinned` go by content hash and are for others to read.
-    """
+    """Decide who is let in, loaded, closed and evicted next; see the module for the rules."""
 
     def __init__(
         self,
         room: Room,
+        resident: ResidentPools,
         engine: PoolEngine,
         policy: EvictionPolicy,
         observer: ResidencyObserver,
@@ -62,226 +50,193 @@ class LoadQueue:
         max_waiting: int,
         deadline_seconds: float,
     ) -> None:
-        self.room = room
-        self.resident: dict[str, ResidentPool] = {}
-        self.pending: dict[str, PendingPool] = {}  # first come first
-        self.pinned: set[str] = set()
-        self.counts = Counts()
-        self.idle = asyncio.Event()
-        self._engine = engine
+        self._room = room
+        self._resident = resident
         self._policy = policy
         self._observer = observer
         self._clock = clock
-        self._max_waiting = max_waiting
         self._deadline_seconds = deadline_seconds
-        self._closing: set[str] = set()
-        self._closing_for: PendingPool | None = None
-        self._retired: OrderedDict[str, None] = OrderedDict()  # the oldest first
-        self._tasks: dict[asyncio.Task[None], bool] = {}  # -> whether it copies
-        self._last_load_seconds = 0.0
+        self._pending = PendingPools(room)
+        self._loads = RunningLoads(resident, engine, observer, self._end_wait, self.schedule)
+        self._refusals = Refusals(room, resident, self._pending, self._loads, max_waiting)
+        self._closing_for: PendingPool | None = None  # the pool that others are closed for
+        self._idle = asyncio.Event()
 
     # -- questions --
 
     @property
-    def num_running(self) -> int:
-        """Return the leases held, of all pools."""
-        return sum(entry.leases for entry in self.resident.values())
-
-    @property
     def num_waiting(self) -> int:
         """Return how many requests and operators wait."""
-        return sum(len(pending.waiters) for pending in self.pending.values())
+        return self._pending.num_waiters
 
-    def open_entry(self, pool: ExpertPool) -> ResidentPool | None:
-        """Return the pool's entry if a lease on it can be had at once."""
-        entry = self.resident.get(pool.content_hash)
-        if entry is None or not entry.is_published or entry.is_retired or entry.drains:
-            return None
-        return None if pool.content_hash in self._closing else entry
+    @property
+    def pending(self) -> tuple[PendingPool, ...]:
+        """Return the pools that are waited for, the first to be served first."""
+        return tuple(self._pending)
+
+    def check_may_wait(self, pool: ExpertPool) -> None:
+        """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless a request may wait for it."""
+        self._refusals.check_may_wait(pool)
 
     def check_integrity(self) -> None:
-        """Assert that slots, rows, entries, leases and the queue agree."""
-        self.room.check_integrity()
-        assert self.room.slots.keys == self.resident.keys()
-        for key, entry in self.resident.items():
-            assert key == entry.pool.content_hash
-            assert entry.row == self.room.row_of(key)
-            assert entry.leases >= 0 and entry.drains >= 0
-            assert entry.is_published or not (entry.leases or key in self.pinned)
-            assert not (entry.is_retired and key in self.pinned)
-        assert self.pinned <= self.resident.keys()
-        assert self._closing <= self.resident.keys() - self.pinned
-        assert self._closing_for is not None or not self._closing
-        for key, pending in self.pending.items():
-            assert key == pending.pool.content_hash
-            assert pending.waiters, "a place in the queue that nobody holds"
-            assert self.open_entry(pending.pool) is None, "somebody waits for an open pool"
-        assert sum(self._tasks.values()) <= 1, "two loads at once"
+        """Assert that slots, rows, leases and the queue agree."""
+        self._resident.check_integrity()
+        self._pending.check_integrity()
+        self._loads.check_integrity()
+        for pending in self._pending:
+            assert self._resident.get_open(pending.key) is None, "a request waits for an open pool"
+        is_any_closing = any(resident.is_closing for resident in self._resident)
+        assert self._closing_for is not None or not is_any_closing
 
     # -- waiting --
 
     async def acquire(self, pool: ExpertPool, purpose: Purpose) -> ResidentPool:
-        """Return the pool's entry, resident, with what `purpose` asks for already done.
+        """Return the pool, resident, with what `purpose` asks for already done.
 
         Waits in the queue if need be. Raises as `check_may_wait`, LoadDeadlineExceeded, and
         whatever the load raised.
         """
         key = pool.content_hash
         self._policy.note_asked(key, self._clock())
-        if purpose is Purpose.PIN and key in self.resident:
-            self._closing.discard(key)
-        if (entry := self.open_entry(pool)) is not None:
-            self._grant(entry, purpose)
-            self.schedule()  # a pin may leave too little for who waits
-            return entry
+        if purpose is Purpose.PIN:
+            self._resident.reopen(key)
+        if (resident := self._resident.get_open(key)) is not None:
+            self._grant(resident, purpose)
+            self.schedule()  # a pin may leave too little room for waiting pools
+            return resident
         self.check_may_wait(pool)
-        if (pending := self.pending.get(key)) is None:
-            pending = self.pending[key] = PendingPool(pool, self.room.demand(pool))
-        place: asyncio.Future[ResidentPool] = asyncio.get_running_loop().create_future()
-        pending.waiters[place] = purpose
+        waiter = self._pending.join(pool, purpose)
         start, outcome = self._clock(), "failed"
         deadline = asyncio.timeout(self._deadline_seconds)
         try:
             self.schedule()
             async with deadline:
-                entry = await place
+                resident = await waiter
             outcome = "granted"
-            return entry
+            return resident
         except TimeoutError:
             if not deadline.expired():  # the load raised it
                 raise
             outcome = "deadline"
-            raise self._too_late(pending) from None
+            raise self._refusals.too_late(pool, self._deadline_seconds) from None
         except asyncio.CancelledError:
             outcome = "left"
             raise
         finally:
             if outcome != "granted":
-                self._leave(pending, place, purpose)
+                self._leave(key, waiter, purpose)
             self._observer.count_wait(pool.name, outcome, self._clock() - start)
 
-    def _leave(
-        self, pending: PendingPool, place: asyncio.Future[ResidentPool], purpose: Purpose
-    ) -> None:
+    def _leave(self, key: str, waiter: Waiter, purpose: Purpose) -> None:
         """Give up a place in the queue, and the lease that may have come in the same moment."""
-        is_granted = place.done() and not place.cancelled() and place.exception() is None
+        is_granted = waiter.done() and not waiter.cancelled() and waiter.exception() is None
         if is_granted and purpose is Purpose.LEASE:
-            self.release(place.result())
-        pending.waiters.pop(place, None)
-        if not pending.waiters and self.pending.get(pending.pool.content_hash) is pending:
-            del self.pending[pending.pool.content_hash]
+            self.release(waiter.result())
+        self._pending.leave(key, waiter)
         self.schedule()
 
-    def _let_in(self, pending: PendingPool, entry: ResidentPool) -> None:
-        del self.pending[pending.pool.content_hash]
-        for place, purpose in pending.waiters.items():
-            if not place.done():
-                self._grant(entry, purpose)
-                place.set_result(entry)
-        pending.waiters.clear()
-
-    def _turn_away(self, pending: PendingPool, error: Exception) -> None:
-        del self.pending[pending.pool.content_hash]
-        for place in pending.waiters:
-            if not place.done():
-                place.set_exception(error)
-        pending.waiters.clear()
-
-    def _grant(self, entry: ResidentPool, purpose: Purpose) -> None:
-        if purpose is Purpose.LEASE:
-            entry.leases += 1
-        elif purpose is Purpose.PIN and not entry.is_retired:
-            self.pinned.add(entry.pool.content_hash)
-            self._closing.discard(entry.pool.content_hash)
-            stay = self.room.kept(self.resident.keys() - self.pinned)
-            for pending in list(self.pending.values()):
-                if not self.room.can_hold(stay | pending.demand):
-                    self._turn_away(pending, self._blocked(pending.pool))
-
-    def release(self, entry: ResidentPool) -> None:
+    def release(self, resident: ResidentPool) -> None:
         """End a lease."""
-        entry.leases -= 1
-        if not entry.leases:
+        self._resident.end_lease(resident)
+        if not resident.leases:
+            self.schedule()
+
+    def unpin(self, key: str) -> None:
+        """Let a pool be evicted like any other; a no-op for one that is not pinned."""
+        self._resident.unpin(key)
+        self.schedule()
+
+    @contextmanager
+    def draining(self, resident: ResidentPool) -> Iterator[None]:
+        """Let no request into a pool and evict it after its last lease; on exit it opens again."""
+        self._resident.start_drain(resident)
+        self.schedule()
+        try:
+            yield
+        finally:
+            self._resident.end_drain(resident)
             self.schedule()
 
     def retire(self, key: str) -> None:
-        """Unpin a pool and have it go after its last lease; operators wait for it in vain.
+        """Unpin a pool and have it go after its last lease; waiting operators get StateConflict.
 
         Requests that wait for it, or were admitted and have still to ask, are served first.
         """
-        self.pinned.discard(key)
-        self._retired[key] = None
-        if len(self._retired) > _REMEMBERED_RETIRED:
-            self._retired.popitem(last=False)
-        if (entry := self.resident.get(key)) is not None:
-            entry.is_retired = True
-        if (pending := self.pending.get(key)) is not None:
-            for place, purpose in pending.waiters.items():
-                if purpose is not Purpose.LEASE and not place.done():
-                    place.set_exception(
-                        StateConflict(
-                            f"pool {pending.pool.name!r} was redefined or removed before it was"
-                            " loaded"
-                        )
-                    )
+        self._resident.retire(key)
+        self._pending.turn_away_operators(key)
         self.schedule()
 
     def revive(self, key: str) -> None:
-        """Have a pool stay that was retired: the same content is defined again."""
-        if key not in self._retired:
-            return
-        del self._retired[key]
-        if (entry := self.resident.get(key)) is not None:
-            entry.is_retired = False
+        """Let a retired pool stay, because it is defined again; else a no-op."""
+        if self._resident.revive(key):
             self.schedule()
 
-    # -- the queue --
+    async def wait_until_idle(self) -> None:
+        """Return once no lease is held or waited for."""
+        while self._resident.num_leases or self.num_waiting:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def _grant(self, resident: ResidentPool, purpose: Purpose) -> None:
+        if purpose is Purpose.LEASE:
+            self._resident.add_lease(resident)
+        elif purpose is Purpose.PIN and not resident.is_retired:
+            self._resident.pin(resident)
+            self._turn_away_blocked()
+
+    def _turn_away_blocked(self) -> None:
+        """Turn away the waiters of every pool that no longer fits beside the pinned ones."""
+        pinned = self._room.kept(self._resident.unpinned)
+        for pending in self.pending:
+            if not self._room.can_hold(pinned | pending.demand):
+                self._pending.turn_away(pending, self._refusals.blocked(pending.pool))
+
+    def _let_in(self, pending: PendingPool, resident: ResidentPool) -> None:
+        for waiter, purpose in self._pending.remove(pending):
+            self._grant(resident, purpose)
+            waiter.set_result(resident)
+
+    def _end_wait(self, pool: ExpertPool, error: Exception | None) -> None:
+        """Let in or turn away a pool's waiters, before anything else may want the pool gone."""
+        if (pending := self._pending.get(pool.content_hash)) is None:
+            return
+        if error is not None:
+            self._pending.turn_away(pending, error)
+        elif (resident := self._resident.get(pending.key)) is not None:
+            self._let_in(pending, resident)
+
+    # -- scheduling --
 
     def schedule(self) -> None:
         """Do all that can be done now: evict, let in, start loads. Never awaits."""
-        while self._evict_leaving() or self._serve_waiting():
+        while self._resident.evict_leaving() or self._serve_waiting():
             pass
-        if not self.num_running and not self.num_waiting:
-            self.idle.set()
-
-    def _evict_leaving(self) -> bool:
-        """Evict what is retired or drained and no lease holds; tell whether anything was."""
-        leaving = [
-            (key, entry)
-            for key, entry in self.resident.items()
-            if (entry.is_retired or entry.drains) and entry.is_published and not entry.leases
-        ]
-        for key, entry in leaving:
-            self.room.evict(key)
-            self._forget(key, "operator" if entry.drains else "retired")
-        return bool(leaving)
+        if not self._resident.num_leases and not self.num_waiting:
+            self._idle.set()
 
     def _serve_waiting(self) -> bool:
         """Walk the queue once; True after a change that may let others in: walk it again."""
-        if self._closing_for not in self.pending.values():
+        if self._closing_for not in self.pending:
             self._reopen()
-        for pending in self.pending.values():
-            if (entry := self.open_entry(pending.pool)) is not None:
-                self._let_in(pending, entry)
+        for pending in self._pending:
+            if (resident := self._resident.get_open(pending.key)) is not None:
+                self._let_in(pending, resident)
                 return True
-        # Others' pools are loading, or on their way out, or nobody wants them any more.
-        waiting = [
-            pending
-            for key, pending in self.pending.items()
-            if key not in self.resident and pending.is_wanted
-        ]
+        # The others are loading, on their way out, or no longer wanted.
+        waiting = [p for p in self._pending if p.key not in self._resident and p.is_wanted]
         if not waiting:
             return False
         first, *others = waiting
         coldest_first = self._coldest_first()
-        idle = [key for key in coldest_first if not self.resident[key].leases]
-        victims = self.room.choose(first.demand, idle)
+        idle = [resident.key for resident in coldest_first if not resident.leases]
+        victims = self._room.choose(first.demand, idle)
         if victims is not None and self._has_link(first):
             self._start(first, victims)
             return True
         if victims is None and self._close_for(first, coldest_first):
             return True
-        reserved = self._closing.union(victims or ())
+        reserved = {resident.key for resident in self._resident if resident.is_closing}
+        reserved.update(victims or ())
         idle = [key for key in idle if key not in reserved]
         return self._let_pass(first, others, reserved, idle)
 
@@ -292,181 +247,54 @@ class LoadQueue:
 
         `reserved` is what goes for the first, `idle` what may go for the others.
         """
-        at_least = first.demand | self.room.kept(reserved.union(idle))
+        at_least = first.demand | self._room.kept(reserved.union(idle))
         for pending in others:
-            if not self._has_link(pending) or not self.room.can_hold(at_least | pending.demand):
+            if not self._has_link(pending) or not self._room.can_hold(at_least | pending.demand):
                 continue
-            victims = self.room.choose(pending.demand, idle)
+            victims = self._room.choose(pending.demand, idle)
             both = first.demand | pending.demand
-            if victims is not None and self.room.fits(both, without=reserved.union(victims)):
+            if victims is not None and self._room.fits(both, without=reserved.union(victims)):
                 self._start(pending, victims)
                 return True
         return False
 
+    def _start(self, pending: PendingPool, victims: list[str]) -> None:
+        """Evict the victims and begin a load in their place."""
+        plan = self._room.plan(pending.pool, victims)
+        if self._loads.start(pending.pool, plan) and self._closing_for is pending:
+            self._reopen()
+
     def _has_link(self, pending: PendingPool) -> bool:
         """Tell whether the link is free, or not needed."""
-        return not self._is_copying or self.room.slots.covers_bits(pending.demand.experts)
+        return not self._loads.is_copying or self._room.slots.covers_bits(pending.demand.experts)
 
-    def _close_for(self, pending: PendingPool, coldest_first: list[str]) -> bool:
+    def _close_for(self, pending: PendingPool, coldest_first: list[ResidentPool]) -> bool:
         """Stop admission to the coldest pools whose going makes room; True if others open for it.
 
-        What is closed already goes first, lest new leases on it outrun the choice. Pools that are
-        still on their way go last; whoever waits for one is let in when it has come.
+        Pools that are closed already go first, lest new leases on them outrun the choice. Pools
+        that are still loading go last; their waiters are let in when they have come.
         """
         self._closing_for = pending
-        coming = [key for key, entry in self.resident.items() if not entry.is_published]
-        chosen = self.room.choose(pending.demand, coldest_first + coming)
+        loading = [resident.key for resident in self._resident if not resident.is_published]
+        candidates = [resident.key for resident in coldest_first] + loading
+        chosen = self._room.choose(pending.demand, candidates)
         assert chosen is not None, "only pins could forbid it, and they would have refused it"
-        closed, self._closing = self._closing, set(chosen)
-        return not closed <= self._closing
+        return self._resident.close_only(chosen)
 
     def _reopen(self) -> None:
         self._closing_for = None
-        self._closing.clear()
+        self._resident.close_only(())
 
-    def _coldest_first(self) -> list[str]:
+    def _coldest_first(self) -> list[ResidentPool]:
         """Return the pools that may be evicted, the first to go first.
 
-        Those that are closed lead, then those whose going frees no slot: to bring one of these back
-        costs no copy.
+        Closed pools lead, then those whose going frees no slot: to bring one of these back costs
+        no copy.
         """
-        evictable = [
-            key
-            for key, entry in self.resident.items()
-            if entry.is_published and key not in self.pinned
-        ]
-        coldest_first = self._policy.coldest_first(evictable, self._clock())
-        redundant = self.room.slots.redundant(coldest_first)
+        evictable = {resident.key: resident for resident in self._resident.evictable}
+        coldest_first = self._policy.coldest_first(list(evictable), self._clock())
+        redundant = self._room.slots.redundant(coldest_first)
         return sorted(
-            coldest_first, key=lambda key: (key not in self._closing, key not in redundant)
+            (evictable[key] for key in coldest_first),
+            key=lambda resident: (not resident.is_closing, resident.key not in redundant),
         )
-
-    # -- loads --
-
-    @property
-    def _is_copying(self) -> bool:
-        return any(self._tasks.values())
-
-    def _start(self, pending: PendingPool, victims: list[str]) -> None:
-        """Evict the victims, take slots and a row, and set the pool's task going."""
-        pool = pending.pool
-        plan = self.room.plan(pool, victims)
-        try:
-            self._engine.check_readable(plan.copies)
-        except Exception as error:  # whoever gave a lease back and came by here did not ask for it
-            self._note_failure(pool, error)
-            return
-        if self._closing_for is pending:
-            self._reopen()
-        row = self.room.take(pool, plan)
-        for victim in victims:
-            self._forget(victim, "room")
-        self.resident[plan.key] = entry = ResidentPool(
-            pool, row, is_retired=plan.key in self._retired
-        )
-        task = asyncio.create_task(self._settle(entry, plan))
-        self._tasks[task] = bool(plan.copies)
-        task.add_done_callback(self._note_done)
-
-    async def _settle(self, entry: ResidentPool, plan: LoadPlan) -> None:
-        """Copy and publish, then let in who waits; a failure takes back slots, row and entry."""
-        pool = entry.pool
-        try:
-            report = await self._engine.make_resident(
-                entry.row, pool.expert_ids, pool.router_temperature, plan.copies
-            )
-        except (Exception, asyncio.CancelledError) as error:
-            self.room.settle(plan.key, is_loaded=False)
-            self._forget(plan.key, None)
-            this_task = asyncio.current_task()
-            if this_task is not None and this_task.cancelling():  # the event loop's end
-                raise
-            if isinstance(error, asyncio.CancelledError):
-                error = EngineDead("the load was given up by the engine's client")
-            self._note_failure(pool, error)
-            return
-        self.room.settle(plan.key, is_loaded=True)
-        entry.is_published = True
-        if plan.copies:
-            self._note_load(pool, report)
-        if (pending := self.pending.get(plan.key)) is not None:
-            self._let_in(pending, entry)  # before anything else may pending it gone
-
-    def _note_done(self, task: asyncio.Task[None]) -> None:
-        """Go on with the queue when a load has ended, however it did."""
-        del self._tasks[task]
-        if task.cancelled():  # the event loop's end
-            return
-        if (error := task.exception()) is not None:
-            logger.error("the end of a load went wrong", exc_info=error)
-        self.schedule()
-
-    def _forget(self, key: str, reason: str | None) -> None:
-        """Drop the entry of a pool that has given back its slots and row."""
-        entry = self.resident.pop(key)
-        self._closing.discard(key)
-        entry.gone.set()
-        if reason is not None:
-            self.counts.evictions += 1
-            self._observer.count_eviction(entry.pool.name, reason)
-            logger.info("evicted pool %s (%s)", entry.pool.name, reason)
-
-    def _note_load(self, pool: ExpertPool, report: LoadReport) -> None:
-        self.counts.loads += 1
-        self._last_load_seconds = report.seconds
-        logger.info(
-            "loaded pool %s in %.3f s: %d of its %d experts copied, %d bytes read",
-            *(pool.name, report.seconds, report.experts_copied, report.num_experts),
-            report.bytes_read,
-        )
-        self._observer.count_load(pool.name, report)
-
-    def _note_failure(self, pool: ExpertPool, error: Exception) -> None:
-        """Turn away who waits for a pool that could not be loaded."""
-        self.counts.failed_loads += 1
-        logger.error("pool %s could not be loaded: %s", pool.name, error)
-        self._observer.count_failed_load(pool.name)
-        if (pending := self.pending.get(pool.content_hash)) is not None:
-            self._turn_away(pending, error)
-
-    # -- refusals --
-
-    def check_may_wait(self, pool: ExpertPool) -> None:
-        """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless a place may be had."""
-        self.room.check_can_ever_fit(pool)
-        if not self.room.fits(self.room.demand(pool), without=self.resident.keys() - self.pinned):
-            raise self._blocked(pool)
-        if self.num_waiting >= self._max_waiting:
-            raise TooManyWaiting(
-                f"the waiting queue is full: {self.num_waiting} requests wait for loads already"
-                f" (--max-waiting {self._max_waiting}), and pool {pool.name!r} is not resident;"
-                f" retry later, or raise --max-waiting",
-                self._retry_after_seconds(),
-            )
-
-    def _blocked(self, pool: ExpertPool) -> PoolBlocked:
-        names = sorted(self.resident[key].pool.name for key in self.pinned)
-        unpinned = self.resident.keys() - self.pinned
-        has_slots = self.room.slots.fits(pool.expert_ids, without=unpinned)
-        what, flags = (
-            ("rows", "--max-pools") if has_slots else ("slots", "--expert-memory or --expert-slots")
-        )
-        return PoolBlocked(
-            f"pool {pool.name!r} cannot be loaded: the pinned pools ({', '.join(names)}) leave too"
-            f" few {what} for it; unpin one, or raise {flags}",
-            self._retry_after_seconds(),
-        )
-
-    def _too_late(self, pending: PendingPool) -> LoadDeadlineExceeded:
-        busy = sum(self.resident[key].leases for key in self._closing)
-        return LoadDeadlineExceeded(
-            f"pool {pending.pool.name!r} was not loaded within {self._deadline_seconds:g} s"
-            f" (pools in the waiting queue: {len(self.pending)}; requests still running in pools"
-            f" that must go first: {busy}); retry later, raise --load-deadline, or give experts"
-            " more room",
-            self._retry_after_seconds(),
-        )
-
-    def _retry_after_seconds(self) -> int:
-        """Estimate when the queue is served, from its length and the last load."""
-        return max(1, math.ceil(self._last_load_seconds * (len(self.pending) + 1)))

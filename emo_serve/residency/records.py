@@ -1,5 +1,7 @@
-"""Who has room and who waits for it: the records that the waiting queue keeps, by content
-hash."""
+"""One pool that has room and one that is waited for: records, by content hash, with one owner each.
+
+`ResidentPools` and `PendingPools` own them; whoever else holds one reads it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from enum import Enum
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.room import Demand
 
-__all__ = ["Counts", "PendingPool", "Purpose", "ResidentPool"]
+__all__ = ["PendingPool", "Purpose", "ResidentPool", "Waiter"]
 
 
 class Purpose(Enum):
@@ -23,37 +25,55 @@ class Purpose(Enum):
 
 @dataclass(eq=False)
 class ResidentPool:
-    """One pool that was given room. `drains` counts the operators who wait for it to go."""
+    """One pool that was given slots and a row; before it is published its load is running.
+
+    `drains` counts the operators who wait for it to go; `gone` is set when it has gone.
+    """
 
     pool: ExpertPool
     row: int
     is_published: bool = False
-    leases: int = 0
     is_retired: bool = False
+    is_closing: bool = False
+    leases: int = 0
     drains: int = 0
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def key(self) -> str:
+        """Return the content hash."""
+        return self.pool.content_hash
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether a lease on it can be had at once."""
+        return self.is_published and not (self.is_retired or self.is_closing or self.drains)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Tell whether it must be evicted now: retired or drained, and no request holds it."""
+        has_to_go = self.is_retired or self.drains > 0
+        return has_to_go and self.is_published and not self.leases
+
+
+Waiter = asyncio.Future[ResidentPool]
+"""One request or operator that waits: its future becomes the pool, resident, or an error."""
 
 
 @dataclass(eq=False)
 class PendingPool:
-    """One pool that is waited for; all who wait for it share its place in the queue."""
+    """One pool that is waited for; all its waiters share its place in the queue."""
 
     pool: ExpertPool
     demand: Demand
-    waiters: dict[asyncio.Future[ResidentPool], Purpose] = field(default_factory=dict)
+    waiters: dict[Waiter, Purpose] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Return the content hash."""
+        return self.pool.content_hash
 
     @property
     def is_wanted(self) -> bool:
-        """Tell whether anybody still waits; one who was cancelled leaves a moment later."""
-        return any(not place.done() for place in self.waiters)
-
-
-@dataclass
-class Counts:
-    """What has happened since the start."""
-
-    hits: int = 0
-    misses: int = 0
-    loads: int = 0
-    failed_loads: int = 0
-    evictions: int = 0
+        """Tell whether any waiter is left; a cancelled one leaves a moment later."""
+        return any(not waiter.done() for waiter in self.waiters)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from emo_serve.residency.ports import LoadReport, ResidencyObserver
 from emo_serve.residency.slots import LayerSlots
 
-__all__ = ["PoolResidency", "PoolState", "ResidencyStats"]
+__all__ = ["EventCounts", "PoolResidency", "PoolState", "ResidencyStats"]
 
 PoolState = Literal["waiting", "loading", "resident", "closing"]
 """Of a pool that somebody wants or has; in `closing` it is resident and lets nobody in."""
@@ -67,3 +68,40 @@ class ResidencyStats:
     def used_bytes(self) -> int:
         """Return the bytes of the used slots, on all devices together."""
         return self.used_slots * self.slot_bytes
+
+
+class EventCounts:
+    """A ResidencyObserver that counts what has happened since the start, and passes it on."""
+
+    def __init__(self, observer: ResidencyObserver) -> None:
+        self._observer = observer
+        self.hits = 0
+        self.misses = 0
+        self.loads = 0
+        self.failed_loads = 0
+        self.evictions = 0
+
+    def count_ask(self, pool: str, *, is_hit: bool) -> None:
+        """Count a hit or a miss."""
+        self.hits += is_hit
+        self.misses += not is_hit
+        self._observer.count_ask(pool, is_hit=is_hit)
+
+    def count_wait(self, pool: str, outcome: str, seconds: float) -> None:
+        """Pass a wait on; none is counted here."""
+        self._observer.count_wait(pool, outcome, seconds)
+
+    def count_load(self, pool: str, report: LoadReport) -> None:
+        """Count a load that copied experts."""
+        self.loads += 1
+        self._observer.count_load(pool, report)
+
+    def count_failed_load(self, pool: str) -> None:
+        """Count a load that failed."""
+        self.failed_loads += 1
+        self._observer.count_failed_load(pool)
+
+    def count_eviction(self, pool: str, reason: str) -> None:
+        """Count an eviction, whatever its reason."""
+        self.evictions += 1
+        self._observer.count_eviction(pool, reason)

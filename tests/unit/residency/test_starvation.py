@@ -63,8 +63,8 @@ async def endless_load(
 
 
 async def one_request(manager: ResidencyManager, pool: ExpertPool, seconds: float) -> Wait:
-    pending = manager._queue.pending
-    ahead = list(pending).index(pool.content_hash) if pool.content_hash in pending else len(pending)
+    keys = [pending.key for pending in manager._queue.pending]
+    ahead = keys.index(pool.content_hash) if pool.content_hash in keys else len(keys)
     start = now()
     async with manager.lease(pool):
         wait = Wait(now() - start, ahead)

@@ -214,9 +214,9 @@ class Residency(RuleBasedStateMachine):
     @rule(number=which, passes=passes)
     def unpin(self, number: int, passes: int) -> None:
         def action() -> None:
-            if pinned := sorted(self.manager._queue.pinned):
-                key = pinned[number % len(pinned)]
-                self.manager.unpin(self.manager._queue.resident[key].pool)
+            if pinned := self.pinned_now():
+                key = sorted(pinned)[number % len(pinned)]
+                self.manager.unpin(pinned[key].pool)
 
         self.soon(action, passes)
 
@@ -297,18 +297,22 @@ class Residency(RuleBasedStateMachine):
             elif request.lease is not None:
                 assert self.engine.serves(request.lease.row, request.pool), request.pool
                 running[request.pool.content_hash] += 1
-        entries = self.manager._queue.resident
+        resident = {one.key: one for one in self.manager._resident}
         for key, count in running.items():
-            assert entries[key].leases >= count
+            assert resident[key].leases >= count
         for task in [task for task in self.operators if task.done()]:
             self.note(task, FOR_OPERATORS)
             self.operators.remove(task)
 
     def check_pins(self) -> None:
-        queue = self.manager._queue
-        for key in queue.pinned & self.pinned.keys():
-            assert queue.resident[key] is self.pinned[key], "a pinned pool was evicted"
-        self.pinned = {key: queue.resident[key] for key in queue.pinned}
+        pinned = self.pinned_now()
+        for key in pinned.keys() & self.pinned.keys():
+            assert pinned[key] is self.pinned[key], "a pinned pool was evicted"
+        self.pinned = pinned
+
+    def pinned_now(self) -> dict[str, ResidentPool]:
+        resident = self.manager._resident
+        return {one.key: one for one in resident if resident.is_pinned(one.key)}
 
     def note(self, task: asyncio.Task[None], allowed: tuple[type[Exception], ...]) -> None:
         error = None if task.cancelled() else task.exception()
@@ -344,12 +348,12 @@ class Residency(RuleBasedStateMachine):
 
     @property
     def is_busy(self) -> bool:
-        return bool(self.requests or self.operators or self.manager._queue._tasks)
+        return bool(self.requests or self.operators or self.manager._queue._loads._tasks)
 
     def evict_everything(self) -> None:
-        for entry in list(self.manager._queue.resident.values()):
-            self.soon(lambda: self.manager.unpin(entry.pool), passes=1)  # noqa: B023
-            self.run(self.manager.evict(entry.pool))
+        for resident in list(self.manager._resident):
+            self.soon(lambda: self.manager.unpin(resident.pool), passes=1)  # noqa: B023
+            self.run(self.manager.evict(resident.pool))
         empty, fresh = self.manager.statistics(), self.fresh_manager().statistics()
         assert (empty.layers, empty.pools, empty.free_rows) == (fresh.layers, (), fresh.free_rows)
 

@@ -1,0 +1,77 @@
+"""Why a request cannot wait for its pool, or has waited too long: what happened and what to do."""
+
+from __future__ import annotations
+
+import math
+
+from emo_serve.errors import LoadDeadlineExceeded, PoolBlocked, TooManyWaiting
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.loads import RunningLoads
+from emo_serve.residency.pending import PendingPools
+from emo_serve.residency.resident import ResidentPools
+from emo_serve.residency.room import Room
+
+__all__ = ["Refusals"]
+
+
+class Refusals:
+    """Know the limits of waiting, and word the errors of requests that exceed them.
+
+    Asking changes nothing. Errors that may pass say after how many seconds to try again.
+    """
+
+    def __init__(
+        self,
+        room: Room,
+        resident: ResidentPools,
+        pending: PendingPools,
+        loads: RunningLoads,
+        max_waiting: int,
+    ) -> None:
+        self._room = room
+        self._resident = resident
+        self._pending = pending
+        self._loads = loads
+        self._max_waiting = max_waiting
+
+    def check_may_wait(self, pool: ExpertPool) -> None:
+        """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless a request may wait for it."""
+        self._room.check_can_ever_fit(pool)
+        if not self._room.fits(self._room.demand(pool), without=self._resident.unpinned):
+            raise self.blocked(pool)
+        waiting = self._pending.num_waiters
+        if waiting >= self._max_waiting:
+            raise TooManyWaiting(
+                f"the waiting queue is full: {waiting} requests wait for loads already"
+                f" (--max-waiting {self._max_waiting}), and pool {pool.name!r} is not resident;"
+                " retry later, or raise --max-waiting",
+                self._retry_after_seconds(),
+            )
+
+    def blocked(self, pool: ExpertPool) -> PoolBlocked:
+        """Return the error for a pool that does not fit beside the pinned ones."""
+        names = ", ".join(self._resident.pinned_names)
+        has_slots = self._room.slots.fits(pool.expert_ids, without=self._resident.unpinned)
+        what, flags = (
+            ("rows", "--max-pools") if has_slots else ("slots", "--expert-memory or --expert-slots")
+        )
+        return PoolBlocked(
+            f"pool {pool.name!r} cannot be loaded: the pinned pools ({names}) leave too few {what}"
+            f" for it; unpin one, or raise {flags}",
+            self._retry_after_seconds(),
+        )
+
+    def too_late(self, pool: ExpertPool, deadline_seconds: float) -> LoadDeadlineExceeded:
+        """Return the error for a request whose pool was not loaded in time."""
+        running = sum(resident.leases for resident in self._resident if resident.is_closing)
+        return LoadDeadlineExceeded(
+            f"pool {pool.name!r} was not loaded within {deadline_seconds:g} s"
+            f" (pools in the waiting queue: {len(self._pending)}; requests still running in pools"
+            f" that must go first: {running}); retry later, raise --load-deadline, or give experts"
+            " more room",
+            self._retry_after_seconds(),
+        )
+
+    def _retry_after_seconds(self) -> int:
+        """Estimate when the queue is served, from its length and the last load."""
+        return max(1, math.ceil(self._loads.last_seconds * (len(self._pending) + 1)))
