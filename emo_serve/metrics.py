@@ -1,7 +1,7 @@
-"""Every Prometheus name of emo-serve, with its help and unit; shown beside vLLM's on /metrics.
+"""Every Prometheus metric of emo-serve, with its help and unit; shown beside vLLM's on /metrics.
 
-Counters and histograms are fed by explicit calls. Gauges are never set: a collector asks for a
-frozen snapshot when it is scraped, so that an idle server shows every pool and nothing drifts.
+Counters and histograms are fed by explicit calls. Gauges are never set: a collector takes a frozen
+snapshot at each scrape, so that an idle server shows every pool and no gauge drifts.
 
 Requests
     emo_serve_requests_total{pool,outcome}       engine requests: finished, aborted or failed
@@ -14,34 +14,34 @@ Requests
     emo_serve_auto_choices_total{pool}           requests for model `auto`, by the pool chosen
     emo_serve_auto_seconds                       histogram: how long those choices took
     emo_serve_running_requests{pool}             engine requests that hold the pool
-    emo_serve_waiting_requests{pool}             requests that wait for the pool to be loaded
+    emo_serve_waiting_requests{pool}             requests waiting for the pool to be loaded
     emo_serve_waiting_seconds{outcome}           histogram: how long requests waited, and what
                                                  ended it: granted, deadline, failed or left
 Residency
-    emo_serve_slots                              expert slots, all layers together
-    emo_serve_slots_in_use                       of those, slots that hold an expert or will soon
-    emo_serve_slots_free                         the others
+    emo_serve_slots                              expert slots in all layers
+    emo_serve_slots_in_use                       those that hold or are receiving an expert
+    emo_serve_slots_free                         those that hold none
     emo_serve_slots_leased                       slots that running requests keep in place
-    emo_serve_slab_bytes                         device memory of all slots, all ranks together
-    emo_serve_resident_bytes                     of that, the slots in use
+    emo_serve_slab_bytes                         device memory of all slots, on all ranks
+    emo_serve_resident_bytes                     device memory of the slots in use
     emo_serve_pool_resident{pool}                1 when all experts of the pool are in slots
-    emo_serve_pool_pinned{pool}                  1 when the operator has said it must stay
+    emo_serve_pool_pinned{pool}                  1 when an operator has pinned the pool
 Loads
     emo_serve_pool_hits_total{pool}              requests that found their pool resident
     emo_serve_pool_misses_total{pool}            requests that did not
     emo_serve_pool_loads_total{pool,outcome}     loads that ended: loaded or failed
-    emo_serve_pool_load_seconds                  histogram: start of a load to published
-    emo_serve_pool_load_bytes_total              bytes copied into slots, all ranks
-    emo_serve_file_read_bytes_total              bytes read from the checkpoint's files, all ranks
+    emo_serve_pool_load_seconds                  histogram: from a load's start to its publication
+    emo_serve_pool_load_bytes_total              bytes copied into slots, on all ranks
+    emo_serve_file_read_bytes_total              bytes read from checkpoint files, on all ranks
     emo_serve_expert_reads_total{tier}           experts that loads needed, by where they were
                                                  found: slab (nothing to copy), host or disk
     emo_serve_pool_evictions_total{pool,reason}  pools that gave up their slots: to make room, by
                                                  the operator, or retired (the definition is gone)
 
 A pool added at run time is shown at once, with zeros; one that is removed disappears. All unions
-share the label `(union)`: their number is not bounded by the operator. What still ends of a pool
-that was removed counts as `(removed)`. Requests by which the server builds a pool count as
-`(build)`, those by which it asks the router for `auto` while the base pool is not resident as
+share the label `(union)`: clients, not the operator, decide how many there are. Requests still
+finishing in a removed pool count as `(removed)`. Requests by which the server builds a pool count
+as `(build)`; those by which it asks the router for `auto` while the base pool is not resident, as
 `(auto)`.
 """
 
@@ -78,11 +78,11 @@ TIERS = ("slab", "host", "disk")
 
 AUTO_PROBE_POOL = "(auto)"
 BUILD_POOL = "(build)"
-"""What the server's own temporary pools are called; no client can name a pool so."""
+"""The names of the server's own temporary pools; clients cannot use them."""
 
 _UNION_LABEL = "(union)"
 _REMOVED_LABEL = "(removed)"
-# From a copy inside host memory to the default deadline; 1-2.5-5 keeps quantiles within a factor.
+# From a copy within host memory to the default deadline; steps of 1-2.5-5 bound a quantile's error.
 _SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0),
@@ -103,10 +103,10 @@ class PoolSnapshot:
 
 @dataclass(frozen=True)
 class MetricsSnapshot:
-    """Everything the gauges show; `slot_bytes` is one expert of one layer, over all ranks.
+    """Everything the gauges show; `slot_bytes` is one expert in one layer, over all ranks.
 
-    A name may occur again, for an old definition with running requests: its requests are added,
-    and the first one tells what is resident and pinned.
+    A name occurs again for an old definition with running requests: requests are summed, and the
+    first entry says whether the pool is resident and pinned.
     """
 
     pools: tuple[PoolSnapshot, ...]
@@ -123,9 +123,9 @@ def pool_label(name: str) -> str:
 
 
 class PoolMetrics:
-    """Hold the counters and register the gauges; one object a registry.
+    """Hold the counters and register the gauges; one object per registry.
 
-    A `ResidencyObserver`, too: what the manager counts, it counts here.
+    It is also the residency manager's `ResidencyObserver`.
     """
 
     def __init__(
@@ -161,9 +161,9 @@ class PoolMetrics:
         self._hits = counter("pool_hits", "Requests that found their pool resident", "pool")
         self._misses = counter("pool_misses", "Requests whose pool was not resident", "pool")
         self._loads = counter("pool_loads", "Loads of pools that ended", "pool", "outcome")
-        self._load_seconds = seconds("pool_load", "Time from a load's start to published")
-        self._copied = counter("pool_load_bytes", "Bytes copied into expert slots, all ranks")
-        self._read = counter("file_read_bytes", "Bytes read from checkpoint files, all ranks")
+        self._load_seconds = seconds("pool_load", "Time from a load's start to its publication")
+        self._copied = counter("pool_load_bytes", "Bytes copied into expert slots, on all ranks")
+        self._read = counter("file_read_bytes", "Bytes read from checkpoint files, on all ranks")
         self._experts = counter(
             "expert_reads", "Experts that loads needed, by where they were found", "tier"
         )
@@ -193,7 +193,7 @@ class PoolMetrics:
     # -- which pools there are --
 
     def add_pool(self, name: str) -> None:
-        """Show a pool's series, at zero; a no-op for one that is shown already."""
+        """Show a pool's series, at zero; a no-op if they are shown already."""
         label = pool_label(name)
         self._known.add(label)
         for family, values in self._by_pool:
@@ -201,7 +201,7 @@ class PoolMetrics:
                 family.labels(*child)
 
     def remove_pool(self, name: str) -> None:
-        """Show a pool's series no more; a no-op for one not shown and for unions."""
+        """Stop showing a pool's series; a no-op for unions and pools that are not shown."""
         label = pool_label(name)
         if label == _UNION_LABEL or label not in self._known:
             return
@@ -244,7 +244,7 @@ class PoolMetrics:
         (self._hits if is_hit else self._misses).labels(self._label(pool)).inc()
 
     def count_wait(self, pool: str, outcome: str, seconds: float) -> None:
-        """Count a request whose wait for a load is over; `outcome` is one of WAIT_OUTCOMES."""
+        """Count a request whose wait for a load has ended; `outcome` is one of WAIT_OUTCOMES."""
         assert outcome in WAIT_OUTCOMES, outcome
         self._waits.labels(outcome).observe(seconds)
 
@@ -280,11 +280,11 @@ class _GaugeCollector(Collector):
         self._snapshot = snapshot
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Name the gauges without taking a snapshot, which registration must not need."""
+        """Name the gauges without a snapshot, because there is none at registration."""
         yield from _gauges(MetricsSnapshot((), 0, 0, 0, 0, 0))
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the gauges of this moment."""
+        """Yield the gauges as they are now."""
         yield from _gauges(self._snapshot())
 
 
@@ -300,17 +300,17 @@ def _gauges(snapshot: MetricsSnapshot) -> Iterator[GaugeMetricFamily]:
             resident.setdefault(label, pool.is_resident)
             pinned.setdefault(label, pool.is_pinned)
     yield _by_pool("running_requests", "Engine requests that hold the pool", running)
-    yield _by_pool("waiting_requests", "Requests that wait for the pool to be loaded", waiting)
+    yield _by_pool("waiting_requests", "Requests waiting for the pool to be loaded", waiting)
     yield _by_pool("pool_resident", "1 when all experts of the pool are in slots", resident)
-    yield _by_pool("pool_pinned", "1 when the operator has said the pool must stay", pinned)
+    yield _by_pool("pool_pinned", "1 when an operator has pinned the pool", pinned)
     size = snapshot.slot_bytes
     for name, help_text, value in (
-        ("slots", "Expert slots, all layers together", snapshot.slots),
-        ("slots_in_use", "Slots that hold an expert or will soon", snapshot.slots_in_use),
+        ("slots", "Expert slots in all layers", snapshot.slots),
+        ("slots_in_use", "Slots that hold or are receiving an expert", snapshot.slots_in_use),
         ("slots_free", "Slots that hold no expert", snapshot.slots_free),
         ("slots_leased", "Slots that running requests keep in place", snapshot.slots_leased),
-        ("slab_bytes", "Device memory of all slots, all ranks", snapshot.slots * size),
-        ("resident_bytes", "Device memory of slots in use", snapshot.slots_in_use * size),
+        ("slab_bytes", "Device memory of all slots, on all ranks", snapshot.slots * size),
+        ("resident_bytes", "Device memory of the slots in use", snapshot.slots_in_use * size),
     ):
         yield GaugeMetricFamily(f"emo_serve_{name}", help_text, value=value)
 

@@ -1,1 +1,1 @@
-"""Who sits in which slot, and who holds it there. Asyncio and the standard library only."""
+"""Which experts are in device memory, and which pools keep them there. Standard library only."""

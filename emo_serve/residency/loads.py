@@ -27,7 +27,7 @@ class RunningLoads:
     """Carry out plans: take room, have the engine copy, publish or give the room back.
 
     `on_end` is called in the very step in which a load succeeded, or failed with an error;
-    `on_done` once the load no longer counts as running, however it ended.
+    `on_done` once the load no longer counts as running, whatever its outcome.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """Expert pools under a slot budget. Loads run beside decoding; only a lease keeps a pool in place.
 
-The one authority, in the front-end process, on who sits where. A request takes a lease: at once if
-its pool is resident, else after a wait in the queue (see `queue`), and only it waits. Operators
-load, pin, evict and retire pools through the same queue. Giving a lease back never awaits.
+This module alone decides, in the front-end process, which experts sit where. A request takes a
+lease: at once if its pool is resident, else after a wait in the queue (see `queue`), and no other
+request waits with it. Operators load, pin, evict and retire pools through the same queue. Giving a
+lease back never awaits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from emo_serve.errors import Draining, PoolInUse
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.policy import EvictionPolicy, LruPolicy
-from emo_serve.residency.ports import NobodyCounts, PoolEngine, ResidencyObserver
+from emo_serve.residency.ports import NullObserver, PoolEngine, ResidencyObserver
 from emo_serve.residency.queue import LoadQueue
 from emo_serve.residency.records import PendingPool, Purpose, ResidentPool
 from emo_serve.residency.resident import ResidentPools
@@ -36,7 +37,7 @@ __all__ = ["Lease", "ResidencyManager"]
 class Lease:
     """A running request's hold on a pool: until it ends, row and slots stay what they are.
 
-    `is_hit` tells that nothing had to be copied for it, nor a turn waited for.
+    `is_hit` tells that it needed neither a copy nor a wait in the queue.
     """
 
     row: int
@@ -47,8 +48,9 @@ class Lease:
 class ResidencyManager:
     """Grant leases on pools, and make those pools resident.
 
-    `num_rows` counts the rows of the engine's pool table, the base pool's included; `slot_bytes` is
-    the size of one expert of one layer, over all ranks. Pools must be complete and fit the model.
+    `num_rows` counts the rows of the engine's pool table, including the base pool's; `slot_bytes`
+    is the size of one expert in one layer, over all ranks. Pools must be complete and match the
+    model.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class ResidencyManager:
     ) -> None:
         self._room = Room(slots, num_rows, slot_bytes)
         self._policy: EvictionPolicy = policy or LruPolicy()
-        self._counts = EventCounts(observer or NobodyCounts())
+        self._counts = EventCounts(observer or NullObserver())
         self._deadline_seconds = load_deadline_seconds
         self._resident = ResidentPools(self._room, self._counts)
         self._queue = LoadQueue(
@@ -84,7 +86,7 @@ class ResidencyManager:
     # -- questions --
 
     def is_resident(self, pool: ExpertPool) -> bool:
-        """Tell whether all the pool's experts are in device memory, loaded for it or for others."""
+        """Tell whether all the pool's experts are in device memory, whichever pool loaded them."""
         return self._room.slots.covers(pool.expert_ids)
 
     def is_pinned(self, pool: ExpertPool) -> bool:
@@ -92,16 +94,16 @@ class ResidencyManager:
         return self._resident.is_pinned(pool.content_hash)
 
     def fits_now(self, pool: ExpertPool) -> bool:
-        """Tell whether the pool is resident, or could be loaded and nothing evicted."""
+        """Tell whether the pool is resident, or could be loaded without evicting anything."""
         return pool.content_hash in self._resident or self._room.fits(self._room.demand(pool))
 
     def check_admissible(self, pool: ExpertPool) -> None:
-        """Raise what a new request for the pool must be refused with now, before it waits.
+        """Raise the error with which a new request for the pool must be refused, before it waits.
 
-        Draining; PoolTooLarge if the slab could never hold it, PoolBlocked if it does not fit
-        beside the pinned pools, TooManyWaiting if it would have to wait and the queue is full.
-        A question: asking changes nothing, so whoever admits a request for a pool that may have
-        been retired calls `revive` first.
+        Draining; PoolTooLarge if the slab could never hold the pool, PoolBlocked if the pool does
+        not fit beside the pinned ones, TooManyWaiting if the request would have to wait and the
+        queue is full. Asking changes nothing: to admit a request for a pool that may have been
+        retired, call `revive` first.
         """
         if self._is_draining:
             raise Draining("the server is shutting down and takes no new requests")
@@ -116,11 +118,11 @@ class ResidencyManager:
 
     @asynccontextmanager
     async def lease(self, pool: ExpertPool) -> AsyncIterator[Lease]:
-        """Hold a pool's row and slots until exit, once it is resident; the exit never awaits.
+        """Wait until a pool is resident, and hold its row and slots until exit; exit never awaits.
 
-        Raises as `check_admissible` does, save Draining: what was let in before is served to its
-        end, though it take several leases (beam search). Raises LoadDeadlineExceeded, and whatever
-        a load raised.
+        Raises as `check_admissible` does, except Draining: a request admitted before is served to
+        its end, even if that takes several leases (beam search). Also raises LoadDeadlineExceeded
+        and whatever a load raised.
         """
         is_hit = self._would_hit(pool)
         self._counts.count_ask(pool.name, is_hit=is_hit)
@@ -133,23 +135,23 @@ class ResidencyManager:
     # -- operators --
 
     async def load(self, pool: ExpertPool, *, pin: bool = False) -> None:
-        """Make a pool resident; a no-op for one that is. With `pin`, have it stay.
+        """Make a pool resident; a no-op if it is. With `pin`, have it stay.
 
-        Waits in the same queue as requests do and raises the same. Cancelling the caller does not
-        stop a load that has begun.
+        Waits in the same queue as requests and raises the same errors. Cancelling the caller does
+        not stop a load that has begun.
         """
         await self._queue.acquire(pool, Purpose.PIN if pin else Purpose.LOAD)
 
     def unpin(self, pool: ExpertPool) -> None:
-        """Let the pool be evicted like any other; a no-op for one that is not pinned."""
+        """Let the pool be evicted like any other; a no-op if it is not pinned."""
         self._queue.unpin(pool.content_hash)
 
     async def evict(self, pool: ExpertPool, *, drain: bool = False) -> None:
-        """Take a pool's slots away, as far as no other needs them; a no-op for one that has none.
+        """Free the slots that only this pool needs, and its row; a no-op if it has none.
 
-        Raises PoolInUse for a pool that is pinned, loading or leased. With `drain` a leased one
-        lets nobody in until its requests have ended, and is evicted then; if that takes longer than
-        the load deadline it stays, and PoolInUse is raised.
+        Raises PoolInUse for a pool that is pinned, loading or leased. With `drain`, a leased pool
+        admits no new requests and is evicted when its running ones have ended; if that takes longer
+        than the load deadline, the pool stays and PoolInUse is raised.
         """
         resident = self._resident.get(pool.content_hash)
         if resident is None:
@@ -161,14 +163,14 @@ class ResidencyManager:
         if resident.leases and not drain:
             raise PoolInUse(
                 f"pool {pool.name!r} has {resident.leases} running requests; wait for them, or"
-                " evict with drain=true, which lets no new ones in until these have ended"
+                " evict with drain=true, which admits no new ones until these have ended"
             )
         with self._queue.draining(resident):
             try:
                 async with asyncio.timeout(self._deadline_seconds):
                     await resident.gone.wait()
             except TimeoutError:
-                if resident.gone.is_set():  # in the very moment
+                if resident.gone.is_set():  # at the very same moment
                     return
                 raise PoolInUse(
                     f"pool {pool.name!r} still has {resident.leases} running requests after"
@@ -176,32 +178,33 @@ class ResidencyManager:
                 ) from None
 
     def retire(self, pool: ExpertPool) -> None:
-        """Forget a pool whose definition is gone: unpinned, evicted once no lease holds it.
+        """Forget a pool whose definition is gone: unpin it, and evict it once no lease holds it.
 
-        Requests that wait for it are served; operators who do get StateConflict.
+        Requests that wait for it are served first; waiting operators get StateConflict.
         """
         self._policy.forget(pool.content_hash)
         self._queue.retire(pool.content_hash)
 
     def revive(self, pool: ExpertPool) -> None:
-        """Let a retired pool stay, because its content is defined again; else a no-op.
+        """Let a retired pool stay, because its content is defined again; a no-op for other pools.
 
-        Not for requests admitted before the pool was retired: they are served, and then it goes.
+        Do not call it for requests admitted before the pool was retired: these are served anyway,
+        and then the pool goes.
         """
         self._queue.revive(pool.content_hash)
 
     def cool(self, pool: ExpertPool) -> None:
-        """Have a pool go before others when the next one needs room, as if nobody asked for it."""
+        """Let a pool be evicted before others, as if no request had ever asked for it."""
         self._policy.forget(pool.content_hash)
 
     # -- shutdown --
 
     def start_draining(self) -> None:
-        """Have `check_admissible` refuse everything from now on; what runs or waits goes on."""
+        """Have `check_admissible` refuse everything; running and waiting requests go on."""
         self._is_draining = True
 
     async def drained(self, timeout_seconds: float) -> bool:
-        """Wait until no lease is held or waited for; return False when that takes too long."""
+        """Wait until no lease is held or waited for; return False if that takes too long."""
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._queue.wait_until_idle()
@@ -212,7 +215,7 @@ class ResidencyManager:
     # -- accounts --
 
     def statistics(self) -> ResidencyStats:
-        """Return a snapshot; pools that are neither resident nor wanted are not in it."""
+        """Return a snapshot of all pools that have room or are waited for."""
         slots = self._room.slots
         pending = {one.key: one for one in self._queue.pending}
         held = [self._status(one, pending.pop(one.key, None)) for one in self._resident]
@@ -240,7 +243,7 @@ class ResidencyManager:
         self._queue.check_integrity()
 
     def _status(self, resident: ResidentPool | None, pending: PendingPool | None) -> PoolResidency:
-        """Describe a pool that has room, is waited for, or both; one of the two must be given."""
+        """Describe a pool that has room, is waited for, or both; at least one must be given."""
         known = resident or pending
         assert known is not None
         state: PoolState = "waiting"
@@ -258,7 +261,7 @@ class ResidencyManager:
         )
 
     def _would_hit(self, pool: ExpertPool) -> bool:
-        """Tell whether a lease would be had without a copy and without a wait in the queue."""
+        """Tell whether a lease would need neither a copy nor a wait in the queue."""
         if (resident := self._resident.get(pool.content_hash)) is not None:
             return resident.is_open
         return self.is_resident(pool)

@@ -16,8 +16,8 @@ __all__ = ["PendingPools"]
 class PendingPools:
     """Own the places in the queue, one per pool; iterate over them in order.
 
-    A pool is in it as long as it has waiters, those included whose future is done but whose task
-    has not run since.
+    A pool keeps its place as long as it has waiters, including those whose future is done but whose
+    task has not run since.
     """
 
     def __init__(self, room: Room) -> None:
@@ -63,19 +63,19 @@ class PendingPools:
             del self._pools[key]
 
     def remove(self, pending: PendingPool) -> list[tuple[Waiter, Purpose]]:
-        """End a pool's wait, and return who still waits for it and what for."""
+        """Remove a pool's place, and return its remaining waiters, each with its purpose."""
         del self._pools[pending.key]
         waiting = [pair for pair in pending.waiters.items() if not pair[0].done()]
         pending.waiters.clear()
         return waiting
 
     def turn_away(self, pending: PendingPool, error: Exception) -> None:
-        """End a pool's wait: everyone who waits for it gets the error."""
+        """Remove a pool's place; all its waiters get the error."""
         for waiter, _ in self.remove(pending):
             waiter.set_exception(error)
 
     def turn_away_operators(self, key: str) -> None:
-        """Give StateConflict to the operators who wait for a retired pool; requests wait on."""
+        """Give StateConflict to operators that wait for a retired pool; requests wait on."""
         if (pending := self._pools.get(key)) is None:
             return
         for waiter, purpose in pending.waiters.items():
@@ -90,4 +90,4 @@ class PendingPools:
         """Assert that every place is its pool's and is held by a waiter."""
         for key, pending in self._pools.items():
             assert key == pending.key
-            assert pending.waiters, "a place in the queue that no one waits in"
+            assert pending.waiters, "a place in the queue without a waiter"

@@ -1,4 +1,4 @@
-"""What residency asks of the world around it: an engine that copies, and somebody who counts."""
+"""What residency needs from outside: an engine that copies, and an observer that counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 from emo_serve.residency.slots import Copy, ExpertIds
 
-__all__ = ["LoadReport", "NobodyCounts", "PoolEngine", "ResidencyObserver"]
+__all__ = ["LoadReport", "NullObserver", "PoolEngine", "ResidencyObserver"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class LoadReport:
 
 
 class PoolEngine(Protocol):
-    """What the manager asks of the engine's workers; whatever these raise reaches the requests."""
+    """What the manager asks of the engine's workers; the waiting requests get what they raise."""
 
     def check_readable(self, copies: Sequence[Copy]) -> None:
-        """Raise PoolLoadFailed unless the files of these experts are there and whole.
+        """Raise PoolLoadFailed unless the files of these experts exist and are complete.
 
-        Quick, copies nothing; asked before anything is evicted for a load.
+        Must be quick and copy nothing; called before anything is evicted for a load.
         """
         ...
 
@@ -53,20 +53,20 @@ class PoolEngine(Protocol):
     ) -> LoadReport:
         """Copy experts into slots beside decoding, then publish the pool's row in every rank.
 
-        No published row refers to those slots. When this raises, no copy is under way any more.
+        No published row refers to those slots. When this raises, no copy is still running.
         """
         ...
 
 
 class ResidencyObserver(Protocol):
-    """Hear what happens to pools, by name; called between two awaits, so it must be quick."""
+    """Count what happens to pools, by name; called between two awaits, so it must be quick."""
 
     def count_ask(self, pool: str, *, is_hit: bool) -> None:
-        """Count a request; a hit needs no copy and no wait in the queue."""
+        """Count a request; a hit needs neither a copy nor a wait in the queue."""
         ...
 
     def count_wait(self, pool: str, outcome: str, seconds: float) -> None:
-        """Count the end of a wait: granted, deadline, failed or left."""
+        """Count a wait that ended; `outcome` is granted, deadline, failed or left."""
         ...
 
     def count_load(self, pool: str, report: LoadReport) -> None:
@@ -78,11 +78,11 @@ class ResidencyObserver(Protocol):
         ...
 
     def count_eviction(self, pool: str, reason: str) -> None:
-        """Count an eviction: for room, by an operator, or of a retired definition."""
+        """Count an eviction; `reason` is room, operator or retired."""
         ...
 
 
-class NobodyCounts:
+class NullObserver:
     """A ResidencyObserver that does nothing."""
 
     def count_ask(self, pool: str, *, is_hit: bool) -> None:

@@ -2,19 +2,19 @@
 
 First come, first served, one place per pool:
 
-- A pool that needs nothing copied, a union above all, costs a row of the engine's pool table and is
-  let in past the queue.
+- A pool that needs no copies, typically a union, costs only a row of the engine's pool table. It
+  may pass the queue.
 - The first waiting pool that needs copies may evict pools that are neither leased nor pinned, in
-  the policy's order. If those do not make room, the coldest leased ones are *closed*: their
-  requests run to the end, new ones wait behind, and when the last lease is back they are evicted.
-- A pool further back may pass when it can be loaded without taking what the first is waiting for.
+  the policy's order. If those do not make enough room, the coldest leased ones are *closed*: their
+  requests run to the end, new ones wait in the queue, and after the last lease they are evicted.
+- A pool further back may pass if it can be loaded without taking what the first is waiting for.
 - So a wait is bounded by the queue ahead: each place costs at most the longest running request and
-  a load, and a second load if another pool passed and has the link when the room is there.
-- When a load is done its waiters have their leases before any other request can ask.
+  a load, plus a second load if another pool passed and is using the link when room is made.
+- When a load is done, its waiters have their leases before any other request can ask.
 
-Who waits is `PendingPools`' account, who has room is `ResidentPools'`, and `RunningLoads` runs one
-load at a time. Here it is decided what happens next. Everything belongs to one event loop; between
-two awaits the tables are consistent.
+`PendingPools` knows which pools are waited for, `ResidentPools` which ones have room, and
+`RunningLoads` runs one load at a time; this module decides what happens next. Everything belongs to
+one event loop, and between two awaits the tables are consistent.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["LoadQueue"]
 
 
 class LoadQueue:
-    """Decide who is let in, loaded, closed and evicted next; see the module for the rules."""
+    """Decide which pool is let in, loaded, closed or evicted next; see the module for the rules."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class LoadQueue:
 
     @property
     def pending(self) -> tuple[PendingPool, ...]:
-        """Return the pools that are waited for, the first to be served first."""
+        """Return the pools that are waited for, in the order of the queue."""
         return tuple(self._pending)
 
     def check_may_wait(self, pool: ExpertPool) -> None:
@@ -91,7 +91,7 @@ class LoadQueue:
     # -- waiting --
 
     async def acquire(self, pool: ExpertPool, purpose: Purpose) -> ResidentPool:
-        """Return the pool, resident, with what `purpose` asks for already done.
+        """Make a pool resident, lease or pin it as `purpose` says, and return it.
 
         Waits in the queue if need be. Raises as `check_may_wait`, LoadDeadlineExceeded, and
         whatever the load raised.
@@ -128,7 +128,7 @@ class LoadQueue:
             self._observer.count_wait(pool.name, outcome, self._clock() - start)
 
     def _leave(self, key: str, waiter: Waiter, purpose: Purpose) -> None:
-        """Give up a place in the queue, and the lease that may have come in the same moment."""
+        """Give up a place in the queue, and any lease that was granted at the same moment."""
         is_granted = waiter.done() and not waiter.cancelled() and waiter.exception() is None
         if is_granted and purpose is Purpose.LEASE:
             self.release(waiter.result())
@@ -148,7 +148,7 @@ class LoadQueue:
 
     @contextmanager
     def draining(self, resident: ResidentPool) -> Iterator[None]:
-        """Let no request into a pool and evict it after its last lease; on exit it opens again."""
+        """Admit no requests to a pool and evict it after its last lease; on exit it opens again."""
         self._resident.start_drain(resident)
         self.schedule()
         try:
@@ -158,16 +158,16 @@ class LoadQueue:
             self.schedule()
 
     def retire(self, key: str) -> None:
-        """Unpin a pool and have it go after its last lease; waiting operators get StateConflict.
+        """Unpin a pool and evict it after its last lease; waiting operators get StateConflict.
 
-        Requests that wait for it, or were admitted and have still to ask, are served first.
+        Requests that wait for it, or were admitted and have yet to ask, are served first.
         """
         self._resident.retire(key)
         self._pending.turn_away_operators(key)
         self.schedule()
 
     def revive(self, key: str) -> None:
-        """Let a retired pool stay, because it is defined again; else a no-op."""
+        """Let a retired pool stay, because it is defined again; a no-op for other pools."""
         if self._resident.revive(key):
             self.schedule()
 
@@ -216,7 +216,7 @@ class LoadQueue:
 
     def _serve_waiting(self) -> bool:
         """Walk the queue once; True after a change that may let others in: walk it again."""
-        if self._closing_for not in self.pending:
+        if self._closing_for is not None and self._closing_for not in self.pending:
             self._reopen()
         for pending in self._pending:
             if (resident := self._resident.get_open(pending.key)) is not None:
@@ -243,9 +243,9 @@ class LoadQueue:
     def _let_pass(
         self, first: PendingPool, others: list[PendingPool], reserved: set[str], idle: list[str]
     ) -> bool:
-        """Start what can be started behind the first, if that is no loss to it.
+        """Start a load behind the first pool, if the first loses nothing by it; True if so.
 
-        `reserved` is what goes for the first, `idle` what may go for the others.
+        `reserved` pools will be evicted for the first, `idle` ones may be evicted for the others.
         """
         at_least = first.demand | self._room.kept(reserved.union(idle))
         for pending in others:
@@ -269,16 +269,16 @@ class LoadQueue:
         return not self._loads.is_copying or self._room.slots.covers_bits(pending.demand.experts)
 
     def _close_for(self, pending: PendingPool, coldest_first: list[ResidentPool]) -> bool:
-        """Stop admission to the coldest pools whose going makes room; True if others open for it.
+        """Close the coldest pools that must go to make room; True if others opened instead.
 
-        Pools that are closed already go first, lest new leases on them outrun the choice. Pools
-        that are still loading go last; their waiters are let in when they have come.
+        Closed pools are chosen first, or new leases could keep changing the choice. Pools that are
+        still loading are chosen last; their waiters are let in after the load.
         """
         self._closing_for = pending
         loading = [resident.key for resident in self._resident if not resident.is_published]
         candidates = [resident.key for resident in coldest_first] + loading
         chosen = self._room.choose(pending.demand, candidates)
-        assert chosen is not None, "only pins could forbid it, and they would have refused it"
+        assert chosen is not None, "only pins can prevent it, and then the request is refused"
         return self._resident.close_only(chosen)
 
     def _reopen(self) -> None:
@@ -286,10 +286,10 @@ class LoadQueue:
         self._resident.close_only(())
 
     def _coldest_first(self) -> list[ResidentPool]:
-        """Return the pools that may be evicted, the first to go first.
+        """Return the pools that may be evicted, in the order of eviction.
 
-        Closed pools lead, then those whose going frees no slot: to bring one of these back costs
-        no copy.
+        Closed pools come first, then those whose eviction frees no slot: loading one of these again
+        copies nothing.
         """
         evictable = {resident.key: resident for resident in self._resident.evictable}
         coldest_first = self._policy.coldest_first(list(evictable), self._clock())

@@ -1,6 +1,6 @@
-"""One pool that has room and one that is waited for: records, by content hash, with one owner each.
+"""The records of a pool that has room and of a pool that is waited for.
 
-`ResidentPools` and `PendingPools` own them; whoever else holds one reads it.
+`ResidentPools` and `PendingPools` own them and alone change them; other classes only read them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Purpose(Enum):
 
 @dataclass(eq=False)
 class ResidentPool:
-    """One pool that was given slots and a row; before it is published its load is running.
+    """One pool that was given slots and a row; until it is published, its load is running.
 
-    `drains` counts the operators who wait for it to go; `gone` is set when it has gone.
+    `drains` counts the operators who wait for its eviction; `gone` is set once it is evicted.
     """
 
     pool: ExpertPool
@@ -51,7 +51,7 @@ class ResidentPool:
 
     @property
     def is_leaving(self) -> bool:
-        """Tell whether it must be evicted now: retired or drained, and no request holds it."""
+        """Tell whether it is to be evicted now: retired or drained, and no longer leased."""
         has_to_go = self.is_retired or self.drains > 0
         return has_to_go and self.is_published and not self.leases
 

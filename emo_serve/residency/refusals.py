@@ -1,4 +1,4 @@
-"""Why a request cannot wait for its pool, or has waited too long: what happened and what to do."""
+"""The errors of requests that cannot wait for their pool, or have waited too long."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["Refusals"]
 
 
 class Refusals:
-    """Know the limits of waiting, and word the errors of requests that exceed them.
+    """Check the limits of waiting, and build the errors of requests that exceed them.
 
-    Asking changes nothing. Errors that may pass say after how many seconds to try again.
+    Checking changes nothing. Temporary errors say after how many seconds to try again.
     """
 
     def __init__(
@@ -73,5 +73,5 @@ class Refusals:
         )
 
     def _retry_after_seconds(self) -> int:
-        """Estimate when the queue is served, from its length and the last load."""
+        """Estimate when the queue will be served, from its length and the last load."""
         return max(1, math.ceil(self._loads.last_seconds * (len(self._pending) + 1)))

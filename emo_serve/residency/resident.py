@@ -1,8 +1,8 @@
-"""The pools that have room: who holds them, which are pinned, and which must go.
+"""The pools that have room: their leases and pins, and which of them must be evicted.
 
-A pool is resident, in the sense of this module, from the moment its load is given slots and a row
-until it is evicted. Whatever takes or gives back room goes through here, so that the room's account
-and this one cannot disagree. Nothing here waits, and nothing decides who must go for another.
+Here a pool counts as resident from the moment its load is given slots and a row until it is
+evicted. All changes of the room go through this module, so that the two accounts cannot disagree.
+Nothing here waits, and nothing here decides which pool makes room for another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["ResidentPools"]
 
 logger = logging.getLogger(__name__)
 
-_REMEMBERED_RETIRED = 4096  # definitions whose stragglers are known; they ask within a moment
+_REMEMBERED_RETIRED = 4096  # definitions; their stragglers ask within a moment
 
 
 class ResidentPools:
@@ -100,7 +100,7 @@ class ResidentPools:
         self._drop(resident.key)
 
     def evict_leaving(self) -> bool:
-        """Evict what is retired or drained and no lease holds; tell whether anything was."""
+        """Evict the retired and drained pools that no lease holds; tell whether there were any."""
         leaving = [resident for resident in self if resident.is_leaving]
         for resident in leaving:
             self._room.evict(resident.key)
@@ -128,8 +128,8 @@ class ResidentPools:
         resident.leases -= 1
 
     def pin(self, resident: ResidentPool) -> None:
-        """Have a pool stay, and open it if it was closing; retired pools cannot be pinned."""
-        assert not resident.is_retired, "a pin of a pool without a definition has no end"
+        """Have a pool stay, and open it if it is closing; retired pools cannot be pinned."""
+        assert not resident.is_retired, "a pool without a definition could never be unpinned"
         self._pinned.add(resident.key)
         resident.is_closing = False
 
@@ -138,7 +138,7 @@ class ResidentPools:
         self._pinned.discard(key)
 
     def start_drain(self, resident: ResidentPool) -> None:
-        """Let no request into a pool, and have it go with its last lease."""
+        """Admit no new requests to a pool, so that it goes after its last lease."""
         resident.drains += 1
 
     def end_drain(self, resident: ResidentPool) -> None:
@@ -162,9 +162,9 @@ class ResidentPools:
     # -- definitions --
 
     def retire(self, key: str) -> None:
-        """Unpin a pool whose definition is gone, and have it go with its last lease.
+        """Unpin a pool whose definition is gone, and let it go after its last lease.
 
-        If it is loaded again for requests admitted before, it goes after these, too.
+        If it is loaded again, for requests admitted before, it goes after these, too.
         """
         self.unpin(key)
         self._retired.add(key)
@@ -197,10 +197,10 @@ class ResidentPools:
 
 
 class _RetiredKeys:
-    """Remember which definitions are gone; beyond `limit` the oldest are forgotten.
+    """Remember which definitions are gone; beyond `limit`, forget the oldest.
 
-    An OrderedDict is all it takes: what counts is when a definition went, not when it was last
-    asked for, and residency has no dependencies.
+    An OrderedDict is enough: the order is that of retirement, not of use, and residency needs the
+    standard library only.
     """
 
     def __init__(self, limit: int) -> None:

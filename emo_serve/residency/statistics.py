@@ -1,4 +1,4 @@
-"""A snapshot of who is where: frozen values for routes, metrics and the terminal."""
+"""A snapshot of residency: frozen values for routes, metrics and the terminal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from emo_serve.residency.slots import LayerSlots
 __all__ = ["EventCounts", "PoolResidency", "PoolState", "ResidencyStats"]
 
 PoolState = Literal["waiting", "loading", "resident", "closing"]
-"""Of a pool that somebody wants or has; in `closing` it is resident and lets nobody in."""
+"""A pool that is `closing` is resident but admits no new requests."""
 
 
 @dataclass(frozen=True)
 class PoolResidency:
-    """One pool that has a row of the engine's pool table, or requests that wait for one.
+    """One pool that has a row in the engine's pool table, or requests that wait for one.
 
-    Pools of equal content share a row and go by the name first used: look up by `content_hash`.
+    Pools of equal content share a row and show the name first used: look up by `content_hash`.
     """
 
     name: str
@@ -32,7 +32,7 @@ class PoolResidency:
 
 @dataclass(frozen=True)
 class ResidencyStats:
-    """A snapshot of slots, rows, leases and the queue; counts run from the start of the server."""
+    """A snapshot of slots, rows, leases and the queue; events count from the server's start."""
 
     layers: tuple[LayerSlots, ...]
     pools: tuple[PoolResidency, ...]
@@ -51,27 +51,27 @@ class ResidencyStats:
 
     @property
     def total_slots(self) -> int:
-        """Return the slots of all layers."""
+        """Return the number of slots in all layers."""
         return sum(layer.slots for layer in self.layers)
 
     @property
     def free_slots(self) -> int:
-        """Return the free slots of all layers."""
+        """Return the number of free slots in all layers."""
         return sum(layer.free for layer in self.layers)
 
     @property
     def used_slots(self) -> int:
-        """Return the slots, of all layers, that are not free: resident or loading."""
+        """Return the number of slots in all layers whose expert is resident or loading."""
         return self.total_slots - self.free_slots
 
     @property
     def used_bytes(self) -> int:
-        """Return the bytes of the used slots, on all devices together."""
+        """Return the bytes of the used slots on all devices."""
         return self.used_slots * self.slot_bytes
 
 
 class EventCounts:
-    """A ResidencyObserver that counts what has happened since the start, and passes it on."""
+    """A ResidencyObserver that counts events since the start and passes them on."""
 
     def __init__(self, observer: ResidencyObserver) -> None:
         self._observer = observer
@@ -88,7 +88,7 @@ class EventCounts:
         self._observer.count_ask(pool, is_hit=is_hit)
 
     def count_wait(self, pool: str, outcome: str, seconds: float) -> None:
-        """Pass a wait on; none is counted here."""
+        """Pass on the end of a wait, which is not counted here."""
         self._observer.count_wait(pool, outcome, seconds)
 
     def count_load(self, pool: str, report: LoadReport) -> None:

@@ -16,7 +16,7 @@ SLOT_BYTES = 64
 
 @dataclass
 class Operation:
-    """One call of the manager's; held until `release` or `fail`."""
+    """One call by the manager; held until `release` or `fail`."""
 
     row: int
     expert_ids: tuple[tuple[int, ...], ...]
@@ -36,7 +36,7 @@ class Operation:
 
 
 class FakeEngine:
-    """A PoolEngine that remembers what it was told.
+    """A PoolEngine that records the calls it gets.
 
     With `is_holding` every operation stays in `held` until the test releases it; otherwise it ends
     after `load_seconds` (on the loop's clock) if it copies, or raises `failure` if that is set.

@@ -25,7 +25,7 @@ PROFILES = {
     "long": settings(max_examples=2500, stateful_step_count=100, deadline=None),
 }
 PROFILE = PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "quick")]
-"""How long the state machines run; the long way takes minutes."""
+"""How long the state machines run; the long profile takes minutes."""
 
 
 def a_pool(name: str, *experts: int, temperature: float = 1.0) -> ExpertPool:
@@ -66,18 +66,18 @@ def status(manager: ResidencyManager, pool: ExpertPool) -> PoolResidency | None:
 
 
 def state(manager: ResidencyManager, pool: ExpertPool) -> str | None:
-    """Return the state of a pool; None for one that nobody has or wants."""
+    """Return the state of a pool; None if it has no room and is not waited for."""
     entry = status(manager, pool)
     return entry.state if entry else None
 
 
 def states(manager: ResidencyManager) -> dict[str, str]:
-    """Return the state of every pool that somebody has or wants, by name."""
+    """Return the state of every pool that has room or is waited for, by name."""
     return {entry.name: entry.state for entry in manager.statistics().pools}
 
 
 class Client:
-    """A request: wait for the pool, run until told to finish. Await `task` for what it met."""
+    """A request: wait for the pool, run until told to finish. Await `task` for its outcome."""
 
     def __init__(self, manager: ResidencyManager, pool: ExpertPool) -> None:
         self.manager = manager

@@ -232,7 +232,7 @@ def test_an_added_pool_is_shown_at_once_and_adding_again_keeps_its_counts(
     assert registry.get_sample_value("emo_serve_requests_total", labels) == 1
 
 
-def test_a_removed_pool_disappears_and_what_still_ends_of_it_is_not_lost(
+def test_a_removed_pool_disappears_and_requests_still_finishing_in_it_are_counted(
     registry: CollectorRegistry,
 ) -> None:
     empty = MetricsSnapshot((), 0, 0, 0, 0, 0)

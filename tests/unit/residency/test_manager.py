@@ -18,7 +18,7 @@ from emo_serve.errors import (
     PoolTooLarge,
 )
 from emo_serve.residency.manager import Lease
-from emo_serve.residency.ports import LoadReport, NobodyCounts
+from emo_serve.residency.ports import LoadReport, NullObserver
 from emo_serve.residency.slots import Copy
 from tests.support.fake_engine import SLOT_BYTES, FakeEngine, settle
 from tests.support.residency_world import (
@@ -207,7 +207,7 @@ async def test_the_base_pool_has_row_0_and_nothing_else_has() -> None:
     assert engine.table[2] == (BASE.expert_ids, 2.0)
 
 
-async def test_more_pools_than_rows_take_turns_and_row_0_is_nobodys_turn() -> None:
+async def test_more_pools_than_rows_take_turns_and_row_0_is_never_handed_out() -> None:
     engine = FakeEngine()
     manager = a_manager(engine, slots=NUM_EXPERTS, rows=3)
     for pool, row in ((A, 1), (B, 2), (C, 1), (BASE, 0), (D, 2), (A, 1)):
@@ -302,7 +302,7 @@ async def test_unreadable_experts_are_found_before_anything_is_evicted() -> None
 
 
 async def test_any_error_of_the_check_is_that_pools_alone() -> None:
-    """The check runs in the call of whoever gave a lease back: that request did nothing wrong."""
+    """The check runs in the call that released a lease: that request did nothing wrong."""
 
     class Broken(FakeEngine):
         def check_readable(self, copies: object) -> None:
@@ -361,7 +361,7 @@ async def test_a_timeout_of_the_engines_own_is_not_taken_for_the_deadline() -> N
 
 
 async def test_a_load_that_the_engine_cancels_is_a_failed_load() -> None:
-    """A call given up by the engine's client raises CancelledError, though nobody stopped us."""
+    """The call raises CancelledError, though no one cancelled the load: its client gave it up."""
     engine = FakeEngine(is_holding=True)
     manager = a_manager(engine, slots=2)
     client, next_in_queue = Client(manager, A), Client(manager, B)
@@ -387,7 +387,7 @@ def test_a_load_under_way_does_not_outlive_the_event_loop() -> None:
     assert engine.held == [] and len(engine.operations) == 1
 
 
-async def test_a_failure_nobody_waits_for_is_not_reported_by_asyncio() -> None:
+async def test_a_failure_that_no_request_waits_for_is_not_reported_by_asyncio() -> None:
     reported: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
     engine = FakeEngine(is_holding=True)
@@ -402,10 +402,10 @@ async def test_a_failure_nobody_waits_for_is_not_reported_by_asyncio() -> None:
     assert reported == []
 
 
-async def test_an_observer_that_fails_is_logged_and_stops_nobody(
+async def test_an_observer_that_fails_is_logged_and_stops_no_request(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class Broken(NobodyCounts):
+    class Broken(NullObserver):
         def count_load(self, *args: object, **kwargs: object) -> None:
             raise ValueError("no such label")
 
@@ -421,7 +421,7 @@ async def test_an_observer_is_told_of_copies_and_failures() -> None:
     """One record for each load that copied; a union of resident pools only publishes a row."""
     events: list[tuple[str, LoadReport | None]] = []
 
-    class Recording(NobodyCounts):
+    class Recording(NullObserver):
         def count_load(self, pool: str, report: LoadReport) -> None:
             events.append((pool, report))
 

@@ -43,7 +43,7 @@ async def test_a_pinned_pool_stays_and_an_unpinned_one_may_go() -> None:
     manager.check_integrity()
 
 
-async def test_unpinning_lets_in_who_waits_for_that_room() -> None:
+async def test_unpinning_lets_in_requests_that_wait_for_that_room() -> None:
     engine = FakeEngine()
     manager = await loaded(engine, A, B)
     in_b = Client(manager, B)
@@ -117,7 +117,7 @@ async def test_operators_wait_in_the_queue_that_requests_wait_in() -> None:
     assert engine.operations == []
 
 
-async def test_a_pin_that_nobody_waits_for_any_more_is_not_made() -> None:
+async def test_a_pin_whose_operator_has_left_is_not_made() -> None:
     engine = FakeEngine(is_holding=True)
     manager = a_manager(engine)
     pin = asyncio.create_task(manager.load(A, pin=True))
@@ -181,7 +181,7 @@ async def test_a_pool_in_use_is_not_evicted() -> None:
     manager.check_integrity()
 
 
-async def test_draining_lets_nobody_in_and_evicts_when_the_last_lease_ends() -> None:
+async def test_draining_admits_no_requests_and_evicts_when_the_last_lease_ends() -> None:
     engine = FakeEngine()
     manager = await loaded(engine, A, B)
     running = Client(manager, A)
@@ -290,7 +290,7 @@ async def test_draining_what_the_first_in_the_queue_waits_for_loses_nothing() ->
     manager.check_integrity()
 
 
-async def test_who_waits_behind_a_drain_does_not_hold_up_the_queue() -> None:
+async def test_a_request_behind_a_drain_does_not_hold_up_the_queue() -> None:
     """A is first in the queue and on its way out; c, behind it, is served."""
     manager = await loaded(FakeEngine(), A)
     running = Client(manager, A)
@@ -427,7 +427,7 @@ async def test_only_a_revived_pool_outlives_its_stragglers() -> None:
     manager.check_integrity()
 
 
-async def test_a_pool_retired_while_it_loads_serves_who_waits_and_goes() -> None:
+async def test_a_pool_retired_while_it_loads_serves_its_waiters_and_goes() -> None:
     engine = FakeEngine(is_holding=True)
     manager = a_manager(engine)
     waiting = Client(manager, A)
@@ -485,7 +485,7 @@ async def test_retiring_opens_what_was_closed_when_no_request_waits() -> None:
     assert engine.operations == []
 
 
-async def test_retiring_makes_room_for_who_waits() -> None:
+async def test_retiring_makes_room_for_waiting_requests() -> None:
     manager = await loaded(FakeEngine(), A, B)
     await manager.load(A, pin=True)
     await manager.load(B, pin=True)

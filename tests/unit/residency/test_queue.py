@@ -1,4 +1,4 @@
-"""The waiting queue: who closes, who passes, who leaves, who is told what."""
+"""The waiting queue: which pools close and pass, and what waiting requests are told."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ async def test_a_closed_pool_opens_as_soon_as_the_first_finds_room_elsewhere() -
         await client.finish()
 
 
-async def test_a_pool_on_its_way_is_closed_too_and_serves_who_waits_for_it() -> None:
+async def test_a_pool_on_its_way_is_closed_too_and_serves_its_waiters() -> None:
     engine = FakeEngine(is_holding=True)
     manager = a_manager(engine, slots=2)
     first = Client(manager, A)
@@ -214,7 +214,7 @@ async def test_a_covered_pool_passes_while_the_first_waits_for_a_load_to_end() -
     manager.check_integrity()
 
 
-async def test_nobody_passes_who_would_take_what_the_first_waits_for() -> None:
+async def test_no_pool_passes_that_would_take_what_the_first_waits_for() -> None:
     """The union is resident, but it would hold a's slots when a has gone."""
     engine = FakeEngine(is_holding=True)
     manager, clients = await contended(engine)
@@ -326,7 +326,7 @@ async def test_a_covered_pool_passes_one_that_waits_for_the_link_alone() -> None
     manager.check_integrity()
 
 
-async def test_who_waits_for_rows_is_served_in_turn_too() -> None:
+async def test_requests_that_wait_for_rows_are_served_in_turn_too() -> None:
     engine = FakeEngine()
     manager = await loaded(engine, A, B, slots=8, rows=3)
     clients = [Client(manager, A), Client(manager, B)]
@@ -391,7 +391,7 @@ async def test_a_place_is_held_until_the_deadline_and_leaves_nothing_behind() ->
 
 
 @in_virtual_time
-async def test_a_load_goes_on_after_the_deadline_of_who_asked_for_it() -> None:
+async def test_a_load_goes_on_after_the_deadline_of_its_request() -> None:
     manager = a_manager(FakeEngine(load_seconds=50.0), load_deadline_seconds=30.0)
     with pytest.raises(LoadDeadlineExceeded):
         await manager.load(A)
@@ -485,7 +485,7 @@ async def test_a_client_cancelled_in_the_moment_of_its_lease_gives_it_back(
 
 @in_virtual_time
 async def test_a_lease_that_comes_in_the_moment_of_the_deadline_is_given_back_or_used() -> None:
-    """The load ends exactly at the deadline; whoever wins, no lease is lost."""
+    """The load ends exactly at the deadline; whichever comes first, no lease is lost."""
     outcomes = set()
     for load_seconds in (9.999, 10.0, 10.001):
         engine = FakeEngine(load_seconds=load_seconds)
@@ -561,7 +561,7 @@ async def test_pinned_pools_block_by_rows_too() -> None:
         a_manager_full.check_admissible(B)
 
 
-async def test_a_pin_turns_away_those_who_wait_already_wherever_in_the_queue() -> None:
+async def test_a_pin_turns_away_requests_that_wait_already_wherever_in_the_queue() -> None:
     engine = FakeEngine(is_holding=True)
     manager, clients = await contended(engine)
     first, second, third = Client(manager, C), Client(manager, AC), Client(manager, D)

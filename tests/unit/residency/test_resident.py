@@ -6,7 +6,7 @@ import pytest
 
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency import resident as module
-from emo_serve.residency.ports import NobodyCounts
+from emo_serve.residency.ports import NullObserver
 from emo_serve.residency.records import ResidentPool
 from emo_serve.residency.resident import ResidentPools
 from emo_serve.residency.room import Room
@@ -34,7 +34,7 @@ class World:
         return resident
 
 
-class _Recording(NobodyCounts):
+class _Recording(NullObserver):
     def __init__(self, evictions: list[tuple[str, str]]) -> None:
         self._evictions = evictions
 

@@ -1,9 +1,9 @@
 """Everything at once, at random: a state machine over the manager, and a storm of clients.
 
 What is checked after every step, whatever happened: the tables agree; a request that has its lease
-would be computed with just its pool's experts; what is leased or pinned stays; nobody waits for a
-pool that is open, or longer than the deadline. At the end everybody is served and, once everything
-is evicted, the tables are as new.
+would be computed with just its pool's experts; what is leased or pinned stays; no request waits
+for a pool that is open, or longer than the deadline. At the end all requests are served and, once
+everything is evicted, the tables are as new.
 """
 
 from __future__ import annotations
@@ -323,12 +323,12 @@ class Residency(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "manager"):
-            self.serve_everybody()
+            self.serve_everything()
             self.evict_everything()
         assert not asyncio.all_tasks(self.loop)
         self.loop.close()
 
-    def serve_everybody(self) -> None:
+    def serve_everything(self) -> None:
         """Finish and release until nothing is left, with no help from deadlines."""
         self.engine.unreadable = set()
         self.soon(lambda: None, passes=5)  # for what the last rules brought
@@ -339,7 +339,7 @@ class Residency(RuleBasedStateMachine):
                 if request.lease:
                     request.finish()
             self.soon(lambda: self.end_operation(0, None), passes=1)
-        assert not self.is_busy, "somebody hangs"
+        assert not self.is_busy, "a request or operator hangs"
         self.check()
         stats = self.manager.statistics()
         assert (stats.running_requests, stats.waiting_requests, stats.leased_slots) == (0, 0, 0)
