@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from emo_serve.errors import ConfigError
+from emo_serve.names import AUTO_POOL, NAME_RULE, UNION, is_pool_or_union
 from emo_serve.residency.policy import POLICIES
 from emo_serve.vllm_plugin import EXPERT_DTYPES, MOE_BACKENDS, check_expert_dtype
 
 __all__ = [
     "AUTO_METHODS",
-    "AUTO_POOL",
-    "BASE_POOL",
     "GIB",
     "ServeSettings",
     "add_serve_flags",
@@ -31,19 +30,12 @@ __all__ = [
     "slots_for_memory",
 ]
 
-BASE_POOL = "base"
-"""The name under which the base pool is asked for; no pool file may carry it."""
-
-AUTO_POOL = "auto"
-"""The name under which clients leave the choice of a pool to the server."""
-
 AUTO_METHODS = ("tfidf", "router")
 """What chooses for `auto`: a classifier of text, or the model's router."""
 
 GIB = 2**30
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
 _OPEN_PATHS = ("/health", "/ready", "/ping", "/version", "/metrics")
-_POOL_NAME = re.compile(r"[a-z0-9._-]{1,64}(\+[a-z0-9._-]{1,64})*")
 
 
 # -- sizes --
@@ -428,10 +420,10 @@ def _flags() -> list[tuple[str, _Flag, object]]:
 
 
 def _check_pool_name(flag: str, name: str) -> None:
-    if not _POOL_NAME.fullmatch(name):
+    if not is_pool_or_union(name):
         raise ConfigError(
-            f"{flag}: {name!r} cannot be a pool; names are 1 to 64 of a-z 0-9 . _ -,"
-            " a union joins them with +"
+            f"{flag}: {name!r} cannot be a pool; names are {NAME_RULE}, a union joins them with"
+            f" {UNION}"
         )
 
 

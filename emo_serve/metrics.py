@@ -54,6 +54,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from emo_serve.names import is_union
 from emo_serve.residency.ports import LoadReport
 
 __all__ = [
@@ -119,7 +120,7 @@ class MetricsSnapshot:
 
 def pool_label(name: str) -> str:
     """Return the label value of a pool; every union has the same."""
-    return _UNION_LABEL if "+" in name else name
+    return _UNION_LABEL if is_union(name) else name
 
 
 class PoolMetrics:

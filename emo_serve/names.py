@@ -1,29 +1,107 @@
-"""Which pool a request asks for: its model name and its `x-emo-pool` header, nothing else.
+"""The grammar of model names, and which pool a request asks for.
 
-Pure text to text. Whether a pool of that name exists, and whether it can be served now, is asked
-elsewhere; here two requests that mean the same pool get the same string, and contradictions and
-malformed headers are refused.
+    base                a name of the base model, e.g. `emo` or `allenai/Emo_1b14b_1T`
+    pool                a pool: 1 to 64 of a-z 0-9 . _ -
+    a+b                 the union of pools
+    base:pool, base:a+b the same, for clients that expect the model's name first
+    auto                the server chooses the pool
+    x-emo-pool: a+b     the header; names the pool, or repeats the one that the model name names
+
+Only text is read here. Whether a pool of that name exists and can be served now is decided
+elsewhere. Two requests that mean the same pool get the same string; contradictions and malformed
+headers are refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from emo_serve.config import AUTO_POOL, BASE_POOL
-from emo_serve.errors import ConfigError, PoolConflict, RequestError
+from emo_serve.errors import ConfigError, PoolConflict, PoolFileError, RequestError
 
-__all__ = ["POOL_HEADER", "UNION", "ModelNames", "canonical_name", "check_chosen"]
+__all__ = [
+    "AUTO_POOL",
+    "BASE_POOL",
+    "NAME_PATTERN",
+    "NAME_RULE",
+    "POOL_HEADER",
+    "UNION",
+    "ModelNames",
+    "canonical_name",
+    "check_chosen",
+    "check_pool_name",
+    "is_pool_name",
+    "is_pool_or_union",
+    "is_union",
+    "join_names",
+    "split_name",
+]
 
-POOL_HEADER = "x-emo-pool"
+BASE_POOL = "base"
+"""The name of the base pool; no pool file may carry it."""
+
+AUTO_POOL = "auto"
+"""The name by which clients leave the choice of a pool to the server."""
+
 UNION = "+"
-_NAME = re.compile(r"[a-z0-9._-]{1,64}(\+[a-z0-9._-]{1,64})*")
+POOL_HEADER = "x-emo-pool"
+
+NAME_PATTERN = r"^[a-z0-9._-]{1,64}$"
+"""The name of one pool, as a regular expression for Python and for JSON schemas."""
+
+NAME_RULE = "1 to 64 of a-z 0-9 . _ -"
+"""`NAME_PATTERN` in words."""
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 80
+
+
+# -- names of pools and unions --
+
+
+def is_pool_name(name: str) -> bool:
+    """Tell whether `name` can be the name of one pool."""
+    return re.fullmatch(NAME_PATTERN, name) is not None
+
+
+def is_pool_or_union(name: str) -> bool:
+    """Tell whether `name` can be a pool, or pools joined with `+`."""
+    return all(map(is_pool_name, name.split(UNION)))
+
+
+def is_union(name: str) -> bool:
+    """Tell whether `name` joins several names, whatever they are."""
+    return UNION in name
+
+
+def split_name(name: str) -> tuple[str, ...]:
+    """Return the names that a union joins, each once, as ordered in it; a pool gives its own."""
+    return tuple(dict.fromkeys(name.split(UNION)))
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Return the one spelling of a union of these pools: each once, sorted."""
+    return UNION.join(sorted(set(names)))
 
 
 def canonical_name(name: str) -> str:
     """Return the one spelling of a union: `b+a+b` is `a+b`; a single pool's name is itself."""
-    return UNION.join(sorted(set(name.split(UNION))))
+    return join_names(split_name(name))
+
+
+def check_pool_name(source: str, name: object) -> str:
+    """Return a name that a pool file may carry; PoolFileError names `source`, value and rule."""
+    if isinstance(name, str) and is_pool_name(name):
+        return name
+    raise PoolFileError(
+        f"{source}: name is {_shown.repr(name)}; expected {NAME_RULE}"
+        f" ({UNION!r} is reserved for unions, ':' for base:pool)"
+    )
+
+
+# -- what a request asks for --
 
 
 def check_chosen(name: str) -> None:
@@ -31,7 +109,7 @@ def check_chosen(name: str) -> None:
 
     By then a request that generates from a prompt has the chosen pool's name.
     """
-    if AUTO_POOL in name.split(UNION):
+    if AUTO_POOL in split_name(name):
         raise RequestError(
             f"{AUTO_POOL!r} is no pool: the server chooses one for it, alone and not in a union,"
             " from the text of a prompt to /v1/completions, /v1/chat/completions, /v1/responses or"
@@ -94,9 +172,9 @@ class ModelNames:
 
 def _checked_header(value: str) -> str:
     name = value.strip()
-    if not _NAME.fullmatch(name):
+    if not is_pool_or_union(name):
         raise RequestError(
-            f"{POOL_HEADER} is {value!r}; expected a pool's name, 1 to 64 of a-z 0-9 . _ -,"
+            f"{POOL_HEADER} is {value!r}; expected a pool's name, {NAME_RULE},"
             f" or several joined with {UNION}"
         )
     return name

@@ -44,9 +44,9 @@ from benchmarks.accuracy.servers import pools_served, serve, small_server
 from benchmarks.accuracy.texts import Domain, read_domain
 from benchmarks.harness.results import RESULTS, append_result
 from emo_serve import demo
-from emo_serve.config import BASE_POOL
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.tokenizer import ModelTokenizer
+from emo_serve.names import BASE_POOL
 
 _SHIPPED_TEXTS = Path(demo.__file__).parent / "heldout"
 _CPU_FLAGS = "--enforce-eager --max-num-seqs 64 --kv-cache-memory-bytes 536870912"

@@ -22,8 +22,8 @@ from benchmarks.accuracy.pools import Case, build_pools
 from benchmarks.accuracy.servers import pools_served, serve
 from benchmarks.accuracy.texts import Domain
 from benchmarks.serving.throughput import Sample, load
-from emo_serve.config import BASE_POOL
 from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.names import BASE_POOL
 
 __all__ = ["sweep"]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 from emo_serve import demo
-from emo_serve.config import BASE_POOL
+from emo_serve.names import BASE_POOL
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 
 __all__ = [

@@ -23,8 +23,9 @@ from emo_serve.cli.rendering.outcome import coverage_line, found_by, size_line
 from emo_serve.cli.rendering.tables import facts, size_range
 from emo_serve.cli.server_flags import BUILD_SECONDS, add_server_flags
 from emo_serve.errors import ConfigError
+from emo_serve.names import check_pool_name
 from emo_serve.pools.calibration import DEFAULT_METHOD, METHODS
-from emo_serve.pools.pool import ExpertPool, check_name
+from emo_serve.pools.pool import ExpertPool
 
 if TYPE_CHECKING:
     from emo_serve.emo.checkpoint import Checkpoint
@@ -115,7 +116,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
     arguments.model = arguments.model or arguments.default_model
     started = time.monotonic()
     out: Path = arguments.out or Path(f"{arguments.name}.json")
-    check_name("pools build", arguments.name)
+    check_pool_name("pools build", arguments.name)
     _check_place(out)
     if arguments.model is None:
         raise ConfigError("pools build: give --model DIR, the checkpoint that the pool is for")
@@ -215,7 +216,7 @@ def _run_cut(arguments: argparse.Namespace) -> int:
     pool, k = ExpertPool.read(arguments.path), arguments.experts
     name = arguments.name or f"{pool.name}-{k}"
     out: Path = arguments.out or arguments.path.with_name(f"{name}.json")
-    check_name("pools cut", name)
+    check_pool_name("pools cut", name)
     _check_place(out)
     _check_cut(arguments.path, pool, k, has_model=arguments.model is not None)
     moe_layers = None

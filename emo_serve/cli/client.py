@@ -18,6 +18,7 @@ import httpx
 
 from emo_serve.cli.rendering.tables import printable
 from emo_serve.errors import ConfigError, RequestError, Unavailable
+from emo_serve.names import UNION
 
 __all__ = ["ADMIN_KEY_VARIABLE", "KEY_VARIABLES", "PoolServer", "key_from"]
 
@@ -165,7 +166,7 @@ class PoolServer:
 
 
 def _path(name: str, verb: str | None = None) -> str:
-    path = f"/{quote(name, safe='+')}"
+    path = f"/{quote(name, safe=UNION)}"
     return path if verb is None else f"{path}/{verb}"
 
 

@@ -14,9 +14,9 @@ from emo_serve.cli.rendering.outcome import coverage_line, found_by, size_line
 from emo_serve.cli.rendering.tables import facts, printable
 from emo_serve.cli.server_flags import server_of
 from emo_serve.errors import ConfigError
+from emo_serve.names import check_pool_name
 from emo_serve.pools.calibration import DEFAULT_METHOD
 from emo_serve.pools.calibration.examples import Example, read_examples
-from emo_serve.pools.pool import check_name
 
 __all__ = ["run_server_build"]
 
@@ -53,7 +53,7 @@ def run_server_build(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what makes no sense with --server, and a name no pool may have."""
-    check_name("pools build", arguments.name)
+    check_pool_name("pools build", arguments.name)
     if arguments.method != DEFAULT_METHOD:
         raise ConfigError(
             f"pools build: a server builds by {DEFAULT_METHOD}; for --method {arguments.method}"

@@ -36,7 +36,8 @@ from emo_serve.errors import (
     StateConflict,
     UnknownPool,
 )
-from emo_serve.pools.pool import UNION, ExpertPool, check_name
+from emo_serve.names import canonical_name, check_pool_name, split_name
+from emo_serve.pools.pool import ExpertPool
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
@@ -168,11 +169,11 @@ class PoolCatalog:
         Equal unions are one object. Raises UnknownPool naming the pools there are, and RequestError
         for a union of pools that are routed at different temperatures.
         """
-        parts = sorted(set(name.split(UNION)))
+        canonical = canonical_name(name)
+        parts = split_name(canonical)
         for part in parts:
             if part not in self.pools:
                 raise self._unknown(part)
-        canonical = UNION.join(parts)
         if len(parts) == 1:
             return self.pools[canonical]
         if canonical not in self._unions:
@@ -191,7 +192,7 @@ class PoolCatalog:
         Raises PoolFileError for a pool that does not fit the model, PoolExists for a name (or a
         refused file of that name) that only `replace` may take, StateConflict for one it may not.
         """
-        name = check_name(f"pool {pool.name[:80]!r}", pool.name)
+        name = check_pool_name(f"pool {pool.name[:80]!r}", pool.name)
         fitted = self._fitted(pool, f"pool {name!r}")
         if name in self.pools and not replace:
             raise PoolExists(f"pool {name!r} is defined already; give replace=true to redefine it")
@@ -237,7 +238,7 @@ class PoolCatalog:
             self._versions[name] = self.version(name) + 1
         self.pools = MappingProxyType(dict(sorted(pools.items())))
         self._revision += 1
-        for union in [union for union in self._unions if name in union.split(UNION)]:
+        for union in [union for union in self._unions if name in split_name(union)]:
             del self._unions[union]
 
     def _fitted(self, pool: ExpertPool, source: str) -> ExpertPool:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emo_serve.errors import ConfigError, PoolFileError, RequestError
+from emo_serve.names import BASE_POOL, check_pool_name, join_names, split_name
 from emo_serve.pools.strict_json import (
     optional_text,
     read_json,
@@ -47,21 +47,17 @@ if TYPE_CHECKING:  # emo.config imports transformers; reading a pool must not
 
 __all__ = [
     "FORMAT",
-    "UNION",
     "ExpertPool",
     "LayerExperts",
     "PoolCalibration",
     "PoolModel",
     "check_layer",
-    "check_name",
     "check_temperature",
     "keep_best",
 ]
 
 FORMAT = "emo-pool/1"
-UNION = "+"
 _CALIBRATION_COUNTS = ("documents", "tokens", "seed", "experts")
-_NAME = re.compile(r"[a-z0-9._-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ class ExpertPool:
     """Name the experts, per layer, that a request may use; None stands for a dense layer.
 
     Raises PoolFileError for ids or scores that no model could have. In memory any name will do (a
-    union is called "a+b"); only a name that `check_name` takes can be written to a file.
+    union is called "a+b"); only a name that `check_pool_name` takes can be written to a file.
     """
 
     name: str
@@ -149,7 +145,7 @@ class ExpertPool:
     # -- maths --
 
     @classmethod
-    def base(cls, moe_layers: Sequence[MoeLayer | None], name: str = "base") -> ExpertPool:
+    def base(cls, moe_layers: Sequence[MoeLayer | None], name: str = BASE_POOL) -> ExpertPool:
         """Build the base pool: all experts of every layer."""
         layers = (
             None if layer is None else LayerExperts(tuple(range(layer.num_experts)))
@@ -185,9 +181,8 @@ class ExpertPool:
             LayerExperts(tuple({*mine.experts, *theirs.experts})) if mine and theirs else None
             for mine, theirs in zip(self.layers, other.layers, strict=True)
         )
-        names = {*self.name.split(UNION), *other.name.split(UNION)}
         return ExpertPool(
-            name=UNION.join(sorted(names)),
+            name=join_names([*split_name(self.name), *split_name(other.name)]),
             layers=layers,
             router_temperature=self.router_temperature,
             model=self.model if self.model == other.model else None,
@@ -277,7 +272,7 @@ class ExpertPool:
 
         Raises PoolFileError for a name no file may carry and for a place that cannot be written.
         """
-        check_name(str(path), self.name)
+        check_pool_name(str(path), self.name)
         # The catalog reads *.json; this name is not one, and two writers do not meet in it.
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
@@ -304,14 +299,6 @@ def keep_best(scores: Sequence[float], k: int, implied: Collection[int]) -> tupl
 
 
 # -- checks --
-
-
-def check_name(source: str, name: object) -> str:
-    """Return the name a pool file carries, or raise PoolFileError."""
-    if isinstance(name, str) and _NAME.fullmatch(name):
-        return name
-    expected = "1 to 64 of a-z 0-9 . _ - ('+' is reserved for unions, ':' for base:pool)"
-    raise refusal(source, "name", name, expected)
 
 
 def check_temperature(source: str, value: object) -> float:
@@ -401,7 +388,7 @@ def _parse(source: str, document: object) -> ExpertPool:
     if not isinstance(description, str):
         raise refusal(source, "description", description, "a string")
     return ExpertPool(
-        name=check_name(source, fields["name"]),
+        name=check_pool_name(source, fields["name"]),
         layers=tuple(_parse_layer(source, index, entry) for index, entry in enumerate(layers)),
         router_temperature=check_temperature(source, fields.get("router_temperature", 1.0)),
         description=description,

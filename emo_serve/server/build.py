@@ -12,9 +12,9 @@ import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 
-from emo_serve.config import BASE_POOL
 from emo_serve.errors import EngineDead, PoolLoadFailed, PoolTooLarge, Unavailable
 from emo_serve.metrics import PoolMetrics
+from emo_serve.names import BASE_POOL
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.policy import make_policy

@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from emo_serve.config import BASE_POOL
 from emo_serve.emo.checkpoint import Checkpoint, load_model
 from emo_serve.emo.model import EmoForCausalLM, RouterRecord
 from emo_serve.emo.routing import router_probabilities
 from emo_serve.emo.tokenizer import ModelTokenizer
 from emo_serve.errors import EngineDead
 from emo_serve.metrics import BUILD_POOL
-from emo_serve.names import ModelNames
+from emo_serve.names import BASE_POOL, ModelNames
 from emo_serve.pools.calibration.build import Calibration, calibrate
 from emo_serve.pools.calibration.examples import Example, encode_examples
 from emo_serve.pools.catalog import PoolCatalog

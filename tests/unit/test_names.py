@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from emo_serve.errors import ConfigError, PoolConflict, RequestError
-from emo_serve.names import ModelNames, canonical_name, check_chosen
+from emo_serve.errors import ConfigError, PoolConflict, PoolFileError, RequestError
+from emo_serve.names import (
+    ModelNames,
+    canonical_name,
+    check_chosen,
+    check_pool_name,
+    is_pool_name,
+    is_pool_or_union,
+    is_union,
+    join_names,
+    split_name,
+)
 
 NAMES = ModelNames(("emo", "allenai/Emo_1b14b_1T"))
 
@@ -111,3 +121,35 @@ def test_a_pool_that_was_chosen_is_not_refused() -> None:
 def test_a_union_has_one_spelling() -> None:
     assert canonical_name("b+a+b") == "a+b"
     assert canonical_name("a") == "a"
+
+
+@pytest.mark.parametrize("name", ["a", "math", "a-b_c.9", "m" * 64, "auto", "base"])
+def test_a_pools_name_is_taken(name: str) -> None:
+    assert is_pool_name(name) and is_pool_or_union(name) and not is_union(name)
+    assert check_pool_name("file.json", name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Math", "a b", "math\n", "m" * 65, "base:math", "\xe9", "a/b"]
+)
+def test_what_is_no_pools_name_is_refused_alone_and_in_a_union(name: str) -> None:
+    assert not is_pool_name(name)
+    assert not is_pool_or_union(name) and not is_pool_or_union(f"math+{name}")
+
+
+def test_a_union_is_no_pools_name() -> None:
+    assert is_union("a+b") and is_pool_or_union("a+b") and not is_pool_name("a+b")
+    assert not is_pool_or_union("a+") and not is_pool_or_union("+")
+    assert split_name("b+a+b") == ("b", "a"), "as ordered in it"
+    assert split_name("a") == ("a",)
+    assert join_names(["b", "a", "b"]) == "a+b"
+
+
+@pytest.mark.parametrize("name", ["a+b", "base:math", "Math", "", 3])
+def test_a_name_no_file_may_carry_is_refused_with_value_and_rule(name: object) -> None:
+    with pytest.raises(PoolFileError) as caught:
+        check_pool_name("file.json", name)
+    assert str(caught.value) == (
+        f"file.json: name is {name!r}; expected 1 to 64 of a-z 0-9 . _ -"
+        " ('+' is reserved for unions, ':' for base:pool)"
+    )

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emo_serve.names import check_pool_name
 from emo_serve.pools.pool import (
     ExpertPool,
     LayerExperts,
     PoolCalibration,
     PoolModel,
     check_layer,
-    check_name,
 )
 from emo_serve.pools.strict_json import read_json, refusal, require_key, required_real
 
@@ -44,7 +44,7 @@ def read_pruning_metadata(
     naming file, layer, value and what was expected.
     """
     source = str(path)
-    check_name(source, name)
+    check_pool_name(source, name)
     metadata = read_json(path)
     if not isinstance(metadata, dict):
         raise refusal(source, "the file", metadata, "an object")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from emo_serve.config import AUTO_POOL
 from emo_serve.errors import PoolBlocked, PoolTooLarge, RequestError, Unavailable
+from emo_serve.names import AUTO_POOL
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.pool_admin.service import PoolService
 

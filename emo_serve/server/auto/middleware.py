@@ -20,9 +20,8 @@ from typing import Any, Protocol, TypeVar
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from emo_serve.config import AUTO_POOL, BASE_POOL
 from emo_serve.errors import EmoServeError, RequestError
-from emo_serve.names import ModelNames
+from emo_serve.names import AUTO_POOL, BASE_POOL, ModelNames
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.asgi.context import current_request
 from emo_serve.server.asgi.errors import reason_of, refusal

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from emo_serve.config import AUTO_POOL
 from emo_serve.errors import RequestError
+from emo_serve.names import AUTO_POOL
 from emo_serve.server.auto.prompt_text import Prompt
 from emo_serve.server.tokenizer import ServedTokenizer
 

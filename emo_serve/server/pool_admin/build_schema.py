@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from emo_serve.errors import ConfigError, PoolFileError, RequestError
+from emo_serve.names import NAME_PATTERN, check_pool_name
 from emo_serve.pools.calibration import DEFAULT_METHOD
 from emo_serve.pools.calibration.examples import Example, parse_example
-from emo_serve.pools.pool import check_name, check_temperature
+from emo_serve.pools.pool import check_temperature
 from emo_serve.pools.strict_json import refusal, required_object
 from emo_serve.server.pool_admin.schema import PoolCard, card_of
 
@@ -81,7 +82,7 @@ def _parse(document: object) -> BuildRequest:
     if not isinstance(description, str):
         raise refusal(_SOURCE, "description", description, "a string")
     return BuildRequest(
-        name=check_name(_SOURCE, fields["name"]),
+        name=check_pool_name(_SOURCE, fields["name"]),
         examples=tuple(
             parse_example(f"{_SOURCE}.examples[{place}]", value)
             for place, value in enumerate(examples)
@@ -123,7 +124,7 @@ class BuildDocument(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    name: str = Field(pattern=r"^[a-z0-9._-]{1,64}$")
+    name: str = Field(pattern=NAME_PATTERN)
     examples: list[str | ExampleText | ExampleChat] = Field(
         min_length=1, description="documents of the domain, or chats"
     )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from emo_serve.names import NAME_PATTERN
 from emo_serve.pools.pool import FORMAT, ExpertPool
 from emo_serve.server.pool_admin.status import Overview, PoolStatus
 from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
@@ -121,7 +122,7 @@ class PoolDocument(_Strict):
     """A pool, as in a file of `--pools`; body of POST /v1/pools."""
 
     format: Literal["emo-pool/1"] = Field(description=f"always {FORMAT!r}")
-    name: str = Field(pattern=r"^[a-z0-9._-]{1,64}$")
+    name: str = Field(pattern=NAME_PATTERN)
     layers: list[DocumentLayer | None] = Field(
         min_length=1, description="one entry a layer of the model, null for a dense layer"
     )

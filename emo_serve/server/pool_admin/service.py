@@ -19,7 +19,6 @@ from contextlib import AbstractAsyncContextManager, suppress
 from functools import reduce
 from typing import TypeVar
 
-from emo_serve.config import BASE_POOL
 from emo_serve.errors import (
     ConfigError,
     EmoServeError,
@@ -32,7 +31,15 @@ from emo_serve.errors import (
     UnknownPool,
 )
 from emo_serve.metrics import MetricsSnapshot, PoolMetrics
-from emo_serve.names import UNION, ModelNames, canonical_name, check_chosen
+from emo_serve.names import (
+    BASE_POOL,
+    ModelNames,
+    canonical_name,
+    check_chosen,
+    is_union,
+    join_names,
+    split_name,
+)
 from emo_serve.pools.catalog import CatalogChange, PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import Lease, ResidencyManager
@@ -94,12 +101,12 @@ class PoolService:
         """
         name = self.names.choose(model, headers)
         check_chosen(name)
-        parts = name.split(UNION)
+        parts = split_name(name)
         if BASE_POOL not in parts:
             return self._resolve(name)
         others = [part for part in parts if part != BASE_POOL]
         if others:
-            self._resolve(UNION.join(others))  # the base pool holds every expert of the others
+            self._resolve(join_names(others))  # the base pool holds every expert of the others
         return self._base_pool
 
     def admit(self, model: str | None, headers: Sequence[str] = ()) -> ExpertPool:
@@ -211,7 +218,7 @@ class PoolService:
         async with self._one_change:
             if name == BASE_POOL or name in self.names.base:
                 raise StateConflict("the base pool is the model itself and cannot be removed")
-            if name in self.names.default_pool.split(UNION):
+            if name in split_name(self.names.default_pool):
                 raise StateConflict(
                     f"pool {name!r} is served to requests that name no pool (--default-pool) and"
                     " cannot be removed"
@@ -252,7 +259,7 @@ class PoolService:
     def _made_of(self, name: str) -> list[ExpertPool]:
         """Return the pool of that name and the unions in use that it is part of."""
         in_use = {entry.name for entry in self.manager.statistics().pools}
-        names = [name, *sorted(used for used in in_use if name in used.split(UNION))]
+        names = [name, *sorted(used for used in in_use if name in split_name(used))]
         found = (self._known(each) for each in dict.fromkeys(names))
         return [pool for pool in found if pool is not None]
 
@@ -279,7 +286,7 @@ class PoolService:
 
         Raises PoolTooLarge, and RequestError for a default union of two temperatures.
         """
-        default = set(self.names.default_pool.split(UNION)) - {BASE_POOL}
+        default = set(split_name(self.names.default_pool)) - {BASE_POOL}
         old = self.catalog.pools.get(pool.name)
         wanted = [pool] if old is not None and self.manager.is_pinned(old) else []
         if pool.name in default:
@@ -317,7 +324,9 @@ class PoolService:
         stats = self.manager.statistics()
         sharing = self._sharing(stats)
         unions = {entry.name: self._known(entry.name) for entry in stats.pools}
-        named = {pool.content_hash: pool for pool in unions.values() if pool and UNION in pool.name}
+        named = {
+            pool.content_hash: pool for pool in unions.values() if pool and is_union(pool.name)
+        }
         pools = (*self.pools, *sorted(named.values(), key=lambda pool: pool.name))
         statuses = tuple(self._status(pool, stats, sharing) for pool in pools)
         return Overview(statuses, stats, sharing)
@@ -338,7 +347,7 @@ class PoolService:
 
     def _status(self, pool: ExpertPool, stats: ResidencyStats, sharing: Sharing) -> PoolStatus:
         held = next((p for p in stats.pools if p.content_hash == pool.content_hash), None)
-        kind: PoolKind = "union" if UNION in pool.name else "pool"
+        kind: PoolKind = "union" if is_union(pool.name) else "pool"
         if pool is self._base_pool:
             kind = "base"
         return PoolStatus(
@@ -358,7 +367,7 @@ class PoolService:
         )
 
     def _is_stored(self, name: str) -> bool:
-        return all(part == BASE_POOL or self.catalog.is_stored(part) for part in name.split(UNION))
+        return all(part == BASE_POOL or self.catalog.is_stored(part) for part in split_name(name))
 
     def _resolve(self, name: str) -> ExpertPool:
         try:

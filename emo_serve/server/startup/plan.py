@@ -10,14 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from emo_serve.config import (
-    BASE_POOL,
     ServeSettings,
     format_gib,
     slots_for_memory,
 )
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.errors import ConfigError, RequestError
-from emo_serve.names import UNION, ModelNames
+from emo_serve.names import BASE_POOL, ModelNames, split_name
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.slots import SlotTable
@@ -147,7 +146,7 @@ def _load_order(
 
 def _named(name: str, catalog: PoolCatalog, base_pool: ExpertPool) -> ExpertPool:
     """Return a pool of the command line, whose names are known."""
-    if base_pool.name in name.split(UNION):
+    if base_pool.name in split_name(name):
         return base_pool  # it holds what it is united with
     try:
         return catalog.resolve(name)
@@ -156,7 +155,7 @@ def _named(name: str, catalog: PoolCatalog, base_pool: ExpertPool) -> ExpertPool
 
 
 def _single_names(names: Iterable[str]) -> list[str]:
-    return [part for name in names for part in name.split(UNION)]
+    return [part for name in names for part in split_name(name)]
 
 
 def _rehearse(settings: ServeSettings, plan: StartPlan, slot_bytes: int) -> None:

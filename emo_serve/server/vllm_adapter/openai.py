@@ -32,9 +32,9 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPe
 from vllm.lora.request import LoRARequest
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from emo_serve.config import AUTO_POOL
 from emo_serve.errors import ConfigError, EmoServeError
 from emo_serve.metrics import PoolMetrics
+from emo_serve.names import AUTO_POOL
 from emo_serve.server.asgi.context import current_request
 from emo_serve.server.asgi.errors import reason_of
 from emo_serve.server.pool_admin.service import PoolService
