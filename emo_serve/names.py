@@ -24,6 +24,7 @@ from emo_serve.errors import ConfigError, PoolConflict, PoolFileError, RequestEr
 __all__ = [
     "AUTO_POOL",
     "BASE_POOL",
+    "FILE_NAME_RULE",
     "NAME_PATTERN",
     "NAME_RULE",
     "POOL_HEADER",
@@ -53,6 +54,9 @@ NAME_PATTERN = r"^[a-z0-9._-]{1,64}$"
 
 NAME_RULE = "1 to 64 of a-z 0-9 . _ -"
 """`NAME_PATTERN` in words."""
+
+FILE_NAME_RULE = f"{NAME_RULE} ({UNION!r} is reserved for unions, ':' for base:pool)"
+"""The same for people who name a pool, and what the other signs are for."""
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 80
@@ -95,10 +99,7 @@ def check_pool_name(source: str, name: object) -> str:
     """Return a name that a pool file may carry; PoolFileError names `source`, value and rule."""
     if isinstance(name, str) and is_pool_name(name):
         return name
-    raise PoolFileError(
-        f"{source}: name is {_shown.repr(name)}; expected {NAME_RULE}"
-        f" ({UNION!r} is reserved for unions, ':' for base:pool)"
-    )
+    raise PoolFileError(f"{source}: name is {_shown.repr(name)}; expected {FILE_NAME_RULE}")
 
 
 # -- what a request asks for --

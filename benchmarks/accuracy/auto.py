@@ -45,6 +45,7 @@ from emo_serve.config import AUTO_METHODS
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.tokenizer import ModelTokenizer
 from emo_serve.pools.calibration.build import calibrate
+from emo_serve.pools.document import write_pool
 from emo_serve.server.auto.by_classifier import MIN_MARGIN
 from emo_serve.server.auto.classifier import PoolClassifier
 
@@ -197,7 +198,7 @@ def write_inputs(
     for domain in domains:
         documents = [torch.tensor(text.ids) for text in domain.examples]
         pool = calibrate(checkpoint, documents, k).pool(domain.name)
-        pool.write(pools / f"{domain.name}.json")
+        write_pool(pool, pools / f"{domain.name}.json")
         lines = [json.dumps(tokenizer.decode(text.ids)) for text in domain.examples]
         (examples / f"{domain.name}.jsonl").write_text("\n".join(lines) + "\n")
         print(f"found pool {domain.name} on {len(documents)} examples", flush=True)

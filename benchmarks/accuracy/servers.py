@@ -20,6 +20,7 @@ import httpx
 from benchmarks.accuracy.scoring import Endpoint, score_domain
 from benchmarks.accuracy.texts import Domain
 from benchmarks.harness.servers import ServerProcess
+from emo_serve.pools.document import write_pool
 from emo_serve.pools.pool import ExpertPool
 
 __all__ = ["memory_of", "pools_served", "serve", "small_server"]
@@ -56,7 +57,7 @@ def pools_served(endpoint: Endpoint, pools: Sequence[ExpertPool]) -> Iterator[No
     """Register pools, and remove them on exit."""
     with tempfile.TemporaryDirectory() as directory:
         for pool in pools:
-            pool.write(Path(directory) / "pool.json")
+            write_pool(pool, Path(directory) / "pool.json")
             document = (Path(directory) / "pool.json").read_bytes()
             endpoint.ask("POST", "/v1/pools", content=document)
     yield
@@ -69,7 +70,7 @@ def small_server(
 ) -> dict[str, float]:
     """Return the memory of a server with so many slots a layer, and a domain's loss in `pool`."""
     with tempfile.TemporaryDirectory() as directory:
-        pool.write(Path(directory) / f"{pool.name}.json")
+        write_pool(pool, Path(directory) / f"{pool.name}.json")
         flags = [*flags, "--expert-slots", str(slots), "--pools", directory]
         with serve(model, flags) as (endpoint, memory):
             loss = score_domain(endpoint, pool.name, domain).loss

@@ -25,12 +25,13 @@ from emo_serve.cli.server_flags import BUILD_SECONDS, add_server_flags
 from emo_serve.errors import ConfigError
 from emo_serve.names import check_pool_name
 from emo_serve.pools.calibration import DEFAULT_METHOD, METHODS
+from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool
 
 if TYPE_CHECKING:
     from emo_serve.emo.checkpoint import Checkpoint
-    from emo_serve.pools.calibration.build import Calibration
     from emo_serve.pools.calibration.examples import Documents
+    from emo_serve.pools.calibration.findings import Calibration
 
 __all__ = ["add_calibration_commands"]
 
@@ -142,7 +143,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
     with _progress(steps) as advance:
         found = calibrate(checkpoint, documents.ids, **request, advance=advance)
     pool = found.pool(arguments.name, model_record(checkpoint), arguments.description)
-    pool.write(out)
+    write_pool(pool, out)
     rows = _outcome(pool, found, checkpoint, out)
     peak = _peak_resident_bytes()
     rows["peak memory"] = (
@@ -213,7 +214,7 @@ def _progress(steps: int) -> Iterator[Callable[[int], None]]:
 
 
 def _run_cut(arguments: argparse.Namespace) -> int:
-    pool, k = ExpertPool.read(arguments.path), arguments.experts
+    pool, k = read_pool(arguments.path), arguments.experts
     name = arguments.name or f"{pool.name}-{k}"
     out: Path = arguments.out or arguments.path.with_name(f"{name}.json")
     check_pool_name("pools cut", name)
@@ -227,7 +228,7 @@ def _run_cut(arguments: argparse.Namespace) -> int:
         moe_layers = checkpoint.config.moe_layers
         pool.check_fits(moe_layers, checkpoint.fingerprint(), str(arguments.path))
     cut = replace(pool.cut(k, moe_layers), name=name)
-    cut.write(out)
+    write_pool(cut, out)
     sizes = size_range([len(ids) for ids in cut.expert_ids if ids])
     print(f"wrote {out}: pool {name}, {sizes} experts a layer by the scores of {pool.name}")
     return 0

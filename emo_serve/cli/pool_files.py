@@ -17,6 +17,7 @@ from emo_serve.cli.rendering.tables import size_range
 from emo_serve.errors import ConfigError
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.comparison import PoolComparison
+from emo_serve.pools.document import read_pool
 from emo_serve.pools.pool import ExpertPool
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _named(
         raise ConfigError(
             f"{name} is no file; for the name of a pool give the directory of its file: --pools DIR"
         )
-    return ExpertPool.read(path)
+    return read_pool(path)
 
 
 # -- compare --

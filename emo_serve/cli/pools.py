@@ -29,7 +29,7 @@ from emo_serve.cli.server_flags import (
 from emo_serve.cli.usage import add_usage_command
 from emo_serve.errors import ConfigError, EmoServeError, Unavailable
 from emo_serve.pools.catalog import PoolCatalog
-from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pruned.metadata import read_pruning_metadata
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _run_show(arguments: argparse.Namespace) -> int:
 def _run_import(arguments: argparse.Namespace) -> int:
     model = _Model.open(arguments.model)
     pool = read_pruning_metadata(arguments.path, arguments.name, model.layers)
-    pool.write(arguments.out)
+    write_pool(pool, arguments.out)
     checked = f"fits {arguments.model}" if arguments.model else "not checked: give --model to do so"
     sizes = size_range([len(layer.experts) for layer in pool.layers if layer is not None])
     print(f"wrote {arguments.out}: pool {pool.name}, {sizes} experts a layer ({checked})")
@@ -238,7 +238,7 @@ def _run_unpin(arguments: argparse.Namespace) -> int:
 
 
 def _run_add(arguments: argparse.Namespace) -> int:
-    pool = ExpertPool.read(arguments.path)  # says what is wrong before anything is sent
+    pool = read_pool(arguments.path)  # says what is wrong before anything is sent
     with server_of(arguments) as server:
         card = server.add(arguments.path.read_bytes(), replace=arguments.replace)
     stored = "stored" if card["persisted"] else "not stored: until the server ends"

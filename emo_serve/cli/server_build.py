@@ -16,7 +16,7 @@ from emo_serve.cli.server_flags import server_of
 from emo_serve.errors import ConfigError
 from emo_serve.names import check_pool_name
 from emo_serve.pools.calibration import DEFAULT_METHOD
-from emo_serve.pools.calibration.examples import Example, read_examples
+from emo_serve.pools.calibration.examples import read_examples
 
 __all__ = ["run_server_build"]
 
@@ -26,7 +26,7 @@ def run_server_build(arguments: argparse.Namespace) -> int:
     _check(arguments)
     document = {
         "name": arguments.name,
-        "examples": [_body_of(example) for example in read_examples(arguments.examples)],
+        "examples": [example.as_json() for example in read_examples(arguments.examples)],
         "experts": arguments.experts,
         "method": arguments.method,
         "description": arguments.description,
@@ -67,10 +67,3 @@ def _check(arguments: argparse.Namespace) -> None:
             )
     if not arguments.examples:
         raise ConfigError("pools build: give --examples FILE, texts or chats of the domain")
-
-
-def _body_of(example: Example) -> object:
-    """Return an example as a request holds it."""
-    if example.text is not None:
-        return example.text
-    return {"messages": list(example.messages)}

@@ -37,6 +37,7 @@ from emo_serve.errors import (
     UnknownPool,
 )
 from emo_serve.names import canonical_name, check_pool_name, split_name
+from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class CatalogChange:
             return
         try:
             if self.written is not None:
-                self.written.write(self.file)
+                write_pool(self.written, self.file)
             else:
                 self.file.unlink(missing_ok=True)
         except PoolFileError as error:
@@ -127,7 +128,7 @@ class PoolCatalog:
         read: dict[Path, ExpertPool] = {}
         for file in _pool_files(path):
             try:
-                read[file] = catalog._fitted(ExpertPool.read(file), str(file))
+                read[file] = catalog._fitted(read_pool(file), str(file))
             except PoolFileError as error:
                 catalog._refused[file] = error
         files_of: dict[str, list[Path]] = {}

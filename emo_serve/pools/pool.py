@@ -3,44 +3,21 @@
 A pool is a value: frozen, compared by content, and every operation returns a new one. Whatever is
 built, from a file or in memory, has been checked against itself; whether it fits a model is asked
 separately (`check_fits`), since a pool file can be read where the model is not.
-
-The file, "emo-pool/1", is one JSON object:
-
-    {"format": "emo-pool/1", "name": "math",
-     "layers": [null, {"experts": [3, 17], "scores": [0.01, ...]}, ...],
-     "description": "...", "router_temperature": 1.0,
-     "model": {"name": "...", "fingerprint": "...", "implied": [[], [31], ...]},
-     "calibration": {"method": "layerwise", "documents": 20, "tokens": 5120, "seed": 0,
-                     "experts": 16}}
-
-`layers` has one entry a layer, null for a dense one. `scores`, where present, ranks ALL experts of
-the layer, so that one file can be cut to any size. Shared and always-active experts are implied:
-they belong to every pool, listed or not; `model.implied` names them, a list a layer, so that the
-file can be cut where the model is not. `calibration.experts` is the size the pool was found at.
-Whatever follows `layers` above may be left out, and so may each key of `model` and, but for
-`method`, of `calibration`.
+Its JSON is in `pools.document`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emo_serve.errors import ConfigError, PoolFileError, RequestError
-from emo_serve.names import BASE_POOL, check_pool_name, join_names, split_name
-from emo_serve.pools.strict_json import (
-    optional_text,
-    read_json,
-    refusal,
-    required_object,
-    required_real,
-)
+from emo_serve.errors import ConfigError, RequestError
+from emo_serve.names import BASE_POOL, join_names, split_name
+from emo_serve.pools.strict_json import refusal, required_real
 
 if TYPE_CHECKING:  # emo.config imports transformers; reading a pool must not
     from emo_serve.emo.config import MoeLayer
@@ -57,7 +34,6 @@ __all__ = [
 ]
 
 FORMAT = "emo-pool/1"
-_CALIBRATION_COUNTS = ("documents", "tokens", "seed", "experts")
 
 
 @dataclass(frozen=True)
@@ -255,38 +231,6 @@ class ExpertPool:
                 expected = f"the model's, {sorted(model_layer.implied)}"
                 raise refusal(source, "model.implied", list(implied), expected, index)
 
-    # -- file --
-
-    @classmethod
-    def read(cls, path: Path) -> ExpertPool:
-        """Read one pool file; PoolFileError names file, layer, value and what was expected."""
-        return cls.parse(str(path), read_json(path))
-
-    @classmethod
-    def parse(cls, source: str, document: object) -> ExpertPool:
-        """Build a pool from the JSON value of a file, with the same refusals, naming `source`."""
-        return _parse(source, document)
-
-    def write(self, path: Path) -> None:
-        """Write the pool as one file; readers see the old file or the new one, never a part.
-
-        Raises PoolFileError for a name no file may carry and for a place that cannot be written.
-        """
-        check_pool_name(str(path), self.name)
-        # The catalog reads *.json; this name is not one, and two writers do not meet in it.
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            try:
-                with partial.open("w", encoding="utf-8") as file:
-                    file.write(_format(self))
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
-        except OSError as error:
-            raise PoolFileError(f"{path}: cannot be written: {error.strerror or error}") from error
-
 
 def keep_best(scores: Sequence[float], k: int, implied: Collection[int]) -> tuple[int, ...]:
     """Return the `k` best-scored ids of a layer, ascending, implied ones always among them.
@@ -366,108 +310,3 @@ def _paired(
     pool.check_fits(moe_layers, None, f"pool {pool.name!r}")
     for layer, model_layer in zip(pool.layers, moe_layers, strict=True):
         yield None if layer is None or model_layer is None else (layer, model_layer)
-
-
-# -- file format --
-
-
-def _parse(source: str, document: object) -> ExpertPool:
-    if isinstance(document, dict) and document.get("format", FORMAT) != FORMAT:
-        raise refusal(source, "format", document["format"], repr(FORMAT))
-    fields = required_object(
-        source,
-        "the file",
-        document,
-        required=("format", "name", "layers"),
-        optional=("description", "router_temperature", "model", "calibration"),
-    )
-    layers = fields["layers"]
-    if not isinstance(layers, list) or not layers:
-        raise refusal(source, "layers", layers, "a list with one entry a layer")
-    description = fields.get("description", "")
-    if not isinstance(description, str):
-        raise refusal(source, "description", description, "a string")
-    return ExpertPool(
-        name=check_pool_name(source, fields["name"]),
-        layers=tuple(_parse_layer(source, index, entry) for index, entry in enumerate(layers)),
-        router_temperature=check_temperature(source, fields.get("router_temperature", 1.0)),
-        description=description,
-        model=_parse_model(source, fields.get("model")),
-        calibration=_parse_calibration(source, fields.get("calibration")),
-    )
-
-
-def _parse_layer(source: str, index: int, entry: object) -> LayerExperts | None:
-    if entry is None:
-        return None
-    fields = required_object(
-        source, "the entry", entry, required=("experts",), optional=("scores",), layer=index
-    )
-    experts, scores = fields["experts"], fields.get("scores")
-    if not isinstance(experts, list):
-        raise refusal(source, "experts", experts, "a list of ids", index)
-    if scores is not None and not isinstance(scores, list):
-        raise refusal(source, "scores", scores, "a list of numbers", index)
-    check_layer(source, index, experts, scores)
-    return LayerExperts(tuple(experts), None if scores is None else tuple(scores))
-
-
-def _parse_model(source: str, value: object) -> PoolModel | None:
-    if value is None:
-        return None
-    fields = required_object(source, "model", value, optional=("name", "fingerprint", "implied"))
-    return PoolModel(
-        implied=_parse_implied(source, fields.get("implied")),
-        name=optional_text(source, "model.name", fields.get("name")),
-        fingerprint=optional_text(source, "model.fingerprint", fields.get("fingerprint")),
-    )
-
-
-def _parse_implied(source: str, value: object) -> tuple[tuple[int, ...], ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(isinstance(ids, list) for ids in value):
-        raise refusal(source, "model.implied", value, "a list with one list of ids a layer")
-    for index, ids in enumerate(value):
-        for expert in ids:
-            if type(expert) is not int or expert < 0 or ids.count(expert) > 1:
-                expected = "ids of 0 or more, each once"
-                raise refusal(source, "model.implied", ids, expected, index)
-    return tuple(tuple(sorted(ids)) for ids in value)
-
-
-def _parse_calibration(source: str, value: object) -> PoolCalibration | None:
-    if value is None:
-        return None
-    fields = required_object(
-        source, "calibration", value, required=("method",), optional=_CALIBRATION_COUNTS
-    )
-    if not isinstance(fields["method"], str):
-        raise refusal(source, "calibration.method", fields["method"], "a string")
-    for key in _CALIBRATION_COUNTS:
-        count = fields.get(key)
-        if count is not None and (type(count) is not int or count < 0):
-            raise refusal(source, f"calibration.{key}", count, "a count of 0 or more")
-    return PoolCalibration(**fields)  # type: ignore[arg-type]  # checked above
-
-
-def _format(pool: ExpertPool) -> str:
-    """Return the file's text: a field a line, a layer a line, optional fields only when set."""
-    fields: dict[str, object] = {"format": FORMAT, "name": pool.name}
-    if pool.description:
-        fields["description"] = pool.description
-    if pool.router_temperature != 1.0:
-        fields["router_temperature"] = pool.router_temperature
-    for key, record in (("model", pool.model), ("calibration", pool.calibration)):
-        if record is not None:
-            fields[key] = {k: v for k, v in vars(record).items() if v is not None}
-    head = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in fields.items())
-    layers = ",\n".join(f"  {json.dumps(_layer_fields(layer))}" for layer in pool.layers)
-    return f'{{\n{head} "layers": [\n{layers}\n ]\n}}\n'
-
-
-def _layer_fields(layer: LayerExperts | None) -> dict[str, object] | None:
-    if layer is None:
-        return None
-    fields: dict[str, object] = {"experts": layer.experts}
-    return fields if layer.scores is None else fields | {"scores": layer.scores}

@@ -1,7 +1,7 @@
 """Read JSON files that people edit by hand, and say exactly what is wrong with them.
 
-Stricter than `json`: unknown keys and keys given twice are refused, and neither a bool nor NaN is a
-number. Every refusal is a PoolFileError naming file, layer, field, value, and what was expected.
+Stricter than `json`: a key given twice is refused, and neither a bool nor NaN is a number. Every
+refusal is one line that names file, layer, field, value, and what was expected.
 """
 
 from __future__ import annotations
@@ -9,20 +9,11 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from emo_serve.errors import PoolFileError
 
-__all__ = [
-    "optional_text",
-    "parse_json",
-    "read_json",
-    "refusal",
-    "require_key",
-    "required_object",
-    "required_real",
-]
+__all__ = ["missing_text", "parse_json", "read_json", "refusal", "refusal_text", "required_real"]
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = _shown.maxlong = 80
@@ -33,9 +24,19 @@ def refusal(
     source: str, field: str, value: object, expected: str, layer: int | None = None
 ) -> PoolFileError:
     """Build the error for one bad value; long values are shortened."""
-    return PoolFileError(
-        f"{_place(source, layer)}: {field} is {_shown.repr(value)}; expected {expected}"
-    )
+    return PoolFileError(refusal_text(source, field, value, expected, layer))
+
+
+def refusal_text(
+    source: str, field: str, value: object, expected: str, layer: int | None = None
+) -> str:
+    """Say what is wrong with one value; long values are shortened."""
+    return f"{_place(source, layer)}: {field} is {_shown.repr(value)}; expected {expected}"
+
+
+def missing_text(source: str, key: str, field: str, layer: int | None = None) -> str:
+    """Say that the object `field` lacks a key."""
+    return f"{_place(source, layer)}: {key!r} is missing from {field}"
 
 
 def read_json(path: Path) -> object:
@@ -65,36 +66,6 @@ def parse_json(source: str, text: bytes) -> object:
     return document
 
 
-def required_object(
-    source: str,
-    field: str,
-    value: object,
-    *,
-    required: Collection[str] = (),
-    optional: Collection[str] = (),
-    layer: int | None = None,
-) -> Mapping[str, object]:
-    """Return `value` as a JSON object that has the required keys and no unknown one."""
-    if not isinstance(value, dict):
-        raise refusal(source, field, value, "an object", layer)
-    known = [*required, *optional]
-    for key in value:
-        if key not in known:
-            raise refusal(source, f"a key of {field}", key, f"one of {', '.join(known)}", layer)
-    for key in required:
-        require_key(source, field, value, key, layer)
-    return value
-
-
-def require_key(
-    source: str, field: str, value: Mapping[str, object], key: str, layer: int | None = None
-) -> object:
-    """Return one value of a JSON object, whose other keys may be anything."""
-    if key not in value:
-        raise PoolFileError(f"{_place(source, layer)}: {key!r} is missing from {field}")
-    return value[key]
-
-
 def required_real(
     source: str, field: str, value: object, expected: str, layer: int | None = None
 ) -> float:
@@ -107,13 +78,6 @@ def required_real(
         if math.isfinite(real):
             return real
     raise refusal(source, field, value, expected, layer)
-
-
-def optional_text(source: str, field: str, value: object) -> str | None:
-    """Return `value` as a string, or None when it is absent or null."""
-    if value is None or isinstance(value, str):
-        return value
-    raise refusal(source, field, value, "a string")
 
 
 def _place(source: str, layer: int | None) -> str:

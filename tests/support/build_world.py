@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +22,14 @@ from emo_serve.emo.tokenizer import ModelTokenizer
 from emo_serve.errors import EngineDead
 from emo_serve.metrics import BUILD_POOL
 from emo_serve.names import BASE_POOL, ModelNames
-from emo_serve.pools.calibration.build import Calibration, calibrate
+from emo_serve.pools.calibration.build import calibrate
 from emo_serve.pools.calibration.examples import Example, encode_examples
+from emo_serve.pools.calibration.findings import Calibration
 from emo_serve.pools.catalog import PoolCatalog
+from emo_serve.pools.document import BuildRequest, parse_build
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.slots import SlotTable
-from emo_serve.server.pool_admin.build_schema import BuildRequest
 from emo_serve.server.pool_admin.builder import PoolBuild, PoolBuilder
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.vllm_adapter.worker_calls import RouterMass
@@ -47,6 +49,14 @@ def texts(seed: int = 0, lengths: Sequence[int] = (60, 23, 7)) -> tuple[Example,
         Example(f"body.examples[{place}]", "".join(rng.choices("abcdefgh (=)", k=length)))
         for place, length in enumerate(lengths)
     )
+
+
+def build_request(
+    name: str = "math", examples: Sequence[Example] | None = None, k: int = K, **fields: Any
+) -> BuildRequest:
+    """Return a request as the body of POST /v1/pools gives it; by default for `texts()`."""
+    written = [example.as_json() for example in (texts() if examples is None else examples)]
+    return parse_build({"name": name, "examples": written, "experts": k, **fields})
 
 
 class ReferenceProbe:
@@ -142,9 +152,8 @@ class World:
             lambda name, examples: self.learned.append((name, examples)),
         )
 
-    async def build(self, name: str = "math", k: int = K, **changes: object) -> PoolBuild:
-        wanted = BuildRequest(**{"name": name, "examples": texts(), "experts": k, **changes})  # type: ignore[arg-type]
-        return await self.builder.build(wanted)
+    async def build(self, name: str = "math", k: int = K, **changes: Any) -> PoolBuild:
+        return await self.builder.build(build_request(name, k=k, **changes))
 
     def offline(self, k: int = K, examples: Sequence[Example] | None = None) -> Calibration:
         tokenizer = ModelTokenizer(self.checkpoint.directory)

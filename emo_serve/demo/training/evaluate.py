@@ -22,6 +22,7 @@ from emo_serve.demo.training.corpus import HELDOUT_TOKENS
 from emo_serve.emo.checkpoint import load_model
 from emo_serve.emo.config import EmoConfig
 from emo_serve.emo.model import EmoForCausalLM
+from emo_serve.pools.document import read_pool
 from emo_serve.pools.pool import ExpertPool
 
 __all__ = ["Experiment", "encode_texts", "heldout_loss", "pool_masks"]
@@ -75,7 +76,7 @@ class Experiment:
         directory = demo.model_dir(name)
         pools, encoded = {}, {}
         for domain in demo.domains():
-            pools[domain] = ExpertPool.read(demo.pools_dir(name) / f"{domain}.json")
+            pools[domain] = read_pool(demo.pools_dir(name) / f"{domain}.json")
             encoded[domain] = encode_texts(directory, demo.heldout(domain)[:texts])
         return cls(load_model(directory), pools, encoded)
 

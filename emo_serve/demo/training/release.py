@@ -17,6 +17,7 @@ from emo_serve.demo.training.train import Batches
 from emo_serve.emo.checkpoint import Checkpoint, save_checkpoint
 from emo_serve.emo.model import EmoForCausalLM
 from emo_serve.pools.calibration.build import calibrate, model_record
+from emo_serve.pools.document import write_pool
 
 __all__ = ["POOL_SIZE", "calibration_documents", "release_model"]
 
@@ -46,7 +47,7 @@ def release_model(
         found = calibrate(shipped, documents, pool_size, "router")
         description = f"{pool_size} of {model.config.num_experts} experts a layer for {domain}"
         pool = found.pool(domain, made_for, description)
-        pool.write(pools / f"{domain}.json")
+        write_pool(pool, pools / f"{domain}.json")
 
 
 def calibration_documents(tokens: Path) -> dict[str, list[Tensor]]:

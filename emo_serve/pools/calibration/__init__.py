@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 __all__ = ["DEFAULT_METHOD", "METHODS"]
 
-DEFAULT_METHOD = "layerwise"
+DEFAULT_METHOD: Final = "layerwise"
 METHODS = (DEFAULT_METHOD, "router", "easy-ep", "random")

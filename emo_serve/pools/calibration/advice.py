@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # torch is imported by what calibrates, not by what talks about it
+from emo_serve.pools.calibration.examples import Documents
+from emo_serve.pools.calibration.findings import Calibration
+
+if TYPE_CHECKING:  # emo.config imports transformers
     from emo_serve.emo.config import EmoConfig
-    from emo_serve.pools.calibration.build import Calibration
-    from emo_serve.pools.calibration.examples import Documents
 
 __all__ = [
     "MIXED_BOUND",

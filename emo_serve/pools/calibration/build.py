@@ -28,7 +28,6 @@ Shapes: N tokens of all documents, P passages, E experts, K experts a token take
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,12 +38,11 @@ from emo_serve.emo.routing import Routing, route, router_probabilities
 from emo_serve.errors import ConfigError
 from emo_serve.pools.calibration import DEFAULT_METHOD, METHODS
 from emo_serve.pools.calibration.advice import passages
+from emo_serve.pools.calibration.findings import Calibration, LayerFindings
 from emo_serve.pools.calibration.layer_walk import LayerWalk, Mixture
-from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration, PoolModel, keep_best
+from emo_serve.pools.pool import PoolModel, keep_best
 
 __all__ = [
-    "Calibration",
-    "LayerFindings",
     "calibrate",
     "check_request",
     "find_layer",
@@ -54,62 +52,6 @@ __all__ = [
 ]
 
 _OF_THE_FULL_MODEL = ("router", "easy-ep")
-
-
-@dataclass(frozen=True)
-class LayerFindings:
-    """What was found about one MoE layer: a score for each expert, and the ids kept.
-
-    `coverage` is the share of the full router's mass inside `experts`, mean over tokens, and
-    `own_coverage` what pools of the same size, one for each passage alone, would cover (`advice`);
-    shared experts count in neither. None without documents, or where all experts are shared.
-    """
-
-    scores: tuple[float, ...]
-    experts: tuple[int, ...]
-    coverage: float | None
-    own_coverage: float | None
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The outcome of one run; None in `layers` stands for a dense layer.
-
-    `experts_read` counts the experts read from the checkpoint, a layer each; a run on a server
-    reads none for itself.
-    """
-
-    method: str
-    seed: int
-    k: int
-    documents: int
-    tokens: int
-    layers: tuple[LayerFindings | None, ...]
-    experts_read: tuple[int, ...]
-    bytes_read: int
-
-    @property
-    def coverage(self) -> float | None:
-        """Return the share of the full router's mass in the pool, mean over tokens and layers."""
-        return _mean([layer.coverage for layer in self.layers if layer is not None])
-
-    @property
-    def own_coverage(self) -> float | None:
-        """Return the coverage that passages would have if each had a pool of its own."""
-        return _mean([layer.own_coverage for layer in self.layers if layer is not None])
-
-    def pool(
-        self, name: str, made_for: PoolModel | None = None, description: str = ""
-    ) -> ExpertPool:
-        """Return the pool of the experts kept, with the scores of all and how it was found."""
-        layers = (
-            None if found is None else LayerExperts(found.experts, found.scores)
-            for found in self.layers
-        )
-        record = PoolCalibration(self.method, self.documents, self.tokens, self.seed, self.k)
-        return ExpertPool(
-            name, tuple(layers), description=description, model=made_for, calibration=record
-        )
 
 
 def check_request(config: EmoConfig, method: str, k: int, seed: int = 0) -> None:
@@ -271,11 +213,6 @@ def _findings(
         for mass_S in mass_PS.tolist()
     )
     return LayerFindings(tuple(scores), experts, inside / float(tokens), own / float(tokens))
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _last_moe(config: EmoConfig) -> int:

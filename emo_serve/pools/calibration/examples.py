@@ -3,8 +3,8 @@
 A `.txt` file is ONE document, blank lines and all: paragraphs belong together. Give several files
 for several documents. A `.jsonl` file has one document a line: a JSON string, or an object with
 "text", or with "messages", a chat that the model's template renders; other keys are ignored, and
-so are blank lines. A running server takes the same values in a request's body (`parse_example`). A
-document longer than the model's context is cut to it, as the released scripts do.
+so are blank lines. A request to build a pool holds the same values (`WrittenExample`). A document
+longer than the model's context is cut to it, as the released scripts do.
 
 torch is imported to encode examples, not to read them: who sends them to a server needs none.
 """
@@ -15,9 +15,21 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 from emo_serve.errors import ConfigError
+from emo_serve.pools.strict_model import Expected, validated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +37,77 @@ if TYPE_CHECKING:
     from emo_serve.emo.config import EmoConfig
     from emo_serve.emo.tokenizer import ModelTokenizer
 
-__all__ = ["Documents", "Example", "encode_examples", "parse_example", "read_examples"]
+__all__ = [
+    "Documents",
+    "Example",
+    "ExampleChat",
+    "ExampleMessage",
+    "ExampleText",
+    "WrittenExample",
+    "encode_examples",
+    "example_of",
+    "read_examples",
+]
 
 _LINES = (".jsonl", ".ndjson")
 _TEXT = (".txt",)
-_CHAT_KEYS = ("role", "content")
+
+
+# -- as written: a line of a .jsonl file, an entry of a request --
+
+
+def _some_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the text is blank")
+    return text
+
+
+class _Written(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+
+class ExampleText(_Written):
+    """One document; other keys are ignored."""
+
+    text: Annotated[str, Field(min_length=1), AfterValidator(_some_text), Expected("some text")]
+
+
+class ExampleMessage(_Written):
+    """One message of a chat; other keys are for the model's template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str
+
+
+_Message = Annotated[ExampleMessage, Expected('an object with the strings "role" and "content"')]
+
+
+class ExampleChat(_Written):
+    """One conversation; other keys are ignored."""
+
+    messages: Annotated[list[_Message], Field(min_length=1), Expected("a list of messages")]
+
+
+def _by_shape(value: object, handler: ValidatorFunctionWrapHandler) -> ExampleText | ExampleChat:
+    """Read a value as what it looks like, so that a refusal is about that and nothing else."""
+    if isinstance(value, str):
+        return ExampleText.model_validate({"text": value})
+    if not isinstance(value, dict) or ("text" in value) == ("messages" in value):
+        raise PydanticCustomError(
+            "expected", 'a string, or an object with either "text" or "messages"'
+        )
+    return (ExampleText if "text" in value else ExampleChat).model_validate(value)
+
+
+WrittenExample = Annotated[str | ExampleText | ExampleChat, WrapValidator(_by_shape)]
+"""A string stands for a text; it is never one after validation."""
+
+_ADAPTER: TypeAdapter[str | ExampleText | ExampleChat] = TypeAdapter(WrittenExample)
+
+
+# -- as read --
 
 
 @dataclass(frozen=True)
@@ -38,7 +116,11 @@ class Example:
 
     source: str
     text: str | None = None
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
+
+    def as_json(self) -> object:
+        """Return the value that stands for it in a line of a .jsonl file and in a request."""
+        return self.text if self.text is not None else {"messages": list(self.messages)}
 
 
 @dataclass(frozen=True)
@@ -119,38 +201,11 @@ def _parse_line(source: str, line: str) -> Example:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: is not JSON: {error}") from error
-    return parse_example(source, value)
+    return example_of(source, validated(_ADAPTER, source, value, "the example", ConfigError))
 
 
-def parse_example(source: str, value: object) -> Example:
-    """Return the document that a JSON value stands for; ConfigError names `source`."""
-    if isinstance(value, str):
-        value = {"text": value}
-    if not isinstance(value, dict) or ("text" in value) == ("messages" in value):
-        found = (
-            f"an object of {', '.join(value) or 'no keys'}" if isinstance(value, dict) else value
-        )
-        raise ConfigError(
-            f'{source}: is {str(found)[:80]}; expected a string, or an object with either "text" or'
-            ' "messages"'
-        )
-    if "messages" in value:
-        return Example(source, messages=_checked_messages(source, value["messages"]))
-    if not isinstance(value["text"], str) or not value["text"].strip():
-        raise ConfigError(f'{source}: "text" is {str(value["text"])[:80]!r}; expected some text')
-    return Example(source, value["text"])
-
-
-def _checked_messages(source: str, value: object) -> tuple[Mapping[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise ConfigError(f'{source}: "messages" is {str(value)[:80]!r}; expected a list of them')
-    for message in value:
-        is_chat = isinstance(message, dict) and all(
-            isinstance(message.get(key), str) for key in _CHAT_KEYS
-        )
-        if not is_chat:
-            raise ConfigError(
-                f"{source}: a message is {str(message)[:80]}; expected an object with the strings"
-                ' "role" and "content"'
-            )
-    return tuple(value)
+def example_of(source: str, written: str | ExampleText | ExampleChat) -> Example:
+    """Return the document that was written at `source`."""
+    if isinstance(written, ExampleChat):
+        return Example(source, messages=tuple(m.model_dump() for m in written.messages))
+    return Example(source, written if isinstance(written, str) else written.text)

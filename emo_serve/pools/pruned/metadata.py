@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emo_serve.errors import PoolFileError
 from emo_serve.names import check_pool_name
 from emo_serve.pools.pool import (
     ExpertPool,
@@ -20,8 +21,9 @@ from emo_serve.pools.pool import (
     PoolCalibration,
     PoolModel,
     check_layer,
+    check_temperature,
 )
-from emo_serve.pools.strict_json import read_json, refusal, require_key, required_real
+from emo_serve.pools.strict_json import missing_text, read_json, refusal
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
@@ -48,7 +50,9 @@ def read_pruning_metadata(
     metadata = read_json(path)
     if not isinstance(metadata, dict):
         raise refusal(source, "the file", metadata, "an object")
-    kept = require_key(source, "the file", metadata, _KEPT)
+    if _KEPT not in metadata:
+        raise PoolFileError(missing_text(source, _KEPT, "the file"))
+    kept = metadata[_KEPT]
     if not isinstance(kept, list) or not kept:
         raise refusal(source, _KEPT, kept, "a list with one entry a layer, null for a dense one")
     keeps_all = metadata.get("pruning_method") == _NULL_KEEPS_ALL
@@ -67,7 +71,7 @@ def read_pruning_metadata(
     pool = ExpertPool(
         name=name,
         layers=tuple(layers),
-        router_temperature=_temperature(source, metadata),
+        router_temperature=check_temperature(source, metadata.get("router_temperature", 1.0)),
         description=_description(metadata),
         model=_model(metadata),
         calibration=_calibration(metadata),
@@ -75,15 +79,6 @@ def read_pruning_metadata(
     if moe_layers is not None:
         pool.check_fits(moe_layers, None, source)
     return pool
-
-
-def _temperature(source: str, metadata: Mapping[str, object]) -> float:
-    value = metadata.get("router_temperature", 1.0)
-    expected = "a finite number above 0"
-    temperature = required_real(source, "router_temperature", value, expected)
-    if temperature <= 0:
-        raise refusal(source, "router_temperature", value, expected)
-    return temperature
 
 
 def pruning_metadata(

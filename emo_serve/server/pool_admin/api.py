@@ -21,19 +21,20 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from emo_serve.errors import EmoServeError, PoolFileError, RequestError, Unavailable
-from emo_serve.pools.pool import ExpertPool
-from emo_serve.pools.strict_json import parse_json
-from emo_serve.server.pool_admin.build_schema import (
-    BuildDocument,
+from emo_serve.pools.document import (
     BuildRequest,
-    BuiltPool,
-    built_of,
+    PoolDocument,
     is_build,
     parse_build,
+    parse_pool,
 )
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.strict_json import parse_json
+from emo_serve.pools.strict_model import validated
+from emo_serve.server.pool_admin.build_schema import BuiltPool, built_of
 from emo_serve.server.pool_admin.schema import (
     DeletedPool,
     EvictOptions,
@@ -42,7 +43,6 @@ from emo_serve.server.pool_admin.schema import (
     NoOptions,
     PoolCard,
     PoolDetails,
-    PoolDocument,
     PoolList,
     ReplaceOptions,
     UsageAnswer,
@@ -135,7 +135,7 @@ def _add_definitions(
         response_model_exclude_unset=True,
         status_code=HTTPStatus.CREATED,
         responses=_responses(200, 400, 401, 403, 409, 413, 500, 503),
-        openapi_extra=body_schema(PoolDocument, BuildDocument, required=True),
+        openapi_extra=body_schema(PoolDocument, BuildRequest, required=True),
     )
     async def define_pool(
         request: Request, response: Response, options: Annotated[ReplaceOptions, Query()]
@@ -242,7 +242,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
 def _parse_definition(body: bytes) -> ExpertPool | BuildRequest:
     try:
         document = parse_json("body", body)
-        return parse_build(document) if is_build(document) else ExpertPool.parse("body", document)
+        return parse_build(document) if is_build(document) else parse_pool("body", document)
     except PoolFileError as error:
         raise RequestError(str(error)) from error
 
@@ -252,9 +252,6 @@ async def _read_options(request: Request, model: type[_Options]) -> _Options:
     if not body.strip():
         return model()
     try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"])) or "the body"
-        known = ", ".join(model.model_fields) or "none"
-        raise RequestError(f"body: {field}: {first['msg']}; the fields are: {known}") from error
+        return validated(model, "body", parse_json("body", body), "the body")
+    except PoolFileError as error:
+        raise RequestError(str(error)) from error

@@ -28,16 +28,11 @@ from emo_serve.errors import ConfigError, RequestError, StateConflict, Unavailab
 from emo_serve.metrics import BUILD_POOL
 from emo_serve.pools.calibration import DEFAULT_METHOD
 from emo_serve.pools.calibration.advice import cut_notes, notes
-from emo_serve.pools.calibration.build import (
-    Calibration,
-    LayerFindings,
-    check_request,
-    find_layer,
-    model_record,
-)
+from emo_serve.pools.calibration.build import check_request, find_layer, model_record
 from emo_serve.pools.calibration.examples import Documents, Example, encode_examples
+from emo_serve.pools.calibration.findings import Calibration, LayerFindings
+from emo_serve.pools.document import BuildRequest
 from emo_serve.pools.pool import ExpertPool, LayerExperts, keep_best
-from emo_serve.server.pool_admin.build_schema import BuildRequest
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.pool_admin.status import PoolStatus
 from emo_serve.server.vllm_adapter.probe import LOW_PRIORITY, RouterProbe
@@ -124,7 +119,7 @@ class PoolBuilder:
             router_temperature=wanted.router_temperature,
         )
         status, is_new = await self._service.add(pool, replace=is_replacing)
-        self._learn(wanted.name, wanted.examples)
+        self._learn(wanted.name, wanted.documents)
         seconds = time.monotonic() - start
         logger.info("built pool %s in %.1f s", wanted.name, seconds)
         said = (*cut_notes(documents), *notes(found, self._checkpoint.config))
@@ -147,7 +142,7 @@ class PoolBuilder:
         with _refusing():
             tokenizer = ModelTokenizer(self._checkpoint.directory)
             return encode_examples(
-                wanted.examples, tokenizer, self._checkpoint.config, self._probe.max_tokens
+                wanted.documents, tokenizer, self._checkpoint.config, self._probe.max_tokens
             )
 
     # -- the walk over the layers --

@@ -1,7 +1,6 @@
-"""The JSON of /v1/pools: what goes in, what comes out, as /openapi.json documents it.
+"""The JSON of /v1/pools: options and answers, as /openapi.json documents them.
 
-Pool documents are read by `ExpertPool.parse`, which names layer, field and value; `PoolDocument`
-only describes them, and a test keeps the two in step.
+What defines a pool, a document or a request to build one, is in `pools.document`.
 """
 
 from __future__ import annotations
@@ -10,16 +9,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from emo_serve.names import NAME_PATTERN
-from emo_serve.pools.pool import FORMAT, ExpertPool
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.strict_model import StrictModel
 from emo_serve.server.pool_admin.status import Overview, PoolStatus
 from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
 
 __all__ = [
     "DeletedPool",
-    "DocumentCalibration",
-    "DocumentLayer",
-    "DocumentModel",
     "EvictOptions",
     "LayerUsage",
     "ListOptions",
@@ -27,7 +23,6 @@ __all__ = [
     "NoOptions",
     "PoolCard",
     "PoolDetails",
-    "PoolDocument",
     "PoolList",
     "ReplaceOptions",
     "SlotAccount",
@@ -40,10 +35,6 @@ __all__ = [
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
 class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -51,13 +42,13 @@ class _Answer(BaseModel):
 # -- in --
 
 
-class LoadOptions(_Strict):
+class LoadOptions(StrictModel):
     """Body of POST /v1/pools/{name}/load."""
 
     pin: bool = Field(False, description="have the pool stay resident until it is unpinned")
 
 
-class EvictOptions(_Strict):
+class EvictOptions(StrictModel):
     """Body of POST /v1/pools/{name}/evict."""
 
     drain: bool = Field(
@@ -67,7 +58,7 @@ class EvictOptions(_Strict):
     )
 
 
-class NoOptions(_Strict):
+class NoOptions(StrictModel):
     """Body of POST /v1/pools/{name}/pin and /unpin: empty, or {}."""
 
 
@@ -87,49 +78,6 @@ class ReplaceOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     replace: bool = Field(False, description="redefine a pool that exists; without it that is 409")
-
-
-class DocumentLayer(_Strict):
-    """The experts of one MoE layer."""
-
-    experts: list[int] = Field(description="expert ids; shared and always-active ones are implied")
-    scores: list[float] | None = Field(
-        None, description="one number for each expert of the layer, by which the pool can be cut"
-    )
-
-
-class DocumentModel(_Strict):
-    """The model the pool was made for."""
-
-    name: str | None = None
-    fingerprint: str | None = Field(None, description="refused if it is not the served model's")
-    implied: list[list[int]] | None = Field(
-        None, description="shared and always-active experts, a list a layer"
-    )
-
-
-class DocumentCalibration(_Strict):
-    """How the pool was found."""
-
-    method: str
-    documents: int | None = Field(None, ge=0)
-    tokens: int | None = Field(None, ge=0)
-    seed: int | None = Field(None, ge=0)
-    experts: int | None = Field(None, ge=0, description="kept a layer when the pool was found")
-
-
-class PoolDocument(_Strict):
-    """A pool, as in a file of `--pools`; body of POST /v1/pools."""
-
-    format: Literal["emo-pool/1"] = Field(description=f"always {FORMAT!r}")
-    name: str = Field(pattern=NAME_PATTERN)
-    layers: list[DocumentLayer | None] = Field(
-        min_length=1, description="one entry a layer of the model, null for a dense layer"
-    )
-    description: str = ""
-    router_temperature: float = Field(1.0, gt=0, description="divides the gate's logits")
-    model: DocumentModel | None = None
-    calibration: DocumentCalibration | None = None
 
 
 def body_schema(*models: type[BaseModel], required: bool = False) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from emo_serve.pools.document import write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from tests.support.golden.checkpoints import pools_of, write_checkpoint
 from tests.support.server_process import RunningServer, serve
@@ -28,7 +29,9 @@ def golden_pools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("pools")
     for name in POOLS:
         layers = tuple(LayerExperts(tuple(ids)) for ids in pools_of("shared1")[name])
-        ExpertPool(name, layers, description=f"golden {name}").write(directory / f"{name}.json")
+        write_pool(
+            ExpertPool(name, layers, description=f"golden {name}"), directory / f"{name}.json"
+        )
     (directory / "broken.json").write_text('{"format": "emo-pool/1", "name": "broken"}')
     return directory
 

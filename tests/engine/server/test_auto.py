@@ -15,6 +15,7 @@ import torch
 from emo_serve.emo.checkpoint import load_model
 from emo_serve.emo.model import EmoForCausalLM, RouterRecord
 from emo_serve.emo.routing import router_probabilities
+from emo_serve.pools.document import read_pool
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.auto.choice import coverages, trunk_pool
 from emo_serve.server.vllm_adapter.worker_calls import RouterMass
@@ -35,7 +36,7 @@ def reference(golden_checkpoint: Path) -> EmoForCausalLM:
 @pytest.fixture(scope="module")
 def pools(golden_pools: Path, reference: EmoForCausalLM) -> list[ExpertPool]:
     layers = reference.config.moe_layers
-    return [ExpertPool.read(golden_pools / f"{name}.json").complete(layers) for name in POOLS]
+    return [read_pool(golden_pools / f"{name}.json").complete(layers) for name in POOLS]
 
 
 @pytest.fixture(scope="module")

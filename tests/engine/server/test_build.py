@@ -15,9 +15,10 @@ import pytest
 
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.tokenizer import ModelTokenizer
-from emo_serve.pools.calibration.build import Calibration, calibrate
+from emo_serve.pools.calibration.build import calibrate
 from emo_serve.pools.calibration.examples import Example, encode_examples
-from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.calibration.findings import Calibration
+from emo_serve.pools.document import read_pool
 from tests.support.server_process import RunningServer, serve, stopped_engine, wait_for
 
 pytestmark = pytest.mark.vllm
@@ -62,7 +63,7 @@ def offline(directory: Path, documents: list[str], k: int = K) -> Calibration:
 
 
 def scores_of(directory: Path, name: str) -> list[list[float]]:
-    pool = ExpertPool.read(directory / f"{name}.json")
+    pool = read_pool(directory / f"{name}.json")
     return [list(layer.scores or ()) for layer in pool.layers if layer is not None]
 
 

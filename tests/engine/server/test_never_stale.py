@@ -27,6 +27,7 @@ import torch
 
 from emo_serve.emo.checkpoint import load_model
 from emo_serve.emo.model import EmoForCausalLM, RouterRecord
+from emo_serve.pools.document import write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from tests.support.golden.checkpoints import golden
 from tests.support.server_process import RunningServer, serve, wait_for
@@ -52,7 +53,7 @@ def server(
     pools = tmp_path_factory.mktemp("pools")
     chance = random.Random(0)
     for name in NAMES:
-        a_definition(chance).named(name).write(pools / f"{name}.json")
+        write_pool(a_definition(chance).named(name), pools / f"{name}.json")
     with serve(
         tmp_path_factory.mktemp("stale"),
         str(golden_checkpoint),

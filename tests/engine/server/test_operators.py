@@ -16,6 +16,7 @@ import pytest
 
 from emo_serve.cli.client import KEY_VARIABLES
 from emo_serve.cli.main import main
+from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from tests.support.golden.checkpoints import pools_of
 from tests.support.server_process import RawRequest, RunningServer, serve, wait_for
@@ -38,7 +39,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("operated-pools")
     for name in FIRST:
         layers = tuple(LayerExperts(tuple(ids)) for ids in pools_of("shared1")[name])
-        ExpertPool(name, layers).write(directory / f"{name}.json")
+        write_pool(ExpertPool(name, layers), directory / f"{name}.json")
     return directory
 
 
@@ -170,7 +171,7 @@ def test_a_pool_is_defined_redefined_and_removed_under_requests(
     assert len(set(texts.values())) == 3
     made = http.post("/v1/pools", json=document("poems", "law", description="verse"))
     assert (made.status_code, made.json()["version"]) == (201, 1)
-    assert ExpertPool.read(directory / "poems.json").description == "verse"
+    assert read_pool(directory / "poems.json").description == "verse"
     assert text_of(client, "poems") == texts["law"]
     assert "poems" in {model.id for model in client.models.list().data}
     for turn, content in enumerate(("math", "code", "law", "math"), start=2):

@@ -17,6 +17,7 @@ from emo_serve import demo
 from emo_serve.cli import main as cli
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.pools.calibration import METHODS
+from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolModel
 from tests.support.golden.checkpoints import write_checkpoint
 
@@ -52,7 +53,7 @@ def test_build_writes_a_pool_that_fits_and_says_what_it_cost(
     assert (
         run("build", "math", "--model", golden, "--examples", examples, "--experts", 6, *flags) == 0
     )
-    pool, checkpoint = ExpertPool.read(out), Checkpoint.open(golden)
+    pool, checkpoint = read_pool(out), Checkpoint.open(golden)
     pool.check_fits(checkpoint.config.moe_layers, checkpoint.fingerprint(), "out")
     assert [len(ids) for ids in pool.expert_ids] == [0, 6, 6]
     assert pool.description == "sums"
@@ -86,7 +87,7 @@ def test_without_a_model_the_shipped_one_is_used_and_names_have_defaults(
     monkeypatch.chdir(tmp_path)
     assert run("build", "mine", "--examples", "one.txt", "--experts", 8) == 0
     checkpoint = Checkpoint.open(demo.model_dir())
-    pool = ExpertPool.read(Path("mine.json"))
+    pool = read_pool(Path("mine.json"))
     pool.check_fits(checkpoint.config.moe_layers, checkpoint.fingerprint(), "mine")
     assert pool.calibration is not None
     assert (pool.calibration.method, pool.calibration.documents) == ("layerwise", 1)
@@ -98,7 +99,7 @@ def test_random_needs_no_examples(golden: Path, tmp_path: Path) -> None:
     for seed, out in zip((1, 1, 2), outs, strict=True):
         flags = ("--experts", 6, "--method", "random", "--seed", seed, "--out", out)
         assert run("build", "control", "--model", golden, *flags) == 0
-    first, again, other = (ExpertPool.read(out).expert_ids for out in outs)
+    first, again, other = (read_pool(out).expert_ids for out in outs)
     assert first == again != other
 
 
@@ -206,12 +207,12 @@ def test_a_built_pool_is_cut_by_its_file_alone(
     assert run("build", "math", *flags, "--experts", 10) == 0
     assert run("cut", big, "--experts", 4) == 0
     assert f"wrote {tmp_path / 'math-4.json'}: pool math-4, 4 experts" in capsys.readouterr().out
-    built, cut = ExpertPool.read(big), ExpertPool.read(tmp_path / "math-4.json")
+    built, cut = read_pool(big), read_pool(tmp_path / "math-4.json")
     assert cut.name == "math-4"
     assert cut.expert_ids == built.cut(4, Checkpoint.open(golden).config.moe_layers).expert_ids
     assert cut.calibration == built.calibration
     assert run("cut", tmp_path / "math-4.json", "--experts", 10, "--name", "again") == 0
-    again = ExpertPool.read(tmp_path / "again.json")
+    again = read_pool(tmp_path / "again.json")
     assert again.expert_ids == built.expert_ids, "nothing was lost"
 
 
@@ -221,18 +222,18 @@ def test_the_shipped_pools_can_be_cut(tmp_path: Path) -> None:
         shipped = demo.pools_dir() / f"{domain}.json"
         out = tmp_path / f"{domain}.json"
         assert run("cut", shipped, "--experts", 4, "--out", out) == 0
-        expected = ExpertPool.read(shipped).cut(4, moe_layers)
-        assert ExpertPool.read(out).expert_ids == expected.expert_ids
+        expected = read_pool(shipped).cut(4, moe_layers)
+        assert read_pool(out).expert_ids == expected.expert_ids
 
 
 def test_cut_refuses_what_the_file_does_not_allow(
     tmp_path: Path, golden: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare, old, new = (tmp_path / f"{name}.json" for name in ("bare", "old", "new"))
-    ExpertPool("bare", (LayerExperts((1, 2)),)).write(bare)
+    write_pool(ExpertPool("bare", (LayerExperts((1, 2)),)), bare)
     scored = (LayerExperts((1, 2), (0.1, 0.5, 0.3, 0.2)),)
-    ExpertPool("old", scored).write(old)
-    ExpertPool("new", scored, model=PoolModel(implied=((3,),))).write(new)
+    write_pool(ExpertPool("old", scored), old)
+    write_pool(ExpertPool("new", scored, model=PoolModel(implied=((3,),))), new)
     for path, k, message in (
         (
             bare,
@@ -255,15 +256,15 @@ def test_cut_refuses_what_the_file_does_not_allow(
     assert "the number of layers is 1" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.json", "new.json", "old.json"]
     assert run("cut", new, "--experts", 2) == 0
-    assert ExpertPool.read(tmp_path / "new-2.json").expert_ids == ((1, 3),)
+    assert read_pool(tmp_path / "new-2.json").expert_ids == ((1, 3),)
 
 
 def test_an_old_file_is_cut_with_the_model(golden: Path, tmp_path: Path) -> None:
     scores = [tuple(float(e) for e in range(count)) for count in (24, 12)]
     layers = (None, LayerExperts((0,), scores[0]), LayerExperts((0,), scores[1]))
-    ExpertPool("old", layers).write(tmp_path / "old.json")
+    write_pool(ExpertPool("old", layers), tmp_path / "old.json")
     assert run("cut", tmp_path / "old.json", "--experts", 3, "--model", golden) == 0
-    assert ExpertPool.read(tmp_path / "old-3.json").expert_ids == ((), (21, 22, 23), (0, 10, 11))
+    assert read_pool(tmp_path / "old-3.json").expert_ids == ((), (21, 22, 23), (0, 10, 11))
 
 
 def test_parsing_imports_nothing_heavy() -> None:

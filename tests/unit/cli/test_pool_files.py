@@ -13,7 +13,7 @@ from emo_serve import demo
 from emo_serve.cli import plots as heat_maps
 from emo_serve.emo.checkpoint import load_model
 from emo_serve.pools.catalog import PoolCatalog
-from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.document import read_pool, write_pool
 from tests.unit.cli.test_pools import run
 
 MODEL, POOLS = str(demo.model_dir()), demo.pools_dir()
@@ -38,8 +38,8 @@ def test_export_by_name_then_import_gives_the_same_pool(
     back = str(tmp_path / "back.json")
     metadata = str(tmp_path / "out" / "pruning_metadata.json")
     assert run("import", metadata, "--name", "python", "--out", back, "--model", MODEL) == 0
-    shipped = ExpertPool.read(POOLS / "python.json")
-    assert ExpertPool.read(Path(back)).content_hash == shipped.content_hash
+    shipped = read_pool(POOLS / "python.json")
+    assert read_pool(Path(back)).content_hash == shipped.content_hash
 
 
 def test_export_of_a_file_computes_what_the_pool_does(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_export_of_a_file_computes_what_the_pool_does(tmp_path: Path) -> None:
     file = str(POOLS / "spanish.json")
     assert run("export", file, "--model", MODEL, "--out", str(out)) == 0
     ids = torch.arange(2, 42)[None]
-    kept = ExpertPool.read(POOLS / "spanish.json").expert_ids
+    kept = read_pool(POOLS / "spanish.json").expert_ids
     mask = [torch.isin(torch.arange(32), torch.tensor(experts)) for experts in kept]
     with torch.no_grad():
         want = load_model(MODEL)(ids, mask)
@@ -132,7 +132,7 @@ def test_compare_shows_the_pools_it_can_and_reports_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("c", "html"):
-        ExpertPool.read(POOLS / f"{name}.json").write(tmp_path / f"{name}.json")
+        write_pool(read_pool(POOLS / f"{name}.json"), tmp_path / f"{name}.json")
     (tmp_path / "bad.json").write_text("{")
     assert run("compare", str(tmp_path)) == 2
     out, err = capsys.readouterr()

@@ -12,6 +12,7 @@ import pytest
 
 from emo_serve.cli import pools as commands
 from emo_serve.emo.config import MoeLayer
+from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration
 
 MODEL = (None, MoeLayer(num_experts=12, num_shared_experts=1, always_active=(), top_k=4))
@@ -31,9 +32,10 @@ def directory(tmp_path: Path) -> Path:
     scores = tuple(float(expert) for expert in range(12))
     made = PoolCalibration("router", 20, 5120)
     math = ExpertPool("math", (None, LayerExperts((1, 3, 9), scores)), calibration=made)
-    math.write(tmp_path / "math.json")
-    ExpertPool("code", (None, LayerExperts((2,))), router_temperature=0.5).write(
-        tmp_path / "code.json"
+    write_pool(math, tmp_path / "math.json")
+    write_pool(
+        ExpertPool("code", (None, LayerExperts((2,))), router_temperature=0.5),
+        tmp_path / "code.json",
     )
     return tmp_path
 
@@ -117,7 +119,7 @@ def test_import_writes_a_pool_file(
     metadata.write_text(json.dumps({"experts_kept_per_layer": [None, [2, 11]]}))
     assert run("import", str(metadata), "--name", "law", "--out", str(out), model) == 0
     assert "pool law, 2 experts a layer (fits" in capsys.readouterr().out
-    assert ExpertPool.read(out).expert_ids == ((), (2, 11))
+    assert read_pool(out).expert_ids == ((), (2, 11))
 
 
 def test_import_refuses_what_does_not_fit_and_writes_nothing(

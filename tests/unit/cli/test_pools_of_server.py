@@ -20,6 +20,7 @@ from starlette.responses import Response
 from emo_serve.cli.client import KEY_VARIABLES
 from emo_serve.errors import EmoServeError
 from emo_serve.pools.catalog import PoolCatalog
+from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.asgi.errors import error_response, status_of
 from emo_serve.server.asgi.keys import KeyGuard
@@ -43,7 +44,7 @@ class Served:
 
     def __init__(self, directory: Path) -> None:
         for pool in (a_pool("math", 0, 1), a_pool("code", 1, 2), a_pool("law", 3, 4, 5)):
-            pool.write(directory / f"{pool.name}.json")
+            write_pool(pool, directory / f"{pool.name}.json")
         (directory / "broken.json").write_text("{")
         self.directory = directory
         self.engine = FakeEngine()
@@ -211,10 +212,10 @@ def test_load_pin_unpin_evict(cli: Cli) -> None:
 def test_add_and_remove_change_the_servers_directory(
     served: Served, cli: Cli, tmp_path: Path
 ) -> None:
-    a_pool("poems", 6).write(tmp_path / "mine.json")
+    write_pool(a_pool("poems", 6), tmp_path / "mine.json")
     status, out, _ = cli("add", str(tmp_path / "mine.json"))
     assert (status, out.splitlines()[0]) == (0, "pool poems: version 1, stored")
-    assert ExpertPool.read(served.directory / "poems.json") == a_pool("poems", 6)
+    assert read_pool(served.directory / "poems.json") == a_pool("poems", 6)
     status, _, err = cli("add", str(tmp_path / "mine.json"))
     assert (status, "replace=true" in err) == (2, True)
     assert cli("add", str(tmp_path / "mine.json"), "--replace")[1].startswith(

@@ -25,6 +25,7 @@ from emo_serve.errors import (
     UnknownPool,
 )
 from emo_serve.pools.catalog import PoolCatalog
+from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolModel
 
 MODEL = (MoeLayer(num_experts=8, num_shared_experts=1, always_active=(), top_k=4), None)
@@ -36,9 +37,9 @@ def a_pool(name: str, *experts: int, temperature: float = 1.0) -> ExpertPool:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    a_pool("math", 1, 2).write(tmp_path / "zzz.json")
-    a_pool("code", 2, 3).write(tmp_path / "code.json")
-    a_pool("hot", 5, temperature=2.0).write(tmp_path / "hot.json")
+    write_pool(a_pool("math", 1, 2), tmp_path / "zzz.json")
+    write_pool(a_pool("code", 2, 3), tmp_path / "code.json")
+    write_pool(a_pool("hot", 5, temperature=2.0), tmp_path / "hot.json")
     return tmp_path
 
 
@@ -55,9 +56,9 @@ def test_without_a_model_pools_are_left_as_written(directory: Path) -> None:
 
 def test_refused_files_are_reported_and_the_others_served(directory: Path) -> None:
     (directory / "broken.json").write_text("{")
-    a_pool("big", 8).write(directory / "big.json")
+    write_pool(a_pool("big", 8), directory / "big.json")
     foreign = ExpertPool("foreign", (LayerExperts((1,)), None), model=PoolModel(fingerprint="x"))
-    foreign.write(directory / "foreign.json")
+    write_pool(foreign, directory / "foreign.json")
     (directory / "folder.json").mkdir()
     (directory / "notes.txt").write_text("not a pool")
     (directory / ".hidden.json").write_text("not a pool")
@@ -70,7 +71,7 @@ def test_refused_files_are_reported_and_the_others_served(directory: Path) -> No
 
 
 def test_files_with_one_name_are_all_refused_and_name_each_other(directory: Path) -> None:
-    a_pool("math", 4).write(directory / "math.json")
+    write_pool(a_pool("math", 4), directory / "math.json")
     catalog = PoolCatalog.read(directory, MODEL, None)
     assert list(catalog.pools) == ["code", "hot"]
     messages = [str(error) for error in catalog.refused]
@@ -151,7 +152,7 @@ def test_an_added_pool_is_completed_in_memory_and_stored_as_given(
     stored.add(a_pool("law", 4))
     assert list(stored.pools) == ["code", "hot", "law", "math"]
     assert stored.resolve("law").expert_ids == ((4, 7), ())
-    assert ExpertPool.read(directory / "law.json") == a_pool("law", 4)
+    assert read_pool(directory / "law.json") == a_pool("law", 4)
     assert reread(directory).pools == stored.pools
     assert (stored.persists, stored.is_stored("law"), stored.version("law")) == (True, True, 1)
 
@@ -163,7 +164,7 @@ def test_a_redefinition_goes_to_the_file_the_pool_came_from(
     with pytest.raises(PoolExists, match="'math' is defined already; give replace=true"):
         stored.add(a_pool("math", 5))
     stored.add(a_pool("math", 5), replace=True)
-    assert ExpertPool.read(directory / "zzz.json") == a_pool("math", 5)
+    assert read_pool(directory / "zzz.json") == a_pool("math", 5)
     assert set(files_in(directory)) == before
     assert stored.version("math") == 2
 
@@ -288,7 +289,7 @@ def test_a_refused_file_is_overwritten_only_when_told_to(directory: Path) -> Non
 
 
 def test_a_pool_never_takes_another_ones_file(directory: Path) -> None:
-    a_pool("law", 4).write(directory / "poems.json")
+    write_pool(a_pool("law", 4), directory / "poems.json")
     catalog = reread(directory)
     with pytest.raises(StateConflict, match="poems.json holds pool 'law'"):
         catalog.add(a_pool("poems", 5), replace=True)
@@ -297,7 +298,7 @@ def test_a_pool_never_takes_another_ones_file(directory: Path) -> None:
 
 def test_a_name_two_refused_files_carry_is_not_stored_beside_them(directory: Path) -> None:
     for file in ("one.json", "two.json"):
-        a_pool("law", 4).write(directory / file)
+        write_pool(a_pool("law", 4), directory / file)
     catalog = reread(directory)
     with pytest.raises(StateConflict, match="one.json, two.json carry its name"):
         catalog.add(a_pool("law", 5), replace=True)
@@ -324,7 +325,7 @@ class ChangingCatalog(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp())
-        a_pool("math", 1).write(self.directory / "other-name.json")
+        write_pool(a_pool("math", 1), self.directory / "other-name.json")
         (self.directory / "a.json").write_text("not JSON")
         self.catalog = reread(self.directory)
         self.model = {"math": a_pool("math", 1)}

@@ -15,7 +15,7 @@ from emo_serve.demo.training.train import Batches, EmoPools, Recipe, demo_config
 from emo_serve.emo.checkpoint import Checkpoint, load_model
 from emo_serve.emo.config import EmoConfig
 from emo_serve.emo.model import EmoForCausalLM, EmoMoe
-from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.document import read_pool
 
 TINY_RECIPE = Recipe(emo=True, stages=((16, 6), (32, 4)), documents_per_step=2, warmup_steps=2)
 
@@ -155,7 +155,7 @@ def test_a_release_has_all_that_ships(tokens: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path / "out/models/tiny")
     assert load_model(tmp_path / "out/models/tiny").config.num_experts == 8
     for domain in ("letters", "numbers"):
-        pool = ExpertPool.read(tmp_path / f"out/pools/tiny/{domain}.json")
+        pool = read_pool(tmp_path / f"out/pools/tiny/{domain}.json")
         pool.check_fits(config.moe_layers, checkpoint.fingerprint(), domain)
         assert [len(experts) for experts in pool.expert_ids] == [4, 4]
         assert all(layer is not None and len(layer.scores or ()) == 8 for layer in pool.layers)

@@ -11,7 +11,8 @@ from emo_serve import demo
 from emo_serve.demo.training.evaluate import encode_texts
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.pools.calibration.advice import MIXED_BOUND, PASSAGE_TOKENS, notes, passages
-from emo_serve.pools.calibration.build import Calibration, LayerFindings, calibrate
+from emo_serve.pools.calibration.build import calibrate
+from emo_serve.pools.calibration.findings import Calibration, LayerFindings
 
 
 def findings(coverage: float, own: float) -> LayerFindings:

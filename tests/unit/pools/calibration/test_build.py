@@ -16,7 +16,8 @@ from emo_serve.emo.model import EmoForCausalLM
 from emo_serve.emo.tensor_file import TensorFile
 from emo_serve.errors import CheckpointError, ConfigError
 from emo_serve.pools.calibration import METHODS
-from emo_serve.pools.calibration.build import Calibration, calibrate, num_steps
+from emo_serve.pools.calibration.build import calibrate, num_steps
+from emo_serve.pools.calibration.findings import Calibration
 from emo_serve.pools.pool import PoolCalibration, PoolModel
 from tests.support import naive_calibration as naive
 from tests.support.golden.checkpoints import CASES, prompts_of, write_checkpoint

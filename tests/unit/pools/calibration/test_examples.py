@@ -62,15 +62,22 @@ def test_lines_are_strings_texts_or_chats(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{text: 1}", "a.jsonl:2: is not JSON"),
-        ("[1, 2]", 'a.jsonl:2: is [1, 2]; expected a string, or an object with either "text"'),
-        ("3", "a.jsonl:2: is 3; expected"),
-        ('{"prompt": "x"}', "a.jsonl:2: is an object of prompt; expected"),
-        ('{"text": "x", "messages": []}', "is an object of text, messages; expected"),
-        ('{"text": " "}', "a.jsonl:2: \"text\" is ' '; expected some text"),
-        ('{"text": ["x"]}', "expected some text"),
-        ('""', "expected some text"),
-        ('{"messages": []}', "a.jsonl:2: \"messages\" is '[]'; expected a list"),
-        ('{"messages": [{"role": "user"}]}', "a message is {'role': 'user'}; expected"),
+        (
+            "[1, 2]",
+            "a.jsonl:2: the example is [1, 2]; expected a string, or an object with either"
+            ' "text" or "messages"',
+        ),
+        ("3", "a.jsonl:2: the example is 3; expected"),
+        ('{"prompt": "x"}', "a.jsonl:2: the example is {'prompt': 'x'}; expected"),
+        (
+            '{"text": "x", "messages": []}',
+            "is {'messages': [], 'text': 'x'}; expected a string, or",
+        ),
+        ('{"text": " "}', "a.jsonl:2: text is ' '; expected some text"),
+        ('{"text": ["x"]}', "a.jsonl:2: text is ['x']; expected some text"),
+        ('""', "a.jsonl:2: text is ''; expected some text"),
+        ('{"messages": []}', "a.jsonl:2: messages is []; expected a list"),
+        ('{"messages": [{"role": "user"}]}', "messages[0] is {'role': 'user'}; expected"),
         ('{"messages": [{"role": "user", "content": [1]}]}', 'the strings "role" and "content"'),
     ],
 )

@@ -10,7 +10,8 @@ import pytest
 
 from emo_serve.emo.config import MoeLayer
 from emo_serve.errors import PoolFileError
-from emo_serve.pools.pool import ExpertPool, PoolCalibration, PoolModel
+from emo_serve.pools.document import read_pool, write_pool
+from emo_serve.pools.pool import PoolCalibration, PoolModel
 from emo_serve.pools.pruned.metadata import read_pruning_metadata
 
 MODEL = (None, MoeLayer(num_experts=8, num_shared_experts=1, always_active=(), top_k=4))
@@ -41,8 +42,8 @@ def test_the_kept_experts_become_a_pool_with_its_provenance(tmp_path: Path) -> N
     assert (pool.name, pool.description) == ("math", "kept for the task gsm8k")
     assert pool.model == PoolModel("allenai/Emo_1b14b_1T")
     assert pool.calibration == PoolCalibration("greedy_layerwise", 64)
-    pool.write(tmp_path / "math.json")
-    assert ExpertPool.read(tmp_path / "math.json") == pool
+    write_pool(pool, tmp_path / "math.json")
+    assert read_pool(tmp_path / "math.json") == pool
 
 
 def test_the_kept_list_alone_is_enough(tmp_path: Path) -> None:

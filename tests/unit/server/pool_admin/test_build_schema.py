@@ -10,12 +10,11 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, HTTPException
-from pydantic import ValidationError
 
 from emo_serve.errors import EmoServeError, RequestError
+from emo_serve.pools.document import BuildRequest, is_build, parse_build
 from emo_serve.server.asgi.errors import status_of
 from emo_serve.server.pool_admin.api import MAX_DOCUMENT_BYTES, create_router
-from emo_serve.server.pool_admin.build_schema import BuildDocument, is_build, parse_build
 from tests.support.build_world import K, World, texts
 from tests.support.golden.checkpoints import write_checkpoint
 from tests.support.one_thread import one_thread
@@ -89,9 +88,10 @@ async def test_examples_are_strings_texts_and_chats(
     examples = ["one", {"text": "two", "id": 7}, CHAT]
     answer = await client.post("/v1/pools", json={**BUILD, "examples": examples})
     assert answer.json()["calibration"]["documents"] == 3
-    request = parse_build({**BUILD, "examples": examples})
-    assert [example.text for example in request.examples] == ["one", "two", None]
-    assert [example.source for example in request.examples][2] == "body.examples[2]"
+    documents = parse_build({**BUILD, "examples": examples}).documents
+    assert [example.text for example in documents] == ["one", "two", None]
+    assert list(documents[2].messages) == CHAT["messages"]
+    assert documents[2].source == "body.examples[2]"
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,17 @@ async def test_examples_are_strings_texts_and_chats(
         ({"name": 3}, "body: name is 3"),
         ({"examples": []}, "body: examples is []; expected a list of texts or chats, at least one"),
         ({"examples": "one"}, "body: examples is 'one'; expected a list"),
-        ({"examples": ["one", " "]}, "body.examples[1]: \"text\" is ' '; expected some text"),
-        ({"examples": ["one", 3]}, "body.examples[1]: is 3; expected a string, or an object with"),
-        ({"examples": [{"messages": []}]}, 'body.examples[0]: "messages" is'),
-        ({"examples": [{"prompt": "x"}]}, "body.examples[0]: is an object of prompt"),
-        ({"experts": "6"}, "body: experts is '6'; expected how many experts a layer to keep"),
+        ({"examples": ["one", " "]}, "body: examples[1].text is ' '; expected some text"),
+        ({"examples": ["one", 3]}, "body: examples[1] is 3; expected a string, or an object with"),
+        (
+            {"examples": [{"messages": []}]},
+            "body: examples[0].messages is []; expected a list of messages",
+        ),
+        (
+            {"examples": [{"prompt": "x"}]},
+            "body: examples[0] is {'prompt': 'x'}; expected a string, or",
+        ),
+        ({"experts": "6"}, "body: experts is '6'; expected how many experts per layer to keep"),
         ({"experts": True}, "body: experts is True"),
         ({"experts": 6.0}, "body: experts is 6.0"),
         ({"experts": 25}, "a pool of 25 experts a layer is more than the model has: 24"),
@@ -169,7 +175,7 @@ def test_a_pool_is_not_a_build() -> None:
     assert not is_build([BUILD])
 
 
-def test_the_schema_describes_what_the_parser_takes() -> None:
+def test_every_field_of_a_build_is_read_and_described() -> None:
     document = {
         **BUILD,
         "examples": ["one", {"text": "two"}, CHAT],
@@ -177,12 +183,19 @@ def test_the_schema_describes_what_the_parser_takes() -> None:
         "description": "all fields",
         "router_temperature": 2.0,
     }
-    described = BuildDocument.model_validate_json(json.dumps(document))
-    assert described.model_dump(exclude_unset=True) == document
-    assert set(BuildDocument.model_fields) == set(document)
-    parse_build(document)
+    request = parse_build(document)
+    assert (request.name, request.experts, request.description) == ("math", K, "all fields")
+    assert (request.method, request.router_temperature) == ("layerwise", 2.0)
+    assert [example.as_json() for example in request.documents] == ["one", "two", CHAT]
+    schema = BuildRequest.model_json_schema()
+    assert set(schema["properties"]) == set(document)
+    assert set(schema["required"]) == {"name", "examples", "experts"}
     for bad in ({**document, "more": 1}, {**document, "examples": []}, {"name": "math"}):
-        with pytest.raises(ValidationError):
-            BuildDocument.model_validate_json(json.dumps(bad))
         with pytest.raises(RequestError):
             parse_build(bad)
+
+
+def test_a_message_keeps_what_only_the_models_template_reads() -> None:
+    message = {"role": "user", "content": "hi", "name": "Ada"}
+    request = parse_build({**BUILD, "examples": [{"messages": [message], "id": 3}]})
+    assert request.documents[0].as_json() == {"messages": [message]}

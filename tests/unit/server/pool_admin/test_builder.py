@@ -19,9 +19,8 @@ from emo_serve.errors import (
 from emo_serve.pools.calibration.build import model_record
 from emo_serve.pools.calibration.examples import Example
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration
-from emo_serve.server.pool_admin.build_schema import BuildRequest
 from emo_serve.server.vllm_adapter.probe import LOW_PRIORITY
-from tests.support.build_world import K, World, assert_same, texts
+from tests.support.build_world import K, World, assert_same, build_request, texts
 from tests.support.fake_engine import settle
 from tests.support.golden.checkpoints import CASES, write_checkpoint
 from tests.support.one_thread import one_thread
@@ -77,7 +76,7 @@ async def test_the_same_build_gives_the_same_pool_and_redefines_it(
     first = await world.build()
     with pytest.raises(PoolExists, match="replace=true"):
         await world.build()
-    wanted = BuildRequest("math", texts(), K, "about sums", 2.0)
+    wanted = build_request(description="about sums", router_temperature=2.0)
     again = await world.builder.build(wanted, replace=True)
     assert not again.is_new
     assert again.found == first.found
@@ -217,7 +216,7 @@ async def test_a_build_that_is_cancelled_leaves_nothing(
 ) -> None:
     """As at the end of the event loop; a client cannot do it."""
     world = World(directories["shared1"])
-    wanted = BuildRequest("math", texts(), K)
+    wanted = build_request()
     building = asyncio.create_task(world.builder._build(wanted, False))
     while world.probe.calls < calls or not world.manager.statistics().pools:
         await asyncio.sleep(0)

@@ -22,6 +22,7 @@ from emo_serve.errors import (
 )
 from emo_serve.names import ModelNames
 from emo_serve.pools.catalog import PoolCatalog
+from emo_serve.pools.document import write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.pool_admin.status import Shares
@@ -37,8 +38,8 @@ def bare(name: str, *experts: int, temperature: float = 1.0) -> ExpertPool:
 
 def stored_service(directory: Path, engine: FakeEngine | None = None) -> PoolService:
     """Return a service of two pools that are files, and stay so."""
-    bare("math", 0, 1).write(directory / "math.json")
-    bare("code", 2, 3).write(directory / "code.json")
+    write_pool(bare("math", 0, 1), directory / "math.json")
+    write_pool(bare("code", 2, 3), directory / "code.json")
     catalog = PoolCatalog.read(directory, MOE_LAYERS, persists=True)
     service = service_of(engine)
     return PoolService(service.names, service.pools[0], catalog, service.manager)

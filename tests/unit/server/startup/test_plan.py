@@ -11,6 +11,7 @@ import pytest
 from emo_serve.config import ServeSettings
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.errors import ConfigError
+from emo_serve.pools.document import write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.startup.plan import StartPlan, make_plan
 from tests.support.golden.checkpoints import pools_of, write_checkpoint
@@ -29,7 +30,7 @@ def pools_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, layers in pools_of("shared1").items():
         if name in ("math", "code", "law"):
             entries = tuple(LayerExperts(tuple(experts)) for experts in layers)
-            ExpertPool(name, entries).write(directory / f"{name}.json")
+            write_pool(ExpertPool(name, entries), directory / f"{name}.json")
     return directory
 
 
