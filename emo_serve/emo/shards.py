@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 __all__ = ["NewTensor", "write_shards"]
@@ -40,7 +41,7 @@ class NewTensor:
 def write_shards(
     directory: Path, tensors: Sequence[NewTensor], shard_bytes: int | None
 ) -> list[Path]:
-    """Write the tensors in their order and return the files.
+    """Write the tensors and return the files.
 
     Without `shard_bytes` all go into `model.safetensors`. With it, into numbered files of at most
     that many bytes of weights (or one tensor), and an index. Raises OSError.
@@ -49,23 +50,22 @@ def write_shards(
         path = directory / "model.safetensors"
         _write_file(path, tensors)
         return [path]
-    shards: list[list[NewTensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.num_bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.num_bytes
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda tensor: tensor.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    shards = list(split.filename_to_tensors.values())
     paths = []
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
+    for number, names in enumerate(shards, 1):  # the library gives a single file no number
         path = directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(path, shard)
-        weight_map |= dict.fromkeys((tensor.name for tensor in shard), path.name)
+        _write_file(path, [by_name[name] for name in names])
+        weight_map |= dict.fromkeys(names, path.name)
         paths.append(path)
-    total_size = sum(tensor.num_bytes for tensor in tensors)
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {"metadata": split.metadata, "weight_map": dict(sorted(weight_map.items()))}
     text = json.dumps(index, indent=2)
     (directory / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
     return paths

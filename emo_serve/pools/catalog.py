@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+from cachetools import LRUCache
 
 from emo_serve.errors import (
     ConfigError,
@@ -103,7 +104,7 @@ class PoolCatalog:
         self._contested: dict[str, list[Path]] = {}  # names that several files carry
         self._versions: dict[str, int] = {}
         self._revision = 0
-        self._unions: OrderedDict[str, ExpertPool] = OrderedDict()
+        self._unions: LRUCache[str, ExpertPool] = LRUCache(_MAX_CACHED_UNIONS)
         for pool in pools:
             assert pool.name not in self.pools, "names are unique"
             self._set(pool.name, pool)
@@ -180,9 +181,6 @@ class PoolCatalog:
         if canonical not in self._unions:
             united = reduce(ExpertPool.union, (self.pools[part] for part in parts))
             self._unions[canonical] = united
-            if len(self._unions) > _MAX_CACHED_UNIONS:
-                self._unions.popitem(last=False)
-        self._unions.move_to_end(canonical)
         return self._unions[canonical]
 
     # -- changes --
