@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emo_serve.cli.commands import AddCommand
+from emo_serve.cli.model_flag import ModelFacts, add_model_flag
 from emo_serve.cli.rendering.outcome import coverage_line, found_by, size_line
 from emo_serve.cli.rendering.tables import facts, size_range
 from emo_serve.cli.server_flags import BUILD_SECONDS, add_server_flags
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from emo_serve.pools.calibration.examples import Documents
     from emo_serve.pools.calibration.findings import Calibration
 
-__all__ = ["add_calibration_commands"]
+__all__ = ["add_build_commands"]
 
 _BUILD = "Find a domain's pool from examples of its text."
 _CUT = "Cut a pool to another size by the scores in its file."
@@ -45,25 +47,16 @@ With --server the pool is built there by layerwise, beside its requests, and sta
 checkpoint is needed here, and no file is written.
 """
 
-_Command = Callable[[argparse.Namespace], int]
 
-
-def add_calibration_commands(
-    add: Callable[[str, _Command, str], argparse.ArgumentParser], default_model: Path | None
-) -> None:
-    """Add the two commands by `add`, which takes a name, what to run, and a line of help."""
+def add_build_commands(add: AddCommand, default_model: Path | None) -> None:
+    """Add the two commands; `default_model` is what `build` uses without --model."""
     build = add("build", _run_build, _BUILD)
     build.epilog = _BUILD_EPILOG
     build.formatter_class = argparse.RawDescriptionHelpFormatter
     build.add_argument("name", metavar="NAME", help="name of the pool: a-z 0-9 . _ -")
     shipped = " (default: the small model that ships)" if default_model else ""
     build.set_defaults(default_model=default_model)  # so that a --model given can be told
-    build.add_argument(
-        "--model",
-        type=Path,
-        metavar="DIR",
-        help=f"checkpoint directory{shipped}",
-    )
+    add_model_flag(build, f"checkpoint directory{shipped}")
     build.add_argument(
         "--examples",
         type=Path,
@@ -96,11 +89,8 @@ def add_calibration_commands(
     cut.add_argument(
         "--out", type=Path, metavar="FILE", help="file to write (default: beside FILE, by its name)"
     )
-    cut.add_argument(
-        "--model",
-        type=Path,
-        metavar="DIR",
-        help="checkpoint directory; only for a file that does not say which experts are implied",
+    add_model_flag(
+        cut, "checkpoint directory; only for a file that does not say which experts are implied"
     )
 
 
@@ -220,14 +210,10 @@ def _run_cut(arguments: argparse.Namespace) -> int:
     check_pool_name("pools cut", name)
     _check_place(out)
     _check_cut(arguments.path, pool, k, has_model=arguments.model is not None)
-    moe_layers = None
-    if arguments.model is not None:
-        from emo_serve.emo.checkpoint import Checkpoint
-
-        checkpoint = Checkpoint.open(arguments.model)
-        moe_layers = checkpoint.config.moe_layers
-        pool.check_fits(moe_layers, checkpoint.fingerprint(), str(arguments.path))
-    cut = replace(pool.cut(k, moe_layers), name=name)
+    model = ModelFacts.open(arguments.model)
+    if model.layers is not None:
+        pool.check_fits(model.layers, model.fingerprint, str(arguments.path))
+    cut = replace(pool.cut(k, model.layers), name=name)
     write_pool(cut, out)
     sizes = size_range([len(ids) for ids in cut.expert_ids if ids])
     print(f"wrote {out}: pool {name}, {sizes} experts a layer by the scores of {pool.name}")

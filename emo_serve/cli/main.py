@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from emo_serve import __version__
+from emo_serve.cli.commands import FAILED, REFUSED, refuse
 from emo_serve.config import ServeSettings, add_serve_flags
 from emo_serve.errors import ConfigError, EmoServeError
 
 __all__ = ["main"]
 
-_USAGE_STATUS = 2
 _INTERRUPTED_STATUS = 130
 _DEMO_FLAG_DEFAULTS = {
     # vLLM would take 92 % of the machine's memory for the KV cache, and refuse to start with less.
@@ -45,12 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _serve(arguments[1:])
         args = _parser().parse_args(arguments)
         return int(args.run(args) or 0)
-    except ConfigError as error:
-        print(f"emo-serve: {error}", file=sys.stderr)
-        return _USAGE_STATUS
     except EmoServeError as error:
-        print(f"emo-serve: {error}", file=sys.stderr)
-        return 1
+        return refuse(error, REFUSED if isinstance(error, ConfigError) else FAILED)
     except KeyboardInterrupt:
         return _INTERRUPTED_STATUS
 

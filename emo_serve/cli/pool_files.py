@@ -1,31 +1,28 @@
-"""`emo-serve pools export` and `compare`: what pool files are good for without a server.
-
-Part of `commands`, with its conventions: tables to stdout, a refusal is one line on stderr and
-status 2. torch and matplotlib are imported by the command that needs them.
-"""
+"""`emo-serve pools import`, `export` and `compare`: work on pool files, without a server."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emo_serve.cli.commands import AddCommand, report_refused
+from emo_serve.cli.model_flag import ModelFacts, add_model_flag
 from emo_serve.cli.rendering.comparison import describe_comparison
 from emo_serve.cli.rendering.tables import size_range
 from emo_serve.errors import ConfigError
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.comparison import PoolComparison
-from emo_serve.pools.document import read_pool
+from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.pruned.metadata import read_pruning_metadata
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
 
 __all__ = ["add_file_commands"]
 
-_REFUSED = 2
+_IMPORT = "Turn a pruned checkpoint's list of experts into a pool."
 _EXPORT = "Write a pool as a checkpoint of its own, in the released layout of pruned models."
 _COMPARE = "Show how alike pools are and how many slots they need together."
 _COMPARE_EPILOG = """\
@@ -35,11 +32,15 @@ reports similarities across domains under 0.4 for EMO and over 0.6 for a standar
 Slots are a layer's, as in --expert-slots; --expert-memory takes the bytes.
 """
 
-_Command = Callable[[argparse.Namespace], int]
 
+def add_file_commands(add: AddCommand) -> None:
+    """Add the three commands."""
+    imported = add("import", _run_import, _IMPORT)
+    imported.add_argument("path", type=Path, metavar="FILE", help="its pruning_metadata.json")
+    imported.add_argument("--name", required=True, help="name of the pool: a-z 0-9 . _ -")
+    imported.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
+    add_model_flag(imported, "checkpoint directory of the pool's model; checks that the pool fits")
 
-def add_file_commands(add: Callable[[str, _Command, str], argparse.ArgumentParser]) -> None:
-    """Add the two commands by `add`, which takes a name, what to run, and a line of help."""
     export = add("export", _run_export, _EXPORT)
     export.add_argument(
         "pool", metavar="NAME|FILE", help="pool file; with --pools a pool's name, or a union: a+b"
@@ -55,11 +56,8 @@ def add_file_commands(add: Callable[[str, _Command, str], argparse.ArgumentParse
     compare = add("compare", _run_compare, _COMPARE)
     compare.epilog = _COMPARE_EPILOG
     compare.add_argument("path", type=Path, metavar="DIR", help="directory of pool files")
-    compare.add_argument(
-        "--model",
-        type=Path,
-        metavar="DIR",
-        help="checkpoint directory of the model the pools are for; adds bytes and implied experts",
+    add_model_flag(
+        compare, "checkpoint directory of the pools' model; adds bytes and implied experts"
     )
     compare.add_argument(
         "--experts", type=int, metavar="K", help="cut each pool to its K best experts a layer first"
@@ -67,6 +65,19 @@ def add_file_commands(add: Callable[[str, _Command, str], argparse.ArgumentParse
     compare.add_argument(
         "--png", type=Path, metavar="FILE", help="draw heat maps; needs matplotlib"
     )
+
+
+# -- import --
+
+
+def _run_import(arguments: argparse.Namespace) -> int:
+    model = ModelFacts.open(arguments.model)
+    pool = read_pruning_metadata(arguments.path, arguments.name, model.layers)
+    write_pool(pool, arguments.out)
+    checked = f"fits {arguments.model}" if arguments.model else "not checked: give --model to do so"
+    sizes = size_range([len(layer.experts) for layer in pool.layers if layer is not None])
+    print(f"wrote {arguments.out}: pool {pool.name}, {sizes} experts per layer ({checked})")
+    return 0
 
 
 # -- export --
@@ -99,7 +110,7 @@ def _named(
     if directory is not None:
         catalog = PoolCatalog.read(directory, moe_layers)
         if name not in catalog.pools:
-            _report_refused(catalog)
+            report_refused(catalog.refused)
         return catalog.resolve(name)
     path = Path(name)
     if not path.exists():
@@ -117,25 +128,18 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         from emo_serve.cli.plots import require_matplotlib
 
         require_matplotlib()
-    moe_layers = fingerprint = expert_bytes = experts = None
-    if arguments.model is not None:
-        from emo_serve.emo.checkpoint import Checkpoint
-
-        checkpoint = Checkpoint.open(arguments.model)
-        moe_layers, expert_bytes = checkpoint.config.moe_layers, checkpoint.expert_bytes
-        fingerprint = checkpoint.fingerprint()
-        experts = [layer.num_experts for layer in moe_layers if layer]
-    catalog = PoolCatalog.read(arguments.path, moe_layers, fingerprint)
+    model = ModelFacts.open(arguments.model)
+    catalog = PoolCatalog.read(arguments.path, model.layers, model.fingerprint)
     pools = list(catalog.pools.values())
     if arguments.experts is not None:
-        pools = [pool.cut(arguments.experts, moe_layers) for pool in pools]
-    refused = _report_refused(catalog)
+        pools = [pool.cut(arguments.experts, model.layers) for pool in pools]
+    refused = report_refused(catalog.refused)
     if not pools:
         if not refused:
             print(f"no pool files (*.json) in {arguments.path}")
         return refused
     comparison = PoolComparison(pools)
-    print(describe_comparison(comparison, experts, expert_bytes))
+    print(describe_comparison(comparison, model.experts_per_layer, model.expert_bytes))
     if arguments.png is not None:
         _draw(comparison, arguments.png)
     return refused
@@ -146,9 +150,3 @@ def _draw(comparison: PoolComparison, path: Path) -> None:
 
     write_picture(comparison_png(comparison), path)
     print(f"drew {path}")
-
-
-def _report_refused(catalog: PoolCatalog) -> int:
-    for reason in catalog.refused:
-        print(f"emo-serve: refused {reason}", file=sys.stderr)
-    return _REFUSED if catalog.refused else 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from emo_serve.cli import pools as commands
+from emo_serve.cli.model_flag import ModelFacts
 from emo_serve.emo.config import MoeLayer
 from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration
@@ -43,8 +44,8 @@ def directory(tmp_path: Path) -> Path:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> str:
     """Answer --model without a checkpoint."""
-    opened = commands._Model(MODEL, "fed", 2**19)
-    monkeypatch.setattr(commands._Model, "open", classmethod(lambda cls, path: opened))
+    opened = ModelFacts(MODEL, "fed", 2**19)
+    monkeypatch.setattr(ModelFacts, "open", classmethod(lambda cls, path: opened))
     return "--model=some-directory"
 
 
@@ -118,7 +119,7 @@ def test_import_writes_a_pool_file(
     metadata, out = tmp_path / "pruning_metadata.json", tmp_path / "law.json"
     metadata.write_text(json.dumps({"experts_kept_per_layer": [None, [2, 11]]}))
     assert run("import", str(metadata), "--name", "law", "--out", str(out), model) == 0
-    assert "pool law, 2 experts a layer (fits" in capsys.readouterr().out
+    assert "pool law, 2 experts per layer (fits" in capsys.readouterr().out
     assert read_pool(out).expert_ids == ((), (2, 11))
 
 

@@ -1,0 +1,60 @@
+"""What all commands share: how one is added, how it reports a refusal, and exit statuses.
+
+A module holds one group of commands and has a function `add_..._commands(add)`; `add` takes a
+command's name, the function to run, and a line of help. Tables go to stdout. A refusal is one line
+on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+
+from emo_serve.errors import EmoServeError, Unavailable
+
+__all__ = ["FAILED", "REFUSED", "AddCommand", "Command", "adder", "refuse", "report_refused"]
+
+REFUSED = 2
+"""Exit status where the user must change something."""
+FAILED = 1
+"""Exit status where the same command may succeed later."""
+
+Command = Callable[[argparse.Namespace], int]
+AddCommand = Callable[[str, Command, str], argparse.ArgumentParser]
+
+
+def adder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> AddCommand:
+    """Return the `add` of a parser's commands; what they refuse is reported and is a status."""
+
+    def add(name: str, run: Command, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=_reporting(run))
+        return command
+
+    return add
+
+
+def refuse(error: EmoServeError, status: int) -> int:
+    """Print an error as one line and return the status."""
+    print(f"emo-serve: {error}", file=sys.stderr)
+    return status
+
+
+def report_refused(reasons: Iterable[object]) -> int:
+    """Print one line per refused pool file, and return REFUSED if there is any, else 0."""
+    status = 0
+    for reason in reasons:
+        print(f"emo-serve: refused {reason}", file=sys.stderr)
+        status = REFUSED
+    return status
+
+
+def _reporting(run: Command) -> Command:
+    def report(arguments: argparse.Namespace) -> int:
+        try:
+            return run(arguments)
+        except EmoServeError as error:
+            return refuse(error, FAILED if isinstance(error, Unavailable) else REFUSED)
+
+    return report

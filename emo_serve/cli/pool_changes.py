@@ -1,0 +1,77 @@
+"""`emo-serve pools load|evict|pin|unpin|add|remove`: change the pools of a running server."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from emo_serve.cli.commands import AddCommand
+from emo_serve.cli.rendering.server_tables import status_line
+from emo_serve.cli.server_flags import CHANGE_SECONDS, add_server_flags, server_of
+from emo_serve.pools.document import read_pool
+
+__all__ = ["add_change_commands"]
+
+
+def add_change_commands(add: AddCommand) -> None:
+    """Add the six commands."""
+    load = add("load", _run_load, "Make a pool of a server resident.")
+    load.add_argument("--pin", action="store_true", help="and keep it resident")
+    evict = add("evict", _run_evict, "Free the slots that only this pool needs.")
+    evict.add_argument(
+        "--drain",
+        action="store_true",
+        help="let no new requests in and evict it when the running ones have ended",
+    )
+    pin = add("pin", _run_pin, "Make a pool of a server resident and keep it so.")
+    unpin = add("unpin", _run_unpin, "Let a pool of a server be evicted like any other.")
+    remove = add("remove", _run_remove, "Make a server forget a pool, its file included.")
+    for command in (load, evict, pin, unpin):
+        command.add_argument("name", metavar="NAME", help="a pool's name, or a union: math+code")
+    remove.add_argument("name", metavar="NAME", help="a pool's name")
+    added = add("add", _run_add, "Give a server a pool; it keeps it in its --pools directory.")
+    added.add_argument("path", type=Path, metavar="FILE", help="pool file")
+    added.add_argument("--replace", action="store_true", help="redefine a pool of that name")
+    for command in (load, evict, pin, unpin, remove, added):
+        add_server_flags(command, is_required=True, seconds=CHANGE_SECONDS)
+
+
+def _run_load(arguments: argparse.Namespace) -> int:
+    with server_of(arguments) as server:
+        print(status_line(server.load(arguments.name, pin=arguments.pin)))
+    return 0
+
+
+def _run_evict(arguments: argparse.Namespace) -> int:
+    with server_of(arguments) as server:
+        print(status_line(server.evict(arguments.name, drain=arguments.drain)))
+    return 0
+
+
+def _run_pin(arguments: argparse.Namespace) -> int:
+    with server_of(arguments) as server:
+        print(status_line(server.pin(arguments.name)))
+    return 0
+
+
+def _run_unpin(arguments: argparse.Namespace) -> int:
+    with server_of(arguments) as server:
+        print(status_line(server.unpin(arguments.name)))
+    return 0
+
+
+def _run_add(arguments: argparse.Namespace) -> int:
+    pool = read_pool(arguments.path)  # says what is wrong before anything is sent
+    with server_of(arguments) as server:
+        card = server.add(arguments.path.read_bytes(), replace=arguments.replace)
+    stored = "stored" if card["persisted"] else "not stored: until the server ends"
+    print(f"pool {pool.name}: version {card['version']}, {stored}")
+    print(status_line(card))
+    return 0
+
+
+def _run_remove(arguments: argparse.Namespace) -> int:
+    with server_of(arguments) as server:
+        server.remove(arguments.name)
+    print(f"pool {arguments.name} is removed")
+    return 0
