@@ -14,10 +14,11 @@ ARGS =
 # install. PYTHON= and TORCH_INDEX= may also come from the environment.
 LOCK := $(if $(shell nvidia-smi >/dev/null 2>&1 && echo yes),requirements/cuda.lock,requirements/cpu.lock)
 STAMP := $(VENV)/installed-$(notdir $(LOCK))
+DOCS_STAMP := $(VENV)/installed-docs.lock
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint bench clean
+.PHONY: help install serve test lint bench docs clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -50,6 +51,14 @@ BENCH = accuracy.auto accuracy.calibration decoding.run kernels.run residency.lo
 	residency.policies residency.switching serving.build serving.coverage serving.recording \
 	serving.start serving.throughput
 
-clean: ## Remove .venv and every cache
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+docs: $(DOCS_STAMP) ## Write the generated pages and build the site into site/
+	$(BIN)/python -m docs.generate
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(DOCS_STAMP): requirements/docs.lock $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements/docs.lock
+	@touch $@
+
+clean: ## Remove .venv, the site and every cache
+	rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -60,6 +60,16 @@ def test_a_lock_holds_every_package_the_project_names(name: str) -> None:
         assert requirement.specifier.contains(version), f"{requirement}, {name}.lock has {version}"
 
 
+def test_the_docs_lock_adds_what_the_docs_need_and_repeats_nothing() -> None:
+    pins = read_lock("docs")
+    for requirement in map(Requirement, read_project()["optional-dependencies"]["docs"]):
+        version = pins.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement} is not in docs.lock"
+        assert requirement.specifier.contains(version), f"{requirement}, docs.lock has {version}"
+    for name in LOCKS:
+        assert set(pins) & set(read_lock(name)) == set()
+
+
 def test_the_cpu_build_of_torch_comes_first() -> None:
     assert next(iter(read_lock("cpu").items())) == ("torch", "2.13.0+cpu")
 
@@ -108,7 +118,7 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_make_alone_lists_every_target() -> None:
     listed = set(re.findall(r"^  make (\w+)", make().stdout, re.M))
-    assert listed == {"help", "install", "serve", "test", "lint", "bench", "clean"}
+    assert listed == {"help", "install", "serve", "test", "lint", "bench", "docs", "clean"}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +141,25 @@ def test_the_lock_follows_nvidia_smi(tmp_path: Path) -> None:
         path = f"{tmp_path}:{os.environ['PATH']}"
         result = make("-n", "-B", "install", PATH=path)
         assert f"requirements/install.sh .venv requirements/{lock}" in result.stdout
+
+
+def test_make_docs_installs_the_lock_and_builds_strictly() -> None:
+    commands = make("-n", "-B", "docs").stdout
+    steps = ("--no-deps -r requirements/docs.lock", "-m docs.generate", "mkdocs build --strict")
+    places = [commands.index(step) for step in steps]
+    assert places == sorted(places)
+
+
+def test_ci_installs_checks_tests_and_builds_the_docs() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    targets = re.findall(r"^make (\w+)", script, re.M)
+    assert targets == ["install", "lint", "test", "docs"]
+
+
+def test_the_source_archive_holds_the_docs_and_what_they_show() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    included = set(build["targets"]["sdist"]["include"])
+    assert {"/docs", "/mkdocs.yml", "/benchmarks", "/kernels", "/deploy"} <= included
 
 
 # -- install.sh: a made-up Python stands in for pip and for old versions --
