@@ -1,7 +1,7 @@
 """Draw what the benchmarks recorded: reads `results/*.jsonl` and nothing else.
 
 Each figure takes the latest recorded line that has what it shows; a figure whose results are not
-there is left out, and said so. SVG files go to `results/plots/`.
+there is left out with a message. SVG files go to `results/plots/`.
 
     python benchmarks/plot.py
 """
@@ -39,7 +39,7 @@ def lines(benchmark: str) -> list[Row]:
 
 _PANELS: tuple[tuple[str, str, Callable[[Row], float]], ...] = (
     ("light", "requests that find their pool resident, %", lambda row: 100 * row["hit_rate"]),
-    ("light", "MiB copied a request", lambda row: 2**10 * row["gib_copied"] / row["requests"]),
+    ("light", "MiB copied per request", lambda row: 2**10 * row["gib_copied"] / row["requests"]),
     ("busy", "p99 wait, s", lambda row: row["wait_p99"]),
 )
 _STYLES = {"lru": "k-", "pinned-first": "C3-", "belady": "k--"}
@@ -58,7 +58,7 @@ def residency() -> Iterator[tuple[str, Figure]]:
         figure, axes = plt.subplots(1, len(_PANELS), figsize=(13, 4), layout="constrained")
         for axis, (load, title, value) in zip(axes, _PANELS, strict=True):
             _draw_policies(axis, latest.get((pools, load), []), value)
-            axis.set(title=f"{pools} pools, {load} load", xlabel="slots a layer", ylabel=title)
+            axis.set(title=f"{pools} pools, {load} load", xlabel="slots per layer", ylabel=title)
             axis.set_ylim(bottom=0)
         axes[0].legend(fontsize="small")
         yield f"residency-{pools}", figure
@@ -129,7 +129,7 @@ def decode() -> Iterator[tuple[str, Figure]]:
 
 
 def kernels() -> Iterator[tuple[str, Figure]]:
-    """Draw each device's layers under its roof: the rate against FLOPs a byte, by pool."""
+    """Draw each device's layers under its roof: the rate against FLOPs per byte, by pool."""
     measured: dict[str, dict[tuple[str, str, int], Row]] = {}
     machines: dict[str, Row] = {}
     for result in (line["result"] for line in lines("kernels")):
@@ -144,7 +144,7 @@ def kernels() -> Iterator[tuple[str, Figure]]:
         for axis, weights in zip(axes, ("16bit", "fp8"), strict=True):
             mine = [rows[key] for key in sorted(rows) if key[0] == weights]
             _draw_roofline(axis, mine, machines[device])
-            axis.set(title=f"{weights} weights", xlabel="FLOPs a byte")
+            axis.set(title=f"{weights} weights", xlabel="FLOPs per byte")
         axes[0].set_ylabel("TFLOP/s of a layer")
         axes[0].legend(fontsize="small")
         figure.suptitle(f"A layer of the released geometry on {device}, T from 1 to 16384")
@@ -169,7 +169,7 @@ def _draw_roofline(axis: Any, rows: Sequence[Row], machine: Row) -> None:
 # -- memory and accuracy --
 
 _ACCURACY_PANELS = (
-    ("loss", "held-out loss, nats a token", 1.0),
+    ("loss", "held-out loss, nats per token", 1.0),
     ("accuracy", "next token right, %", 100.0),
     ("choices", "questions right, %", 100.0),
 )
@@ -177,7 +177,7 @@ _ROLES = (("EMO", "C0"), ("standard MoE", "C3"))
 
 
 def memory_accuracy() -> Iterator[tuple[str, Figure]]:
-    """Draw loss and accuracies against GiB: each model's best pools, lots, and its trunk alone.
+    """Draw loss and accuracy against GiB: each model's best pools, random ones, the trunk alone.
 
     Faint lines are models of other training seeds.
     """
@@ -229,7 +229,7 @@ def _draw_memory(axis: Any, result: Row, key: str, scale: float, role: str, colo
             lots.setdefault(row["k"], []).append(scale * row[key])
     if lots:
         x, y = [gib[k] for k in sorted(lots)], [mean(lots[k]) for k in sorted(lots)]
-        axis.plot(x, y, ":", marker=".", color=color, label=f"{role}, by lot")
+        axis.plot(x, y, ":", marker=".", color=color, label=f"{role}, at random")
 
 
 FIGURES = {
@@ -243,7 +243,7 @@ FIGURES = {
 
 
 def main() -> None:
-    """Draw every figure there are results for."""
+    """Draw every figure that has results."""
     PLOTS.mkdir(parents=True, exist_ok=True)
     plt.rcParams["svg.hashsalt"] = "emo-serve"  # equal results, equal files
     for benchmark, draw in FIGURES.items():

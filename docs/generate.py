@@ -89,7 +89,7 @@ def render_metrics() -> str:
     PoolMetrics(
         registry, ["math"], REFUSAL_REASONS, lambda: MetricsSnapshot((pool,), 1, 1, 0, 1, 1)
     )
-    return _table(("metric", "type", "labels", "meaning"), map(_metric_row, registry.collect()))
+    return _table(("metric", "type", "meaning", "labels"), map(_metric_row, registry.collect()))
 
 
 def _metric_row(family: Any) -> tuple[str, str, str, str]:
@@ -103,7 +103,7 @@ def _metric_row(family: Any) -> tuple[str, str, str, str]:
         f"`{label}`" if label == "pool" else f"`{label}`: {', '.join(known)}"
         for label, known in values.items()
     )
-    return f"`{name}`", family.type, labels, family.documentation
+    return f"`{name}`", family.type, family.documentation, labels
 
 
 # -- HTTP API --

@@ -1,18 +1,18 @@
 """`model: "auto"`: how often it finds a text's domain, what mistakes cost, and how long it takes.
 
 Every domain's pool is found layerwise on its examples; prompts are the first 16, 64 and 256 tokens
-of its other texts, which share no document with the examples (`accuracy_texts`). A real server
-chooses over HTTP, by the router or by the classifier that learned from the same examples, with the
-base pool resident and in a slab one slot a layer too small for it. Each prompt's choice is read
-from the answer's `model`.
+of its other texts, which share no document with the examples (`accuracy/texts.py`). A real server
+chooses over HTTP, by the router or by the classifier that learned from the same examples, once with
+the base pool resident and once in a slab one slot per layer too small for it. Each prompt's choice
+is read from the answer's `model`.
 
 - right: the share of prompts that got their own domain's pool; a prompt sent to the base pool is
-  not right, and counted apart.
-- loss: nats a token over the `--follow` tokens after the prompt, of the whole text run in the
-  chosen pool; beside it in the domain's own (the oracle's) and in the base pool (`prompt_logprobs`
-  of the server that holds all experts).
-- added ms: time to the first token of a stream for `auto` less that for the chosen pool by its
-  name, prompt by prompt; one client, the two in turn first, nothing out of the prefix cache.
+  not right and is counted apart.
+- loss: nats per token over the `--follow` tokens after the prompt, of the whole text run in the
+  chosen pool; beside it in the domain's own pool (the oracle's) and in the base pool
+  (`prompt_logprobs` of the server that holds all experts).
+- added ms: time to the first token of a stream for `auto` minus that for the chosen pool by its
+  name, prompt by prompt; one client, the two taking turns at being first, no prefix cache hits.
 
     python -m benchmarks.accuracy.auto                  # the shipped model
     python -m benchmarks.accuracy.auto --model emo_serve/demo/models/standard-moe-demo
@@ -53,7 +53,7 @@ __all__ = ["Asked", "added_ms", "report", "rows_of"]
 
 _CPU_FLAGS = "--enforce-eager --max-num-seqs 64 --kv-cache-memory-bytes 536870912"
 _BASE = "base-model"  # the name the servers give to it
-Losses = Mapping[str, Sequence[float]]  # by pool, nats a token, a text each
+Losses = Mapping[str, Sequence[float]]  # by pool: nats per token, of each text
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
     add("--experts", type=int, default=8, help="a layer and pool [8]")
     add("--lengths", type=int, nargs="+", default=[16, 64, 256], help="of prompts, in tokens")
     add("--follow", type=int, default=128, help="tokens after the prompt, for the loss [128]")
-    add("--limit", type=int, help="measured texts a domain [every second document's]")
+    add("--limit", type=int, help="measured texts per domain [every second document's]")
     add("--methods", nargs="+", choices=AUTO_METHODS, default=list(AUTO_METHODS))
     add("--dtype", default="bfloat16")
     add("--serve-flags", default=_CPU_FLAGS, help=f"[{_CPU_FLAGS}]")
@@ -206,7 +206,7 @@ def write_inputs(
 
 
 def ask_all(endpoint: Endpoint, prompts: Sequence[Sequence[int]]) -> list[Asked]:
-    """Ask for each prompt's pool; then, that pool being resident, take both times."""
+    """Ask for each prompt's pool; then, with that pool resident, take both times."""
     order = list(range(len(prompts)))
     random.Random(0).shuffle(order)  # else a pool would be loaded once for its whole domain
     found: list[Asked] = []
@@ -265,7 +265,7 @@ def window(losses: Mapping[str, Sequence[Any]], length: int, follow: int) -> Los
 
 
 def rows_of(found: Sequence[Asked], labels: Sequence[str], losses: Losses) -> dict[str, Any]:
-    """Return what the choices of one method and length come to."""
+    """Return the figures of the choices of one method and length."""
     got = [losses[asked.chosen][asked.text] for asked in found]
     own = [losses[labels[asked.text]][asked.text] for asked in found]
     base = [losses[_BASE][asked.text] for asked in found]

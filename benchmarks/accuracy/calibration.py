@@ -1,13 +1,13 @@
-"""How good the pools of `emo-serve pools build` are: by method, by text, by what the text mixes.
+"""How good the pools of `emo-serve pools build` are: by method, by text, by mixture of domains.
 
 Reads nothing but what ships in emo_serve/demo. Pools are found on the last 32 of the 48 held-out
 texts of a domain and measured on the first ones (`--texts`), in the plain reference model, fp32.
 Three tables, each a mean over the ten domains:
 
-- loss: held-out nats a token in the right domain's pool, by method, examples and size;
+- loss: held-out nats per token in the right domain's pool, by method, examples and size;
 - amount: the same from less and less text, layerwise: the first tokens of one example, or several;
 - mixture: coverage when 10 examples of 256 tokens come from 1, 2, 3, 5 or all 10 domains, beside
-  the coverage that each would have in a pool of its own, and how often `pools build` tells. The
+  the coverage that each would have in a pool of its own, and how often `pools build` notices. The
   bounds of emo_serve/pools/calibration/advice.py come from the last two.
 
     python -m benchmarks.accuracy.calibration
@@ -97,7 +97,7 @@ def loss_table(bench: Bench) -> dict[str, dict[str, float]]:
 
 
 def amount_table(bench: Bench) -> dict[str, dict[str, float]]:
-    """Return {tokens: {size: loss}}; above one example's tokens, whole examples."""
+    """Return {tokens: {size: loss}}; beyond one example's tokens, several whole examples."""
     table: dict[str, dict[str, float]] = {}
     for tokens in TOKENS:
         row = table.setdefault(str(tokens), {})
@@ -114,7 +114,7 @@ def amount_table(bench: Bench) -> dict[str, dict[str, float]]:
 
 
 def mixture_table(bench: Bench) -> dict[str, dict[str, dict[str, float]]]:
-    """Return {domains mixed: {size: coverage and its share of the passages' own}}."""
+    """Return {domains mixed: {size: coverage, and its share of the passages' own coverage}}."""
     draw = random.Random(0)
     names = list(bench.examples)
     table: dict[str, dict[str, dict[str, float]]] = {}
@@ -172,7 +172,9 @@ def main() -> None:
     """Make the tables asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", choices=demo.MODELS, default=demo.DEMO_MODEL)
-    parser.add_argument("--texts", type=int, default=8, help="held-out texts a domain, 16 at most")
+    parser.add_argument(
+        "--texts", type=int, default=8, help="held-out texts per domain, 16 at most"
+    )
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

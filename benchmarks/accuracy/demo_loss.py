@@ -1,10 +1,10 @@
-"""Held-out loss of both shipped demo models when only K of 32 experts a layer are kept.
+"""Held-out loss of both shipped demo models when only K of 32 experts per layer are kept.
 
 Reads nothing but what ships in emo_serve/demo, runs the plain reference model in fp32, prints two
 tables and appends one line to results/demo_loss.jsonl.
 
     python -m benchmarks.accuracy.demo_loss  # all held-out texts: some minutes on one core
-    python -m benchmarks.accuracy.demo_loss --texts 8  # 8 a domain
+    python -m benchmarks.accuracy.demo_loss --texts 8  # 8 per domain
 
 `one document` calibrates a pool on the single held-out text AFTER the ones measured; `random` is
 the mean of three draws; `shared only` keeps the shared expert alone. The second table gives, for
@@ -60,7 +60,7 @@ def print_tables(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> 
     names = list(results)
     first = results[names[0]]["by_domain"]
     methods = list(next(iter(first.values())))
-    print("\n| experts of 32 a layer | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
+    print("\n| experts of 32 per layer | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
     for method in methods:
         means = [
             statistics.mean(row[method] for row in results[name]["by_domain"].values())
@@ -78,7 +78,7 @@ def print_tables(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> 
 def main() -> None:
     """Measure both models."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--texts", type=int, default=47, help="held-out texts a domain [47]")
+    parser.add_argument("--texts", type=int, default=47, help="held-out texts per domain [47]")
     parser.add_argument("--matrix-texts", type=int, default=8, help="for the second table [8]")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
 """lm_eval's tasks against the endpoint: `local-completions` with tokenized requests.
 
-lm_eval is a dependency of nobody here and is imported only to see whether it is there; it runs as
-a process of its own. Its tasks come from the Hugging Face hub, or from a directory of task files
-given by `--lm-eval-flags "--include_path DIR"`. Unless told otherwise it leaves out the token that
-a tokenizer opens every text with; a model that was trained behind one gets it here too.
+Nothing here depends on lm_eval: it is imported only to see whether it is installed, and runs in a
+process of its own. Its tasks come from the Hugging Face hub, or from a directory of task files
+given by `--lm-eval-flags "--include_path DIR"`. By default it leaves out the token with which a
+tokenizer begins every text; a model that was trained with one gets it here too.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def command(
 def run_lm_eval(
     url: str, model: str, tokenizer: Path, tasks: str, flags: Sequence[str]
 ) -> dict[str, Any]:
-    """Return lm_eval's results of each task; its own output shows what goes wrong."""
+    """Return lm_eval's results for each task; errors show in its own output."""
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
             command(url, model, tokenizer, tasks, flags, Path(directory)), check=False

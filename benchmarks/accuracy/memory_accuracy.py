@@ -1,11 +1,11 @@
-"""What experts kept cost: loss and accuracy against device memory, through the HTTP endpoint.
+"""What keeping fewer experts costs: loss and accuracy against device memory, through HTTP.
 
 An EMO model and its standard-MoE twin are served by `emo-serve serve`, one server each, and pools
-are registered with it as they are found. For every domain (`accuracy_texts`), pools of K experts a
-layer found by each method on all, 20 or 1 of its examples (`accuracy_pools`): held-out loss in nats
-a token, how often the next token is the model's first choice, and how often it answers a
-multiple-choice question right (`accuracy_scoring`). Memory is what a server started with just K
-slots a layer reports. The trunk-only point keeps the shared experts alone.
+are registered with it as they are found. For every domain (`accuracy/texts.py`), pools of K experts
+per layer are found by each method on all, 20 or 1 of its examples (`accuracy/pools.py`). Measured
+are held-out loss in nats per token, how often the next token is the model's first choice, and how
+often it answers a multiple-choice question right (`accuracy/scoring.py`). Memory is what a server
+started with just K slots per layer reports. The trunk-only point keeps the shared experts alone.
 
     python -m benchmarks.accuracy.memory_accuracy  # both shipped models, all domains
     python -m benchmarks.accuracy.memory_accuracy --domains math,c --keep 32,8
@@ -18,8 +18,8 @@ slots a layer reports. The trunk-only point keeps the shared experts alone.
         --baseline WORK/out-1/models/standard-moe-demo \\
         --texts WORK/out-1/heldout --training-seed 1
 
-One line a model goes to results/memory_accuracy.jsonl. `--report` prints the tables of the latest;
-models of one name and several training seeds are laid together.
+One line per model goes to results/memory_accuracy.jsonl. `--report` prints the tables of the latest
+results, with models of one name and several training seeds put together.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def measure_served(
 ) -> tuple[list[dict[str, float]], Scores, list[dict[str, Any]]]:
     """Serve the first domain's first pool of each size from a small server, all from a large one.
 
-    `loss_difference` of a memory row is the small server's loss less the large one's.
+    `loss_difference` of a memory row is the small server's loss minus the large one's.
     """
     first_of_size = {case.k: case for case in reversed(cases) if case.temperature == 1}
     found = iter(found)
@@ -125,7 +125,7 @@ def measure_served(
         if case.method != FULL:  # its memory is the large server's
             figures = small_server(model, flags, k, first_pools[case], domains[0])
             memory.append({"k": k, **figures})
-            print(f"{model.name}: {k} slots a layer, {figures['gib']:.4f} GiB", flush=True)
+            print(f"{model.name}: {k} slots per layer, {figures['gib']:.4f} GiB", flush=True)
     scores: Scores = {case: {} for case in cases}
     tasks: list[dict[str, Any]] = []
     with serve(model, [*flags, "--pin", BASE_POOL]) as (endpoint, figures):  # a load copies nothing
@@ -153,7 +153,7 @@ def measure_served(
 
 
 def rows_of(scores: Scores) -> list[dict[str, Any]]:
-    """Return a row a case: means over the domains, each domain's figures, a standard error."""
+    """Return a row per case: means over the domains, each domain's figures, a standard error."""
     full = next(by_domain for case, by_domain in scores.items() if case.method == FULL)
     rows = []
     for case, by_domain in scores.items():
@@ -172,13 +172,13 @@ def rows_of(scores: Scores) -> list[dict[str, Any]]:
 
 
 def figures_of(score: Score) -> dict[str, float]:
-    """Return a domain's figures, those there are."""
+    """Return the figures that a domain has."""
     found = {"loss": score.loss, "accuracy": score.accuracy, "choices": score.choices}
     return {key: round(value, 5) for key, value in found.items() if value is not None}
 
 
 def means(figures: Any) -> dict[str, float]:
-    """Return the mean of each figure, every domain weighing the same."""
+    """Return the mean of each figure, all domains weighted equally."""
     listed: list[Mapping[str, float]] = list(figures)
     keys = [key for key in listed[0] if all(key in row for row in listed)]
     return {key: mean(row[key] for row in listed) for key in keys}
@@ -196,11 +196,11 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=demo.model_dir(), help="the EMO model [the shipped one]")
     add("--baseline", type=Path, help="its standard-MoE twin [the shipped one's, or none]")
-    add("--training-seed", type=int, default=0, help="of both; `--report` lays seeds together [0]")
+    add("--training-seed", type=int, default=0, help="of both; `--report` puts seeds together [0]")
     add("--texts", type=Path, default=_SHIPPED_TEXTS, help="directory of DOMAIN.jsonl [shipped]")
     add("--questions", type=Path, help="directory of DOMAIN.jsonl [made of the measured texts]")
     add("--domains", type=numbers(str), help="[all of --texts]")
-    add("--keep", type=numbers(int), default=[32, 16, 8, 4], help="experts a layer [32,16,8,4]")
+    add("--keep", type=numbers(int), default=[32, 16, 8, 4], help="experts per layer [32,16,8,4]")
     add("--methods", type=numbers(str), default=["layerwise", "router", "easy-ep", "random"])
     add(
         "--examples",
@@ -210,7 +210,7 @@ def parse() -> argparse.Namespace:
     )
     add("--seeds", type=numbers(int), default=[0, 1, 2], help="of draws [0,1,2]")
     add("--temperatures", type=numbers(float), default=[], help="the router's, besides 1")
-    add("--limit", type=int, help="measured texts a domain [every second document's]")
+    add("--limit", type=int, help="measured texts per domain [every second document's]")
     add("--tokens", type=int, default=384, help="of a measured text [384]")
     add("--dtype", default="bfloat16")
     add("--serve-flags", default=_CPU_FLAGS, help=f"[{_CPU_FLAGS}]")
@@ -219,7 +219,7 @@ def parse() -> argparse.Namespace:
     add("--lm-eval-flags", default="", help="more flags of lm_eval, such as '--limit 100'")
     add("--concurrency", type=numbers(int), help="measure speed at so many clients instead")
     add("--rounds", type=int, default=5, help="of the speeds, after one that warms up [5]")
-    add("--pool-size", type=int, default=8, help="experts a layer of the speeds' pools [8]")
+    add("--pool-size", type=int, default=8, help="experts per layer of the speeds' pools [8]")
     add("--results", type=Path, default=RESULTS, help="[benchmarks/results]")
     add("--roles", type=numbers(str), default=list(ROLES), help=f"whom to measure {list(ROLES)}")
     add("--report", action="store_true", help="print the latest results' tables, measure nothing")

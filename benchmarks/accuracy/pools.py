@@ -1,8 +1,8 @@
 """Which pools of a domain are measured, and how each is found.
 
 A case is a method, a number of examples, a seed, a size and a temperature. Seeds draw the examples,
-or for `random` the experts. A draw of more than half of the examples there are is made once: draws
-of 20 out of 24 would all be nearly the same.
+or for `random` the experts. A draw of more than half of the available examples is made only once:
+draws of 20 out of 24 would all be nearly the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FOUND_AT_ITS_SIZE = "layerwise"  # the other methods' scores do not depend on t
 
 @dataclass(frozen=True)
 class Case:
-    """One pool of each domain; `examples` 0 stands for all there are."""
+    """One pool of each domain; `examples` 0 stands for all examples."""
 
     method: str
     k: int
@@ -100,7 +100,7 @@ def build_pools(
 
 
 def draw(examples: Sequence[Sequence[int]], count: int, seed: int) -> list[Sequence[int]]:
-    """Return `count` of the examples by lot, in their order; all of them for 0 or too many."""
+    """Return `count` examples drawn at random, in their order; all of them for 0 or too many."""
     if not 0 < count < len(examples):
         return list(examples)
     places = random.Random(seed).sample(range(len(examples)), count)

@@ -1,8 +1,8 @@
 """Tables of the memory-accuracy benchmark, from its results file alone.
 
 Each role's latest model counts, by its latest line of each training seed. The paper's Table 3
-stands beside ours: another model of another size, other data and other tasks, so only the shapes of
-the two may be compared.
+stands beside ours: another model of another size, other data and other tasks, so compare only the
+shapes of the two.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ standard MoE's are read off a figure."""
 def of_seeds(directory: Path = RESULTS) -> dict[str, dict[int, Row]]:
     """Return the results of each role by training seed, in order.
 
-    They are the latest of a seed, of the same model and measured on the same texts as the role's
-    latest of all.
+    For each seed that is the latest result of the same model on the same texts as the role's latest
+    result of all.
     """
     found: dict[str, dict[int, Row]] = {}
     for result in _results(directory)[::-1]:
@@ -55,7 +55,7 @@ def _measured(result: Row) -> list[Any]:
 def latest(directory: Path = RESULTS) -> dict[str, Row]:
     """Return each role's result of the first seed that all have, and the latest sweep as "speeds".
 
-    Those there are; where no seed is common, each role's first.
+    Roles without results are left out. Without a common seed it is each role's first.
     """
     models = of_seeds(directory)
     common = set[int]().union(*models.values()).intersection(*models.values())
@@ -82,7 +82,7 @@ def headline(result: Row) -> dict[int, Row]:
 
 
 def print_report(directory: Path = RESULTS) -> None:
-    """Print every table there are results for, as Markdown."""
+    """Print every table that has results, as Markdown."""
     found = latest(directory)
     results = {role: found[role] for role in ROLES if role in found}
     if results:
@@ -122,7 +122,7 @@ def _size_table(results: dict[str, Row]) -> list[str]:
     seeds = dict.fromkeys(str(result.get("training_seed", 0)) for result in results.values())
     note = (
         f"Training seed {', '.join(seeds)}. {texts} texts, {first['measured_tokens']} tokens,"
-        f" {questions} questions; every domain weighs the same. In brackets: against all experts,"
+        f" {questions} questions; all domains weighted equally. In brackets: against all experts,"
         " with its standard error over texts."
     )
     return [*lines, "", note]

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens over HTTP, and what is made of them.
+"""Log-probabilities of given tokens over HTTP, and the figures made of them.
 
 `/v1/completions` with `prompt_logprobs: 0` answers, for each prompt token but the first, its
 log-probability and rank. Prompts travel as ids, so nothing depends on how a server tokenizes.
@@ -26,7 +26,7 @@ _REQUESTS_AT_ONCE = 2  # one is computed while the other's answer is written and
 
 @dataclass(frozen=True)
 class Token:
-    """What a model said of a token that came; rank 1 is its first choice, ties counted against."""
+    """What a model said of an actual token; rank 1 is its first choice, ties count against it."""
 
     logprob: float
     rank: int
@@ -34,7 +34,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Score:
-    """A pool on a domain; `losses` are nats a token, one a text, all of them of one length.
+    """A pool on a domain; `losses` are nats per token, one per text, all texts of equal length.
 
     `accuracy` is the share of tokens that were the model's first choice, `choices` the share of
     questions answered right; None without questions.
@@ -58,14 +58,14 @@ class Endpoint:
         self.url = str(http.base_url).rstrip("/")
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
-        """Return the JSON of an answer; anything but success ends the benchmark, saying why."""
+        """Return the JSON of an answer; anything but success ends the benchmark with the reason."""
         response = self.http.request(method, path, **options)
         if response.status_code // 100 != 2:
             raise SystemExit(f"{method} {path}: {response.status_code} {response.text[:500]}")
         return response.json()
 
     def score(self, model: str, prompts: Sequence[Sequence[int]]) -> list[list[Token]]:
-        """Return each prompt's tokens but its first, as the pool `model` scores them."""
+        """Return each prompt's tokens except its first, as the pool `model` scores them."""
         parts = [
             prompts[start : start + _PROMPTS_A_REQUEST]
             for start in range(0, len(prompts), _PROMPTS_A_REQUEST)

@@ -1,7 +1,7 @@
 """Servers of the memory-accuracy benchmark, their pools, and the memory they report.
 
-The figures are what a server says of itself: the trunk in its start-up summary, the slab as
-`/v1/pools` counts its slots. KV cache and activations are not in them; they do not depend on the
+The figures are those that a server reports: the trunk in its start-up summary, the slab as
+`/v1/pools` counts its slots. They leave out KV cache and activations, which do not depend on the
 experts kept.
 """
 
@@ -68,7 +68,7 @@ def pools_served(endpoint: Endpoint, pools: Sequence[ExpertPool]) -> Iterator[No
 def small_server(
     model: Path, flags: Sequence[str], slots: int, pool: ExpertPool, domain: Domain
 ) -> dict[str, float]:
-    """Return the memory of a server with so many slots a layer, and a domain's loss in `pool`."""
+    """Return the memory of a server with so many slots per layer, and a domain's loss in `pool`."""
     with tempfile.TemporaryDirectory() as directory:
         write_pool(pool, Path(directory) / f"{pool.name}.json")
         flags = [*flags, "--expert-slots", str(slots), "--pools", directory]

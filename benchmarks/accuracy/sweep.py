@@ -1,10 +1,10 @@
 """Speed of a model in pools against the number of clients: where is the sweet spot?
 
-The clients are `bench_serving`'s: streamed greedy completions, prompts mixed over the domains' own
-texts, each in its domain's pool. Rounds go over all concurrencies in turn, so that a machine whose
-speed drifts does not favour one; the first warms up. The sweet spot is where tokens per second
-divided by the gap between two tokens of a stream is highest: beyond it, more clients wait more than
-they gain together.
+The clients are those of `serving/throughput.py`: streamed greedy completions, prompts mixed over
+the domains' own texts, each in its domain's pool. Rounds go over all concurrencies in turn, so that
+a machine whose speed drifts favours none; the first round warms up. The sweet spot is where tokens
+per second divided by the gap between two tokens of a stream is highest: beyond it, clients lose
+more by waiting than they gain together.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _REQUESTS = 4  # a client and round
 
 
 class _Served:
-    """What `bench_serving.load` asks of a server."""
+    """What `serving.throughput.load` needs of a server."""
 
     kind = "emo"
 

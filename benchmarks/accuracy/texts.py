@@ -1,15 +1,16 @@
 """Texts and questions of a domain: what pools are found on, and what they are measured on.
 
-A domain is a JSONL file, one `{"text": ..., "document": ...}` a line. Texts are split by DOCUMENT,
-every second one, in the file's order: the first, third, ... are measured, pools are found on the
-others, so no measured text shares its file, chapter or page with one a pool was found on. A text
-without "document" is a document of its own.
+A domain is a JSONL file with one `{"text": ..., "document": ...}` per line. Texts are split by
+DOCUMENT, every second one, in the file's order: the first, third, ... are measured, and pools are
+found on the others. So no measured text shares its file, chapter or page with one that a pool was
+found on. A text without "document" is a document of its own.
 
 A question is a prompt and choices; the model's answer is the choice of the highest total
-log-likelihood. They are read from JSONL, `{"question": ..., "choices": [...], "answer": 2}`, or
-made of the measured texts: at some positions of each text, the tokens that follow against those
-that follow at the same position of other documents of the domain. The distractors are of the
-domain, so it takes the context to tell; they are of the same length in tokens, so totals compare.
+log-likelihood. Questions are read from JSONL, `{"question": ..., "choices": [...], "answer": 2}`,
+or made of the measured texts: at some positions of each text, the tokens that follow against those
+that follow at the same position of other documents of the domain. The distractors come from the
+domain, so only the context tells them apart, and have the same length in tokens, so that totals can
+be compared.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ POSITIONS = (128, 256)  # of a measured text, where its questions end
 
 @dataclass(frozen=True)
 class Text:
-    """A text as ids, and the document it is from."""
+    """A text as ids, and the document it comes from."""
 
     document: str
     ids: tuple[int, ...]
@@ -39,7 +40,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Question:
-    """Each choice as ids behind the question's, where it begins in them, and which is right."""
+    """Each choice as ids after the question's, where it begins in them, and which one is right."""
 
     prompts: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...]
@@ -48,7 +49,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Domain:
-    """One domain: whole texts to find pools on, the first tokens of others to measure."""
+    """One domain: whole texts to find pools on, the first tokens of other texts to measure."""
 
     name: str
     examples: tuple[Text, ...]
@@ -59,7 +60,7 @@ class Domain:
 def read_domain(
     path: Path, encode: Encode, num_tokens: int, limit: int | None, questions: Path | None
 ) -> Domain:
-    """Read a domain's texts, measured ones cut to `num_tokens`, and its questions or make them."""
+    """Read a domain's texts, measured ones cut to `num_tokens`, and read or make its questions."""
     texts: list[Text] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
         fields = json.loads(line)
@@ -80,8 +81,8 @@ def read_domain(
 def derive_questions(texts: Sequence[Text]) -> list[Question]:
     """Make a question at each of POSITIONS of each text; the same texts give the same questions.
 
-    Distractors are of the next texts of other documents, around the end; the right choice's place
-    goes round. A text is passed over where it, or every other, is too short.
+    Distractors come from the next texts of other documents, starting over at the end; the place of
+    the right choice rotates. A text is skipped if it, or every other one, is too short.
     """
     questions: list[Question] = []
     for place, text in enumerate(texts):
@@ -105,7 +106,7 @@ def derive_questions(texts: Sequence[Text]) -> list[Question]:
 
 
 def read_questions(path: Path, encode: Encode) -> list[Question]:
-    """Read a multiple-choice set; a space joins question and choice unless either brings white."""
+    """Read a multiple-choice set; a space joins question and choice unless either has one there."""
     questions: list[Question] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         fields = json.loads(line)

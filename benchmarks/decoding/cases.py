@@ -1,6 +1,6 @@
-"""What bench_decode compares: a model, its pools, the cases of a batch; and what must hold of them.
+"""What decoding/run.py compares: a model, its pools, the cases of a batch; and what must hold.
 
-Shapes as in decode_model: T sequences, one token each; D hidden size, E experts, V vocabulary.
+Shapes as in decoding/model.py: T sequences, one token each; D hidden size, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Case", "Setting", "Tolerances", "check"]
 
 @dataclass(frozen=True)
 class Case:
-    """What the sequences of a batch route in: pool rows, in turn; slots that a slab would need."""
+    """The pool rows that the sequences of a batch take in turn, and the slots a slab would need."""
 
     name: str
     rows: tuple[int, ...]
@@ -35,8 +35,8 @@ class Case:
 class Tolerances:
     """Relative errors that pass.
 
-    `twin` bounds every token of every MoE layer; `step` the median token's logits, since one value
-    rounded otherwise may choose another expert. Below `change` a pool does not show.
+    `twin` bounds every token of every MoE layer; `step` bounds the median token's logits, since one
+    value rounded differently may choose another expert. Below `change` a pool shows no effect.
     """
 
     twin: float
@@ -91,18 +91,18 @@ class Setting:
         return partial(emo_kernels.pooled_moe, config=config)
 
     def begin(self, batch: Sequences, case: Case) -> None:
-        """Put a batch at its first tokens, in the case's pools."""
+        """Set a batch to its first tokens, in the case's pools."""
         batch.set_rows(case.rows)
         tokens_T, position = self.start
         batch.set_next(tokens_T[: len(batch.tokens_T)], position)
 
     def device_bytes(self, case: Case) -> int:
-        """Return trunk + slots x bytes: what a slab of just the case's slots would take in all."""
+        """Return trunk + slots x bytes: the total with a slab of just the case's slots."""
         slots = self.geometry.num_layers * case.slots
         return self.model.trunk_bytes + slots * self.geometry.expert_bytes(self.dtype)
 
     def read_bytes(self, num: int, experts_hit: float) -> float:
-        """Return the bytes a step must read: trunk but for embeddings, keys and values, experts."""
+        """Return the bytes a step must read: trunk without embeddings, keys and values, experts."""
         trunk = self.model.trunk_bytes - self.model.embed.nbytes
         past = num * self.geometry.kv_bytes(self.context, self.dtype)
         return trunk + past + self.expert_read_bytes(experts_hit)
@@ -113,7 +113,7 @@ class Setting:
         return experts * self.geometry.expert_bytes(self.dtype)
 
     def experts_hit(self, moe_inputs: Sequence[Tensor], pool_rows_T: Tensor) -> float:
-        """Return how many experts a layer the tokens take together, the mean over layers."""
+        """Return how many experts per layer the tokens take together, the mean over layers."""
         hit = []
         for x_TD, layer in zip(moe_inputs, self.model.layers, strict=True):
             logits_TE = torch.nn.functional.linear(x_TD, layer.gate)
@@ -127,7 +127,7 @@ class Setting:
 
 
 def relative(got: Tensor, wanted: Tensor) -> Tensor:
-    """Return the size of the difference relative to what was wanted, a row each."""
+    """Return the size of the difference relative to what was wanted, row by row."""
     got, wanted = got.float(), wanted.float()
     return (got - wanted).norm(dim=-1) / wanted.norm(dim=-1)
 
@@ -135,9 +135,9 @@ def relative(got: Tensor, wanted: Tensor) -> Tensor:
 def check(
     setting: Setting, num: int, again: Callable[[], Tensor], tolerances: Tolerances
 ) -> list[dict[str, Any]]:
-    """Check one batch size in every case; return what was found, or exit saying what is wrong.
+    """Check one batch size in every case; return what was found, or exit with what is wrong.
 
-    `again` does the step otherwise, from the same state, and returns its logits: a replay.
+    `again` repeats the step another way, from the same state, and returns its logits: a replay.
     """
     batch, model, rows = setting.batch(num), setting.model, []
     pooled_moe = setting.pooled_moe(num)
@@ -170,7 +170,7 @@ def check(
 def _layer_error(
     model: DecodeModel, moe_inputs: Sequence[Tensor], pool_rows_T: Tensor, pooled_moe: PooledMoe
 ) -> float:
-    """Return the largest relative error of a MoE layer's output for a token, kernels to twin."""
+    """Return the largest relative error of a token's MoE layer output, kernels against twin."""
     errors = []
     for x_TD, layer in zip(moe_inputs, model.layers, strict=True):
         got, wanted = (

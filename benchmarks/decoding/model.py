@@ -1,11 +1,11 @@
-"""A whole EMO model with random weights that decodes one token of every sequence a step.
+"""A whole EMO model with random weights that decodes one token of every sequence per step.
 
-Plain torch but for the experts, which whoever steps brings: emo_kernels' `pooled_moe` or its twin.
-No vLLM, transformers or emo_serve. A step reads and writes tensors that stay where they are, so it
-can be captured in a CUDA graph; its pools are named by tensors too, so one graph serves them all.
+Plain torch except for the experts, which the caller of a step brings: emo_kernels' `pooled_moe` or
+its twin. No vLLM, transformers or emo_serve. A step reads and writes tensors that stay in place, so
+it can be captured in a CUDA graph; tensors name its pools too, so one graph serves them all.
 
-Attention sees exactly `context` tokens: the cache is a ring, each step's keys and values take the
-place of the oldest. So every step costs the same, whichever token it is, and no mask is needed.
+Attention sees exactly `context` tokens: the cache is a ring, where each step's keys and values
+replace the oldest. So every step costs the same, whichever token it is, and no mask is needed.
 
 Weights keep the size of what they multiply (std of fan-in ** -0.5), so that no layer drowns the
 others; router logits have a std of 2, so that a token's experts have weights of different sizes.
@@ -31,7 +31,7 @@ PooledMoe = Callable[[Tensor, Tensor, Tensor, PoolTables, Router, Tensor, Tensor
 """(x_TD, logits_TE, pool_rows_T, tables, router, w13, w2) -> y_TD"""
 
 Pool = tuple[frozenset[int], ...]
-"""The experts of a pool, a set a layer."""
+"""The experts of a pool, one set per layer."""
 
 _LOGIT_STD = 2.0
 
@@ -62,11 +62,11 @@ class Geometry:
         return Router(self.num_experts, self.top_k, self.num_shared)
 
     def expert_bytes(self, dtype: torch.dtype) -> int:
-        """Return what one expert of one layer takes, and so one slot."""
+        """Return the bytes of one expert of one layer, and so of one slot."""
         return 3 * self.hidden_size * self.expert_size * dtype.itemsize
 
     def kv_bytes(self, context: int, dtype: torch.dtype) -> int:
-        """Return what the keys and values of one sequence take, all layers together."""
+        """Return the bytes of one sequence's keys and values, all layers together."""
         return self.num_layers * context * 2 * self.hidden_size * dtype.itemsize
 
 
@@ -85,16 +85,16 @@ class Layer:
 
     @property
     def trunk(self) -> tuple[Tensor, ...]:
-        """Return what of the layer is not experts."""
+        """Return the tensors of the layer that are not experts."""
         return self.attention_norm_D, self.qkv, self.o_proj, self.moe_norm_D, self.gate
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """What a batch of sequences holds between steps; tensors that a step changes in place.
+    """What a batch of sequences holds between steps: tensors that a step changes in place.
 
     tokens_T int64, the next input of each; pool_rows_T int32; position int64 of one element, how
-    many tokens came before (the same for all); cache, a layer each, [T, 2, H, N, C], keys, then
+    many tokens came before (the same for all); cache, one per layer, [T, 2, H, N, C], keys, then
     values.
     """
 
@@ -111,7 +111,7 @@ class Sequences:
         dtype: torch.dtype,
         generator: torch.Generator,
     ) -> Sequences:
-        """Return `num` sequences of the base pool, with random pasts of `context` tokens."""
+        """Return `num` sequences in the base pool, with `context` random earlier tokens each."""
         device = generator.device
         shape = (num, 2, geometry.num_heads, context, geometry.head_dim)
         return Sequences(
@@ -145,7 +145,7 @@ class Sequences:
 
 
 class DecodeModel:
-    """Random weights, one slot an expert, and the pools that its tables hold as rows 0, 1, ..."""
+    """Random weights, one slot per expert, and the pools in rows 0, 1, ... of its tables."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class DecodeModel:
 
     @property
     def trunk_bytes(self) -> int:
-        """Return what everything that is not an expert takes."""
+        """Return the bytes of everything that is not an expert."""
         layers = (tensor for layer in self.layers for tensor in layer.trunk)
         return sum(tensor.nbytes for tensor in (self.embed, self.lm_head, self.norm_D, *layers))
 
@@ -180,7 +180,7 @@ class DecodeModel:
         pooled_moe: PooledMoe,
         moe_inputs: list[Tensor] | None = None,
     ) -> Tensor:
-        """Return logits_TV of the batch's tokens; the likeliest become its next tokens.
+        """Return logits_TV of the batch's tokens; the likeliest ones become its next tokens.
 
         `moe_inputs` collects the input of each MoE layer, [T, D].
         """
@@ -217,7 +217,7 @@ class DecodeModel:
         geometry, (cos_C, signed_sin_C) = self.geometry, rope
         qkv_T3HC = F.linear(x_TD, layer.qkv).view(-1, 3, geometry.num_heads, geometry.head_dim)
         qk_T2HC = qkv_T3HC[:, :2]
-        # fp32 from the product on; roll and signs make [-right, left] without a copy more
+        # fp32 from the product on; roll and signs make [-right, left] without another copy
         turned_T2HC = qk_T2HC.roll(geometry.head_dim // 2, -1) * signed_sin_C
         qk_T2HC.copy_(turned_T2HC.addcmul_(qk_T2HC, cos_C))
         cache.index_copy_(3, position % cache.shape[3], qkv_T3HC[:, 1:].unsqueeze(3))

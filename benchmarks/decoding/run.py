@@ -8,25 +8,25 @@ names:
     all 128 experts | a pool of 32, 16 or 8 | sequences of four pools of 16 in turn
 
 Before a graph is timed it is checked in every case, and a failed check ends the run: its logits
-must be an eager step's, and differ from those of the full model; each MoE layer must give what its
-torch twin gives. Sizes of pools count the shared expert, as everywhere in emo-serve.
+must equal an eager step's and differ from those of the full model, and each MoE layer must give
+what its torch twin gives. Sizes of pools count the shared expert, as everywhere in emo-serve.
 
-What the figures are worth. A random gate spreads tokens evenly and independently over the experts
+What the figures mean. A random gate spreads tokens evenly and independently over the experts
 it may choose from. For the full model that is the worst case: B sequences hit about
-127 x (1 - (120/127)^B) of its 127 standard experts a layer, nearly all from B = 64 on, and each
-hit is 12 MiB to read. EMO is trained so that text of ONE domain keeps to few experts, which a pool
-then holds: on such a batch the full model hits fewer experts than here, so the ratios are an upper
-bound for it. In the limit, where the text never leaves the pool, the ratio is 1 and a pool saves
-memory alone. A batch of many domains is near what is measured here. So the table prints the
-experts hit a layer, on which the time depends: the full model on text that hits 32 of them takes
-about what the pool of 32 takes. At batch 1 every case reads 8 experts a layer, whatever it may
-choose from, so no case is faster for its pool; a speed-up there would be an error.
+127 x (1 - (120/127)^B) of its 127 standard experts per layer, nearly all from B = 64 on, and each
+hit is 12 MiB to read. EMO is trained so that text of ONE domain uses few experts, which a pool then
+holds. On such a batch the full model hits fewer experts than here, so the ratios are an upper bound
+for it. In the limit, where the text never leaves the pool, the ratio is 1 and a pool only saves
+memory. A batch of many domains is close to what is measured here. So the table prints the experts
+hit per layer, on which the time depends: the full model on text that hits 32 of them takes about as
+long as the pool of 32. At batch 1 every case reads 8 experts per layer, whatever it may choose
+from, so no pool makes it faster; a speed-up there would be an error.
 
 Attention is torch's scaled_dot_product_attention over exactly `--context` tokens, RMSNorm and RoPE
 are plain torch, and nothing is fused: a serving engine's trunk is faster, which would raise the
 ratios. The share of the MoE layers, timed in a graph of their own, is printed. One graph has one
-choice of tiles, whatever the pools: what the plugin takes, that for as many slots as the slab has,
-or with `--tiles-for N` that for N, which suits pools that hold N experts together.
+choice of tiles, whatever the pools: the plugin's, which suits as many slots as the slab has, or
+with `--tiles-for N` that for N slots, which suits pools that hold N experts together.
 
     python -m benchmarks.decoding.run                       # one CUDA device, 5 minutes
     python -m benchmarks.decoding.run --smoke               # tiny, interpreted, times nothing
@@ -60,7 +60,7 @@ from benchmarks.kernels.timing import Deadline, machine_rates
 from emo_kernels import reference
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_ROUNDS = 4  # cases take turns, so that a clock that drifts favours none
+_ROUNDS = 4  # cases take turns, so that a drifting clock favours none
 _WARM_UP = 3
 _REPLAYS = (8, 250)  # of one case in one round, least and most
 _SPARE_BYTES = 4 << 30  # activations, workspaces, graphs
@@ -147,7 +147,7 @@ def _capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 def _event_times(graph: torch.cuda.CUDAGraph, seconds: float) -> list[float]:
-    """Return the milliseconds of each replay, for about `seconds`; the first ones are not counted.
+    """Return the milliseconds of each replay, for about `seconds`; the first ones do not count.
 
     Marks lie between replays and the queue is not drained, so that the device never waits.
     """
@@ -238,7 +238,7 @@ def _fitting(
 def smoke(args: argparse.Namespace) -> dict[str, Any]:
     """Run the checks on a tiny model under Triton's interpreter: no graph, no time, no rate.
 
-    In a replay's place stands a step of a model that is plain torch throughout.
+    A step of a model that is plain torch throughout takes the place of a replay.
     """
     generator, tolerances = torch.Generator().manual_seed(args.seed), Tolerances(1e-4, 1e-4)
     most = max(args.batches)
@@ -256,7 +256,7 @@ def smoke(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    """Print tokens per second and ratio by batch and case, then what explains them."""
+    """Print tokens per second and ratio by batch and case, then the figures that explain them."""
     rows = result["rows"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     found = {(row["batch"], row["case"]): row for row in rows}
@@ -269,11 +269,11 @@ def print_tables(result: dict[str, Any]) -> None:
         print(f"| {batch} | " + " | ".join(texts) + " |")
     sizes = [found[rows[0]["batch"], case]["device_gib"] for case in cases]
     print("| trunk + slots, GiB | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
-    print(f"\nkeys and values come on top: {result['kv_mib_a_sequence']:.0f} MiB a sequence")
+    print(f"\nin addition, keys and values take {result['kv_mib_a_sequence']:.0f} MiB per sequence")
     print(f"the device copies {result['copy_gib_per_s']:.0f} GiB/s\n")
     print(
         "| batch | case | step ms (quartiles) | of copy rate | MoE ms | MoE share"
-        " | MoE of copy rate | experts hit a layer, first and after |"
+        " | MoE of copy rate | experts hit per layer, first and after |"
     )
     print("|---" * 8 + "|")
     for row in rows:
@@ -295,7 +295,7 @@ def print_tables(result: dict[str, Any]) -> None:
 def print_smoke(result: dict[str, Any]) -> None:
     """Print the checks of an interpreted run."""
     print("interpreter: a tiny model, checked and not timed\n")
-    print("| batch | case | step, kernels to torch | change from full | experts hit a layer |")
+    print("| batch | case | step, kernels to torch | change from full | experts hit per layer |")
     print("|---|---|---|---|---|")
     for row in result["checks"]:
         print(

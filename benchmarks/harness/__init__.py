@@ -1,1 +1,1 @@
-"""What benchmarks share: result lines, engines and servers to measure."""
+"""What benchmarks share: lines of results, engines and servers to measure."""

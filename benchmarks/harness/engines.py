@@ -1,4 +1,4 @@
-"""Engines of benchmarks that need one within reach: what vLLM is told, and pools put in place."""
+"""Engines for benchmarks that run one themselves: vLLM's arguments, and pools put in slots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["engine_arguments", "load_pools"]
 def engine_arguments(
     model: Path, num_slots: int, num_pools: int, *, host_expert_bytes: int = 0
 ) -> dict[str, Any]:
-    """Return what vLLM's engine must be told to serve pools on a CPU, as the front end tells it."""
+    """Return vLLM's engine arguments for serving pools on a CPU, as the front end sets them."""
     ours = {
         "num_slots": num_slots,
         "num_pools": num_pools,

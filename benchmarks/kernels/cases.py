@@ -1,17 +1,18 @@
 """What the kernels are measured on: a geometry, slabs of weights, pools and batches of tokens.
 
-Shapes: T tokens, D model dim, F expert dim, E experts, P pool rows, S slots, K places a token,
+Shapes: T tokens, D model dim, F expert dim, E experts, P pool rows, S slots, K places per token,
 L layers that a rotation visits. Weights and tokens are random; logits are standard normal, so that
-a pool's experts are about equally wanted. Slabs hold every expert (S = E), in slots of a random
-order, and a pool's experts are strewn over them; only those that tokens chose may cost anything.
+a pool's experts are chosen about equally often. Slabs hold every expert (S = E) in slots of a
+random order, with a pool's experts scattered over them; only those that tokens chose should cost
+anything.
 
-Bytes of a call, with R places taken, `hit` distinct slots and b bytes a token element:
+Bytes of a call, with R places taken, `hit` distinct slots and b bytes per token element:
 
     weights  hit * (3 * D * F * weight bytes + 4 * (2 * F + D) where weights have scales)
     the rest T * E * b (logits) + T * D * b (x) + 2 * R * F * b (h, written and read)
              + 2 * R * D * b (rows, written and read) + T * D * b (y)
 
-h and rows may stay in L2, so the weights' bytes alone are kept apart. FLOPs: 6 * R * D * F.
+h and rows may stay in L2, so the weights' bytes are also given alone. FLOPs: 6 * R * D * F.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Case:
 
     @property
     def pool(self) -> str:
-        """Return how people and plots name the pools: 16, or 4x16."""
+        """Return how tables and plots name the pools: 16, or 4x16."""
         return f"{self.pools}x{self.pool_size}" if self.pools > 1 else str(self.pool_size)
 
 
@@ -87,7 +88,7 @@ class Slabs:
         device: torch.device,
         seed: int = 0,
     ) -> Slabs:
-        """Fill slabs with normal values that keep a layer's output of the order of its input."""
+        """Fill slabs with normal values that keep a layer's output on the order of its input."""
         random = torch.Generator(device).manual_seed(seed)
         dims, experts = (geometry.model_dim, geometry.expert_dim), geometry.num_experts
 
@@ -98,7 +99,7 @@ class Slabs:
         return cls(normal(2 * dims[1], dims[0]), normal(dims[0], dims[1]), None, None)
 
     def in_fp8(self) -> Slabs:
-        """Return the same weights in e4m3 with one scale an output channel."""
+        """Return the same weights in e4m3 with one scale per output channel."""
         w13 = [quantize(w) for w in self.w13_LSFD]
         w2 = [quantize(w) for w in self.w2_LSDF]
         return Slabs(
@@ -135,7 +136,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call has to move and to compute; the formulas are this module's."""
+    """What one call has to move and to compute; the formulas are in this module's docstring."""
 
     hit: int
     rows: int
@@ -187,7 +188,7 @@ def rotation(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[Batch]:
-    """Yield `calls` batches of a case: other tokens and pools each, the layers taking turns."""
+    """Yield `calls` batches of a case: new tokens and pools each, the layers taking turns."""
     random = torch.Generator(device).manual_seed(case.tokens)
     for call in range(calls):
         layer = call % slabs.layers

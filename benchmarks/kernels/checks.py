@@ -1,9 +1,9 @@
 """The check stage: every kernel against its torch twin, on the device, before anything is timed.
 
 Each stage gets the twin's inputs, so that an error shows where it is made. Floating outputs are
-compared row by row, by the norm of the difference over the norm of the twin's row; what the twin
-leaves undefined is not looked at; a row of zeros must be zeros and NaN must be NaN. Memory is
-filled with NaN before each kernel, so that an element nobody wrote is seen.
+compared row by row, by the norm of the difference over the norm of the twin's row. What the twin
+leaves undefined is ignored; a row of zeros must be zeros and NaN must be NaN. Memory is filled with
+NaN before each kernel, so that an element that was never written shows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 @dataclass
 class Findings:
-    """What the check found: how many comparisons, the worst error a stage, and what failed."""
+    """What the check found: how many comparisons, the worst error per stage, and what failed."""
 
     checked: int = 0
     worst: dict[str, float] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def check_batch(batch: Batch, config: Config, where: str, findings: Findings) ->
 
     _poison(batch)
     routed, twin = emo_kernels.route(*inputs), reference.route(*inputs)
-    # The slots of a token of NaN are any: only that they lie in the slab is promised.
+    # A token of NaN may get any slots: all that is promised is that they lie in the slab.
     sane_T = ~twin.weights_TK.isnan().any(-1)
     findings.same(where, "slots", routed.slots_TK[sane_T], twin.slots_TK[sane_T])
     findings.near(where, "weights", routed.weights_TK, twin.weights_TK, _WEIGHTS_TOLERANCE)
@@ -171,7 +171,7 @@ def _layer(batch: Batch, config: Config | None) -> Tensor:
 
 
 def _poison(batch: Batch) -> None:
-    """Leave NaN in the memory that the next allocations of these sizes are given (on CUDA)."""
+    """Leave NaN in the memory that the next allocations of these sizes will get (on CUDA)."""
     if batch.x_TD.device.type != "cuda":
         return
     places = batch.x_TD.shape[0] * batch.router.top_k

@@ -2,7 +2,7 @@
 
 Odd sizes, no token, one token, a hot expert, experts without tokens, pools smaller than top-k, many
 and mixed pools, padding, a NaN, slots for some experts only, and each kind of router. Logits lie on
-a grid of 1/64, so that ties are exact (and to be broken by the id) and nothing is nearly a tie.
+a grid of 1/64, so that ties are exact (and broken by the id) and nothing is nearly a tie.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HOT = 20.0  # above every other logit: all tokens take this expert
 
 @dataclass(frozen=True)
 class Corner:
-    """How to draw one batch; `slots` below num_experts leaves experts outside the pools out."""
+    """How to draw one batch; `slots` below num_experts leaves out experts that no pool has."""
 
     name: str
     geometry: Geometry
@@ -114,7 +114,7 @@ def tokens_of(
 def corners(geometry: Geometry, plain: tuple[int, ...], count: int) -> Iterator[Corner]:
     """Yield the corners at a geometry and at odd sizes, of about `count` tokens each.
 
-    `plain` are batch sizes of plain use, each a corner of its own.
+    `plain` are batch sizes of ordinary use, each a corner of its own.
     """
     experts, router = geometry.num_experts, geometry.router
     base = Corner("plain", geometry, count, router, pool_size=experts // 4)

@@ -2,8 +2,8 @@
 
 `layer` is one pooled_moe: routing, dispatch, gate_up, down, combine. `experts` is the layer after
 routing, which is what vLLM's fused_experts does. Stages are timed alone, each on inputs of its own,
-so their sum is not exactly the layer. Floors are the work over the machine's two
-rates, see kernel_cases for how bytes and FLOPs are counted.
+so their sum is not exactly the layer. Floors are the work divided by the machine's two rates; see
+kernels/cases.py for how bytes and FLOPs are counted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def measure_case(
     dtype: torch.dtype,
     seconds: float,
 ) -> dict[str, Any]:
-    """Return a case's row: work, floors, timings, ratios (above 1: we are the faster ones)."""
+    """Return a case's row: work, floors, timings, ratios (above 1: ours is faster)."""
     turns = 2 if case.tokens <= 1024 and device.type == "cuda" else 1
     batches = list(rotation(case, geometry, slabs, turns * slabs.layers, device, dtype))
     made = [select(batch) for batch in batches]

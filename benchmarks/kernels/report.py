@@ -1,7 +1,7 @@
-"""What people read: a table a pool and kind of weights, and each target reached or not.
+"""The report: a table for each pool and kind of weights, and which targets were reached.
 
-Works on rows of kernel_measure alone, fresh or from the results file. Nothing is asserted: a target
-that is not reached is a line of the report.
+Works on rows of kernels/measure.py alone, fresh or from the results file. Nothing is asserted: a
+target that is not reached is a line of the report.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Target:
 
 
 def print_report(rows: Sequence[Row], judged: bool = True) -> None:
-    """Print the tables, then the targets; of an interpreter's rows there is nothing to judge."""
+    """Print the tables, then the targets, which are not judged on an interpreter's rows."""
     for weights, pool in dict.fromkeys((row["weights"], row["pool"]) for row in rows):
         mine = [row for row in rows if (row["weights"], row["pool"]) == (weights, pool)]
         names = list(dict.fromkeys(name for row in mine for name in row["baselines"]))
@@ -65,7 +65,7 @@ def _cells(row: Row, names: Sequence[str]) -> Iterator[str]:
 
 
 def targets(rows: Sequence[Row]) -> list[Target]:
-    """Hold rows against the targets of the kernels, those of 16bit weights."""
+    """Compare the rows of 16bit weights with the targets of the kernels."""
     rows = [row for row in rows if row["weights"] == "16bit"]
     decode = [row for row in rows if row["pool"] in ("16", "32")]
     return [

@@ -1,22 +1,22 @@
 """Check, tune and measure the Triton kernels on this machine's GPU, in one call.
 
     python -m benchmarks.kernels.run                      # all of it, in nine minutes
-    python -m benchmarks.kernels.run                      # once more: goes on where it stopped
+    python -m benchmarks.kernels.run                      # again: continues where it stopped
     python -m benchmarks.kernels.run --stages measure --tokens 1 64 --pools 16 4x16
     TRITON_INTERPRET=1 python -m benchmarks.kernels.run --device cpu    # tiny, without a GPU
 
 check    every kernel against its torch twin in bf16, fp16 and fp8, at the corners of
-         kernel_corners, and captured in a CUDA graph and replayed with other pools. A failure ends
-         the run with status 1: nothing is tuned or measured.
+         kernels/corners.py, then captured in a CUDA graph and replayed with other pools. A failure
+         ends the run with status 1: nothing is tuned or measured.
 tune     the tiles of each (tokens, slots of the pools), into the table of this architecture
-         (kernels/emo_kernels/tuned), see kernel_tuner. Gets about half of the time that is left.
+         (kernels/emo_kernels/tuned), see kernels/tuner.py. Gets about half of the time left.
 measure  the layer at T = 1 to 16384 in pools of 8 to 128 and four pools of 16 mixed, 16bit and fp8
-         weights, against vLLM's and torch's kernels (kernel_baselines) and two floors
-         (kernel_cases), by the medians of kernel_timing, into results/kernels.jsonl.
+         weights, against vLLM's and torch's kernels (kernels/baselines.py) and two floors
+         (kernels/cases.py), by the medians of kernels/timing.py, into results/kernels.jsonl.
 
-Needs torch and triton only, installed or not is emo-serve. Without a GPU all stages run in Triton's
-interpreter, at sizes and times that mean nothing: such results and tables are marked so and go to a
-temporary directory unless told otherwise.
+Needs torch and triton only; emo-serve need not be installed. Without a GPU all stages run in
+Triton's interpreter, at sizes and times that mean nothing: such results and tables are marked, and
+go to a temporary directory unless told otherwise.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="[cuda]")
     parser.add_argument("--dtype", choices=DTYPES, help="of tokens and 16bit weights [bf16]")
     parser.add_argument("--tokens", type=int, nargs="+", help="[1 2 4 ... 16384]")
-    parser.add_argument("--pools", type=_pool, nargs="+", help="8, 4x16 ... [those of the issue]")
+    parser.add_argument("--pools", type=_pool, nargs="+", help="8, 4x16 ... [8 to 128, and 4x16]")
     parser.add_argument("--weights", nargs="+", default=["16bit", "fp8"], choices=("16bit", "fp8"))
     parser.add_argument(
         "--lookup",
         choices=("pool", "slab"),
         default="pool",
-        help="what counts as slots when tiles are looked up: the batch's pools' or all [pool]",
+        help="slots that tiles are looked up for: those of the batch's pools, or all [pool]",
     )
-    parser.add_argument("--again", action="store_true", help="do what has been done as well")
+    parser.add_argument("--again", action="store_true", help="repeat what has been done")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes; implied by --device cpu")
     parser.add_argument("--workers", type=int, help="processes that try candidates [cores, <= 14]")
     parser.add_argument("--results", type=Path, help="directory [benchmarks/results]")

@@ -1,6 +1,6 @@
 """The stages of kernels/run.py, over the parts that do the work: check, tune and measure.
 
-Each writes its own lines to the results file as it goes and says what it left out; see
+Each writes its own lines to the results file as it goes and reports what it left out; see
 kernels/run.py for what each is for.
 """
 
@@ -34,7 +34,7 @@ from emo_kernels.tuning import Config, Table, load_table, table_path
 
 __all__ = ["Run"]
 
-LAYERS = 4  # slabs in rotation: a pool of 8 in fp8 is 50 MB a layer, four exceed any L2
+LAYERS = 4  # slabs in rotation: a pool of 8 in fp8 is 50 MB per layer, four exceed any L2
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Run:
         return self.tiles().nearest(batch.x_TD.shape[0], slots, weights).config
 
     def tiles(self) -> Table:
-        """Return the table as it is now; the package's, until one is written elsewhere."""
+        """Return the current table: the package's until one is written elsewhere."""
         return load_table(self.table if self.table.exists() else self._package_table)
 
     def record(self, result: dict[str, Any]) -> Path:
@@ -205,7 +205,7 @@ class Run:
         for line in problems:
             print(f"FAILED {line}")
         if todo:
-            print(f"\n{todo} shapes are left for another run: no time")
+            print(f"\n{todo} shapes are left for another run: out of time")
 
     def _measure(
         self, case: Case, usable: list[Baseline], machine: Machine, todo: int
@@ -249,9 +249,9 @@ class Run:
 
 
 def _check_apart(tasks: list[_Check], workers: int, deadline: Deadline) -> Iterator[Findings]:
-    """Check in worker processes, or right here with none.
+    """Check in worker processes, or in this process if there are none.
 
-    So there are as many compilers at work, and a fault or a hang is a failure, not the end.
+    That way compilations run in parallel, and a fault or a hang is a failure, not the end.
     """
     if not workers:
         yield from map(_check, tasks)
@@ -269,7 +269,7 @@ def _check_apart(tasks: list[_Check], workers: int, deadline: Deadline) -> Itera
 
 
 def _check(task: _Check) -> Findings:
-    """Check one corner; what is raised is a failure like any other."""
+    """Check one corner; an exception is a failure like any other."""
     device, findings = torch.device(task.device), Findings()
     dtype = DTYPES[task.dtype]
     try:

@@ -1,9 +1,9 @@
 """How long device work takes: medians of many replays, and the two rates a machine can reach.
 
-On CUDA the calls of one rotation (other inputs, other weights each) are captured in one graph and
-the graph is replayed between events, so that neither Python nor launches are in the figure; what
-cannot be captured runs eagerly between events, and says so. On the CPU a clock is read. A rotation
-must touch more bytes than the L2 cache holds: seeing to it is the caller's part.
+On CUDA the calls of one rotation (each with other inputs and weights) are captured in one graph,
+which is replayed between events, so that neither Python nor launches are in the figure. What cannot
+be captured runs eagerly between events and is marked so. On the CPU a clock is read. A rotation
+must touch more bytes than the L2 cache holds; the caller sees to that.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _MAX_REPEATS = 400
 
 
 class Deadline:
-    """A time to be done by; one monotonic clock, started at construction."""
+    """A time to finish by; one monotonic clock, started at construction."""
 
     def __init__(self, minutes: float) -> None:
         self.end = time.monotonic() + 60 * minutes
 
     @property
     def seconds_left(self) -> float:
-        """Return what is left; below zero once it has passed."""
+        """Return the seconds left; below zero once the deadline has passed."""
         return self.end - time.monotonic()
 
     def share(self, part: float) -> Deadline:
-        """Return a nearer deadline, after `part` of what is left."""
+        """Return a nearer deadline, after `part` of the time left."""
         return Deadline(part * max(self.seconds_left, 0.0) / 60)
 
 
@@ -137,8 +137,8 @@ def _timing(times_us: Sequence[float], calls: int, how: str) -> Timing:
 def machine_rates(device: torch.device) -> Machine:
     """Measure the device's own copy and its library's dense product, on random data.
 
-    CUDA: 2 GiB copied, 8192 x 8192 x 8192 in bf16. CPU: 32 MiB, 256 x 256 x 256 in fp32, good for
-    nothing but running this code.
+    CUDA: 2 GiB copied, 8192 x 8192 x 8192 in bf16. CPU: 32 MiB, 256 x 256 x 256 in fp32, only to
+    run this code.
     """
     cuda = device.type == "cuda"
     size, side, dtype = (2**31, 8192, torch.bfloat16) if cuda else (2**25, 256, torch.float32)

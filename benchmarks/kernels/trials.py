@@ -1,10 +1,10 @@
 """Candidates tried where they can do no harm: in worker processes, many at once.
 
-A candidate may fail to compile, want more registers or shared memory than there are, compute
+A candidate may fail to compile, need more registers or shared memory than there are, compute
 nonsense, fault (which ends the CUDA context of its process) or hang. So each is compiled, run and
-compared with the twin in a worker first; one that faults or hangs ends that worker alone, which is
-replaced. What has passed lies in Triton's cache on disk, where the process that times finds it:
-compiling, the long part, so takes as many cores as there are.
+compared with the twin in a worker first; one that faults or hangs ends only that worker, which is
+replaced. What has passed is in Triton's cache on disk, where the process that times finds it. So
+compiling, the long part, uses all cores.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class _Worker:
 
 
 class Sandbox:
-    """Worker processes that try candidates; close it when done. No workers: tried right here."""
+    """Worker processes that try candidates; close it when done. Without workers it tries here."""
 
     def __init__(self, workers: int, geometry: Geometry, dtype: str, device: torch.device) -> None:
         self._arguments = (geometry, dtype, str(device))
@@ -122,7 +122,7 @@ class Sandbox:
     def verdicts(self, trials: Iterable[Trial], deadline: Deadline) -> dict[Trial, str | None]:
         """Try what has not been tried; return each trial's problem, None if it has none.
 
-        Trials that the deadline cut off are missing.
+        Trials cut off by the deadline are missing.
         """
         wanted = list(dict.fromkeys(trials))
         waiting = [trial for trial in reversed(wanted) if trial not in self._verdicts]
@@ -168,7 +168,7 @@ class Sandbox:
             self._replace(worker, None)
 
     def _replace(self, worker: _Worker, problem: str | None) -> None:
-        """Put a new process in a worker's place; `problem` is the verdict on what it was trying."""
+        """Replace a worker by a new process; `problem` is the verdict on what it was trying."""
         if worker.trial is not None and problem is not None:
             self._verdicts[worker.trial] = problem
         worker.process.kill()
@@ -185,7 +185,7 @@ class Sandbox:
 
 
 def _serve(pipe: Connection, geometry: Geometry, dtype: str, device: str) -> None:
-    """Answer each trial that comes with its problem, until the parent is gone."""
+    """Answer each trial with its problem, until the parent is gone."""
     benches = _benches(geometry, dtype, device)
     while True:
         try:
@@ -196,7 +196,7 @@ def _serve(pipe: Connection, geometry: Geometry, dtype: str, device: str) -> Non
 
 
 def _benches(geometry: Geometry, dtype: str, device: str) -> dict[str, Bench]:
-    """Return a small bench a kind of weights: few slots, the geometry's own dimensions."""
+    """Return a small bench per kind of weights: few slots, the geometry's own dimensions."""
     where, kind = torch.device(device), DTYPES[dtype]
     experts = min(_SLOTS, geometry.num_experts)
     small = Geometry(

@@ -1,15 +1,15 @@
 """The tune stage: time candidates for each key of the table and keep the best.
 
-A key is (tokens, slots, kind of weights). A server looks tiles up by all its slots while its batch
-may be of one pool: so a key of many slots is timed on tokens spread over them and on tokens of one
-pool of 16, and the geometric mean of both counts. Both GEMMs share block_m, otherwise they do not
-know of each other: so each is timed alone, over slabs of several layers in turn, and the best sum
-over block_m decides. A second round joins the changes that helped most. Whatever is timed has
-passed the sandbox before, and is compared with the twin once more at the key's own shapes.
+A key is (tokens, slots, kind of weights). A server looks tiles up by all its slots, while its batch
+may use a single pool. So a key of many slots is timed on tokens spread over them and on tokens of
+one pool of 16, and the geometric mean of both counts. The two GEMMs share block_m and are otherwise
+independent, so each is timed alone, over slabs of several layers in turn, and the best sum over
+block_m decides. A second round combines the changes that helped most. Whatever is timed has passed
+the sandbox before, and is compared with the twin once more at the key's own shapes.
 
 The table is written after every key, so that a hang or the end of time costs one key at most. Keys
-come in an order that spans the range early; a key that this device and these kernels have a row
-for is skipped, which is how a later run goes on.
+come in an order that spans the range early. A key that already has a row for this device and these
+kernels is skipped, which is how a later run continues.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ __all__ = ["Key", "keys", "sources_digest", "tune", "with_row"]
 
 _GEMMS = ("gate_up", "down")
 _ONE_POOL = 16  # experts of the pool that a whole batch may be of
-_JOINED = 3  # so many changes that helped are joined, two and two and all
-_LONGEST = 120.0  # seconds a key may take, nearly all of it compiling
+_JOINED = 3  # so many changes that helped are combined, in pairs and all together
+_LONGEST = 120.0  # seconds per key may take, nearly all of it compiling
 _KERNELS = ("dispatch.py", "grouped_gemm.py", "moe_mlp.py", "routing.py")
 
 
@@ -81,7 +81,7 @@ class Tuned:
 
 
 def keys(tokens: Sequence[int], slots: Sequence[int]) -> list[Key]:
-    """Return all keys, the far ends and what the targets name first."""
+    """Return all keys, beginning with the far ends and those that the targets name."""
     first = (64, 8, 4096, 1, 16384, 256)
     wanted_tokens = sorted(tokens, key=lambda t: (first.index(t) if t in first else 99, t))
     wanted_slots = sorted(slots, key=lambda s: (s != 16, s != 128, s))
@@ -94,7 +94,7 @@ def keys(tokens: Sequence[int], slots: Sequence[int]) -> list[Key]:
 
 
 def sources_digest() -> str:
-    """Return which kernels these are, as a digest of their sources: git may be away."""
+    """Identify these kernels by a digest of their sources, since git may be missing."""
     digest = hashlib.sha256()
     for name in _KERNELS:
         digest.update((Path(emo_kernels.__file__).parent / name).read_bytes())
@@ -102,10 +102,10 @@ def sources_digest() -> str:
 
 
 def with_row(table: Table, row: Row) -> Table:
-    """Return the table with a row put in, or in the place of the row of its key.
+    """Return the table with a row added, or replacing the row of its key.
 
-    Lookup prefers rows of the right weights however far they are, so the first fp8 row brings the
-    16bit rows along as stand-ins.
+    Lookup prefers rows of the right weights however far away, so the first fp8 row adds copies of
+    the 16bit rows as stand-ins.
     """
     rows = list(table.rows)
     if not any(other.weights == row.weights for other in rows):
@@ -133,7 +133,7 @@ def tune(
 ) -> list[Tuned]:
     """Tune keys until the deadline, writing the table at `path` and a record after each.
 
-    `limit` bounds the candidates a key, for a run that only shows that all of it works.
+    `limit` bounds the candidates per key, for a run that only shows that everything works.
     """
     found: list[Tuned] = []
     for key in wanted:
@@ -257,7 +257,7 @@ def _best(tuned: Tuned) -> Config | None:
 
 
 def _joined(best: Tile, ranked: Sequence[Tile]) -> Iterator[Tile]:
-    """Yield the best tile with the changes of the next ones, two and two, and all together."""
+    """Yield the best tile with the changes of the next ones, in pairs and all together."""
     changes = [
         {
             f.name: getattr(tile, f.name)

@@ -1,11 +1,11 @@
 """Loads beside decoding: is the longest gap between two tokens longer while experts are loaded?
 
-One engine, in this process's care. `--streams` requests of one pool decode `--tokens` tokens each,
-which is a window. In every second window the other pools are loaded and evicted one after the other
-without a pause, through the calls the server makes; in the others nothing is loaded. A window's
-figure is its longest gap between two tokens of one stream while all of them decode, so windows are
-paired and differ in the loads alone. The ratio of each pair, loading to quiet, is robust against a
-machine whose speed drifts. The first pair warms up and is not counted.
+This process runs one engine. In a window, `--streams` requests of one pool decode `--tokens` tokens
+each. In every second window the other pools are loaded and evicted one after the other without a
+pause, through the calls the server makes; in the others nothing is loaded. A window's figure is its
+longest gap between two tokens of one stream while all of them decode, so paired windows differ only
+in the loads. The ratio of each pair, loading to quiet, is robust against a machine whose speed
+drifts. The first pair warms up and is not counted.
 
     python -m benchmarks.residency.loading                  # the model that ships
     python -m benchmarks.residency.loading --model wide     # random, 1.5 MiB an expert
@@ -110,7 +110,7 @@ class Bench:
         return seen
 
     async def load_served(self) -> None:
-        """Put the pool of the streams in place."""
+        """Load the pool of the streams."""
         plan = self.table.plan_load("served", self.served)
         self.table.begin(plan)
         await self.calls.make_resident(_SERVED_ROW, self.served, 1.0, plan.copies)
@@ -149,7 +149,7 @@ class Bench:
 
 
 def gaps_while_all_decode(arrivals: Sequence[Sequence[float]]) -> list[float]:
-    """Return the gaps between tokens of a stream while no stream is in its prompt or at its end."""
+    """Return the gaps between tokens of a stream while every stream is decoding."""
     start = max(times[0] for times in arrivals)
     end = min(times[-1] for times in arrivals)
     return [
@@ -175,7 +175,7 @@ def demo_pools() -> list[Pool]:
 
 
 def write_wide(directory: Path) -> list[Pool]:
-    """Write a random checkpoint whose loads last, and return pools of it."""
+    """Write a random checkpoint whose loads take long, and return pools of it."""
     import torch
 
     from emo_serve.emo.checkpoint import save_checkpoint
@@ -212,7 +212,7 @@ async def run(directory: Path, pools: Sequence[Pool], args: argparse.Namespace) 
         await bench.load_served()
         windows: dict[str, list[Window]] = {"quiet": [], "loading": []}
         for pair in range(args.pairs + 1):
-            # Which comes first alternates too: a drift would favour the second.
+            # The order alternates too, since a drift would favour the second.
             order = ("quiet", "loading") if pair % 2 else ("loading", "quiet")
             for kind in order:
                 window = await bench.window(is_loading=kind == "loading")
@@ -266,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", choices=("demo", "wide"), default="demo")
     parser.add_argument("--streams", type=int, default=8, help="requests at once [8]")
-    parser.add_argument("--tokens", type=int, default=400, help="tokens a request [400]")
+    parser.add_argument("--tokens", type=int, default=400, help="tokens per request [400]")
     parser.add_argument("--pairs", type=int, default=12, help="counted pairs of windows [12]")
     parser.add_argument("--host-memory", type=int, default=0, help="MiB of host memory [0]")
     parser.add_argument("--no-record", action="store_true", help="print only")

@@ -1,12 +1,12 @@
 """Eviction policies against Belady's optimum, by simulation of the real ResidencyManager.
 
 Policies lru, lfu with three half-lives, pinned-first (preferring the two pools that the first tenth
-of the trace asks for most) and belady play the same traces, at several numbers of slots a layer.
+of the trace asks for most) and belady play the same traces, at several numbers of slots per layer.
 Only the engine is simulated, see `residency/simulation.py`; time is virtual, so that hours take
 seconds and equal arguments give equal figures on any machine. Traces and pools are those of
 `residency/traces.py`. Loads differ in how many requests run at once, on average: `light` has fewer
-than pools, so that an idle pool to evict is nearly always there; in `busy` the manager must close
-pools and wait for their requests; `overload` asks for more than it can bring in.
+requests than pools, so that an idle pool can nearly always be evicted; in `busy` the manager must
+close pools and wait for their requests; `overload` asks for more pools than can be loaded.
 
     python -m benchmarks.residency.policies                          # all: twenty minutes
     python -m benchmarks.residency.policies --pools demo --loads light
@@ -42,11 +42,11 @@ POLICIES = ("lru", "lfu-10", "lfu-60", "lfu-600", "pinned-first", "belady")
 SLOTS = {"demo": (13, 16, 20, 24, 28), "released": (32, 48, 64, 96)}
 # Assumed, not measured: a few milliseconds of calls; memory to device beside decoding.
 LINKS = {"demo": Link(0.005, 0.5 * 2**30), "released": Link(0.02, 20 * 2**30)}
-LOADS = {  # requests a second, seconds of service
+LOADS = {  # requests per second, seconds of service
     "demo": {"light": (10.0, 0.05), "busy": (10.0, 0.25), "overload": (20.0, 1.0)},
     "released": {"light": (4.0, 0.25), "busy": (6.0, 1.0), "overload": (16.0, 2.0)},
 }
-TRACES = {  # exponent, drifts a trace, requests a session
+TRACES = {  # exponent, drifts per trace, requests per session
     "zipf-0.6": (0.6, 10, 1),
     "zipf-1.0": (1.0, 10, 1),
     "zipf-1.4": (1.4, 10, 1),
@@ -71,7 +71,7 @@ class Case:
 
 @cache
 def pool_set(name: str) -> PoolSet:
-    """Return a set of pools by name."""
+    """Return the set of pools with this name."""
     return demo_pools() if name == "demo" else released_pools()
 
 
@@ -95,7 +95,7 @@ def trace_of(pools: str, load: str, trace: str, requests: int, seed: int) -> Seq
 
 
 def make_policy(name: str, trace: Sequence[Arrival], pools: PoolSet) -> EvictionPolicy:
-    """Build a policy by its name here."""
+    """Build a policy by the name it has here."""
     if name == "belady":
         return Belady(trace, pools)
     if name == "pinned-first":
@@ -107,7 +107,7 @@ def make_policy(name: str, trace: Sequence[Arrival], pools: PoolSet) -> Eviction
 
 
 def play(case: Case) -> dict[str, Any]:
-    """Run one simulation; return what identifies it and its figures."""
+    """Run one simulation; return its identity and its figures."""
     logging.disable(logging.CRITICAL)  # tens of thousands of loads
     pools = pool_set(case.pools)
     trace = trace_of(case.pools, case.load, case.trace, case.requests, case.seed)
@@ -136,7 +136,7 @@ TABLES = (
     ("hits of requests, %", lambda row: 100 * row["hit_rate"]),
     ("wait p50, ms", lambda row: 1e3 * row["wait_p50"]),
     ("wait p99, ms", lambda row: 1e3 * row["wait_p99"]),
-    ("MiB copied a request", lambda row: 2**10 * row["gib_copied"] / row["requests"]),
+    ("MiB copied per request", lambda row: 2**10 * row["gib_copied"] / row["requests"]),
     ("evictions in 100 requests", lambda row: 100 * row["evictions"] / row["requests"]),
     ("refused of requests, %", lambda row: 100 * (1 - row["served_share"])),
 )
@@ -164,8 +164,8 @@ def main() -> None:
     parser.add_argument("--pools", nargs="+", default=list(SLOTS), choices=SLOTS)
     parser.add_argument("--loads", nargs="+", default=list(LOADS["demo"]), choices=LOADS["demo"])
     parser.add_argument("--traces", nargs="+", default=list(TRACES), choices=TRACES)
-    parser.add_argument("--slots", type=int, nargs="+", help="slots a layer [several]")
-    parser.add_argument("--requests", type=int, default=3000, help="requests a trace [3000]")
+    parser.add_argument("--slots", type=int, nargs="+", help="slots per layer [several]")
+    parser.add_argument("--requests", type=int, default=3000, help="requests per trace [3000]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="simulations at once [1]")
     parser.add_argument("--trace", type=Path, help="a recorded trace instead; needs --pools demo")

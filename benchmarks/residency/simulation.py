@@ -1,8 +1,8 @@
 """Play a trace on the real ResidencyManager in virtual time.
 
-Only the engine is a stand-in: a load takes a fixed overhead and then bytes by bandwidth, and a
-request that has its lease holds it for the time the trace says, however many others run. So what is
-compared is residency alone: who waits, how long, and what is copied.
+Only the engine is a stand-in: a load takes a fixed overhead plus its bytes over the bandwidth, and
+a request that has its lease holds it for the time the trace says, however many others run. So only
+residency is compared: which requests wait, how long, and what is copied.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Belady", "Link", "Outcome", "simulate"]
 class Belady:
     """Evict the pool whose next request is furthest away: an EvictionPolicy that knows the trace.
 
-    The optimum for pools of equal size that share nothing; where they share, a strong reference.
+    The optimum for pools of equal size that share no experts; otherwise a strong reference.
     """
 
     name = "belady"
@@ -40,14 +40,14 @@ class Belady:
             self._times.setdefault(key, []).append(arrival.at_seconds)
 
     def note_asked(self, key: str, now: float) -> None:
-        """Learn nothing: it is all known."""
+        """Learn nothing: everything is known."""
 
     def coldest_first(self, keys: Collection[str], now: float) -> list[str]:
         """Order by the time of the next request, the furthest first."""
         return sorted(keys, key=lambda key: (-self._next_use(key, now), key))
 
     def forget(self, key: str) -> None:
-        """Forget nothing: what the trace asks for, it asks for."""
+        """Forget nothing: the trace does not change."""
 
     def _next_use(self, key: str, now: float) -> float:
         times = self._times.get(key, [])
@@ -57,7 +57,7 @@ class Belady:
 
 @dataclass(frozen=True)
 class Link:
-    """What a load costs: a fixed time, and bytes by bandwidth."""
+    """What a load costs: a fixed time, and its bytes over the bandwidth."""
 
     overhead_seconds: float
     bytes_per_second: float
@@ -65,7 +65,7 @@ class Link:
 
 @dataclass
 class Outcome:
-    """What one simulation came to. A wait is that of a request that was served."""
+    """The outcome of one simulation. Waits are those of requests that were served."""
 
     requests: int
     hits: int = 0
@@ -97,7 +97,7 @@ class Outcome:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """Return the value below which a share of the ordered ones lies; 0 for none."""
+    """Return the value below which a share of the ordered values lies; 0 if there are none."""
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 

@@ -4,9 +4,9 @@ One emo-serve on the shipped model, ten pools and slots for three. Three parts:
 
     ttft        one client asks for pools at random, first alone, then beside four streams of a
                 pinned pool; time to first token of hits and of misses, as the server's request log
-                tells them apart, and the bytes that loads copied against those that the pools have
-    starvation  slots for two pools, which eight clients keep busy without end; a third is asked for
-                now and then: its worst wait, against the longest request of the two
+                tells them apart, and the bytes that loads copied against the bytes of the pools
+    starvation  slots for two pools, which eight clients keep busy all the time; a third is asked
+                for now and then: its worst wait, against the longest request of the two
     memory      slots in use and the processes' memory, before any pool was loaded and after
                 hundreds of loads and the eviction of everything
 
@@ -140,7 +140,7 @@ async def ask_in_turn(
 
 
 def foreground(log: Path, background: str | None) -> list[dict[str, Any]]:
-    """Return the lines of the request log that are not the background's."""
+    """Return the lines of the request log without those of the background."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     return [line for line in lines if line["pool"] != background]
 

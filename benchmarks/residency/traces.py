@@ -1,12 +1,12 @@
 """What residency is simulated on: sets of pools, and traces of requests for them.
 
 Pools are the shipped demo's, with the overlap that calibration gave them, or made up at the
-released model's geometry: there each pool takes the highest of `general + topic + own` random
+released model's geometry. There each pool takes the highest of `general + topic + own` random
 scores in each layer, where `general` is common to all pools and `topic` to the pools of one topic.
 The weights were set so that pools of 32 overlap about as much as the demo's do.
 
-A trace is Zipf, with an optional drift and in sessions if so wanted, or what a server's
-`--request-log` recorded.
+A trace is Zipf, optionally with a drift and in sessions, or what a server's `--request-log`
+recorded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ THINK_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class PoolSet:
-    """Pools of one model, by name, and the sizes residency needs to know."""
+    """Pools of one model, by name, and the sizes that residency needs."""
 
     name: str
     pools: dict[str, ExpertPool]
@@ -50,7 +50,7 @@ class PoolSet:
     slot_bytes: int
 
     def knowing(self, names: Iterable[str]) -> PoolSet:
-        """Return the set with the base pool and the unions among these names, as a server has."""
+        """Return the set plus the base pool and the unions that these names include."""
         pools = dict(self.pools)
         for name in set(names) - pools.keys():
             if name == BASE_POOL:
@@ -105,7 +105,7 @@ def released_pools(count: int = 24, layers: int = 16, seed: int = 1) -> PoolSet:
 
 
 def mean_overlap(pools: Sequence[ExpertPool]) -> float:
-    """Return the mean over pairs of pools and layers of shared experts by experts of either."""
+    """Return shared experts over experts of either, as a mean over pairs of pools and layers."""
     return mean(
         len(set(a) & set(b)) / len(set(a) | set(b))
         for one, other in combinations(pools, 2)

@@ -2,7 +2,7 @@
 
 The event loop's clock starts at 0.0 and stands still while anything is ready to run. When nothing
 is, it jumps to the next timer instead of sleeping until then. A program that waits for something
-that no timer and no task of its own will bring is stuck for good: DeadlockError. Threads, sockets
+that no timer and no task of its own will bring is stuck forever: DeadlockError. Threads, sockets
 and child processes live in real time and do not belong here.
 
     result = run(program())
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class DeadlockError(RuntimeError):
-    """Nothing is ready, no timer is set: the program would wait for ever."""
+    """Nothing is ready and no timer is set: the program would wait forever."""
 
 
 def run(program: Coroutine[Any, Any, T]) -> T:
@@ -32,7 +32,7 @@ def run(program: Coroutine[Any, Any, T]) -> T:
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Poll, and take the time the loop wanted to sleep as having passed."""
+    """Poll, and treat the time that the loop wanted to sleep as passed."""
 
     now = 0.0
 

@@ -1,8 +1,8 @@
 """What `emo-serve pools build` costs: seconds, peak memory and experts read, by method.
 
-Runs the command itself, a fresh process each time, on the shipped model and on a random one whose
+Runs the command itself, in a new process each time, on the shipped model and on a random one whose
 experts are much larger than everything else; both read 20 held-out texts of the shipped `math`
-domain. The whole model in fp32, as the reference model holds it, stands beside the peaks.
+domain. Beside the peaks stands the whole model in fp32, as the reference model holds it.
 
     python -m benchmarks.serving.build     # writes 1.5 GiB below --directory, and removes it
     python -m benchmarks.serving.build --models shipped
@@ -41,7 +41,7 @@ WIDE = {
 
 
 def write_wide(directory: Path) -> Path:
-    """Write a random checkpoint with the demo's tokenizer, a layer a file, and return its place."""
+    """Write a random checkpoint with the demo's tokenizer, one layer per file; return its place."""
     directory.mkdir()
     shipped = demo.model_dir()
     for name in ("tokenizer.json", "tokenizer_config.json"):

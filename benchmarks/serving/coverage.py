@@ -1,21 +1,21 @@
 """What recording the router costs: two servers of the shipped model, one that does not record.
 
-Coverage and usage come from what the workers keep of every token's gate. Both servers live for the
-whole time; the one that is not measured is stopped (SIGSTOP). A round sends the same requests in
-three windows, whose order turns from round to round:
+Coverage and usage come from what the workers record of every token's gate. Both servers live the
+whole time; the one that is not being measured is suspended (SIGSTOP). A round sends the same
+requests in three windows, whose order rotates from round to round:
 
     off     the server that does not record (EMO_SERVE_RECORD_ROUTING=0), the baseline
-    on      the one that does, as served: its sums are read once a second
+    on      the one that does, as served: its sums are read once per second
     told    the same, and every request asks for its coverage, which is read when it ends
 
 Rates count generated tokens. The ratios to `off` within each round are robust against a machine
 whose speed drifts; their median and quartiles over rounds are the result. Two processes of the same
-program may differ by themselves: `--control` starts both without recording, and its ratios say how
-far from 1 that takes them.
+program may differ by themselves: `--control` starts both without recording, and its ratios tell how
+far from 1 that alone takes them.
 
 Loads are `decode` (short prompts, `--tokens` tokens each, at each `--concurrency`) and `prefill`
-(whole held-out texts, 4 tokens each, 8 clients). A window takes seconds, all of it about a quarter
-of an hour with two cores.
+(whole held-out texts, 4 tokens each, 8 clients). A window takes seconds; everything takes about a
+quarter of an hour with two cores.
 
     python -m benchmarks.serving.coverage
     python -m benchmarks.serving.coverage --control
@@ -61,7 +61,7 @@ class Window:
     headers: Mapping[str, str]
 
     def measure(self, load_of: Load) -> Sample:
-        """Send the load with nobody else on the cores."""
+        """Send the load with no other server on the cores."""
         self.server.resume()
         sample = asyncio.run(
             load(
@@ -130,8 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds, 2 or more [15]")
-    parser.add_argument("--requests", type=int, default=8, help="requests a client and round [8]")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens a request [64]")
+    parser.add_argument("--requests", type=int, default=8, help="requests per client and round [8]")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per request [64]")
     parser.add_argument("--pools", nargs="+", default=demo.domains()[:4], help="pools mixed")
     parser.add_argument("--control", action="store_true", help="neither server records")
     parser.add_argument("--no-record", action="store_true", help="print only")

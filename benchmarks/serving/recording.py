@@ -2,9 +2,9 @@
 
 serving/coverage.py compares two servers, which differ by themselves. Here one engine of the shipped
 model, in this process, is told to record or not from window to window. A round has three windows of
-about a second each, whose order turns: `on`, whose last act is to read the sums, as a server does
-once a second, and twice `off`, so that their ratio tells what is chance. No front end, no clients:
-the share is larger than a server's.
+about a second each, whose order rotates: `on`, which ends by reading the sums, as a server does
+once per second, and `off` twice, so that their ratio shows what is chance. There is no front end
+and there are no clients, so the share is larger than a server's.
 
     python -m benchmarks.serving.recording
 """
@@ -41,7 +41,7 @@ _NUM_POOLS = 4
 
 
 def start_engine(eager: bool) -> LLM:
-    """Start one with every expert in its slot and the first shipped pools in the rows from 0."""
+    """Start an engine with every expert in a slot and the first shipped pools in rows 0, 1, ..."""
     layers = load_config(demo.model_dir()).moe_layers
     counts = [moe.num_experts if moe else 0 for moe in layers]
     pools = list(PoolCatalog.read(demo.pools_dir(), layers, None).pools.values())[:_NUM_POOLS]
@@ -67,7 +67,7 @@ class Recording:
         self._model, self.record = model, model.record
 
     def switch(self, is_on: bool) -> None:
-        """Do so between two steps."""
+        """Switch between two steps."""
         self._model.record = self.record if is_on else None
         for index, layer in self._model.moe_layers.items():
             layer.record = self.record.of_layer[index] if is_on else None

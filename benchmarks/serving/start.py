@@ -1,9 +1,9 @@
 """What start-up costs: seconds, bytes read, the worker's peak memory; then tokens/s.
 
-One engine a row, each in a process of its own, two of a model's pools against all experts, with
+One engine per row, each in a process of its own: two of a model's pools against all experts, with
 vLLM's default compilation and with --enforce-eager. `peak` is the worker process's largest resident
 set; `over empty` subtracts that of the same engine before any expert was loaded, taken in the same
-process. Rates are of `--tokens` tokens a request, greedy, pools mixed, after one warm-up.
+process. Rates are of `--tokens` tokens per request, greedy, pools mixed, after one warm-up.
 
     python -m benchmarks.serving.start                       # the model that ships
     python -m benchmarks.serving.start --model DIR --pools DIR --first 2
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=demo.model_dir())
     parser.add_argument("--pools", type=Path, default=demo.pools_dir())
     parser.add_argument("--first", type=int, default=2, help="how many pools, by name [2]")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens a request [64]")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per request [64]")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.variant:

@@ -1,11 +1,11 @@
 """Paired serving benchmark: two servers on one checkpoint, loaded in turn, compared by round.
 
-Both servers live for the whole time, but the one that is not measured is stopped (SIGSTOP): an idle
-vLLM worker polls, and both are bound to the same cores. A round sends the same requests to A, then
-to B: N clients at once, each `--requests` of them one after the other, prompts from the held-out
-texts of four domains, mixed, `--tokens` tokens each, greedy, streamed. Rates count generated
-tokens; the ratio B/A of each round is robust against a machine whose speed drifts, a single rate is
-not.
+Both servers live the whole time, but the one that is not being measured is suspended (SIGSTOP): an
+idle vLLM worker polls, and both are bound to the same cores. A round sends the same requests to A,
+then to B: N clients at once, each sending `--requests` one after the other, with prompts from the
+held-out texts of four domains, mixed, `--tokens` tokens each, greedy, streamed. Rates count
+generated tokens; the ratio B/A of each round is robust against a machine whose speed drifts, a
+single rate is not.
 
 Kinds of server (`--a`, `--b`):
     stock       vLLM's own API server with the plugin, all experts, no pools (the base pool)
@@ -85,12 +85,12 @@ class Server(ServerProcess):
         return domain if self.base in ("emo", "emo-slots") else "emo-demo"
 
     def texts_of(self, domain: str) -> list[str]:
-        """Return what prompts of a domain are cut from."""
+        """Return the texts that prompts of a domain are cut from."""
         return demo.heldout(domain)
 
 
 def slots_for(pools: Sequence[str]) -> int:
-    """Return the slots a layer that these pools need together."""
+    """Return the slots per layer that these pools need together."""
     files = [json.loads((demo.pools_dir() / f"{name}.json").read_text()) for name in pools]
     layers = zip(*(file["layers"] for file in files), strict=True)
     return max(len({e for layer in row if layer for e in layer["experts"]}) for row in layers)
@@ -105,7 +105,7 @@ async def load(
     prompt_characters: int = _PROMPT_CHARACTERS,
     headers: Mapping[str, str] | None = None,
 ) -> Sample:
-    """Let `concurrency` clients send `requests` each; one request before them is not counted."""
+    """Let `concurrency` clients send `requests` each, after one request that is not counted."""
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(
         base_url=server.url, timeout=600, limits=limits, headers=headers
@@ -191,8 +191,8 @@ def main() -> None:
     parser.add_argument("--b", default="emo", help="second server [emo]")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds [7]")
-    parser.add_argument("--requests", type=int, default=8, help="requests a client and round [8]")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens a request [64]")
+    parser.add_argument("--requests", type=int, default=8, help="requests per client and round [8]")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per request [64]")
     parser.add_argument("--pools", nargs="+", default=demo.domains()[:4], help="pools mixed")
     args = parser.parse_args()
     results: list[dict[str, Any]] = []

@@ -28,6 +28,7 @@ READMES = [
         "kernels/README.md",
         "deploy/README.md",
         "emo_serve/demo/README.md",
+        "CHANGELOG.md",
     )
 ]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (*READMES, *DOCS)}
@@ -112,9 +113,9 @@ def test_every_command_of_emo_serve_that_a_page_names_exists(
 @each_page
 def test_every_module_that_a_page_runs_is_there(page: str) -> None:
     for module in re.findall(r"python3? -m ([\w.]+)", PAGES[page]):
-        path = ROOT / module.replace(".", "/")
-        kernels = ROOT / "kernels" / module.replace(".", "/")
-        assert any(p.with_suffix(".py").is_file() for p in (path, kernels)), module
+        name = module.replace(".", "/")
+        files = (f"{name}.py", f"{name}/__main__.py", f"kernels/{name}.py")
+        assert any((ROOT / file).is_file() for file in files), module
     for script in re.findall(r"python3? ([\w/]+\.py)", PAGES[page]):
         assert (ROOT / script).is_file(), script
 
