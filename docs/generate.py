@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from docs.openapi import render_openapi
 from emo_serve.config import add_serve_flags
-from emo_serve.metrics import MetricsSnapshot, PoolMetrics, PoolSnapshot
+from emo_serve.metrics import MetricsSnapshot, PoolMetrics, PoolSnapshot, register_gauges
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.service import PoolService
@@ -86,9 +86,8 @@ def render_metrics() -> str:
     """Return a table of the metrics that PoolMetrics registers."""
     pool = PoolSnapshot("math", True, True, 1, 1)
     registry = CollectorRegistry()
-    PoolMetrics(
-        registry, ["math"], REFUSAL_REASONS, lambda: MetricsSnapshot((pool,), 1, 1, 0, 1, 1)
-    )
+    PoolMetrics(registry, ["math"], REFUSAL_REASONS)
+    register_gauges(registry, lambda: MetricsSnapshot((pool,), 1, 1, 0, 1, 1))
     return _table(("metric", "type", "meaning", "labels"), map(_metric_row, registry.collect()))
 
 

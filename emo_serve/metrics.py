@@ -69,6 +69,7 @@ __all__ = [
     "PoolMetrics",
     "PoolSnapshot",
     "pool_label",
+    "register_gauges",
 ]
 
 OUTCOMES = ("finished", "aborted", "failed")
@@ -134,7 +135,6 @@ class PoolMetrics:
         registry: CollectorRegistry,
         pools: Iterable[str],
         refusal_reasons: Iterable[str],
-        snapshot: Callable[[], MetricsSnapshot],
     ) -> None:
         def counter(name: str, help_text: str, *labels: str) -> Counter:
             return Counter(f"emo_serve_{name}", help_text, labels, registry=registry)
@@ -171,7 +171,6 @@ class PoolMetrics:
         self._evictions = counter(
             "pool_evictions", "Pools that gave up their slots", "pool", "reason"
         )
-        registry.register(_GaugeCollector(snapshot))
         self._by_pool: tuple[tuple[Counter | Histogram, tuple[str, ...]], ...] = (
             (self._requests, OUTCOMES),
             (self._loads, LOAD_OUTCOMES),
@@ -272,6 +271,11 @@ class PoolMetrics:
 
 
 # -- gauges --
+
+
+def register_gauges(registry: CollectorRegistry, snapshot: Callable[[], MetricsSnapshot]) -> None:
+    """Show the gauges of a snapshot, which is asked for at each scrape."""
+    registry.register(_GaugeCollector(snapshot))
 
 
 class _GaugeCollector(Collector):

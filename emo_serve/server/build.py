@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 
 from emo_serve.errors import EngineDead, PoolLoadFailed, PoolTooLarge, Unavailable
-from emo_serve.metrics import PoolMetrics
+from emo_serve.metrics import PoolMetrics, register_gauges
 from emo_serve.names import BASE_POOL
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
@@ -22,10 +21,12 @@ from emo_serve.residency.slots import SlotTable
 from emo_serve.server.asgi.admission import Admission
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.asgi.keys import KeyGuard
+from emo_serve.server.auto.candidates import Candidates
 from emo_serve.server.auto.choice import make_chooser, text_of
 from emo_serve.server.auto.middleware import AutoPool
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.builder import PoolBuilder
+from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.startup.launch import Launch
 from emo_serve.server.startup.plan import StartPlan
@@ -81,14 +82,10 @@ async def build_server(
     )
     facts = await calls.describe()
     _check_facts(facts, plan)
-    metrics = PoolMetrics(
-        metrics_registry(),
-        [BASE_POOL, *plan.catalog.pools],
-        REFUSAL_REASONS,
-        lambda: service.snapshot(),
-    )
+    registry = metrics_registry()
+    metrics = PoolMetrics(registry, [BASE_POOL, *plan.catalog.pools], REFUSAL_REASONS)
     manager = _manager(launch, calls, facts, metrics)
-    service = PoolService(
+    service = PoolService.over(
         plan.names,
         plan.base_pool,
         plan.catalog,
@@ -96,32 +93,41 @@ async def build_server(
         metrics,
         calls.usage_of if facts.records_routing else None,
     )
+    register_gauges(registry, service.statuses.snapshot)
     progress.stage("loading experts")
     await _load_pools(manager, plan)
     coverage = CoverageBook(calls.read_coverage, metrics.observe_coverage)
     llm = PooledLLM(
         engine,
-        service,
+        service.residency,
         metrics,
         coverage,
         request_log,
         honours_priority=args.scheduling_policy == "priority",
     )
-    app = await build_http_app(llm, args, service, metrics)
+    app = await build_http_app(llm, args, service.lookup, metrics)
     own = OwnRequests(engine)
     progress.stage("warming up")
-    await _warm_up(own, service)
+    await _warm_up(own, manager, service.lookup)
     longest = engine.model_config.max_model_len - 1  # and one token that is generated
     probe = RouterProbe(manager, own.run_probe, calls.read_mass, longest)
     tokenizer = EngineTokenizer(engine.renderer, args)
     chooser = await make_chooser(
-        settings, service, probe, tokenizer, checkpoint.config, launch.auto_examples
+        settings,
+        Candidates(service.lookup, manager),
+        service.temporary,
+        probe,
+        tokenizer,
+        checkpoint.config,
+        launch.auto_examples,
     )
     admission = Admission(AutoPool(app, plan.names, chooser, metrics, root_path=args.root_path))
     builder = PoolBuilder(
         probe,
         checkpoint,
         service,
+        manager,
+        tokenizer,
         lambda name, examples: chooser.add_examples(name, list(map(text_of, examples))),
     )
     _add_routes(app, admission, service, llm, builder)
@@ -133,7 +139,9 @@ async def build_server(
         root_path=args.root_path,
     )
     http = create_http_server(guarded, app, args)
-    return Server(http, llm, admission, manager, coverage, _summarise(launch, facts, service))
+    return Server(
+        http, llm, admission, manager, coverage, _summarise(launch, facts, manager, service)
+    )
 
 
 # -- parts --
@@ -180,9 +188,9 @@ async def _load_pools(manager: ResidencyManager, plan: StartPlan) -> None:
             continue
 
 
-async def _warm_up(own: OwnRequests, service: PoolService) -> None:
-    pool = min(service.pools, key=lambda pool: _readiness(service, pool))
-    async with service.lease(pool) as lease:
+async def _warm_up(own: OwnRequests, manager: ResidencyManager, lookup: PoolLookup) -> None:
+    pool = min(lookup.pools, key=partial(_readiness, manager))
+    async with manager.lease(pool) as lease:
         await own.warm_up(pool, lease.row)
 
 
@@ -208,14 +216,16 @@ def _add_routes(
 # -- summary --
 
 
-def _summarise(launch: Launch, facts: EngineFacts, service: PoolService) -> Summary:
-    plan = launch.plan
-    statuses = [service.status(pool) for pool in service.pools]
+def _summarise(
+    launch: Launch, facts: EngineFacts, manager: ResidencyManager, service: PoolService
+) -> Summary:
+    plan, lookup = launch.plan, service.lookup
+    statuses = [service.statuses.of(pool) for pool in lookup.pools]
     lines = tuple(
         PoolLine(
             name=status.pool.name,
             experts_per_layer=tuple(map(len, status.pool.expert_ids)),
-            state=_STATES[_readiness(service, status.pool)],
+            state=_STATES[_readiness(manager, status.pool)],
             is_default=status.is_default,
         )
         for status in statuses
@@ -229,24 +239,18 @@ def _summarise(launch: Launch, facts: EngineFacts, service: PoolService) -> Summ
         pools=lines,
         refused=tuple(map(str, plan.catalog.refused)),
         address=ServerAddress.of(launch.args, launch.keys.variable),
-        try_model=_model_to_try(service),
+        try_model=min(lookup.named, key=partial(_readiness, manager)).name
+        if lookup.named
+        else lookup.names.base[0],
     )
 
 
-def _readiness(service: PoolService, pool: ExpertPool) -> int:
+def _readiness(manager: ResidencyManager, pool: ExpertPool) -> int:
     """Return 0 for a resident pool, 1 for one that can be loaded, 2 for one that cannot."""
-    if service.manager.is_resident(pool):
+    if manager.is_resident(pool):
         return 0
     try:
-        service.manager.check_admissible(pool)
+        manager.check_admissible(pool)
     except (PoolTooLarge, Unavailable):
         return 2
     return 1
-
-
-def _model_to_try(service: PoolService) -> str:
-    """Return a model name that can be answered: a resident pool's, else the readiest."""
-    named: Sequence[ExpertPool] = list(service.catalog.pools.values())
-    if not named:
-        return service.names.base[0]
-    return min(named, key=lambda pool: _readiness(service, pool)).name

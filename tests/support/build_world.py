@@ -31,9 +31,10 @@ from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server.pool_admin.builder import PoolBuild, PoolBuilder
-from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.vllm_adapter.worker_calls import RouterMass
 from tests.support.fake_engine import SLOT_BYTES, FakeEngine
+from tests.support.pool_services import service_over
+from tests.support.served_tokenizer import FileTokenizer
 
 K = 6
 
@@ -142,13 +143,15 @@ class World:
         pools = [pool.complete(self.moe_layers) for pool in pools]
         catalog = PoolCatalog(pools, self.moe_layers, self.checkpoint.fingerprint())
         base = ExpertPool.base(self.moe_layers, BASE_POOL)
-        self.service = PoolService(ModelNames(("emo",)), base, catalog, self.manager)
+        self.service = service_over(ModelNames(("emo",)), base, catalog, self.manager)
         self.probe = ReferenceProbe(directory, self.manager, max_tokens)
         self.learned: list[tuple[str, Sequence[Example]]] = []
         self.builder = PoolBuilder(
             self.probe,  # type: ignore[arg-type]
             self.checkpoint,
             self.service,
+            self.manager,
+            FileTokenizer(directory),
             lambda name, examples: self.learned.append((name, examples)),
         )
 
@@ -167,7 +170,7 @@ class World:
     def assert_nothing_left(self) -> None:
         self.manager.check_integrity()
         stats = self.manager.statistics()
-        defined = {pool.content_hash for pool in self.service.pools}
+        defined = {pool.content_hash for pool in self.service.lookup.pools}
         temporary = [pool for pool in stats.pools if pool.name == BUILD_POOL]
         assert [pool for pool in temporary if pool.content_hash not in defined] == []
         assert (stats.waiting_requests, stats.running_requests) == (0, 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from emo_serve.emo.config import MoeLayer
 from emo_serve.names import ModelNames
 from emo_serve.pools.catalog import PoolCatalog
@@ -9,6 +12,7 @@ from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server.pool_admin.service import PoolService
+from emo_serve.server.pool_admin.status import PoolStatus
 from tests.support.fake_engine import SLOT_BYTES, FakeEngine
 
 NUM_EXPERTS = 8
@@ -31,17 +35,50 @@ POOLS = (
 )
 
 
+@dataclass(frozen=True)
+class ServiceUnderTest(PoolService):
+    """A service whose manager and catalog a test may look at."""
+
+    manager: ResidencyManager
+    catalog: PoolCatalog
+
+    async def load(self, name: str, *, pin: bool = False) -> PoolStatus:
+        return self.statuses.of(await self.residency.load(name, pin=pin))
+
+    async def evict(self, name: str, *, drain: bool = False) -> PoolStatus:
+        return self.statuses.of(await self.residency.evict(name, drain=drain))
+
+    def unpin(self, name: str) -> PoolStatus:
+        return self.statuses.of(self.residency.unpin(name))
+
+    async def add(self, pool: ExpertPool, *, replace: bool = False) -> tuple[PoolStatus, bool]:
+        defined, is_new = await self.definitions.add(pool, replace=replace)
+        return self.statuses.of(defined), is_new
+
+
+def service_over(
+    names: ModelNames,
+    base: ExpertPool,
+    catalog: PoolCatalog,
+    manager: ResidencyManager,
+    **options: Any,
+) -> ServiceUnderTest:
+    """Return a service over these, as `PoolService.over` builds it."""
+    parts = PoolService.over(names, base, catalog, manager, **options)
+    return ServiceUnderTest(**vars(parts), manager=manager, catalog=catalog)
+
+
 def service_of(
     engine: FakeEngine | None = None,
     *,
     slots: int = NUM_EXPERTS,
     rows: int = 6,
     default_pool: str = "base",
-) -> PoolService:
+) -> ServiceUnderTest:
     """Return a service of the model `emo` with four pools, none loaded yet."""
     manager = ResidencyManager(
         SlotTable(EXPERTS_PER_LAYER, slots), rows, engine or FakeEngine(), slot_bytes=SLOT_BYTES
     )
     names = ModelNames(("emo",), default_pool)
     base = ExpertPool.base(MOE_LAYERS)
-    return PoolService(names, base, PoolCatalog(POOLS, MOE_LAYERS), manager)
+    return service_over(names, base, PoolCatalog(POOLS, MOE_LAYERS), manager)

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
 from emo_serve import metrics as metrics_module
-from emo_serve.metrics import MetricsSnapshot, PoolMetrics, PoolSnapshot
+from emo_serve.metrics import MetricsSnapshot, PoolMetrics, PoolSnapshot, register_gauges
 from emo_serve.residency.ports import LoadReport
 
 
@@ -78,7 +78,8 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def metrics(registry: CollectorRegistry) -> PoolMetrics:
-    return PoolMetrics(registry, ["base", "math"], ["unknown_pool"], lambda: SNAPSHOT)
+    register_gauges(registry, lambda: SNAPSHOT)
+    return PoolMetrics(registry, ["base", "math"], ["unknown_pool"])
 
 
 LOAD = LoadReport(
@@ -236,7 +237,8 @@ def test_a_removed_pool_disappears_and_requests_still_finishing_in_it_are_counte
     registry: CollectorRegistry,
 ) -> None:
     empty = MetricsSnapshot((), 0, 0, 0, 0, 0)
-    metrics = PoolMetrics(registry, ["base", "math"], [], lambda: empty)
+    metrics = PoolMetrics(registry, ["base", "math"], [])
+    register_gauges(registry, lambda: empty)
     metrics.count_request("math", "finished")
     metrics.remove_pool("math")
     metrics.remove_pool("math")
@@ -270,4 +272,6 @@ def test_no_series_is_shown_twice(registry: CollectorRegistry, metrics: PoolMetr
 
 def test_the_registry_is_the_callers() -> None:
     for _ in range(2):
-        PoolMetrics(CollectorRegistry(), ["base"], [], lambda: SNAPSHOT)
+        registry = CollectorRegistry()
+        PoolMetrics(registry, ["base"], [])
+        register_gauges(registry, lambda: SNAPSHOT)

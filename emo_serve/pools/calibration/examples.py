@@ -44,6 +44,7 @@ __all__ = [
     "ExampleMessage",
     "ExampleText",
     "WrittenExample",
+    "documents_of",
     "encode_examples",
     "example_of",
     "read_examples",
@@ -150,20 +151,35 @@ def encode_examples(
     max_tokens: int | None = None,
 ) -> Documents:
     """Tokenize the examples and cut them to the model's context, or to `max_tokens` if less."""
-    import torch
-
-    limit = min(config.max_position_embeddings, max_tokens or config.max_position_embeddings)
-    documents: list[Tensor] = []
-    num_cut = tokens_cut = 0
+    encoded: list[list[int]] = []
     for example in examples:
         try:
-            ids = (
+            encoded.append(
                 tokenizer.encode(example.text)
                 if example.text is not None
                 else tokenizer.encode_chat(example.messages)
             )
         except ConfigError as error:
             raise ConfigError(f"{example.source}: {error}") from error
+    return documents_of(examples, encoded, config, max_tokens)
+
+
+def documents_of(
+    examples: Sequence[Example],
+    encoded: Sequence[Sequence[int]],
+    config: EmoConfig,
+    max_tokens: int | None = None,
+) -> Documents:
+    """Make documents of examples and their ids, cut as `encode_examples` says.
+
+    Raises ConfigError for an example without any token, or with one the model does not have.
+    """
+    import torch
+
+    limit = min(config.max_position_embeddings, max_tokens or config.max_position_embeddings)
+    documents: list[Tensor] = []
+    num_cut = tokens_cut = 0
+    for example, ids in zip(examples, encoded, strict=True):
         if not ids:
             raise ConfigError(f"{example.source}: the tokenizer makes no token of this text")
         if max(ids) >= config.vocab_size:

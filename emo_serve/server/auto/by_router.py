@@ -10,6 +10,7 @@ sizes it favours the large ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.auto.candidates import Candidates, nothing_to_choose, pool_size
 from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
+from emo_serve.server.pool_admin.temporary import TemporaryPools
 from emo_serve.server.vllm_adapter.worker_calls import RouterMass
 
 if TYPE_CHECKING:
@@ -48,12 +50,14 @@ class RouterChooser:
         prefix: PromptPrefix,
         moe_layers: Sequence[MoeLayer | None],
         min_coverage: float,
+        temporary: TemporaryPools,
     ) -> None:
         self._probe, self._candidates, self._prefix = probe, candidates, prefix
         self._moe_layers = moe_layers
         self._min_coverage = min_coverage
         self._trunk = trunk_pool(moe_layers)
-        self._is_trunk_kept = False
+        self._temporary = temporary
+        self._trunk_hold: AbstractContextManager[None] | None = None
 
     async def choose(self, prompt: Prompt) -> ExpertPool:
         """Return the pool; raises RequestError without any, and what a lease raises."""
@@ -65,9 +69,10 @@ class RouterChooser:
         if base is not None and not pools:
             return base
         ids = await self._prefix.ids(prompt)
-        if base is None and not self._is_trunk_kept:
-            self._candidates.keep(self._trunk)
-            self._is_trunk_kept = True
+        if base is None and self._trunk_hold is None:
+            # For good: a build whose first pool is the same must not retire it when it ends.
+            self._trunk_hold = self._temporary.held(self._trunk)
+            self._trunk_hold.__enter__()
         mass = await self._probe.mass(base or self._trunk, ids[: self._probe.max_tokens])
         shares = coverages(mass, pools, self._moe_layers)
         share, best = min(

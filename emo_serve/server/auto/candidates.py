@@ -5,33 +5,30 @@ from __future__ import annotations
 from emo_serve.errors import PoolBlocked, PoolTooLarge, RequestError, Unavailable
 from emo_serve.names import AUTO_POOL
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.server.pool_admin.service import PoolService
+from emo_serve.residency.manager import ResidencyManager
+from emo_serve.server.pool_admin.lookup import PoolLookup
 
 __all__ = ["Candidates", "nothing_to_choose", "pool_size"]
 
 
 class Candidates:
-    """The pools a choice may fall on, as the service knows them now."""
+    """The pools a choice may fall on, as they are now."""
 
-    def __init__(self, service: PoolService) -> None:
-        self._service = service
+    def __init__(self, lookup: PoolLookup, manager: ResidencyManager) -> None:
+        self._lookup, self._manager = lookup, manager
 
     def pools(self) -> list[ExpertPool]:
         """Return the catalog's pools that the slab can hold beside what is pinned."""
-        return [pool for pool in self._service.catalog.pools.values() if self._may_serve(pool)]
+        return [pool for pool in self._lookup.named if self._may_serve(pool)]
 
     def base(self) -> ExpertPool | None:
         """Return the base pool where it is resident."""
-        base = self._service.pools[0]
-        return base if self._service.manager.is_resident(base) else None
-
-    def keep(self, pool: ExpertPool) -> None:
-        """Have a pool that no name leads to stay when a build ends whose first pool is the same."""
-        self._service.keep(pool)
+        base = self._lookup.base_pool
+        return base if self._manager.is_resident(base) else None
 
     def _may_serve(self, pool: ExpertPool) -> bool:
         try:
-            self._service.manager.check_admissible(pool)
+            self._manager.check_admissible(pool)
         except (PoolBlocked, PoolTooLarge):
             return False
         except Unavailable:  # that passes, or refuses the request whatever pool it gets

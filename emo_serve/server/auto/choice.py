@@ -21,7 +21,7 @@ from emo_serve.server.auto.candidates import Candidates
 from emo_serve.server.auto.classifier import is_installed
 from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
-from emo_serve.server.pool_admin.service import PoolService
+from emo_serve.server.pool_admin.temporary import TemporaryPools
 from emo_serve.server.tokenizer import ServedTokenizer
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def text_of(example: Example) -> str:
 
 async def make_chooser(
     settings: ServeSettings,
-    service: PoolService,
+    candidates: Candidates,
+    temporary: TemporaryPools,
     probe: RouterProbe,
     tokenizer: ServedTokenizer,
     config: EmoConfig,
@@ -115,8 +116,9 @@ async def make_chooser(
 ) -> PoolChooser:
     """Return who chooses, with the examples of `read_auto_examples` learned; raises ConfigError."""
     prefix = PromptPrefix(tokenizer, settings.auto_tokens, config.vocab_size)
-    candidates = Candidates(service)
-    router = RouterChooser(probe, candidates, prefix, config.moe_layers, settings.auto_min_coverage)
+    router = RouterChooser(
+        probe, candidates, prefix, config.moe_layers, settings.auto_min_coverage, temporary
+    )
     if settings.auto_method == "router" or not is_installed():
         return router
     classifier = TfidfChooser(candidates, prefix)

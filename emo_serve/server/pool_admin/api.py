@@ -103,25 +103,20 @@ def _add_reading(
     @router.get("", response_model_exclude_unset=True)
     async def list_pools(options: Annotated[ListOptions, Query()]) -> PoolList:
         """List every pool, the slab's slots, and pool files that were refused."""
-        return list_of(
-            service.overview(),
-            [str(error) for error in service.catalog.refused],
-            persists=service.catalog.persists,
-            experts=options.experts,
-        )
+        return list_of(service.statuses.overview(), experts=options.experts)
 
     @router.get("/{name}", responses=_responses(404))
     async def show_pool(name: str) -> PoolDetails:
         """Show one pool or union with its expert ids."""
         with _answering(to_http_error):
-            status = service.status(service.find(name))
-            return details_of(service.overview(), status)
+            status = service.statuses.of(service.lookup.find(name))
+            return details_of(service.statuses.overview(), status)
 
     @router.get("/{name}/usage", responses=_responses(400, 404, 500, 503))
     async def show_usage(name: str) -> UsageAnswer:
         """Show how often each expert of a pool or union was taken since the engine started."""
         with _answering(to_http_error):
-            return usage_answer(*await service.usage(name))
+            return usage_answer(*await service.statuses.usage(name))
 
 
 def _add_definitions(
@@ -150,8 +145,8 @@ def _add_definitions(
             body = await _read_body(request, MAX_DOCUMENT_BYTES)
             wanted = await asyncio.to_thread(_parse_definition, body)
             if isinstance(wanted, ExpertPool):
-                status, is_new = await service.add(wanted, replace=options.replace)
-                card = card_of(status)
+                pool, is_new = await service.definitions.add(wanted, replace=options.replace)
+                card = card_of(service.statuses.of(pool))
             elif builder is not None:
                 build = await builder.build(wanted, replace=options.replace)
                 card, is_new = built_of(build), build.is_new
@@ -164,7 +159,7 @@ def _add_definitions(
     async def remove_pool(name: str) -> DeletedPool:
         """Forget a pool, its file included; running requests end as they would have."""
         with _answering(to_http_error):
-            await service.remove(name)
+            await service.definitions.remove(name)
         return DeletedPool(id=name, name=name)
 
 
@@ -183,31 +178,34 @@ def _add_residency(
 
     @action("load", LoadOptions)
     async def load_pool(name: str, request: Request) -> PoolCard:
-        """Make a pool or union resident, in the line that requests wait in."""
+        """Make a pool or union resident, in the queue that requests wait in."""
         with _answering(to_http_error):
             options = await _read_options(request, LoadOptions)
-            return card_of(await service.load(name, pin=options.pin))
+            pool = await service.residency.load(name, pin=options.pin)
+            return card_of(service.statuses.of(pool))
 
     @action("evict", EvictOptions)
     async def evict_pool(name: str, request: Request) -> PoolCard:
         """Free the slots that only this pool needs; nothing changes if it has none."""
         with _answering(to_http_error):
             options = await _read_options(request, EvictOptions)
-            return card_of(await service.evict(name, drain=options.drain))
+            pool = await service.residency.evict(name, drain=options.drain)
+            return card_of(service.statuses.of(pool))
 
     @action("pin", NoOptions)
     async def pin_pool(name: str, request: Request) -> PoolCard:
         """Make a pool or union resident and have it stay."""
         with _answering(to_http_error):
             await _read_options(request, NoOptions)
-            return card_of(await service.pin(name))
+            pool = await service.residency.load(name, pin=True)
+            return card_of(service.statuses.of(pool))
 
     @action("unpin", NoOptions)
     async def unpin_pool(name: str, request: Request) -> PoolCard:
         """Let a pool be evicted like any other."""
         with _answering(to_http_error):
             await _read_options(request, NoOptions)
-            return card_of(service.unpin(name))
+            return card_of(service.statuses.of(service.residency.unpin(name)))
 
 
 def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -23,18 +23,19 @@ from dataclasses import dataclass, replace
 
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.config import MoeLayer
-from emo_serve.emo.tokenizer import ModelTokenizer
 from emo_serve.errors import ConfigError, RequestError, StateConflict, Unavailable
 from emo_serve.metrics import BUILD_POOL
 from emo_serve.pools.calibration import DEFAULT_METHOD
 from emo_serve.pools.calibration.advice import cut_notes, notes
 from emo_serve.pools.calibration.build import check_request, find_layer, model_record
-from emo_serve.pools.calibration.examples import Documents, Example, encode_examples
+from emo_serve.pools.calibration.examples import Documents, Example, documents_of
 from emo_serve.pools.calibration.findings import Calibration, LayerFindings
 from emo_serve.pools.document import BuildRequest
 from emo_serve.pools.pool import ExpertPool, LayerExperts, keep_best
+from emo_serve.residency.manager import ResidencyManager
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.pool_admin.status import PoolStatus
+from emo_serve.server.tokenizer import ServedTokenizer
 from emo_serve.server.vllm_adapter.probe import LOW_PRIORITY, RouterProbe
 from emo_serve.server.vllm_adapter.worker_calls import RouterMass
 
@@ -69,7 +70,8 @@ def _learn_nothing(name: str, examples: Sequence[Example]) -> None:
 class PoolBuilder:
     """Build pools, one at a time, through `probe`; `service` defines them.
 
-    `learn` hears of each pool that was built, and the examples of what it is for.
+    Examples are read by the served `tokenizer`. `learn` is told of each pool that was built, with
+    the examples it was built from.
     """
 
     def __init__(
@@ -77,9 +79,12 @@ class PoolBuilder:
         probe: RouterProbe,
         checkpoint: Checkpoint,
         service: PoolService,
+        manager: ResidencyManager,
+        tokenizer: ServedTokenizer,
         learn: Callable[[str, Sequence[Example]], None] = _learn_nothing,
     ) -> None:
         self._probe, self._checkpoint, self._service = probe, checkpoint, service
+        self._manager, self._tokenizer = manager, tokenizer
         self._learn = learn
         self._moe_layers: _MoeLayers = checkpoint.config.moe_layers
         self._building: str | None = None
@@ -88,9 +93,9 @@ class PoolBuilder:
         """Find the pool and define it; it goes on when the client who asked for it leaves.
 
         Raises StateConflict while another is built, RequestError for what this model or its slab
-        cannot have, whatever a lease raises, and as `PoolService.add` does.
+        cannot have, whatever a lease raises, and as `PoolDefinitions.add` does.
         """
-        return await self._service.to_the_end(self._build(wanted, replace))
+        return await self._service.definitions.to_the_end(self._build(wanted, replace))
 
     async def _build(self, wanted: BuildRequest, is_replacing: bool) -> PoolBuild:
         if self._building is not None:
@@ -107,7 +112,7 @@ class PoolBuilder:
     async def _build_alone(self, wanted: BuildRequest, is_replacing: bool) -> PoolBuild:
         start = time.monotonic()
         self._check(wanted, is_replacing)
-        documents = await asyncio.to_thread(self._encode, wanted)
+        documents = await self._encode(wanted)
         logger.info(
             "building pool %s from %d documents, %d tokens",
             *(wanted.name, len(documents.ids), documents.num_tokens),
@@ -118,11 +123,12 @@ class PoolBuilder:
             found.pool(wanted.name, made_for, wanted.description),
             router_temperature=wanted.router_temperature,
         )
-        status, is_new = await self._service.add(pool, replace=is_replacing)
+        defined, is_new = await self._service.definitions.add(pool, replace=is_replacing)
         self._learn(wanted.name, wanted.documents)
         seconds = time.monotonic() - start
         logger.info("built pool %s in %.1f s", wanted.name, seconds)
         said = (*cut_notes(documents), *notes(found, self._checkpoint.config))
+        status = self._service.statuses.of(defined)
         return PoolBuild(status, is_new, found, documents, said, seconds)
 
     def _check(self, wanted: BuildRequest, is_replacing: bool) -> None:
@@ -135,15 +141,26 @@ class PoolBuilder:
         )
         layers = (None if experts is None else LayerExperts(experts) for experts in kept)
         of_that_size = ExpertPool(wanted.name, tuple(layers))
-        self._service.plan_add(of_that_size, replace=is_replacing)
-        self._service.manager.check_can_ever_fit(of_that_size)
+        self._service.definitions.check_add(of_that_size, replace=is_replacing)
+        self._manager.check_can_ever_fit(of_that_size)
 
-    def _encode(self, wanted: BuildRequest) -> Documents:
+    async def _encode(self, wanted: BuildRequest) -> Documents:
+        examples = wanted.documents
+        ids: list[list[int]] = []
+        for example in examples:
+            try:
+                ids.append(await self._ids_of(example))
+            except RequestError as error:
+                raise RequestError(f"{example.source}: {error}") from error
         with _refusing():
-            tokenizer = ModelTokenizer(self._checkpoint.directory)
-            return encode_examples(
-                wanted.documents, tokenizer, self._checkpoint.config, self._probe.max_tokens
+            return await asyncio.to_thread(
+                documents_of, examples, ids, self._checkpoint.config, self._probe.max_tokens
             )
+
+    async def _ids_of(self, example: Example) -> list[int]:
+        if example.text is not None:
+            return await self._tokenizer.encode(example.text)
+        return await self._tokenizer.encode_chat(example.messages)
 
     # -- the walk over the layers --
 
@@ -151,17 +168,14 @@ class PoolBuilder:
         ids = [document.tolist() for document in documents.ids]
         tokens = documents.num_tokens
         layers: list[LayerFindings | None] = [None] * len(self._moe_layers)
-        path = _TemporaryPool(self._service)
-        try:
+        with self._service.temporary.path() as become:
             for index, moe in enumerate(self._moe_layers):
                 if moe is None:
                     continue
                 pool = _path_pool(self._moe_layers, layers)
-                await path.become(pool)
+                await become(pool)
                 mass_PE = await self._mass_of_layer(pool, index, ids)
                 layers[index] = await asyncio.to_thread(find_layer, mass_PE, tokens, moe, k)
-        finally:
-            path.close()
         nothing_read = (0,) * len(layers)
         return Calibration(
             DEFAULT_METHOD, 0, k, len(ids), tokens, tuple(layers), nothing_read, bytes_read=0
@@ -213,31 +227,6 @@ def _path_pool(moe_layers: _MoeLayers, layers: _Findings) -> ExpertPool:
     return ExpertPool(
         BUILD_POOL, tuple(None if ids is None else LayerExperts(ids) for ids in experts)
     )
-
-
-class _TemporaryPool:
-    """The pool of a build that is resident; no name leads to it."""
-
-    def __init__(self, service: PoolService) -> None:
-        self._service = service
-        self._kept: list[ExpertPool] = []  # the one before, too, while a load is waited for
-
-    async def become(self, pool: ExpertPool) -> None:
-        """Make a pool resident and let the one before go, sharing what both need."""
-        before = self._kept[-1:]
-        self._kept.append(pool)
-        self._service.keep(pool)
-        for old in before:
-            self._service.manager.cool(old)  # if somebody must make room, then it
-        await self._service.manager.load(pool)
-        for old in before:
-            self._kept.remove(old)
-            self._service.forget(old)
-
-    def close(self) -> None:
-        """Let it go; requests that were cancelled take a moment to let go of it."""
-        while self._kept:
-            self._service.forget(self._kept.pop())
 
 
 @contextmanager

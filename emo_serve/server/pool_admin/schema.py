@@ -226,7 +226,7 @@ def details_of(overview: Overview, status: PoolStatus) -> PoolDetails:
     return PoolDetails.model_validate(_fields(status) | _expert_ids(status) | holders)
 
 
-def list_of(overview: Overview, refused: list[str], *, persists: bool, experts: bool) -> PoolList:
+def list_of(overview: Overview, *, experts: bool) -> PoolList:
     """Build the answer about all pools; without `experts`, no ids and no holders are set."""
     stats = overview.stats
     maps = {"holders": _holders(overview)} if experts else {}
@@ -234,8 +234,8 @@ def list_of(overview: Overview, refused: list[str], *, persists: bool, experts: 
         {
             "object": "list",
             "data": [card_of(status, experts=experts) for status in overview.pools],
-            "refused": refused,
-            "persists": persists,
+            "refused": list(overview.refused),
+            "persists": overview.persists,
             "experts_per_layer": _experts_per_layer(overview.pools[0]),
             "slots": SlotAccount(
                 total=stats.total_slots,

@@ -7,16 +7,21 @@ a row of the engine's pool table and all their experts in slots; pools of equal 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from emo_serve.errors import Unavailable
 from emo_serve.metrics import MetricsSnapshot, PoolSnapshot
+from emo_serve.names import BASE_POOL, canonical_name, is_union, split_name
+from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.statistics import PoolState, ResidencyStats
+from emo_serve.server.pool_admin.lookup import PoolLookup
+from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
 
-__all__ = ["Overview", "PoolKind", "PoolStatus", "Shares", "Sharing", "metrics_snapshot"]
+__all__ = ["Overview", "PoolKind", "PoolStatus", "PoolStatuses", "Shares", "Sharing"]
 
 PoolKind = Literal["base", "pool", "union"]
 
@@ -79,14 +84,109 @@ class PoolStatus:
 
 @dataclass(frozen=True)
 class Overview:
-    """All pools at one moment: the base pool, the catalog's, and unions while they are in use."""
+    """All pools at one moment: the base pool, the catalog's, and unions while they are in use.
+
+    `refused` tells which pool files were left out and why, `persists` whether changes of the
+    catalog outlive the server.
+    """
 
     pools: tuple[PoolStatus, ...]
     stats: ResidencyStats
     sharing: Sharing
+    refused: tuple[str, ...]
+    persists: bool
 
 
-def metrics_snapshot(pools: Iterable[ExpertPool], manager: ResidencyManager) -> MetricsSnapshot:
+class PoolStatuses:
+    """Say how pools stand, by the manager's statistics at one moment.
+
+    `usage_of` asks the engine what a pool's content has used; None where no routing is recorded.
+    """
+
+    def __init__(
+        self,
+        lookup: PoolLookup,
+        catalog: PoolCatalog,
+        manager: ResidencyManager,
+        usage_of: Callable[[ExpertPool], Awaitable[PoolUsage]] | None,
+    ) -> None:
+        self._lookup, self._catalog, self._manager = lookup, catalog, manager
+        self._usage_of = usage_of
+
+    def of(self, pool: ExpertPool) -> PoolStatus:
+        """Return one pool's state now."""
+        stats = self._manager.statistics()
+        return self._status(pool, stats, self._sharing(stats))
+
+    async def usage(self, name: str) -> tuple[ExpertPool, PoolUsage]:
+        """Return a pool and what was routed in it since the engine started.
+
+        The account is of its content: pools of equal experts and temperature share one, whatever
+        their names, and a union has its own. Raises Unavailable where no routing is recorded.
+        """
+        pool = self._lookup.find(name)
+        if self._usage_of is None:
+            raise Unavailable("this server does not record what its pools use")
+        return pool, await self._usage_of(pool)
+
+    def overview(self) -> Overview:
+        """Return every pool's state now, and unions while they are in use."""
+        stats = self._manager.statistics()
+        sharing = self._sharing(stats)
+        unions = {entry.name: self._lookup.known(entry.name) for entry in stats.pools}
+        named = {
+            pool.content_hash: pool for pool in unions.values() if pool and is_union(pool.name)
+        }
+        pools = (*self._lookup.pools, *sorted(named.values(), key=lambda pool: pool.name))
+        statuses = tuple(self._status(pool, stats, sharing) for pool in pools)
+        return Overview(
+            statuses,
+            stats,
+            sharing,
+            refused=tuple(map(str, self._catalog.refused)),
+            persists=self._catalog.persists,
+        )
+
+    def snapshot(self) -> MetricsSnapshot:
+        """Return what the gauges show: every pool, and others while requests hold or want them."""
+        return _metrics_snapshot(self._lookup.pools, self._manager)
+
+    def _sharing(self, stats: ResidencyStats) -> Sharing:
+        by_hash = {pool.content_hash: pool for pool in self._lookup.pools}
+        resident: list[ExpertPool] = []
+        for entry in stats.pools:
+            if entry.state in ("resident", "closing"):
+                pool = by_hash.get(entry.content_hash) or self._lookup.known(entry.name)
+                if pool is not None and pool.content_hash == entry.content_hash:
+                    resident.append(pool)
+        return Sharing(resident)
+
+    def _status(self, pool: ExpertPool, stats: ResidencyStats, sharing: Sharing) -> PoolStatus:
+        held = next((p for p in stats.pools if p.content_hash == pool.content_hash), None)
+        kind: PoolKind = "union" if is_union(pool.name) else "pool"
+        if pool is self._lookup.base_pool:
+            kind = "base"
+        return PoolStatus(
+            pool=pool,
+            kind=kind,
+            version=self._catalog.version(pool.name) or 1 if kind != "union" else None,
+            is_stored=self._is_stored(pool.name),
+            is_default=pool.name == canonical_name(self._lookup.names.default_pool),
+            is_resident=self._manager.is_resident(pool),
+            is_pinned=self._manager.is_pinned(pool),
+            state=held.state if held else "absent",
+            row=held.row if held else None,
+            running_requests=held.running_requests if held else 0,
+            waiting_requests=held.waiting_requests if held else 0,
+            num_bytes=sum(map(len, pool.expert_ids)) * stats.slot_bytes,
+            shares=sharing.shares(pool),
+        )
+
+    def _is_stored(self, name: str) -> bool:
+        return all(part == BASE_POOL or self._catalog.is_stored(part) for part in split_name(name))
+
+
+def _metrics_snapshot(pools: Iterable[ExpertPool], manager: ResidencyManager) -> MetricsSnapshot:
     """Return what the gauges show: these pools, and others while requests hold or want them."""
     stats = manager.statistics()
     held = {entry.content_hash: entry for entry in stats.pools}

@@ -31,7 +31,7 @@ from emo_serve.metrics import PoolMetrics
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.asgi.context import current_request
 from emo_serve.server.asgi.errors import reason_of, retry_after_of, status_of
-from emo_serve.server.pool_admin.service import PoolService
+from emo_serve.server.pool_admin.residency import NamedResidency
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.request_account import RequestAccount
 from emo_serve.server.vllm_adapter.request_log import RequestLog
@@ -72,7 +72,7 @@ class PooledLLM:
     def __init__(
         self,
         engine: AsyncLLM,
-        service: PoolService,
+        residency: NamedResidency,
         metrics: PoolMetrics,
         coverage: CoverageBook | None = None,
         request_log: RequestLog | None = None,
@@ -80,7 +80,7 @@ class PooledLLM:
         honours_priority: bool = False,
     ) -> None:
         self._engine = engine
-        self._service, self._metrics, self._request_log = service, metrics, request_log
+        self._residency, self._metrics, self._request_log = residency, metrics, request_log
         self._coverage, self._honours_priority = coverage, honours_priority
         self._tasks: set[asyncio.Task[Any]] = set()  # asyncio keeps weak references
 
@@ -102,9 +102,9 @@ class PooledLLM:
         `lora_request` carries the model name the client wrote and never reaches the engine.
         """
         model = None if lora_request is None else lora_request.lora_name
-        service, metrics = self._service, self._metrics
+        metrics = self._metrics
         try:
-            pool = service.admit(model, current_request().pool_headers)
+            pool = self._residency.admit(model, current_request().pool_headers)
         except EmoServeError as error:
             metrics.count_refusal(reason_of(error))
             raise to_http_error(error) from error
@@ -146,11 +146,11 @@ class PooledLLM:
         options: Mapping[str, Any],
     ) -> None:
         """Hold the lease while the engine works; errors go to the reader, cancelling aborts."""
-        service, metrics = self._service, self._metrics
+        metrics = self._metrics
         account = RequestAccount(pool.name, is_delta=params.output_kind == RequestOutputKind.DELTA)
         outcome = "failed"
         try:
-            async with service.lease(pool) as lease:
+            async with self._residency.lease(pool) as lease:
                 account.note_granted(is_hit=lease.is_hit)
                 admission.set_result(None)
                 placed = place_in_row(params, lease.row, account=number)

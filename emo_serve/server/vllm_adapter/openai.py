@@ -37,7 +37,7 @@ from emo_serve.metrics import PoolMetrics
 from emo_serve.names import AUTO_POOL
 from emo_serve.server.asgi.context import current_request
 from emo_serve.server.asgi.errors import reason_of
-from emo_serve.server.pool_admin.service import PoolService
+from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
 
 __all__ = [
@@ -54,16 +54,16 @@ __all__ = [
 class _PoolNames(Mapping[str, LoRARequest]):
     """Stand where vLLM looks up adapters by model name: every pool is known, none is listed."""
 
-    def __init__(self, service: PoolService, metrics: PoolMetrics) -> None:
-        self._service = service
+    def __init__(self, lookup: PoolLookup, metrics: PoolMetrics) -> None:
+        self._lookup = lookup
         self._metrics = metrics
 
     def __contains__(self, model: object) -> bool:
         """Tell a pool's name from the base model's; raise for a name that is neither."""
-        if not isinstance(model, str) or not model or model in self._service.names.base:
+        if not isinstance(model, str) or not model or model in self._lookup.names.base:
             return False
         try:
-            self._service.find(model, current_request().pool_headers)
+            self._lookup.find(model, current_request().pool_headers)
         except EmoServeError as error:
             self._metrics.count_refusal(reason_of(error))
             raise to_http_error(error) from error
@@ -79,12 +79,12 @@ class _PoolNames(Mapping[str, LoRARequest]):
         return 0
 
 
-async def _list_models(registry: Any, service: PoolService) -> ModelList:
+async def _list_models(registry: Any, lookup: PoolLookup) -> ModelList:
     listed: ModelList = await registry.show_available_models()
-    base = service.names.base[0]
+    base = lookup.names.base[0]
     for card in listed.data:
-        card.default_pool = service.names.default_pool
-    for name in (AUTO_POOL, *service.catalog.pools):
+        card.default_pool = lookup.names.default_pool
+    for name in (AUTO_POOL, *(pool.name for pool in lookup.named)):
         listed.data.append(
             ModelCard(
                 id=name,
@@ -99,15 +99,15 @@ async def _list_models(registry: Any, service: PoolService) -> ModelList:
 
 
 async def build_http_app(
-    llm: PooledLLM, args: argparse.Namespace, service: PoolService, metrics: PoolMetrics
+    llm: PooledLLM, args: argparse.Namespace, lookup: PoolLookup, metrics: PoolMetrics
 ) -> FastAPI:
     """Build vLLM's app around the engine client and teach it the pools' names."""
     tasks = await llm.get_supported_tasks()
     app: FastAPI = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
     models = app.state.openai_serving_models
-    models.lora_requests = _PoolNames(service, metrics)
-    models.show_available_models = partial(_list_models, models.registry, service)
+    models.lora_requests = _PoolNames(lookup, metrics)
+    models.show_available_models = partial(_list_models, models.registry, lookup)
     return app
 
 

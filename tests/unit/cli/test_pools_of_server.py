@@ -25,10 +25,15 @@ from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.asgi.errors import error_response, status_of
 from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.pool_admin.api import create_router
-from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
 from tests.support.fake_engine import FakeEngine
-from tests.support.pool_services import EXPERTS_PER_LAYER, MOE_LAYERS, service_of
+from tests.support.pool_services import (
+    EXPERTS_PER_LAYER,
+    MOE_LAYERS,
+    ServiceUnderTest,
+    service_of,
+    service_over,
+)
 from tests.unit.cli.test_pools import run
 
 API, ADMIN = "Clients1", "Operators1"
@@ -61,8 +66,8 @@ class Served:
         """Return the routes, with `service` behind them."""
         catalog = PoolCatalog.read(self.directory, MOE_LAYERS, persists=True)
         base = service_of(self.engine)
-        self.service = PoolService(
-            base.names, base.pools[0], catalog, base.manager, usage_of=self._usage_of
+        self.service = service_over(
+            base.lookup.names, base.lookup.base_pool, catalog, base.manager, usage_of=self._usage_of
         )
         return create_router(self.service, to_http_error)
 
@@ -84,7 +89,7 @@ class Served:
         zeros = tuple((0,) * count for count in EXPERTS_PER_LAYER)
         return self.usage.get(pool.name, PoolUsage(0, zeros))
 
-    def do(self, make: Callable[[PoolService], Coroutine[Any, Any, Any]]) -> Any:
+    def do(self, make: Callable[[ServiceUnderTest], Coroutine[Any, Any, Any]]) -> Any:
         """Run something on the server's own loop."""
         return asyncio.run_coroutine_threadsafe(make(self.service), self._loop).result(10)
 
@@ -144,7 +149,7 @@ def cli(served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def test_list_is_a_table_and_an_account_of_slots(served: Served, cli: Cli) -> None:
     served.do(lambda service: service.load("math"))
-    served.do(lambda service: service.pin("code"))
+    served.do(lambda service: service.load("code", pin=True))
     status, out, err = cli("list")
     lines = out.splitlines()
     assert (status, err.count("\n")) == (0, 1)

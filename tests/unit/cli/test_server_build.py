@@ -61,7 +61,7 @@ def test_the_server_builds_what_the_offline_build_finds(
     status, out, err = cli("math", "--examples", examples, "--experts", K, "--description", "sums")
     assert (status, err) == (0, "")
     expected = served.world.offline()
-    pool = served.service.find("math")
+    pool = served.service.lookup.find("math")
     assert pool.expert_ids == expected.pool("math").expert_ids
     assert pool.description == "sums"
     assert expected.coverage is not None

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
+from tests.support.pool_services import ServiceUnderTest
 from tests.unit.cli.test_pools_of_server import API, Cli, Served, cli_of
 
 # Of 1000 tokens in pool `law`, which has experts 3, 4, 5 and the shared one, 7.
@@ -99,5 +99,5 @@ def test_an_unknown_pool_and_a_server_that_records_nothing(
     assert (status, "does not record what its pools use" in err) == (1, True)
 
 
-async def _forget_usage(service: PoolService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "_usage_of", None)
+async def _forget_usage(service: ServiceUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.statuses, "_usage_of", None)

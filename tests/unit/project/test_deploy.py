@@ -17,7 +17,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from emo_serve.metrics import MetricsSnapshot, PoolMetrics, PoolSnapshot
+from emo_serve.metrics import MetricsSnapshot, PoolMetrics, PoolSnapshot, register_gauges
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,7 +37,8 @@ def our_series() -> dict[str, dict[str, set[str]]]:
     pool = PoolSnapshot("math", True, True, 1, 1)
     snapshot = MetricsSnapshot((pool,), 1, 1, 0, 1, 1)
     registry = CollectorRegistry()
-    PoolMetrics(registry, ["math"], REFUSAL_REASONS, lambda: snapshot)
+    PoolMetrics(registry, ["math"], REFUSAL_REASONS)
+    register_gauges(registry, lambda: snapshot)
     series: dict[str, dict[str, set[str]]] = {}
     for family in registry.collect():
         for sample in family.samples:

@@ -78,6 +78,7 @@ OWNERS = {
         "emo_serve.server.vllm_adapter.flags",
         "emo_serve.server.vllm_adapter.generation",
         "emo_serve.server.vllm_adapter.openai",
+        "emo_serve.server.vllm_adapter.tokenizer",
     ),
     "torch": (
         "emo_serve.emo",

@@ -11,23 +11,22 @@ from starlette.types import Message, Scope, Send
 
 from emo_serve.errors import Draining
 from emo_serve.server.asgi.admission import Admission
-from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.shutdown import StopSignals, drain
 from tests.support.fake_engine import settle
-from tests.support.pool_services import service_of
+from tests.support.pool_services import ServiceUnderTest, service_of
 
 
 class Generation:
     """An ASGI app like a beam search: two leases in turn, each held until the test steps it."""
 
-    def __init__(self, service: PoolService) -> None:
+    def __init__(self, service: ServiceUnderTest) -> None:
         self.service = service
         self.step = asyncio.Event()
         self.num_leases = 0
 
     async def __call__(self, scope: Scope, receive: object, send: Send) -> None:
         for _ in range(2):
-            async with self.service.lease(self.service.find("math")):
+            async with self.service.residency.lease(self.service.lookup.find("math")):
                 self.num_leases += 1
                 self.step.clear()
                 await self.step.wait()
@@ -49,14 +48,14 @@ async def post(gate: Admission) -> int:
 
 
 @pytest.fixture
-async def service() -> PoolService:
+async def service() -> ServiceUnderTest:
     service = service_of()
-    await service.manager.load(service.find("math"))
+    await service.manager.load(service.lookup.find("math"))
     return service
 
 
 async def test_running_requests_finish_though_they_need_further_leases(
-    service: PoolService,
+    service: ServiceUnderTest,
 ) -> None:
     generation = Generation(service)
     gate = Admission(generation)
@@ -73,19 +72,19 @@ async def test_running_requests_finish_though_they_need_further_leases(
     assert await running == 200
     assert await draining
     with pytest.raises(Draining):
-        service.admit("math")
+        service.residency.admit("math")
 
 
-async def test_a_lease_without_a_request_is_waited_for_too(service: PoolService) -> None:
+async def test_a_lease_without_a_request_is_waited_for_too(service: ServiceUnderTest) -> None:
     gate = Admission(Generation(service))
-    async with service.lease(service.find("math")):
+    async with service.residency.lease(service.lookup.find("math")):
         draining = asyncio.create_task(drain(gate, service.manager, 60))
         await settle()
         assert not draining.done()
     assert await draining
 
 
-async def test_a_drain_that_takes_too_long_says_so(service: PoolService) -> None:
+async def test_a_drain_that_takes_too_long_says_so(service: ServiceUnderTest) -> None:
     gate = Admission(Generation(service))
     running = asyncio.create_task(post(gate))
     await settle()
@@ -95,7 +94,7 @@ async def test_a_drain_that_takes_too_long_says_so(service: PoolService) -> None
     await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_with_nothing_under_way_a_drain_ends_at_once(service: PoolService) -> None:
+async def test_with_nothing_under_way_a_drain_ends_at_once(service: ServiceUnderTest) -> None:
     assert await drain(Admission(Generation(service)), service.manager, 0.0)
 
 

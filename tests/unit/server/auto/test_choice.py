@@ -23,9 +23,8 @@ from emo_serve.server.auto.candidates import Candidates
 from emo_serve.server.auto.choice import FallbackChooser, make_chooser, read_auto_examples
 from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
-from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.vllm_adapter.worker_calls import RouterMass
-from tests.support.pool_services import MOE_LAYERS, pool, service_of
+from tests.support.pool_services import MOE_LAYERS, ServiceUnderTest, pool, service_of
 from tests.support.served_tokenizer import FileTokenizer
 
 VOCABULARY = 3072  # of the demo model, whose tokenizer reads the prompts
@@ -63,13 +62,14 @@ def prefix_of(num_tokens: int = 256, directory: Path | None = None) -> PromptPre
 
 
 def router(
-    service: PoolService, probe: FakeProbe, num_tokens: int = 256, min_coverage: float = 0.4
+    service: ServiceUnderTest, probe: FakeProbe, num_tokens: int = 256, min_coverage: float = 0.4
 ) -> RouterChooser:
     start = prefix_of(num_tokens)
-    return RouterChooser(probe, Candidates(service), start, MOE_LAYERS, min_coverage)  # type: ignore[arg-type]
+    candidates = Candidates(service.lookup, service.manager)
+    return RouterChooser(probe, candidates, start, MOE_LAYERS, min_coverage, service.temporary)  # type: ignore[arg-type]
 
 
-async def with_base() -> PoolService:
+async def with_base() -> ServiceUnderTest:
     """Return a service whose base pool is resident."""
     service = service_of()
     await service.load("base")
@@ -147,7 +147,7 @@ async def test_pools_come_and_go() -> None:
     service, probe = service_of(), FakeProbe((1, 1, 0, 0, 0, 0, 0))
     chooser = router(service, probe)
     assert (await chooser.choose(Prompt("x"))).name == "math"
-    await service.remove("math")
+    await service.definitions.remove("math")
     assert (await chooser.choose(Prompt("x"))).name != "math"
 
 
@@ -171,9 +171,9 @@ async def test_only_the_first_tokens_are_run() -> None:
 async def test_one_pool_and_nothing_else_needs_no_question() -> None:
     service, probe = service_of(), FakeProbe()
     for name in ("code", "law", "hot"):
-        await service.remove(name)
+        await service.definitions.remove(name)
     assert (await router(service, probe).choose(Prompt("x"))).name == "math"
-    await service.remove("math")
+    await service.definitions.remove("math")
     with pytest.raises(RequestError, match="'auto' has no pool to choose: none is known"):
         await router(service, probe).choose(Prompt("x"))
     await service.load("base")
@@ -210,8 +210,8 @@ async def test_a_model_without_a_tokenizer_takes_ids(tmp_path: Path) -> None:
 # -- classifier --
 
 
-async def taught(service: PoolService, *names: str) -> TfidfChooser:
-    chooser = TfidfChooser(Candidates(service), prefix_of())
+async def taught(service: ServiceUnderTest, *names: str) -> TfidfChooser:
+    chooser = TfidfChooser(Candidates(service.lookup, service.manager), prefix_of())
     for name in names:
         chooser.add_examples(name, TEXTS[name])
     await chooser.fitted()
@@ -253,7 +253,7 @@ async def test_it_learns_what_is_added() -> None:
 
 async def test_examples_wait_for_their_pool_and_a_removed_one_is_not_chosen() -> None:
     service = service_of()
-    await service.remove("law")
+    await service.definitions.remove("law")
     chooser = await taught(service, *TEXTS)
     prompt = Prompt(TEXTS["law"][0])
     assert (await chooser.choose(prompt)).name != "law"
@@ -272,7 +272,8 @@ async def test_what_one_pool_may_teach_is_bounded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(by_classifier, "_MOST_CHARACTERS", 30)
-    chooser = TfidfChooser(Candidates(service_of()), prefix_of())
+    service = service_of()
+    chooser = TfidfChooser(Candidates(service.lookup, service.manager), prefix_of())
     chooser.add_examples("math", ["  ", "plus " * 5, "the court finds the defendant"])
     chooser.add_examples("law", [TEXTS["law"][0][:30]])
     await chooser.fitted()
@@ -288,7 +289,7 @@ async def test_the_router_is_asked_while_a_pool_has_no_examples(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     service, probe = service_of(), FakeProbe((1, 1, 0, 0, 0, 0, 0))
-    await service.remove("hot")
+    await service.definitions.remove("hot")
     classifier = await taught(service, "math")
     chooser, code = FallbackChooser(classifier, router(service, probe)), Prompt(TEXTS["code"][0])
     assert (await chooser.choose(code)).name == "math"
@@ -302,7 +303,7 @@ async def test_the_router_is_asked_while_a_pool_has_no_examples(
     chooser.add_examples("law", TEXTS["law"])
     await classifier.fitted()
     assert (await chooser.choose(code)).name == "code"
-    await service.remove("law")
+    await service.definitions.remove("law")
     assert (await chooser.choose(code)).name == "code"
     assert len(probe.asked) == 3
 
@@ -374,8 +375,11 @@ def test_without_scikit_learn_the_router_is_asked_or_the_start_refused(
 async def test_the_flag_says_who_chooses(flags: tuple[str, ...], kind: type) -> None:
     tokenizer, config = FileTokenizer(demo.model_dir()), load_config(demo.model_dir())
     service, probe = service_of(), FakeProbe()
-    await service.remove("hot")
-    chooser = await make_chooser(settings_of(*flags), service, probe, tokenizer, config, TEXTS)  # type: ignore[arg-type]
+    await service.definitions.remove("hot")
+    candidates = Candidates(service.lookup, service.manager)
+    chooser = await make_chooser(
+        settings_of(*flags), candidates, service.temporary, probe, tokenizer, config, TEXTS
+    )  # type: ignore[arg-type]
     assert type(chooser) is kind
     if kind is not RouterChooser:
         assert (await chooser.choose(Prompt(TEXTS["law"][0]))).name == "law"
@@ -385,5 +389,9 @@ async def test_the_flag_says_who_chooses(flags: tuple[str, ...], kind: type) -> 
 async def test_without_scikit_learn_nobody_else_can_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "is_installed", lambda: False)
     tokenizer, config = FileTokenizer(demo.model_dir()), load_config(demo.model_dir())
-    chooser = await make_chooser(settings_of(), service_of(), FakeProbe(), tokenizer, config, {})  # type: ignore[arg-type]
+    service = service_of()
+    candidates = Candidates(service.lookup, service.manager)
+    chooser = await make_chooser(
+        settings_of(), candidates, service.temporary, FakeProbe(), tokenizer, config, {}
+    )  # type: ignore[arg-type]
     assert isinstance(chooser, RouterChooser)

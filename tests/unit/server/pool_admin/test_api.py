@@ -19,10 +19,15 @@ from emo_serve.pools.document import PoolDocument, parse_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration, PoolModel
 from emo_serve.server.asgi.errors import status_of
 from emo_serve.server.pool_admin.api import MAX_DOCUMENT_BYTES, create_router
-from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
 from tests.support.fake_engine import SLOT_BYTES, FakeEngine
-from tests.support.pool_services import EXPERTS_PER_LAYER, MOE_LAYERS, service_of
+from tests.support.pool_services import (
+    EXPERTS_PER_LAYER,
+    MOE_LAYERS,
+    ServiceUnderTest,
+    service_of,
+    service_over,
+)
 
 LAYERS = [None, {"experts": [5]}, {"experts": [5, 6]}]
 POEMS = {"format": "emo-pool/1", "name": "poems", "layers": LAYERS}
@@ -33,26 +38,26 @@ def to_http_error(error: EmoServeError) -> Exception:
     return HTTPException(status_of(error), str(error))
 
 
-def app_of(service: PoolService) -> FastAPI:
+def app_of(service: ServiceUnderTest) -> FastAPI:
     app = FastAPI()
     app.include_router(create_router(service, to_http_error))
     return app
 
 
 @asynccontextmanager
-async def client_of(service: PoolService) -> AsyncIterator[httpx.AsyncClient]:
+async def client_of(service: ServiceUnderTest) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app_of(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
 
 
 @pytest.fixture
-def service() -> PoolService:
+def service() -> ServiceUnderTest:
     return service_of()
 
 
 @pytest.fixture
-async def client(service: PoolService) -> AsyncIterator[httpx.AsyncClient]:
+async def client(service: ServiceUnderTest) -> AsyncIterator[httpx.AsyncClient]:
     async with client_of(service) as client:
         yield client
 
@@ -61,11 +66,11 @@ async def client(service: PoolService) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def test_the_list_shows_pools_and_slots(
-    service: PoolService, client: httpx.AsyncClient
+    service: ServiceUnderTest, client: httpx.AsyncClient
 ) -> None:
     await service.load("law")
-    await service.pin("math")
-    async with service.lease(service.find("math")):
+    await service.load("math", pin=True)
+    async with service.residency.lease(service.lookup.find("math")):
         answer = (await client.get("/v1/pools")).json()
     assert [card["name"] for card in answer["data"]] == ["base", "code", "hot", "law", "math"]
     assert [card["kind"] for card in answer["data"]] == ["base", *["pool"] * 4]
@@ -92,7 +97,7 @@ async def test_the_list_shows_pools_and_slots(
         "state": "resident",
         "resident": True,
         "pinned": True,
-        "row": service.status(service.find("math")).row,
+        "row": service.statuses.of(service.lookup.find("math")).row,
         "running_requests": 1,
         "waiting_requests": 0,
         "experts_per_layer": [0, 3, 3],
@@ -101,14 +106,14 @@ async def test_the_list_shows_pools_and_slots(
         "experts_missing": 0,
         "bytes": 6 * SLOT_BYTES,
         "router_temperature": 1.0,
-        "content_hash": service.find("math").content_hash,
+        "content_hash": service.lookup.find("math").content_hash,
     }
     assert answer["data"][0]["default"] is True
     assert answer["data"][1]["row"] is None
 
 
 async def test_the_list_with_experts_is_a_map_of_the_slab(
-    service: PoolService, client: httpx.AsyncClient
+    service: ServiceUnderTest, client: httpx.AsyncClient
 ) -> None:
     await service.load("law")
     await service.load("hot")
@@ -122,10 +127,10 @@ async def test_the_list_with_experts_is_a_map_of_the_slab(
 
 
 async def test_one_pool_shows_its_experts_and_a_union_is_a_pool(
-    service: PoolService, client: httpx.AsyncClient
+    service: ServiceUnderTest, client: httpx.AsyncClient
 ) -> None:
     await service.load("math")
-    async with service.lease(service.find("math")):
+    async with service.residency.lease(service.lookup.find("math")):
         card = (await client.get("/v1/pools/math")).json()
     assert card["experts"] == [[], [0, 1, 7], [0, 1, 7]]
     assert card["holders"][1] == [1, 1, 0, 0, 0, 0, 0, 1]
@@ -161,7 +166,7 @@ async def test_an_unknown_pool_is_answered_with_those_there_are(
 # -- residency --
 
 
-async def test_load_pin_unpin_evict(service: PoolService, client: httpx.AsyncClient) -> None:
+async def test_load_pin_unpin_evict(service: ServiceUnderTest, client: httpx.AsyncClient) -> None:
     card = (await client.post("/v1/pools/math/load")).raise_for_status().json()
     assert (card["name"], card["state"], card["pinned"]) == ("math", "resident", False)
     assert "experts" not in card
@@ -177,12 +182,12 @@ async def test_load_pin_unpin_evict(service: PoolService, client: httpx.AsyncCli
 
 
 async def test_evict_waits_for_running_requests_when_asked_to(
-    service: PoolService, client: httpx.AsyncClient
+    service: ServiceUnderTest, client: httpx.AsyncClient
 ) -> None:
-    async with service.lease(service.find("math")):
+    async with service.residency.lease(service.lookup.find("math")):
         assert (await client.post("/v1/pools/math/evict")).status_code == 409
         drain = asyncio.create_task(client.post("/v1/pools/math/evict", json={"drain": True}))
-        while service.status(service.find("math")).state != "closing":
+        while service.statuses.of(service.lookup.find("math")).state != "closing":
             await asyncio.sleep(0)
         listed = (await client.get("/v1/pools/math")).json()
         assert (listed["state"], listed["running_requests"]) == ("closing", 1)
@@ -214,7 +219,7 @@ async def test_statuses_follow_the_table_of_errors() -> None:
     ],
 )
 async def test_a_bad_body_changes_nothing(
-    service: PoolService, client: httpx.AsyncClient, path: str, body: str, message: str
+    service: ServiceUnderTest, client: httpx.AsyncClient, path: str, body: str, message: str
 ) -> None:
     answer = await client.post(f"/v1/pools/math/{path}", content=body)
     assert (answer.status_code, message in answer.json()["detail"]) == (400, True), answer.text
@@ -224,27 +229,31 @@ async def test_a_bad_body_changes_nothing(
 # -- usage --
 
 
-def with_usage(service: PoolService) -> PoolService:
+def with_usage(service: ServiceUnderTest) -> ServiceUnderTest:
     """Return a service whose engine has routed ten tokens in `math` and none elsewhere."""
-    math = service.find("math").content_hash
+    math = service.lookup.find("math").content_hash
     counts = ((), (3, 0, 0, 0, 0, 0, 0, 10), (1, 2, 0, 0, 0, 0, 0, 10))
     nothing = PoolUsage(0, ((), (0,) * 8, (0,) * 8))
 
     async def usage_of(pool: ExpertPool) -> PoolUsage:
         return PoolUsage(10, counts) if pool.content_hash == math else nothing
 
-    return PoolService(
-        service.names, service.pools[0], service.catalog, service.manager, usage_of=usage_of
+    return service_over(
+        service.lookup.names,
+        service.lookup.pools[0],
+        service.catalog,
+        service.manager,
+        usage_of=usage_of,
     )
 
 
-async def test_usage_is_that_of_the_pools_own_experts(service: PoolService) -> None:
+async def test_usage_is_that_of_the_pools_own_experts(service: ServiceUnderTest) -> None:
     async with client_of(with_usage(service)) as client:
         answer = (await client.get("/v1/pools/emo:math/usage")).json()
     assert answer == {
         "object": "pool.usage",
         "name": "math",
-        "content_hash": service.find("math").content_hash,
+        "content_hash": service.lookup.find("math").content_hash,
         "tokens": 10,
         "layers": [
             None,
@@ -254,7 +263,7 @@ async def test_usage_is_that_of_the_pools_own_experts(service: PoolService) -> N
     }
 
 
-async def test_a_pool_or_union_that_was_never_resident_has_zeros(service: PoolService) -> None:
+async def test_a_pool_or_union_that_was_never_resident_has_zeros(service: ServiceUnderTest) -> None:
     async with client_of(with_usage(service)) as client:
         for name, experts in (("law", [4, 5, 6, 7]), ("math+code", [0, 1, 2, 3, 7])):
             answer = (await client.get(f"/v1/pools/{name}/usage")).json()
@@ -262,7 +271,7 @@ async def test_a_pool_or_union_that_was_never_resident_has_zeros(service: PoolSe
             assert (answer["tokens"], answer["layers"]) == (0, [None, layer, layer])
 
 
-async def test_pools_of_equal_content_share_an_account(service: PoolService) -> None:
+async def test_pools_of_equal_content_share_an_account(service: ServiceUnderTest) -> None:
     service = with_usage(service)
     layer = {"experts": [0, 1]}
     async with client_of(service) as client:
@@ -272,7 +281,7 @@ async def test_pools_of_equal_content_share_an_account(service: PoolService) -> 
 
 
 async def test_usage_of_an_unknown_pool_and_where_nothing_is_recorded(
-    service: PoolService, client: httpx.AsyncClient
+    service: ServiceUnderTest, client: httpx.AsyncClient
 ) -> None:
     assert (await client.get("/v1/pools/nope/usage")).status_code == 404
     answer = await client.get("/v1/pools/math/usage")
@@ -283,7 +292,7 @@ async def test_usage_of_an_unknown_pool_and_where_nothing_is_recorded(
 
 
 async def test_a_pool_is_defined_served_redefined_and_removed(
-    service: PoolService, client: httpx.AsyncClient
+    service: ServiceUnderTest, client: httpx.AsyncClient
 ) -> None:
     made = await client.post("/v1/pools", json=POEMS)
     assert made.status_code == 201
@@ -303,10 +312,12 @@ async def test_a_pool_is_defined_served_redefined_and_removed(
     service.manager.check_integrity()
 
 
-async def test_definitions_survive_a_restart(tmp_path: Path, service: PoolService) -> None:
-    def start() -> PoolService:
+async def test_definitions_survive_a_restart(tmp_path: Path, service: ServiceUnderTest) -> None:
+    def start() -> ServiceUnderTest:
         catalog = PoolCatalog.read(tmp_path, MOE_LAYERS, persists=True)
-        return PoolService(service.names, service.pools[0], catalog, service_of().manager)
+        return service_over(
+            service.lookup.names, service.lookup.pools[0], catalog, service_of().manager
+        )
 
     async with client_of(start()) as client:
         assert (await client.post("/v1/pools", json=POEMS)).json()["persisted"] is True
@@ -338,11 +349,11 @@ async def test_definitions_survive_a_restart(tmp_path: Path, service: PoolServic
     ],
 )
 async def test_a_bad_document_is_refused_with_field_layer_and_value(
-    service: PoolService, client: httpx.AsyncClient, change: dict[str, Any], message: str
+    service: ServiceUnderTest, client: httpx.AsyncClient, change: dict[str, Any], message: str
 ) -> None:
     answer = await client.post("/v1/pools?replace=true", json=POEMS | change)
     assert (answer.status_code, message in answer.json()["detail"]) == (400, True), answer.text
-    assert len(service.pools) == 5
+    assert len(service.lookup.pools) == 5
 
 
 @pytest.mark.parametrize(
@@ -430,7 +441,7 @@ def test_every_field_of_a_document_is_read_and_described() -> None:
             parse_pool("body", bad)
 
 
-def test_every_route_is_documented(service: PoolService) -> None:
+def test_every_route_is_documented(service: ServiceUnderTest) -> None:
     documented = app_of(service).openapi()
     routes = {
         f"{method.upper()} {path}": entry

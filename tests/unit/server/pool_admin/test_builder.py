@@ -48,7 +48,7 @@ async def test_a_build_finds_what_the_offline_build_finds(
     assert_same(build.found, expected)
     assert build.is_new
     assert world.learned == [("math", texts(seed))]
-    pool = world.service.find("math")
+    pool = world.service.lookup.find("math")
     assert pool.expert_ids == expected.pool("math").expert_ids
     assert pool.calibration == PoolCalibration("layerwise", 3, 90, 0, K + seed)
     assert pool.model == model_record(world.checkpoint)
@@ -80,7 +80,7 @@ async def test_the_same_build_gives_the_same_pool_and_redefines_it(
     again = await world.builder.build(wanted, replace=True)
     assert not again.is_new
     assert again.found == first.found
-    pool = world.service.find("math")
+    pool = world.service.lookup.find("math")
     assert (pool.description, pool.router_temperature) == ("about sums", 2.0)
     assert pool.expert_ids == first.found.pool("math").expert_ids, "found at temperature 1"
 
@@ -136,7 +136,7 @@ async def test_a_build_waits_for_pools_in_use_without_holding_any_up(
     """Room for the build or for others, but not for both."""
     world = World(directories["shared1"], slots=K + 2)
     mine, yours = world.pool_of(*range(7), name="mine"), world.pool_of(*range(9, 16), name="yours")
-    async with world.service.lease(mine):
+    async with world.service.residency.lease(mine):
         building = asyncio.create_task(world.build())
         while world.probe.calls < 3:  # layer 0 needs no more than the shared expert
             await asyncio.sleep(0)
@@ -144,7 +144,7 @@ async def test_a_build_waits_for_pools_in_use_without_holding_any_up(
             await asyncio.sleep(0)
         assert world.probe.calls == 3
     for _ in range(20):  # others come and go, and the build gets its turns
-        async with world.service.lease(yours):
+        async with world.service.residency.lease(yours):
             await asyncio.sleep(0)
     build = await building
     assert_same(build.found, world.offline())
@@ -157,11 +157,11 @@ async def test_the_temporary_pool_goes_before_pools_that_are_asked_for(
     """A row for the build's pool and none to spare: the next takes the row of the last."""
     world = World(directories["shared1"], rows=3)  # the base pool's, mine, and the build's
     mine = world.pool_of(1, 2)
-    world.service.keep(mine)
-    await world.manager.load(mine)
-    await world.build()
-    assert world.manager.is_resident(mine)
-    assert [pool.name for pool in world.manager.statistics().pools] == ["mine"]
+    with world.service.temporary.held(mine):
+        await world.manager.load(mine)
+        await world.build()
+        assert world.manager.is_resident(mine)
+        assert [pool.name for pool in world.manager.statistics().pools] == ["mine"]
 
 
 async def test_a_drain_lets_a_build_come_to_its_end(directories: dict[str, Path]) -> None:
@@ -239,7 +239,7 @@ async def test_a_client_that_leaves_does_not_stop_the_build(directories: dict[st
         await asking
     while "math" not in world.service.catalog.pools:
         await asyncio.sleep(0)
-    assert world.service.find("math").expert_ids == world.offline().pool("math").expert_ids
+    assert world.service.lookup.find("math").expert_ids == world.offline().pool("math").expert_ids
 
 
 async def test_one_build_at_a_time(directories: dict[str, Path]) -> None:
@@ -274,19 +274,18 @@ async def test_a_defined_pool_of_the_same_experts_stays(directories: dict[str, P
     """The first temporary pool is the implied experts alone, and somebody's pool may be so, too."""
     implied = ExpertPool("implied", tuple(LayerExperts(()) for _ in range(3)))
     world = World(directories["shared1"], pools=[implied])
-    await world.service.pin("implied")
+    await world.service.load("implied", pin=True)
     await world.build()
-    assert world.manager.is_pinned(world.service.find("implied"))
+    assert world.manager.is_pinned(world.service.lookup.find("implied"))
     world.service.unpin("implied")
     await world.build("again")
-    assert world.manager.is_resident(world.service.find("implied"))
-    trunk = world.service.find("implied")
-    await world.service.remove("implied")
-    world.service.keep(trunk)  # as who serves it under no name does
-    await world.manager.load(trunk)
-    await world.build("third")
-    assert world.manager.is_resident(trunk)
-    world.service.forget(trunk)
+    assert world.manager.is_resident(world.service.lookup.find("implied"))
+    trunk = world.service.lookup.find("implied")
+    await world.service.definitions.remove("implied")
+    with world.service.temporary.held(trunk):  # as the router's chooser holds it
+        await world.manager.load(trunk)
+        await world.build("third")
+        assert world.manager.is_resident(trunk)
     assert not world.manager.is_resident(trunk)
 
 

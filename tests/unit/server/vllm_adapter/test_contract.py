@@ -1,6 +1,6 @@
 """What the adapter relies on in vLLM, name by name: the first thing to run after an upgrade.
 
-The four modules of `vllm_adapter` import everything of vLLM that the front end uses. Here each of
+Five modules of `vllm_adapter` import everything of vLLM that the front end uses. Here each of
 those names is checked for the shape the adapter takes for granted, so that a change is a failed
 line here and not a request served in the wrong pool.
 """

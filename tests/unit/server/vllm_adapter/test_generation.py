@@ -19,12 +19,11 @@ from emo_serve.errors import EngineDead, LoadDeadlineExceeded
 from emo_serve.metrics import PoolMetrics
 from emo_serve.server.asgi.context import RequestContext
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
-from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.generation import PooledLLM
 from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
 from tests.support.fake_engine import FakeEngine, settle
-from tests.support.pool_services import service_of
+from tests.support.pool_services import ServiceUnderTest, service_of
 
 
 def output(text: str, tokens: list[int], *, finished: bool = False) -> RequestOutput:
@@ -64,19 +63,23 @@ class Script:
 class Bench:
     """A client over a script and a service, with the pools math and code loaded."""
 
-    def __init__(self, service: PoolService, script: Script) -> None:
+    def __init__(self, service: ServiceUnderTest, script: Script) -> None:
         self.service, self.script = service, script
         self.sums: dict[int, CoverageSum] = {}  # what the workers will say
         self.coverage = CoverageBook(self._read, lambda pool, share: None)
         self.registry = CollectorRegistry()
-        names = [pool.name for pool in service.pools]
-        self.metrics = PoolMetrics(self.registry, names, REFUSAL_REASONS, service.snapshot)
+        names = [pool.name for pool in service.lookup.pools]
+        self.metrics = PoolMetrics(self.registry, names, REFUSAL_REASONS)
         self.llm = self.client()
 
     def client(self, *, honours_priority: bool = False) -> PooledLLM:
         engine: Any = self.script
         return PooledLLM(
-            engine, self.service, self.metrics, self.coverage, honours_priority=honours_priority
+            engine,
+            self.service.residency,
+            self.metrics,
+            self.coverage,
+            honours_priority=honours_priority,
         )
 
     async def _read(self) -> dict[int, CoverageSum]:
@@ -90,7 +93,7 @@ class Bench:
         return self.llm.generate(prompt, params, "id", lora_request=adapter, **options)
 
     def running(self, name: str) -> int:
-        return self.service.status(self.service.find(name)).running_requests
+        return self.service.statuses.of(self.service.lookup.find(name)).running_requests
 
     def sample(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(f"emo_serve_{name}", labels)
@@ -106,7 +109,7 @@ async def bench(engine: FakeEngine) -> Bench:
     script = Script()
     service = service_of(engine, slots=6, rows=4)
     for name in ("math", "code"):
-        await service.manager.load(service.find(name))
+        await service.manager.load(service.lookup.find(name))
     return Bench(service, script)
 
 
@@ -128,7 +131,7 @@ async def test_a_request_is_placed_in_its_pools_row_with_its_pools_salt(bench: B
     prompt = tokens_input([7, 8, 9], cache_salt="client")
     await read(bench.generate("math", prompt, params=params, priority=3, trace_headers=None))
     ((seen_prompt, seen_params, request_id, options),) = bench.script.calls
-    math = bench.service.find("math")
+    math = bench.service.lookup.find("math")
     ours = {"emo_pool_row": 1, "emo_account": 1, "emo_mass_slot": -1}
     assert seen_params.extra_args == {**ours, "mine": 1}
     assert seen_prompt == {**prompt, "cache_salt": f"emo:{math.content_hash}:client"}

@@ -1,0 +1,73 @@
+"""Pools that no name leads to: the server's own, for a build or for the router's questions.
+
+Such a pool is held for a while and is gone afterwards, unless a definition or a pin has the same
+content. While it is held, a redefinition elsewhere does not retire it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.manager import ResidencyManager
+from emo_serve.server.pool_admin.lookup import PoolLookup
+
+__all__ = ["TemporaryPools"]
+
+
+class TemporaryPools:
+    """Hold pools without a name; of equal content they are one pool, held several times."""
+
+    def __init__(self, lookup: PoolLookup, manager: ResidencyManager) -> None:
+        self._lookup, self._manager = lookup, manager
+        self._held: Counter[str] = Counter()  # content hashes
+
+    @property
+    def content_hashes(self) -> frozenset[str]:
+        """Return the content hashes of the pools that are held."""
+        return frozenset(self._held)
+
+    @contextmanager
+    def held(self, pool: ExpertPool) -> Iterator[None]:
+        """Let a pool be leased and loaded inside the block."""
+        self._held[pool.content_hash] += 1
+        self._manager.revive(pool)
+        try:
+            yield
+        finally:
+            self._held[pool.content_hash] -= 1
+            self._held += Counter()  # drops what is 0
+            if not self._is_wanted(pool):
+                self._manager.retire(pool)
+
+    @contextmanager
+    def path(self) -> Iterator[Callable[[ExpertPool], Awaitable[None]]]:
+        """Yield a function that makes one pool after another resident; none is left afterwards.
+
+        Each takes the place of the one before, which stays until the new one is loaded, so that
+        experts of both need no copy, and is the first to go if somebody must make room.
+        """
+        kept = ExitStack()
+        current: ExpertPool | None = None
+
+        async def become(pool: ExpertPool) -> None:
+            nonlocal kept, current
+            with ExitStack() as new:
+                new.enter_context(self.held(pool))
+                if current is not None:
+                    self._manager.cool(current)
+                await self._manager.load(pool)
+                kept.close()
+                kept, current = new.pop_all(), pool
+
+        try:
+            yield become
+        finally:  # requests that were cancelled take a moment to let go of it
+            kept.close()
+
+    def _is_wanted(self, pool: ExpertPool) -> bool:
+        is_defined = pool.content_hash in {known.content_hash for known in self._lookup.pools}
+        is_pinned = self._manager.is_pinned(pool)  # a union of that content may be
+        return pool.content_hash in self._held or is_defined or is_pinned
