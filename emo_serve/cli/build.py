@@ -1,9 +1,9 @@
 """`emo-serve pools build` and `cut`: find a domain's pool from examples; cut it to another size.
 
-`build` runs the examples through the checkpoint and writes a pool file, or with --server has a
-server build the pool (`server_commands`); `cut` needs only that file.
-Results go to stdout, a progress bar to stderr where that is a terminal. torch, transformers and
-tokenizers are imported when a command runs.
+`build` runs the examples through the checkpoint and writes a pool file, or with --server lets a
+server build the pool (`server_build`). `cut` needs only the pool file. Results go to stdout, a
+progress bar to stderr if that is a terminal. torch, transformers and tokenizers are imported when a
+command runs.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = ["add_build_commands"]
 _BUILD = "Find a domain's pool from examples of its text."
 _CUT = "Cut a pool to another size by the scores in its file."
 _BUILD_EPILOG = """\
-A .txt file is one document; a .jsonl file one a line: a string, or an object with "text" or
-"messages" (a chat, rendered by the model's template).
-layerwise reads only K experts of a layer; router and easy-ep all, one at a time.
-With --server the pool is built there by layerwise, beside its requests, and stays there: no
-checkpoint is needed here, and no file is written.
+A .txt file is one document. A .jsonl file has one document per line: a string, or an object with
+"text" or "messages" (a chat, rendered by the model's template).
+layerwise reads only K experts per layer; router and easy-ep read all, one at a time.
+With --server the server builds the pool by layerwise, while it serves requests, and keeps it: no
+checkpoint is needed here, and no file is written here.
 """
 
 
@@ -54,18 +54,18 @@ def add_build_commands(add: AddCommand, default_model: Path | None) -> None:
     build.epilog = _BUILD_EPILOG
     build.formatter_class = argparse.RawDescriptionHelpFormatter
     build.add_argument("name", metavar="NAME", help="name of the pool: a-z 0-9 . _ -")
-    shipped = " (default: the small model that ships)" if default_model else ""
-    build.set_defaults(default_model=default_model)  # so that a --model given can be told
+    shipped = " (default: the small shipped model)" if default_model else ""
+    build.set_defaults(default_model=default_model)  # so that a given --model is recognized
     add_model_flag(build, f"checkpoint directory{shipped}")
     build.add_argument(
         "--examples",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="a .jsonl or .txt; may be several",
+        help="one or more .jsonl or .txt files",
     )
     build.add_argument(
-        "--experts", type=int, required=True, metavar="K", help="experts a layer to keep"
+        "--experts", type=int, required=True, metavar="K", help="experts per layer to keep"
     )
     build.add_argument(
         "--method", default=DEFAULT_METHOD, help=f"{', '.join(METHODS)} (default: %(default)s)"
@@ -73,21 +73,28 @@ def add_build_commands(add: AddCommand, default_model: Path | None) -> None:
     build.add_argument(
         "--out", type=Path, metavar="FILE", help="file to write (default: NAME.json)"
     )
-    build.add_argument("--seed", type=int, metavar="N", help="of random's draw (default: 0)")
-    build.add_argument("--description", default="", metavar="TEXT", help="kept with the pool")
     build.add_argument(
-        "--replace", action="store_true", help="with --server: redefine a pool of that name"
+        "--seed", type=int, metavar="N", help="seed of the method random (default: 0)"
+    )
+    build.add_argument("--description", default="", metavar="TEXT", help="stored with the pool")
+    build.add_argument(
+        "--replace",
+        action="store_true",
+        help="with --server: redefine an existing pool of that name",
     )
     add_server_flags(build, is_required=False, seconds=BUILD_SECONDS)
 
     cut = add("cut", _run_cut, _CUT)
-    cut.add_argument("path", type=Path, metavar="FILE", help="pool file with scores")
+    cut.add_argument("path", type=Path, metavar="FILE", help="pool file that has scores")
     cut.add_argument(
-        "--experts", type=int, required=True, metavar="K", help="experts a layer to keep"
+        "--experts", type=int, required=True, metavar="K", help="experts per layer to keep"
     )
-    cut.add_argument("--name", help="name of the cut pool (default: its name, then -K)")
+    cut.add_argument("--name", help="name of the cut pool (default: NAME-K)")
     cut.add_argument(
-        "--out", type=Path, metavar="FILE", help="file to write (default: beside FILE, by its name)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file to write (default: the new name, beside FILE)",
     )
     add_model_flag(
         cut, "checkpoint directory; only for a file that does not say which experts are implied"
@@ -103,16 +110,16 @@ def _run_build(arguments: argparse.Namespace) -> int:
 
         return run_server_build(arguments)
     if arguments.replace:
-        raise ConfigError("pools build: --replace is for pools of a server; give --server URL")
+        raise ConfigError("pools build: --replace needs a server; give --server URL")
     arguments.model = arguments.model or arguments.default_model
     started = time.monotonic()
     out: Path = arguments.out or Path(f"{arguments.name}.json")
     check_pool_name("pools build", arguments.name)
     _check_place(out)
     if arguments.model is None:
-        raise ConfigError("pools build: give --model DIR, the checkpoint that the pool is for")
+        raise ConfigError("pools build: give --model DIR, the pool's checkpoint")
     if arguments.examples is None and arguments.method != "random":
-        raise ConfigError("pools build: give --examples FILE; only random does without")
+        raise ConfigError("pools build: give --examples FILE; only random needs none")
     from emo_serve.emo.checkpoint import Checkpoint
     from emo_serve.pools.calibration.advice import cut_notes, notes
     from emo_serve.pools.calibration.build import (
@@ -171,15 +178,15 @@ def _outcome(
         "model": str(checkpoint.directory),
         "found by": found_by(found.method, found.documents, found.tokens),
         "coverage": coverage_line(found.coverage, layers),
-        "experts read": f"{read} of {total}, at most {most} of a layer, one held at a time:"
+        "experts read": f"{read} of {total}, at most {most} per layer, one in memory at a time:"
         f" {found.bytes_read / 2**20:.1f} MiB",
     }
 
 
 def _peak_resident_bytes() -> int:
-    """Return the most memory this process has had resident.
+    """Return the peak resident memory of this process.
 
-    Linux's getrusage counts what the parent had before exec, so its own status file comes first.
+    On Linux getrusage includes the parent's peak before exec, so /proc is read first.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -191,7 +198,7 @@ def _peak_resident_bytes() -> int:
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr if it is a terminal."""
+    """Show a progress bar on stderr if it is a terminal."""
     from tqdm import tqdm
 
     form = "{l_bar}{bar}| {elapsed}<{remaining}"
@@ -216,19 +223,19 @@ def _run_cut(arguments: argparse.Namespace) -> int:
     cut = replace(pool.cut(k, model.layers), name=name)
     write_pool(cut, out)
     sizes = size_range([len(ids) for ids in cut.expert_ids if ids])
-    print(f"wrote {out}: pool {name}, {sizes} experts a layer by the scores of {pool.name}")
+    print(f"wrote {out}: pool {name}, {sizes} experts per layer by the scores of {pool.name}")
     return 0
 
 
 def _check_cut(path: Path, pool: ExpertPool, k: int, *, has_model: bool) -> None:
-    """Refuse what the file does not allow, with the remedy."""
-    cannot = f"{path} cannot be cut to {k} experts a layer"
+    """Raise ConfigError, with the remedy, if the file cannot be cut to `k`."""
+    cannot = f"{path} cannot be cut to {k} experts per layer"
     num_experts = []
     for index, layer in enumerate(pool.layers):
         if layer is not None and layer.scores is None:
             raise ConfigError(
-                f"{cannot}: layer {index} has no scores, only the {len(layer.experts)} experts it"
-                " keeps; find the pool again with emo-serve pools build"
+                f"{cannot}: layer {index} has no scores, only the {len(layer.experts)} experts"
+                " kept; build the pool again with emo-serve pools build"
             )
         if layer is not None and layer.scores is not None:
             num_experts.append(len(layer.scores))
@@ -236,13 +243,13 @@ def _check_cut(path: Path, pool: ExpertPool, k: int, *, has_model: bool) -> None
         raise ConfigError(f"{cannot}: the layers have {size_range(num_experts)}; give fewer")
     if not has_model and (pool.model is None or pool.model.implied is None):
         raise ConfigError(
-            f"{cannot} by itself: it does not name the shared and always-active experts, which no"
-            " pool goes without; give --model DIR"
+            f"{cannot} by itself: it does not list the shared and always-active experts, which"
+            " belong to every pool; give --model DIR"
         )
 
 
 def _check_place(out: Path) -> None:
-    """Refuse a place that cannot be written before anything long is done."""
+    """Raise ConfigError for a file that cannot be written, before anything slow is done."""
     if out.is_dir():
         raise ConfigError(f"--out {out} is a directory; give the file to write")
     if not out.parent.is_dir():

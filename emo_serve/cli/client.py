@@ -1,8 +1,8 @@
-"""The pools of a running server, asked over HTTP; what `emo-serve pools --server URL` stands on.
+"""HTTP client for the pools of a running server, used by `emo-serve pools --server URL`.
 
-One object a server. Whatever goes wrong is one error whose message says what to do: the server's
-own words where it answered, ours where it did not. Answers come back as the JSON of /v1/pools,
-which the server documents in its /openapi.json.
+One object per server. Each failure is one error whose message says what to do, in the server's own
+words if it answered. Answers are the JSON of /v1/pools, which the server documents in its
+/openapi.json.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ __all__ = ["ADMIN_KEY_VARIABLE", "KEY_VARIABLES", "PoolServer", "key_from"]
 
 ADMIN_KEY_VARIABLE = "EMO_SERVE_ADMIN_API_KEY"
 KEY_VARIABLES = (ADMIN_KEY_VARIABLE, "EMO_SERVE_API_KEY", "VLLM_API_KEY")
-"""Where a key is looked for, in this order, when none is given."""
+"""Environment variables that are searched for a key, in this order, when none is given."""
 
 _CONNECT_SECONDS = 10.0
 _FIRST_SERVER_ERROR = 500
 _OBJECTS = ("pool", "pool.usage", "list")
-_NOT_OURS = "that is not the pools of an emo-serve server"
+_NOT_OURS = "but not with the pools of an emo-serve server"
 
 
 def key_from(given: str | None, environ: Mapping[str, str] | None = None) -> str | None:
-    """Return the key to send: the one given, or the first that a variable holds."""
+    """Return the key to send: the one given, or the first found in a variable."""
     known = os.environ if environ is None else environ
     candidates = (given, *(known.get(variable) for variable in KEY_VARIABLES))
     return next((key.strip() for key in candidates if key and key.strip()), None)
 
 
 class PoolServer:
-    """Ask one server about its pools, and change them. Close it, or use it in a `with`.
+    """Query and change the pools of one server. Use it in a `with`.
 
     `url` may end in /v1, as OpenAI clients write it. Raises RequestError for what the caller must
-    change (a key, a name, a document), ConfigError for a URL that can be none, Unavailable for
-    a server that does not answer or has failed.
+    change (a key, a name, a document), ConfigError for an invalid URL, and Unavailable for a server
+    that does not answer or has failed.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class PoolServer:
     # -- the routes --
 
     def list_pools(self, *, experts: bool = False) -> dict[str, Any]:
-        """Return every pool and the slab's slots; with `experts` also who holds which."""
+        """Return every pool and the slab's slots; with `experts` also the holders of each."""
         return self._ask("GET", "", params={"experts": "true"} if experts else None)
 
     def show(self, name: str) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class PoolServer:
         return self._ask("GET", _path(name))
 
     def usage(self, name: str) -> dict[str, Any]:
-        """Return how often each expert of a pool was taken."""
+        """Return how often tokens took each expert of a pool."""
         return self._ask("GET", _path(name, "usage"))
 
     def load(self, name: str, *, pin: bool = False) -> dict[str, Any]:
@@ -96,20 +96,20 @@ class PoolServer:
         return self._ask("POST", _path(name, "evict"), body=_json({"drain": drain}))
 
     def pin(self, name: str) -> dict[str, Any]:
-        """Make a pool resident and have it stay."""
+        """Make a pool resident and keep it so."""
         return self._ask("POST", _path(name, "pin"))
 
     def unpin(self, name: str) -> dict[str, Any]:
-        """Let a pool be evicted like any other."""
+        """Allow a pool to be evicted again."""
         return self._ask("POST", _path(name, "unpin"))
 
     def add(self, document: bytes, *, replace: bool = False) -> dict[str, Any]:
-        """Define the pool of a document, or of examples in it; with `replace` redefine it."""
+        """Define a pool from a document or from examples; with `replace` redefine it."""
         params = {"replace": "true"} if replace else None
         return self._ask("POST", "", params=params, body=document)
 
     def remove(self, name: str) -> dict[str, Any]:
-        """Forget a pool, its file on the server included."""
+        """Remove a pool and its file on the server."""
         return self._ask("DELETE", _path(name))
 
     # -- one request --
@@ -135,23 +135,23 @@ class PoolServer:
             ) from error
         except httpx.TimeoutException as error:
             raise Unavailable(
-                f"no answer from {self.url} within {self._timeout_seconds:g} s; a load that has"
-                " begun goes on there, and so does a build; see `emo-serve pools list --server`, or"
+                f"no answer from {self.url} within {self._timeout_seconds:g} s; a load or"
+                " build that has begun continues there; see `emo-serve pools list --server`, or"
                 " raise --timeout"
             ) from error
         except httpx.HTTPError as error:
-            raise Unavailable(f"{self.url} does not speak HTTP with us: {error}") from error
+            raise Unavailable(f"{self.url} does not speak HTTP: {error}") from error
         if not response.is_success:
             raise self._refusal(response)
         answer = _parsed(response)
         if not isinstance(answer, dict) or answer.get("object") not in _OBJECTS:
-            raise ConfigError(f"{self.url} answers, but {_NOT_OURS}")
+            raise ConfigError(f"{self.url} answers, {_NOT_OURS}")
         return answer
 
     def _refusal(self, response: httpx.Response) -> Exception:
         status, message = response.status_code, _message(response)
         if message is None:
-            return ConfigError(f"{self.url} answers {status}, and {_NOT_OURS}")
+            return ConfigError(f"{self.url} answers {status}, {_NOT_OURS}")
         if status == httpx.codes.UNAUTHORIZED:
             return RequestError(
                 f"{message}; set {KEY_VARIABLES[1]} ({ADMIN_KEY_VARIABLE} to change pools), or give"

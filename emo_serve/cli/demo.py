@@ -1,4 +1,4 @@
-"""`emo-serve demo train|corpus|eval`: make the shipped model again, or measure what ships.
+"""`emo-serve demo train|corpus|eval`: rebuild the shipped models, or measure them.
 
 torch, transformers and tokenizers are imported only when a command runs.
 """
@@ -17,7 +17,7 @@ __all__ = ["add_demo_parser"]
 
 def add_demo_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `demo` and its commands; each sets `run`, a function of the arguments."""
-    parser = subparsers.add_parser("demo", help="train or measure the tiny EMO that ships")
+    parser = subparsers.add_parser("demo", help="train or measure the tiny shipped EMO model")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     corpus = commands.add_parser("corpus", help="fetch, clean and tokenize the training text")
@@ -26,13 +26,15 @@ def add_demo_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
 
     train = commands.add_parser(
         "train",
-        help="make everything that ships: corpus, tokenizer, both models, pools, held-out texts",
+        help="build everything that ships: corpus, tokenizer, both models, pools, held-out texts",
     )
     train.add_argument("directory", type=Path, metavar="DIR", help="working directory")
     train.add_argument(
-        "--out", type=Path, metavar="DIR", help="where to write what ships [DIR/out-SEED]"
+        "--out", type=Path, metavar="DIR", help="where to write the result [DIR/out-SEED]"
     )
-    train.add_argument("--seed", type=int, default=0, help="of weights, batches and the rule [0]")
+    train.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, batches and pool sizes [0]"
+    )
     train.add_argument(
         "--steps",
         type=int,
@@ -43,12 +45,12 @@ def add_demo_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
     train.add_argument(
         "--model",
         choices=(demo.DEMO_MODEL, demo.TWIN_MODEL),
-        help="train only this one, so that two processes can share the work",
+        help="train only this model, so that two processes can share the work",
     )
     train.set_defaults(run=_run_train)
 
     evaluate = commands.add_parser("eval", help="print held-out loss of the shipped models by pool")
-    evaluate.add_argument("--texts", type=int, default=8, help="held-out texts a domain [8]")
+    evaluate.add_argument("--texts", type=int, default=8, help="held-out texts per domain [8]")
     evaluate.set_defaults(run=_run_eval)
 
 
@@ -91,7 +93,7 @@ def _run_eval(arguments: argparse.Namespace) -> None:
 
     for name in demo.MODELS:
         experiment = Experiment.shipped(name, arguments.texts)
-        print(f"{name}: held-out nats a token, mean of {len(experiment.texts)} domains")
+        print(f"{name}: held-out nats per token, mean of {len(experiment.texts)} domains")
         for k in (32, 16, 8, 4):
             print(f"  {k:2} experts kept  {experiment.mean_loss(k):.3f}")
 

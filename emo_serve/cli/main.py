@@ -1,7 +1,7 @@
-"""The command `emo-serve`: serve, pools, demo. Parses, calls, and turns refusals into one line.
+"""The command `emo-serve`: serve, pools, demo. Parses flags, runs commands, reports refusals.
 
-Nothing heavy is imported before a command needs it, so that `--help`, `--version` and refused flags
-answer at once.
+Heavy imports wait until a command needs them, so that `--help`, `--version` and refused flags are
+fast.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["main"]
 
 _INTERRUPTED_STATUS = 130
 _DEMO_FLAG_DEFAULTS = {
-    # vLLM would take 92 % of the machine's memory for the KV cache, and refuse to start with less.
+    # By default vLLM takes 92 % of the machine's memory for the KV cache, or refuses to start.
     "kv_cache_memory_bytes": 512 * 2**20,
-    # Compilation needs a C++ compiler and takes most of the start-up; for a model this small it
-    # buys little (benchmarks/serving/start.py, serving/throughput.py --a emo --b emo-eager).
+    # Compilation needs a C++ compiler and takes most of the start-up; a model this small gains
+    # little (benchmarks/serving/start.py, serving/throughput.py --a emo --b emo-eager).
     "enforce_eager": True,
 }
-"""Defaults of vLLM's flags for the model that ships, which must start on any machine."""
+"""Defaults of vLLM's flags for the shipped model, which must start on any machine."""
 
 _SERVE_EPILOG = """\
 Any flag of `vllm serve` may follow, with its name and default: --port, --host, --dtype, --api-key,
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "model_tag",
         nargs="?",
         metavar="MODEL",
-        help="checkpoint directory or Hub id (default: the small model that ships)",
+        help="checkpoint directory or Hub id (default: the small shipped model)",
     )
     add_serve_flags(serve)
     add_pools_parser(commands, demo.model_dir())
@@ -103,7 +103,7 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _check_early(arguments: list[str]) -> None:
-    """Refuse bad values of our own flags before vLLM's import, which takes seconds."""
+    """Refuse bad values of our own flags before importing vLLM, which takes seconds."""
     parser = argparse.ArgumentParser(prog="emo-serve serve", add_help=False, allow_abbrev=False)
     add_serve_flags(parser)
     parser.set_defaults(model_tag=None)

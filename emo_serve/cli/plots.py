@@ -1,6 +1,6 @@
-"""Pictures of pools, drawn by matplotlib's Agg backend: no display, no state outside the figure.
+"""Heat maps of pools, drawn by matplotlib's Agg backend, without a display or global state.
 
-matplotlib is in the extra `plot`; without it the refusal says so. It is imported here alone.
+matplotlib is in the extra `plot` and is imported only here; without it --png is refused.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from emo_serve.pools.comparison import PoolComparison
 __all__ = ["comparison_png", "require_matplotlib", "usage_png", "write_picture"]
 
 _DPI = 120
-_MOST_LABELLED = 16  # pools up to which a cell has room for its number
+_MOST_LABELLED = 16  # up to this many pools a cell has room for its number
 _CELL_INCHES = 0.42
 _EXPERT_INCHES = 0.12
 _NOT_IN_POOL = float("nan")
 
 
 def require_matplotlib() -> None:
-    """Raise ConfigError, naming the remedy, where pictures cannot be drawn."""
+    """Raise ConfigError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "--png needs matplotlib, which is not installed; `make install` has it, and so has"
+            "--png needs matplotlib, which is not installed; run `make install` or"
             " pip install 'emo-serve[plot]'"
         ) from error
 
@@ -69,7 +69,7 @@ def usage_png(name: str, shares: Sequence[Sequence[float | None]]) -> bytes:
     """Draw layers x experts, each the share of tokens that took the expert, and return the PNG.
 
     None stands for an expert outside the pool and an empty row for a dense layer; both are grey.
-    Experts that every token takes have the brightest color, whatever the scale of the others.
+    Experts that every token takes have the brightest color and do not affect the scale.
     """
     require_matplotlib()
     from matplotlib import colormaps
@@ -105,7 +105,7 @@ def usage_png(name: str, shares: Sequence[Sequence[float | None]]) -> bytes:
 
 
 def write_picture(png: bytes, path: Path) -> None:
-    """Write what --png asked for; raises ConfigError for a place that cannot be written."""
+    """Write the file that --png names; raises ConfigError if it cannot be written."""
     try:
         path.write_bytes(png)
     except OSError as error:

@@ -21,15 +21,17 @@ def add_change_commands(add: AddCommand) -> None:
     evict.add_argument(
         "--drain",
         action="store_true",
-        help="let no new requests in and evict it when the running ones have ended",
+        help="admit no new requests and evict the pool when running ones have ended",
     )
     pin = add("pin", _run_pin, "Make a pool of a server resident and keep it so.")
-    unpin = add("unpin", _run_unpin, "Let a pool of a server be evicted like any other.")
-    remove = add("remove", _run_remove, "Make a server forget a pool, its file included.")
+    unpin = add("unpin", _run_unpin, "Allow a server to evict a pool again.")
+    remove = add("remove", _run_remove, "Remove a pool and its file from a server.")
     for command in (load, evict, pin, unpin):
         command.add_argument("name", metavar="NAME", help="a pool's name, or a union: math+code")
     remove.add_argument("name", metavar="NAME", help="a pool's name")
-    added = add("add", _run_add, "Give a server a pool; it keeps it in its --pools directory.")
+    added = add(
+        "add", _run_add, "Add a pool to a server, which stores it in its --pools directory."
+    )
     added.add_argument("path", type=Path, metavar="FILE", help="pool file")
     added.add_argument("--replace", action="store_true", help="redefine a pool of that name")
     for command in (load, evict, pin, unpin, remove, added):
@@ -61,10 +63,10 @@ def _run_unpin(arguments: argparse.Namespace) -> int:
 
 
 def _run_add(arguments: argparse.Namespace) -> int:
-    pool = read_pool(arguments.path)  # says what is wrong before anything is sent
+    pool = read_pool(arguments.path)  # a bad file is refused before anything is sent
     with server_of(arguments) as server:
         card = server.add(arguments.path.read_bytes(), replace=arguments.replace)
-    stored = "stored" if card["persisted"] else "not stored: until the server ends"
+    stored = "stored" if card["persisted"] else "not stored: lasts until the server stops"
     print(f"pool {pool.name}: version {card['version']}, {stored}")
     print(status_line(card))
     return 0

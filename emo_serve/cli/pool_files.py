@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 __all__ = ["add_file_commands"]
 
 _IMPORT = "Turn a pruned checkpoint's list of experts into a pool."
-_EXPORT = "Write a pool as a checkpoint of its own, in the released layout of pruned models."
-_COMPARE = "Show how alike pools are and how many slots they need together."
+_EXPORT = "Write a pool as its own checkpoint, in the released layout of pruned models."
+_COMPARE = "Show how similar pools are and how many slots they need together."
 _COMPARE_EPILOG = """\
-Similarity is the Jaccard index: experts in both pools / experts in either. Pools that are alike
-share slots; pools that are not are what makes a small slab work. The EMO paper (arXiv 2605.06663)
+Similarity is the Jaccard index: experts in both pools / experts in either. Similar pools share
+slots; a small slab pays off where pools are not similar. The EMO paper (arXiv 2605.06663)
 reports similarities across domains under 0.4 for EMO and over 0.6 for a standard MoE of its size.
-Slots are a layer's, as in --expert-slots; --expert-memory takes the bytes.
+Slots are per layer, as in --expert-slots; --expert-memory takes the bytes.
 """
 
 
@@ -60,7 +60,10 @@ def add_file_commands(add: AddCommand) -> None:
         compare, "checkpoint directory of the pools' model; adds bytes and implied experts"
     )
     compare.add_argument(
-        "--experts", type=int, metavar="K", help="cut each pool to its K best experts a layer first"
+        "--experts",
+        type=int,
+        metavar="K",
+        help="cut each pool to its K best experts per layer first",
     )
     compare.add_argument(
         "--png", type=Path, metavar="FILE", help="draw heat maps; needs matplotlib"
@@ -95,8 +98,8 @@ def _run_export(arguments: argparse.Namespace) -> int:
     experts = [layer.num_experts for layer in checkpoint.config.moe_layers if layer]
     files = "1 file" if written.weight_files == 1 else f"{written.weight_files} files"
     print(
-        f"wrote {arguments.out}: pool {pool.name}, {kept} of {size_range(experts)} experts a layer,"
-        f" {written.weight_bytes / 2**20:.1f} MiB of weights in {files}"
+        f"wrote {arguments.out}: pool {pool.name}, {kept} of {size_range(experts)} experts per"
+        f" layer, {written.weight_bytes / 2**20:.1f} MiB of weights in {files}"
     )
     for note in written.notes:
         print(f"note: {note}")
@@ -106,7 +109,7 @@ def _run_export(arguments: argparse.Namespace) -> int:
 def _named(
     name: str, directory: Path | None, moe_layers: tuple[MoeLayer | None, ...]
 ) -> ExpertPool:
-    """Return the pool of that name in the directory, or without one the pool of that file."""
+    """Return the pool of that name in the directory; without a directory, the pool of that file."""
     if directory is not None:
         catalog = PoolCatalog.read(directory, moe_layers)
         if name not in catalog.pools:
@@ -115,7 +118,7 @@ def _named(
     path = Path(name)
     if not path.exists():
         raise ConfigError(
-            f"{name} is no file; for the name of a pool give the directory of its file: --pools DIR"
+            f"{name} is not a file; to name a pool, give the directory of its file: --pools DIR"
         )
     return read_pool(path)
 

@@ -1,4 +1,4 @@
-"""`emo-serve pools list` and `show`: of pool files, or with --server of a running server.
+"""`emo-serve pools list` and `show`: pool files, or with --server the pools of a running server.
 
 Without --model a file is checked against itself only; with it, against the model.
 """

@@ -1,8 +1,8 @@
 """`emo-serve pools build --server URL`: have a running server build a pool from examples here.
 
-The files are read and checked here, and sent as one request; the answer comes when the pool is
-defined. It says what the offline build says, but for what was read from the checkpoint; mixed
-domains are looked for among documents, not their passages.
+The files are read and checked here and sent as one request, which returns when the pool is defined.
+The output is that of an offline build, without the experts read from the checkpoint. Mixed domains
+are detected between documents, not between their passages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["run_server_build"]
 
 
 def run_server_build(arguments: argparse.Namespace) -> int:
-    """Send the examples, wait for the pool, and say what it is."""
+    """Send the examples, wait for the pool, and describe it."""
     _check(arguments)
     document = {
         "name": arguments.name,
@@ -35,7 +35,7 @@ def run_server_build(arguments: argparse.Namespace) -> int:
         card = server.add(json.dumps(document).encode(), replace=arguments.replace)
         url = server.url
     made = card["calibration"]
-    stored = "stored" if card["persisted"] else "not stored: until the server ends"
+    stored = "stored" if card["persisted"] else "not stored: lasts until the server stops"
     rows = {
         "built": f"version {card['version']}, {stored}",
         "pool": size_line(card["name"], card["experts_per_layer"]),
@@ -52,12 +52,12 @@ def run_server_build(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse what makes no sense with --server, and a name no pool may have."""
+    """Refuse flags that do not go with --server, and an invalid name."""
     check_pool_name("pools build", arguments.name)
     if arguments.method != DEFAULT_METHOD:
         raise ConfigError(
-            f"pools build: a server builds by {DEFAULT_METHOD}; for --method {arguments.method}"
-            " give --model DIR and no --server"
+            f"pools build: a server builds only by {DEFAULT_METHOD}; for --method"
+            f" {arguments.method} give --model DIR and no --server"
         )
     for flag in ("model", "out", "seed"):
         if getattr(arguments, flag) is not None:

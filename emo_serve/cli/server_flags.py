@@ -1,6 +1,6 @@
-"""The flags by which a command of `emo-serve pools` reaches a running server, and what they make.
+"""The flags by which commands of `emo-serve pools` reach a running server.
 
-httpx is imported when a server is asked.
+httpx is imported only when a server is used.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ __all__ = ["BUILD_SECONDS", "CHANGE_SECONDS", "READ_SECONDS", "add_server_flags"
 
 READ_SECONDS = 30.0
 CHANGE_SECONDS = 600.0
-"""A load may have to wait for long requests to end."""
+"""A load may have to wait until long requests end."""
 BUILD_SECONDS = 3600.0
-"""A build runs every example once a layer, behind everybody else's requests."""
+"""A build runs every example once per layer, behind all other requests."""
 
 
 def add_server_flags(
     command: argparse.ArgumentParser, *, is_required: bool, seconds: float
 ) -> None:
-    """Add --server, --api-key and --timeout, by default so many `seconds`."""
+    """Add --server, --api-key and --timeout, whose default is `seconds`."""
     command.add_argument(
         "--server",
         required=is_required,
@@ -35,8 +35,8 @@ def add_server_flags(
     command.add_argument(
         "--api-key",
         metavar="KEY",
-        help="the server's key; without it that of EMO_SERVE_ADMIN_API_KEY, EMO_SERVE_API_KEY or"
-        " VLLM_API_KEY, in this order",
+        help="the server's key (default: EMO_SERVE_ADMIN_API_KEY, EMO_SERVE_API_KEY or"
+        " VLLM_API_KEY, in this order)",
     )
     command.add_argument(
         "--timeout",
@@ -48,7 +48,7 @@ def add_server_flags(
 
 
 def server_of(arguments: argparse.Namespace) -> PoolServer:
-    """Return the server that the flags name, not asked yet; for use in a `with`."""
+    """Return a client of the server that the flags name; for use in a `with`."""
     from emo_serve.cli.client import PoolServer, key_from
 
     if not arguments.timeout > 0:

@@ -1,7 +1,6 @@
-"""`emo-serve pools usage`: which experts of a pool a server's requests have taken, and how often.
+"""`emo-serve pools usage`: how often a server's requests have taken each expert of a pool.
 
-It shows how small a pool may be: an expert that tokens hardly take in a layer can be cut
-(`pools cut`).
+It shows how small a pool may be: experts that are rarely taken can be cut (`pools cut`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The tiny EMO that ships: models, pools and held-out texts, as files inside the package.
+"""The tiny shipped EMO: models, pools and held-out texts, as files inside the package.
 
-These functions give the files' places and read the texts; they import nothing heavy. How the files
-were made is README.md's subject beside this file; `emo-serve demo train` makes them again.
+These functions locate the files and read the texts; they import nothing heavy. README.md beside
+this file says how the files were made; `emo-serve demo train` makes them again.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def pools_dir(name: str = DEMO_MODEL) -> Path:
 
 
 def heldout_dir() -> Path:
-    """Return the directory of the held-out texts, a file a domain: NAME.jsonl."""
+    """Return the directory of the held-out texts, one file per domain: NAME.jsonl."""
     return _ROOT / "heldout"
 
 
 def domains() -> list[str]:
-    """Return the domains in alphabetic order; each has a pool and held-out texts of its name."""
+    """Return the domains in alphabetic order; each names a pool and held-out texts."""
     return sorted(path.stem for path in heldout_dir().glob("*.jsonl"))
 
 
 def heldout(domain: str) -> list[str]:
-    """Return the domain's held-out texts, none of which the models or pools were made from."""
+    """Return the domain's held-out texts, which neither models nor pools were made from."""
     lines = (heldout_dir() / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]

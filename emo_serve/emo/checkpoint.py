@@ -1,7 +1,7 @@
 """Checkpoints in the released layout: names, the safetensors index, lazy reads and checks.
 
 An expert is three tensors, `model.layers.L.mlp.experts.E.{gate,up,down}_proj.weight`; everything
-else is trunk. A tensor costs I/O when it is asked for, rows of it only those rows (`tensor_file`).
+else is trunk. A tensor is read only when asked for, and its rows can be read alone (`tensor_file`).
 Shapes are checked against the config before any byte of the tensor is read.
 
 Shapes: D hidden size, F expert width.
@@ -74,8 +74,8 @@ def gate_name(layer: int) -> str:
 class Checkpoint:
     """A checkpoint directory, opened for lazy reads.
 
-    Safe for use by several threads. A file is opened when it is first needed and then held; what
-    happens to it afterwards is an error. Raises CheckpointError naming file, tensor, value and
+    Safe for use by several threads. A file is opened when first needed and then kept open; if it
+    changes afterwards, that is an error. Raises CheckpointError naming file, tensor, value and
     what was expected.
     """
 
@@ -124,17 +124,17 @@ class Checkpoint:
         return ExpertWeights(*(self.tensor(name) for name in names))
 
     def check_expert(self, layer: int, expert: int) -> None:
-        """Raise unless an expert's files are whole, as they were, and hold it; reads no weights."""
+        """Raise unless an expert's files are complete, unchanged, and hold it; reads no weights."""
         self.check_experts([(layer, expert)])
 
     def check_experts(self, experts: Iterable[tuple[int, int]]) -> None:
-        """Check each (layer, expert) as `check_expert` does, and each file once."""
+        """Check each (layer, expert) as `check_expert` does, but each file only once."""
         files = {self._checked_file(*place, matrix) for place in experts for matrix in _MATRICES}
         for file in files:
             file.check()
 
     def _checked_file(self, layer: int, expert: int, matrix: str) -> TensorFile:
-        """Return the file of one matrix, whose shape and dtype are what they must be."""
+        """Return the file of one matrix after checking its shape and dtype."""
         width, hidden = self.config.intermediate_size, self.config.hidden_size
         name = expert_tensor_name(layer, expert, matrix)
         file = self.file_of(name)
@@ -148,7 +148,7 @@ class Checkpoint:
         return file
 
     def fingerprint(self) -> str:
-        """Return a hex digest of what a pool depends on: layers, routing rules and gates."""
+        """Return a hex digest of everything a pool depends on: layers, routing rules and gates."""
         digest = hashlib.sha256()
         layers = [None if moe is None else vars(moe) for moe in self.config.moe_layers]
         facts = {"layers": layers, "norm_topk_prob": self.config.norm_topk_prob}
@@ -236,7 +236,7 @@ def load_model(directory: Path | str, dtype: torch.dtype = torch.float32) -> Emo
         model.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{directory} does not fit its config.json: {error}") from error
-    frequencies, _ = inverse_frequencies(checkpoint.config)  # .to(dtype) would have rounded them
+    frequencies, _ = inverse_frequencies(checkpoint.config)  # .to(dtype) has rounded them
     model.model.inverse_frequencies = frequencies
     return model.eval()
 
@@ -262,7 +262,7 @@ def save_checkpoint(
     tensors = {name: tensor.to(dtype).clone().contiguous() for name, tensor in tensors.items()}
     path = directory / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes it readable by its owner only
+    path.chmod(0o644)  # safetensors makes it readable only by its owner
     config = model.config.to_dict()
     config.update(architectures=["EmoForCausalLM"], dtype=str(dtype).removeprefix("torch."))
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

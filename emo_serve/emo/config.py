@@ -1,9 +1,9 @@
 """The configuration of an EMO checkpoint, in the released field names.
 
-`EmoConfig` is a transformers config, because vLLM reads models through transformers. On top of the
-fields it offers one derived view, `moe_layers`: what routing needs to know of each layer, with the
-per-layer overrides already applied. Everything else in emo-serve reads that view, never the raw
-fields. A configuration that makes no sense is refused when it is built.
+`EmoConfig` is a transformers config, because vLLM reads models through transformers. Beyond
+the fields it has one derived view, `moe_layers`: what routing needs to know about each layer, with
+per-layer overrides applied. The rest of emo-serve reads that view, never the raw fields. An
+inconsistent configuration is refused when it is built.
 
 Released fields: https://github.com/allenai/EMO (src/hf_trust_remote_code/emo).
 """
@@ -21,14 +21,14 @@ from emo_serve.errors import ConfigError
 
 __all__ = ["ROPE_TYPES", "EmoConfig", "MoeLayer", "load_config"]
 
-# longrope and proportional choose their frequencies by the length of each sequence, which one KV
-# cache shared by sequences of all lengths cannot follow.
+# longrope and proportional choose their frequencies by the length of each sequence, which does not
+# work with one KV cache shared by sequences of all lengths.
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """What routing must know of one MoE layer.
+    """What routing needs to know about one MoE layer.
 
     Expert ids run from 0 to num_experts - 1; the last `num_shared_experts` of them are shared.
     `top_k` counts all experts a token takes, shared and always-active ones included.
@@ -47,12 +47,12 @@ class MoeLayer:
 
     @property
     def smallest_pool(self) -> tuple[int, ...]:
-        """Return the fewest experts a pool can have: the implied ones, or one where none is."""
+        """Return the smallest possible pool: the implied experts, or expert 0 if there are none."""
         return tuple(sorted(self.implied)) or (0,)
 
     @property
     def num_standard_experts(self) -> int:
-        """Return how many experts, the first ids, share the softmax that a pool's mask changes."""
+        """Return how many experts, the lowest ids, share the softmax that a pool's mask changes."""
         return self.num_experts - (0 if self.always_active else self.num_shared_experts)
 
 
@@ -104,7 +104,7 @@ class EmoConfig(PreTrainedConfig):
 
     @property
     def moe_layers(self) -> tuple[MoeLayer | None, ...]:
-        """Return what routing must know, a layer each; None stands for a dense layer."""
+        """Return what routing needs to know, per layer; None stands for a dense layer."""
         return tuple(_moe_layer(self, index) for index in range(self.num_hidden_layers))
 
     @property
@@ -121,7 +121,8 @@ class EmoConfig(PreTrainedConfig):
 def load_config(directory: Path) -> EmoConfig:
     """Read and check `config.json` of a checkpoint directory.
 
-    Raises ConfigError when the file is missing, is not JSON, is of another model type or refused.
+    Raises ConfigError when the file is missing, is not JSON, is of another model type, or is
+    refused.
     """
     path = Path(directory) / "config.json"
     try:
@@ -137,7 +138,7 @@ def load_config(directory: Path) -> EmoConfig:
         return EmoConfig(**fields)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (TypeError, ValueError) as error:  # transformers' own checks of types and tokens
+    except (TypeError, ValueError) as error:  # transformers checks types and tokens itself
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
 
 
@@ -232,7 +233,7 @@ def _check_lists(config: EmoConfig) -> None:
     ):
         value = getattr(config, field)
         if value is not None and len(value) != config.num_hidden_layers:
-            _refuse(field, value, f"needs one entry a layer, {config.num_hidden_layers}")
+            _refuse(field, value, f"needs one entry per layer, {config.num_hidden_layers}")
 
 
 def _check_layer(config: EmoConfig, index: int) -> None:

@@ -1,8 +1,8 @@
-"""Reference EMO model in plain torch: it trains the demo models and is the oracle of the tests.
+"""Reference EMO model in plain torch: trains the demo models and is the oracle of the tests.
 
-Readable before fast, with one exception: `_GroupedExperts` runs forward and backward expert by
-expert over rows sorted by expert, because training on a CPU is bound by it. Whole sequences only
-(no KV cache); serving is vLLM's job.
+Readability comes before speed, with one exception: `_GroupedExperts` runs forward and backward
+expert by expert over rows sorted by expert, because it bounds training on a CPU. Whole sequences
+only (no KV cache); serving is vLLM's job.
 
 Parameter names are the checkpoint's, except that a layer's experts are stacked: `mlp.w13`
 [E, 2F, D] (gate rows, then up rows) and `mlp.w2` [E, D, F]. `emo.checkpoint` translates.
@@ -69,8 +69,8 @@ class EmoForCausalLM(nn.Module):
     ) -> Tensor:
         """Return logits_BTV.
 
-        `pool` gives, a layer each, a bool mask of the experts allowed ([E], or [B, E] for one pool
-        a document; None allows all). `record` collects one RouterRecord a MoE layer.
+        `pool` holds, per layer, a bool mask of the experts allowed ([E], or [B, E] for one pool per
+        document; None allows all). `record` collects one RouterRecord per MoE layer.
         """
         return self.lm_head(self.model(ids_BT, pool, temperature, record))  # type: ignore[no-any-return]
 

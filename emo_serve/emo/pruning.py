@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint that keeps some of another's experts, read when they are written.
+"""The tensors of a checkpoint that keeps some experts of another; read while they are written.
 
-Gate rows and experts are sliced to the ids kept and renumbered in their order; every other tensor
-is the source's. A router temperature goes into the gate: logits / t is what rows divided by t give.
+Gate rows and experts are sliced to the ids kept and renumbered in order; every other tensor is
+copied. A router temperature goes into the gate: rows divided by t give logits / t.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _PIECE_BYTES = 64 * 2**20
 def kept_tensors(
     checkpoint: Checkpoint, expert_ids: Sequence[Sequence[int]], temperature: float = 1.0
 ) -> list[NewTensor]:
-    """Return what the smaller checkpoint holds, in the order it lies in the source's files.
+    """Return the tensors of the smaller checkpoint, in the order of the source's files.
 
-    `expert_ids` are those kept of each layer, ascending, none for a dense one. Reads headers only;
+    `expert_ids` are the ids kept per layer, ascending, empty for a dense one. Reads headers only;
     raises CheckpointError for tensors that are missing or of another shape or dtype.
     """
     checkpoint.check_experts((layer, e) for layer, ids in enumerate(expert_ids) for e in ids)
@@ -48,9 +48,9 @@ def kept_tensors(
 
 
 def scaled_gate_dtype(dtype: torch.dtype, temperature: float) -> torch.dtype:
-    """Return the dtype that holds gates of `dtype`, divided by the temperature, unrounded.
+    """Return a dtype that holds gates of `dtype`, divided by the temperature, without rounding.
 
-    A power of two changes a bfloat16's exponent only; float16 has too few exponents for that.
+    A power of two changes only a bfloat16's exponent; float16 has too few exponents for that.
     """
     is_power_of_two = math.frexp(temperature)[0] == 0.5
     if temperature == 1.0 or (is_power_of_two and dtype != torch.float16):

@@ -1,8 +1,8 @@
-"""Write safetensors files of any size, a piece of a tensor at a time.
+"""Write safetensors files of any size, one piece of a tensor at a time.
 
-The library's own writer wants every tensor of a file in memory. Here a tensor is a shape, a dtype
-and a function that gives its rows in pieces, called when its turn comes: the header needs no more
-than the shapes. Inside a file the widest dtype comes first, so that every tensor is aligned.
+The safetensors library needs every tensor of a file in memory. Here a tensor is a shape, a dtype
+and a function that returns its rows in pieces, called when the tensor is written; the header needs
+only shapes. Inside a file the widest dtype comes first, so that every tensor is aligned.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def write_shards(
 ) -> list[Path]:
     """Write the tensors and return the files.
 
-    Without `shard_bytes` all go into `model.safetensors`. With it, into numbered files of at most
-    that many bytes of weights (or one tensor), and an index. Raises OSError.
+    Without `shard_bytes` all go into `model.safetensors`. With it, they go into numbered files of
+    at most that many bytes of weights (or one larger tensor), with an index. Raises OSError.
     """
     if shard_bytes is None:
         path = directory / "model.safetensors"

@@ -1,7 +1,7 @@
-"""A model's tokenizer: text and chats to ids, as the server makes them of a prompt.
+"""A model's tokenizer: turns text and chats into ids as the server does.
 
-Text goes through `tokenizer.json` with its special tokens. A chat is rendered by the model's chat
-template and then encoded without further ones, for the template writes its own.
+Text is encoded by `tokenizer.json` with its special tokens. A chat is rendered by the model's chat
+template and encoded without adding special tokens, because the template writes its own.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ class ModelTokenizer:
         self.directory = directory
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise ConfigError(
-                f"{path} does not exist; the model's text cannot be tokenized without"
-            )
+            raise ConfigError(f"{path} does not exist; text cannot be tokenized without it")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library's errors are plain Exceptions
@@ -40,17 +38,17 @@ class ModelTokenizer:
         self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text that stands by itself."""
+        """Return the ids of one text."""
         return list(self._tokenizer.encode(text).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens left out."""
+        """Return the text of ids, without special tokens."""
         return str(self._tokenizer.decode(list(ids)))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the ids of a conversation.
 
-        One that does not end with the assistant's turn is opened for it, as a served prompt is.
+        If it does not end with an assistant turn, that turn is opened, as in a served prompt.
         """
         renderer = self._renderer
         if not renderer.chat_template:
@@ -60,7 +58,7 @@ class ModelTokenizer:
             text = renderer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=is_open
             )
-        except Exception as error:  # a template is a program of the model's and fails as it likes
+        except Exception as error:  # a template is a program and may raise anything
             raise ConfigError(
                 f"the model's chat template refuses these messages: {error}"
             ) from error
@@ -70,5 +68,5 @@ class ModelTokenizer:
     def _renderer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        # with the config given, transformers does not warn that it does not know the model's type
+        # given the config, transformers does not warn about an unknown model type
         return AutoTokenizer.from_pretrained(self.directory, config=load_config(self.directory))

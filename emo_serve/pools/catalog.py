@@ -1,18 +1,18 @@
-"""The pools of a directory, by name. One bad file costs its own pool and no other.
+"""The pools of a directory, by name. A bad file is left out; the other pools are served.
 
-The catalog answers which pools there are, which files were refused and why, and what a name such as
-"math" or "math+code" stands for. A file may be called anything that ends in .json; the name inside
-counts. Two files with one name are both refused, for which of them is served must not hang on the
-order of a directory.
+The catalog knows which pools there are, which files were refused and why, and what a name such as
+"math" or "math+code" stands for. A file may be called anything that ends in .json; only the name
+inside it counts. Two files with the same name inside are both refused: which one is served must not
+depend on the order of a directory.
 
 It changes at run time in three steps, so that files can be written beside an event loop:
 
     change = catalog.plan_add(pool, replace=True)   # or plan_remove(name); decides, changes nothing
-    change.write()                                  # the file, atomically; may take its time
+    change.write()                                  # the file, atomically; may be slow
     catalog.commit(change)                          # memory; cannot fail
 
-A write that fails thus leaves everything as it was, and whatever is in memory is in the file. With
-no directory to write to (`persists` is false) a change lasts as long as the process.
+So a failed write changes nothing, and what is in memory is also in the file. Without a directory to
+write to (`persists` is false) a change lasts as long as the process.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = ["CatalogChange", "PoolCatalog"]
 
 logger = logging.getLogger(__name__)
 
-# Clients choose which unions exist; what they make us remember is bounded.
+# Clients choose which unions exist, so the number remembered is bounded.
 _MAX_CACHED_UNIONS = 1024
 
 
@@ -99,7 +99,7 @@ class PoolCatalog:
         self.fingerprint = fingerprint
         self.pools: Mapping[str, ExpertPool] = MappingProxyType({})
         self._directory: Path | None = None
-        self._files: dict[str, Path] = {}  # of pools that a restart brings back
+        self._files: dict[str, Path] = {}  # of pools that survive a restart
         self._refused: dict[Path, PoolFileError] = {}
         self._contested: dict[str, list[Path]] = {}  # names that several files carry
         self._versions: dict[str, int] = {}
@@ -149,7 +149,7 @@ class PoolCatalog:
 
     @property
     def persists(self) -> bool:
-        """Tell whether pools added and removed at run time stay so over a restart."""
+        """Tell whether pools added and removed at run time survive a restart."""
         return self._directory is not None
 
     @property
@@ -162,7 +162,7 @@ class PoolCatalog:
         return self._versions.get(name, 0)
 
     def is_stored(self, name: str) -> bool:
-        """Tell whether a restart brings this definition back."""
+        """Tell whether this definition survives a restart."""
         return name in self._files
 
     def resolve(self, name: str) -> ExpertPool:
@@ -251,28 +251,32 @@ class PoolCatalog:
         for file in files:
             others = ", ".join(str(other) for other in files if other != file)
             self._refused[file] = PoolFileError(
-                f"{file}: name is {name!r}; expected one no other file has: {others}"
+                f"{file}: name is {name!r}; expected a name that no other file has: {others}"
             )
 
     def _persist_in(self, directory: Path) -> None:
         if os.access(directory, os.W_OK | os.X_OK):
             self._directory = directory
         else:
-            logger.warning("%s cannot be written: changes of pools end with the server", directory)
+            logger.warning(
+                "%s cannot be written: changes to pools will not survive a restart", directory
+            )
 
     def _file_for(self, name: str, *, replace: bool) -> Path:
-        """Return the file to write a pool to: its own, or one that costs no other pool its file."""
+        """Return the file to write a pool to: its own, or one that no other pool uses."""
         assert self._directory is not None
         if name in self._files:
             return self._files[name]
         contested = [file.name for file in self._contested.get(name, ()) if os.path.lexists(file)]
         if contested:
             raise StateConflict(
-                f"pool {name!r} cannot be stored: {', '.join(contested)} carry its name and are"
-                " refused; remove them first"
+                f"pool {name!r} cannot be stored: {', '.join(contested)} have its name inside"
+                " and are refused; remove them first"
             )
         if name.startswith("."):
-            raise RequestError(f"pool name {name!r} begins with a dot: its file would not be read")
+            raise RequestError(
+                f"pool name {name!r} begins with a dot, so its file would not be read"
+            )
         file = self._directory / f"{name}.json"
         owner = next((owner for owner, theirs in self._files.items() if theirs == file), None)
         if owner is not None:
@@ -282,7 +286,7 @@ class PoolCatalog:
             )
         if not replace and os.path.lexists(file):
             raise PoolExists(
-                f"{file.name} is there already and not served; give replace=true to overwrite it"
+                f"{file.name} exists but is not served; give replace=true to overwrite it"
             )
         return file
 

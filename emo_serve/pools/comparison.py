@@ -1,13 +1,13 @@
-"""How alike pools are, and how many slots they need together. Sets and counts, nothing else.
+"""How similar pools are, and how many slots they need together.
 
-Slots are counted a layer: every layer has the same number of them (or one for each expert, if it
-has fewer), and pools share the experts they have in common. So a set of pools is resident together
-when no layer's union is larger than the slots a layer: what a set needs is the largest union of any
-layer. `residency.slots` keeps the account this foretells.
+Slots are counted per layer: every layer has the same number of them (or one per expert, if it has
+fewer experts), and pools share the experts they have in common. A set of pools can be resident
+together if no layer's union is larger than the slots per layer, so it needs the largest union of
+any layer. `residency.slots` does the same accounting at run time.
 
-For each number of pools there are two answers: what the luckiest choice of so many needs and what
-any choice needs at most. Both are found by trying every choice, as long as there are not too many;
-beyond that they are bounds, both from above: slots enough for what they promise.
+For each number of pools there are two answers: what the best choice of that many pools needs, and
+what any choice needs at most. Both are exact while there are few enough choices to try them all;
+beyond that both are upper bounds, that is, enough slots.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from emo_serve.pools.pool import ExpertPool
 
 __all__ = ["Pair", "PoolComparison", "SubsetNeed", "jaccard"]
 
-_MOST_SUBSETS = 20_000  # of one size; each size of 16 pools has fewer
+_MOST_SUBSETS = 20_000  # of one size; 16 pools have fewer of any size
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class SubsetNeed:
-    """Slots a layer for `count` pools: `fewest` hold `names`, the best choice; `most` hold any.
+    """Slots per layer for `count` pools: `fewest` hold `names`, the best choice; `most` hold any.
 
-    Both are exact if `is_exact`; else they are enough for certain, and fewer may do.
+    Both are exact if `is_exact`, otherwise upper bounds.
     """
 
     count: int
@@ -56,7 +56,7 @@ class SubsetNeed:
 
 
 def jaccard(first: frozenset[int], second: frozenset[int]) -> float:
-    """Return |both| / |either|; two empty sets are alike."""
+    """Return |both| / |either|; 1 for two empty sets."""
     either = len(first | second)
     return len(first & second) / either if either else 1.0
 
@@ -64,8 +64,8 @@ def jaccard(first: frozenset[int], second: frozenset[int]) -> float:
 class PoolComparison:
     """Compare pools of one model, in the order given.
 
-    Counts what pools list, so complete them first. Raises PoolFileError for pools of models of
-    different layers.
+    Only experts listed in a pool count, so complete pools first. Raises PoolFileError for pools of
+    models with different layers.
     """
 
     def __init__(self, pools: Sequence[ExpertPool]) -> None:
@@ -74,8 +74,8 @@ class PoolComparison:
         for pool, shape in zip(pools, shapes, strict=True):
             if shape != shapes[0]:
                 raise PoolFileError(
-                    f"pools {pools[0].name!r} and {pool.name!r} are of models of different layers"
-                    " and cannot be compared; name the model to leave others' pools out"
+                    f"pools {pools[0].name!r} and {pool.name!r} are for models with different"
+                    " layers and cannot be compared; give --model to leave out other models' pools"
                 )
         self.names = tuple(pool.name for pool in pools)
         self.layers = tuple(index for index, is_dense in enumerate(shapes[0]) if not is_dense)
@@ -101,11 +101,11 @@ class PoolComparison:
             for sets in self._sets
         ]
 
-    # -- how alike --
+    # -- similarity --
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
-        """Return every two pools."""
+        """Return all pairs of pools."""
         return tuple(
             Pair(self.names[i], self.names[j], tuple(map(jaccard, self._sets[i], self._sets[j])))
             for i, j in combinations(range(len(self.names)), 2)
@@ -122,9 +122,9 @@ class PoolComparison:
 
     @cached_property
     def overlap(self) -> tuple[tuple[float, ...], ...]:
-        """Return, MoE layers by pools, what share of the pool another pool has, on average.
+        """Return, as MoE layers x pools, the share of a pool that another pool has, on average.
 
-        It is the part of a load that is spared when one other pool, any of them alike, is resident.
+        It is the part of a load that is saved when one other pool, chosen at random, is resident.
         """
         return tuple(
             tuple(self._mean_share(layer, index) for index in range(len(self.names)))
@@ -138,7 +138,7 @@ class PoolComparison:
             return 0.0
         return mean(len(mine & theirs) / len(mine) if mine else 1.0 for theirs in others)
 
-    # -- what they share --
+    # -- sharing --
 
     @cached_property
     def sizes(self) -> tuple[tuple[int, ...], ...]:
@@ -147,12 +147,12 @@ class PoolComparison:
 
     @cached_property
     def unions(self) -> tuple[int, ...]:
-        """Return how many experts of each MoE layer any pool has."""
+        """Return how many experts of each MoE layer are in any pool."""
         return tuple(len(frozenset().union(*experts)) for experts in zip(*self._sets, strict=True))
 
     @cached_property
     def in_every_pool(self) -> tuple[int, ...]:
-        """Return how many experts of each MoE layer every pool has."""
+        """Return how many experts of each MoE layer are in every pool."""
         return tuple(
             len(frozenset.intersection(*experts)) for experts in zip(*self._sets, strict=True)
         )
@@ -161,11 +161,11 @@ class PoolComparison:
 
     @property
     def slots(self) -> int:
-        """Return the slots a layer that all pools need together."""
+        """Return the slots per layer that all pools need together."""
         return max(self.unions)
 
     def subset_needs(self, most_subsets: int = _MOST_SUBSETS) -> tuple[SubsetNeed, ...]:
-        """Return what 1, 2, ... all pools need; exact where that means at most so many subsets."""
+        """Return what 1, 2, ... all pools need; exact for at most `most_subsets` subsets a size."""
         greedy = self._greedy_choices()
         needs: list[SubsetNeed] = []
         for count in range(len(self.names), 0, -1):
@@ -197,9 +197,9 @@ class PoolComparison:
             )
 
     def _bounded_need(self, count: int, greedy: Sequence[int], larger: SubsetNeed) -> SubsetNeed:
-        """Bound by a greedy choice and by the largest pools, all disjoint; a larger set bounds too.
+        """Bound by a greedy choice, by the sum of the largest pools, and by the next larger set.
 
-        Exact needs grow with the number of pools, so these bounds do.
+        Exact needs grow with the number of pools, and so do these bounds.
         """
         union = 0
         for index in greedy:
@@ -214,7 +214,7 @@ class PoolComparison:
         return SubsetNeed(count, fewest, names, min(disjoint, larger.most), is_exact=False)
 
     def _greedy_choices(self) -> list[int]:
-        """Order the pools so that each adds as little as any could to those before it."""
+        """Order the pools so that each adds as few experts as possible to those before it."""
         left = list(range(len(self.names)))
         chosen: list[int] = []
         union = 0

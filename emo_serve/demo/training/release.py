@@ -1,4 +1,4 @@
-"""Turn trained models into what ships: bf16 checkpoints, tokenizer, pools, held-out texts.
+"""Turn trained models into the shipped files: bf16 checkpoints, tokenizer, pools, held-out texts.
 
 Pools are calibrated on windows of the TRAINING documents, with the checkpoint as it ships (bf16
 weights, computed in fp32), so that their fingerprint is the shipped one's.
@@ -21,7 +21,7 @@ from emo_serve.pools.document import write_pool
 
 __all__ = ["POOL_SIZE", "calibration_documents", "release_model"]
 
-POOL_SIZE = 8  # experts a layer, the shared one included: a quarter
+POOL_SIZE = 8  # experts per layer, the shared one included: a quarter
 _CALIBRATION_DOCUMENTS = 32
 _CALIBRATION_TOKENS = 384
 _CALIBRATION_SEED = 1
@@ -45,7 +45,7 @@ def release_model(
     pools.mkdir(parents=True, exist_ok=True)
     for domain, documents in calibration_documents(corpus / "tokens.npz").items():
         found = calibrate(shipped, documents, pool_size, "router")
-        description = f"{pool_size} of {model.config.num_experts} experts a layer for {domain}"
+        description = f"{pool_size} of {model.config.num_experts} experts per layer for {domain}"
         pool = found.pool(domain, made_for, description)
         write_pool(pool, pools / f"{domain}.json")
 

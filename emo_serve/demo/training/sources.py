@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """One row of the table: a text of one domain, who made it and what its licence allows.
+    """One row of the table: a text of one domain, its author and its licence.
 
     `client` is "apt", "npm", "python" (the running interpreter) or "generated" (by this package).
     """

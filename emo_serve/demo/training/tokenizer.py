@@ -1,4 +1,4 @@
-"""The demo's tokenizer: byte-level BPE of 3,072, every digit a token of its own.
+"""The demo's tokenizer: byte-level BPE of 3,072, each digit is one token.
 
 `<|endoftext|>` (id 0) both opens and ends a document: training puts it before every window, so
 encoding puts it before every prompt. The chat template only joins the messages: the demo models

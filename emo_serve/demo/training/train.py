@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run is made of; the defaults made the shipped models.
+    """The settings of a training run; the defaults made the shipped models.
 
-    `stages` are (tokens a document, steps). The learning rate is constant after the warm-up and
+    `stages` are (tokens per document, steps). The learning rate is constant after the warm-up and
     falls linearly over the last stage, so a run can be made shorter or longer by its first stage
     without being planned again. Longer documents come last: most steps are cheap, and the model
     still learns positions up to the longest.
@@ -66,7 +66,7 @@ class Recipe:
 
 
 def demo_config() -> EmoConfig:
-    """Return the shape of both demo models: 4 layers, 32 experts a layer, one of them shared."""
+    """Return the shape of both demo models: 4 layers of 32 experts, one of them shared."""
     return EmoConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=192,
@@ -131,7 +131,7 @@ class EmoPools:
 
 
 class Batches:
-    """Draw windows from the training documents, a domain a document, never across documents."""
+    """Draw windows from the training documents, never across documents; domains take turns."""
 
     def __init__(self, tokens: Path, documents_per_step: int, seed: int) -> None:
         with np.load(tokens) as arrays:
@@ -180,7 +180,7 @@ class Batches:
 def train(
     recipe: Recipe, config: EmoConfig, tokens: Path, directory: Path, save_every: int = 1000
 ) -> EmoForCausalLM:
-    """Train one model, saving it to `directory` now and then and at the end; return it.
+    """Train one model and return it; it is saved to `directory` regularly and at the end.
 
     One thread, and the same result on the same machine for the same recipe and corpus.
     """
@@ -233,7 +233,7 @@ class _Trainer:
         self.recent: list[float] = []
 
     def learning_rate(self) -> float:
-        """Return the rate of the step about to be made."""
+        """Return the learning rate of the next step."""
         recipe, step = self.recipe, self.steps_done
         last = recipe.stages[-1][1]
         left = min(1.0, (recipe.total_steps - step) / last)
@@ -242,7 +242,7 @@ class _Trainer:
         return recipe.learning_rate * warm * share
 
     def step(self, batch_BT: Tensor) -> float:
-        """Make one optimizer step on ids [B, T + 1]; return the cross entropy in nats a token."""
+        """Make one optimizer step on ids [B, T + 1]; return the cross entropy in nats per token."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         record: list[RouterRecord] = []
@@ -283,7 +283,7 @@ class _Trainer:
         if self.steps_done % 100 == 0 or self.steps_done == self.recipe.total_steps:
             seconds = time.monotonic() - self.started
             logger.info(
-                "step %d of %d: loss %.4f nats a token, %.0f tokens/s, %.0f s",
+                "step %d of %d: loss %.4f nats per token, %.0f tokens/s, %.0f s",
                 self.steps_done,
                 self.recipe.total_steps,
                 sum(self.recent) / len(self.recent),

@@ -1,4 +1,4 @@
-"""Finding a domain's pool from examples of it: read, run layer by layer, score, keep the best."""
+"""Find a domain's pool from examples: read them, run them layer by layer, score, keep the best."""
 
 from __future__ import annotations
 

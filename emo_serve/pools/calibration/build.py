@@ -1,25 +1,25 @@
 """Find a domain's pool: run its documents through a checkpoint, score every expert, keep the best.
 
-Four methods share one walk over the layers (`layer_walk`); no padding exists in it. They differ in
-what scores an expert and in which experts compute what the next layer reads:
+Four methods share one walk over the layers (`layer_walk`), without padding. They differ in how an
+expert is scored and in which experts compute the input of the next layer:
 
 - `layerwise`: the router's softmax averaged over all tokens; layer l is scored with layers 0..l-1
-  already restricted to what was kept of them, so only K experts of a layer are ever read. The
+  already restricted to the experts kept there, so only K experts per layer are ever read. The
   published default.
 - `router`: the same score, on the path of the full model.
 - `easy-ep` (arXiv 2504.06792): the sum over tokens of weight x norm x change, on the path of the
   full model. The weight is the router's, 0 for an expert the token does not take; the norm is the
   L2 norm of that expert's own output, unweighted; the change is 1 - cos(h, h + y), not below 0,
   where h is the residual stream that enters the MoE block, after attention and BEFORE the block's
-  RMSNorm, and y what the block adds to it, shared experts included. So the paper's authors measure
-  it (github.com/RUCAIBox/EASYEP, pruning/model_new.py), but for the shared experts, which they
-  leave out of y; EMO's script (easy_ep_prune.py) takes the normed h.
-- `random`: the control. Scores are drawn from a seed; needs no documents. With some, the path is
-  restricted as in `layerwise` and the coverage known.
+  RMSNorm, and y what the block adds to it, shared experts included. This is how the paper's authors
+  measure it (github.com/RUCAIBox/EASYEP, pruning/model_new.py), except that they leave the shared
+  experts out of y; EMO's script (easy_ep_prune.py) takes the normed h.
+- `random`: the control. Scores are drawn from a seed, and no documents are needed. With documents,
+  the path is restricted as in `layerwise` and coverage is reported.
 
-Shared experts are scored apart, by the softmax among themselves; always-active layers have one
-softmax over all experts. Either kind is in the pool whatever it scores. Softmax in fp32, sums over
-tokens in fp64. Every expert keeps its score, so the same run can be served at any size
+Shared experts are scored separately, by a softmax among themselves; always-active layers have one
+softmax over all experts. Both kinds are in the pool whatever their score. Softmax in fp32, sums
+over tokens in fp64. Every expert keeps its score, so the same run can be served at any size
 (`ExpertPool.cut`).
 
 Shapes: N tokens of all documents, P passages, E experts, K experts a token takes, D hidden size.
@@ -62,22 +62,22 @@ def check_request(config: EmoConfig, method: str, k: int, seed: int = 0) -> None
         raise ConfigError(f"seed is {seed}; give 0 or more")
     sizes = [(moe.num_experts, index) for index, moe in enumerate(config.moe_layers) if moe]
     if not sizes:
-        raise ConfigError("the model has no MoE layer, so there is nothing to keep a pool of")
+        raise ConfigError("the model has no MoE layer, so it has no pools")
     if k > max(sizes)[0]:
         raise ConfigError(
-            f"a pool of {k} experts a layer is more than the model has: {max(sizes)[0]} at most"
+            f"a pool of {k} experts per layer is more than the model has: {max(sizes)[0]} at most"
             f" (layer {max(sizes)[1]}); give fewer"
         )
     for index, moe in enumerate(config.moe_layers):
         if moe is not None and k < max(1, len(moe.implied)):
             raise ConfigError(
-                f"a pool of {k} experts a layer is too small: layer {index} needs at least"
+                f"a pool of {k} experts per layer is too small: layer {index} needs at least"
                 f" {max(1, len(moe.implied))} (shared and always-active experts are never dropped)"
             )
 
 
 def model_record(checkpoint: Checkpoint) -> PoolModel:
-    """Return what a pool file says of the model it was made for."""
+    """Return what a pool file records about the model it was made for."""
     implied = (
         () if moe is None else tuple(sorted(moe.implied)) for moe in checkpoint.config.moe_layers
     )
@@ -86,7 +86,7 @@ def model_record(checkpoint: Checkpoint) -> PoolModel:
 
 
 def num_steps(config: EmoConfig, method: str, k: int, num_documents: int) -> int:
-    """Return how many steps `calibrate` will report at most: a document or an expert of a layer."""
+    """Return the most steps `calibrate` reports: documents of each layer, and experts read."""
     last = _last_moe(config)
     experts = [0 if moe is None else moe.num_experts for moe in config.moe_layers[: last + 1]]
     if method != "easy-ep":
@@ -105,10 +105,10 @@ def calibrate(
     seed: int = 0,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> Calibration:
-    """Score every expert on `documents`, int64 ids [T] each, and keep the `k` best a layer.
+    """Score every expert on `documents`, int64 ids [T] each, and keep the `k` best per layer.
 
-    The same arguments give the same result on the same machine; `seed` matters to `random` alone.
-    Raises ConfigError for a request that `check_request` refuses, and without any token.
+    The same arguments give the same result on the same machine; only `random` uses `seed`. Raises
+    ConfigError for a request that `check_request` refuses, and if there is no token at all.
     """
     config = checkpoint.config
     check_request(config, method, k, seed)
@@ -123,7 +123,7 @@ def calibrate(
                 layers[index] = _findings(drawn[index], moe, k)
         return Calibration(method, seed, k, 0, 0, tuple(layers), (0,) * len(layers), 0)
     walk = LayerWalk(checkpoint, documents, advance)
-    last = _last_moe(config)  # what comes after it changes no score
+    last = _last_moe(config)  # later layers change no score
     for index, moe in enumerate(config.moe_layers[: last + 1]):
         walk.attend(index)
         if moe is None:
@@ -163,7 +163,7 @@ def calibrate(
 
 
 def random_scores(config: EmoConfig, seed: int) -> list[Tensor]:
-    """Draw a score for every expert, [E] a layer; the same seed gives the same draw."""
+    """Draw a score for every expert, [E] per layer; the same seed gives the same scores."""
     generator = torch.Generator().manual_seed(seed)
     counts = [0 if moe is None else moe.num_experts for moe in config.moe_layers]
     return [torch.rand(count, generator=generator) for count in counts]
@@ -191,7 +191,7 @@ def find_layer(
 ) -> LayerFindings:
     """Score a layer as `router` and `layerwise` do: the full router's mass, mean over tokens.
 
-    `mass_PE` is that mass summed over the tokens of each passage, `num_tokens` those of all.
+    `mass_PE` is that mass summed over the tokens of each passage; `num_tokens` counts all tokens.
     """
     mass_PE = torch.as_tensor(mass_PE, dtype=torch.float64)
     return _findings(mass_PE.sum(0) / num_tokens, moe, k, mass_PE)

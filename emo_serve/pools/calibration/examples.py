@@ -1,12 +1,12 @@
 """Examples of a domain: from files to documents of token ids.
 
-A `.txt` file is ONE document, blank lines and all: paragraphs belong together. Give several files
-for several documents. A `.jsonl` file has one document a line: a JSON string, or an object with
-"text", or with "messages", a chat that the model's template renders; other keys are ignored, and
-so are blank lines. A request to build a pool holds the same values (`WrittenExample`). A document
+A `.txt` file is ONE document, including blank lines: paragraphs belong together. Give several files
+for several documents. A `.jsonl` file has one document per line: a JSON string, an object with
+"text", or an object with "messages", a chat that the model's template renders. Other keys and blank
+lines are ignored. A request to build a pool holds the same values (`WrittenExample`). A document
 longer than the model's context is cut to it, as the released scripts do.
 
-torch is imported to encode examples, not to read them: who sends them to a server needs none.
+torch is imported to encode examples, not to read them, so a client of a server does not need it.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents as int64 ids [T], and what was left of those longer than `limit` tokens."""
+    """Documents as int64 ids [T]; `num_cut` of them lost `tokens_cut` tokens beyond `limit`."""
 
     ids: tuple[Tensor, ...]
     num_cut: int = 0
@@ -135,7 +135,7 @@ class Documents:
 
     @property
     def num_tokens(self) -> int:
-        """Return the tokens of all documents, without those that were cut off."""
+        """Return the tokens of all documents, not counting those cut off."""
         return sum(map(len, self.ids))
 
 
@@ -181,7 +181,7 @@ def documents_of(
     num_cut = tokens_cut = 0
     for example, ids in zip(examples, encoded, strict=True):
         if not ids:
-            raise ConfigError(f"{example.source}: the tokenizer makes no token of this text")
+            raise ConfigError(f"{example.source}: the tokenizer returns no token for this text")
         if max(ids) >= config.vocab_size:
             raise ConfigError(
                 f"{example.source}: the tokenizer gives id {max(ids)}, the model has"

@@ -14,9 +14,9 @@ __all__ = ["Calibration", "LayerFindings"]
 class LayerFindings:
     """What was found about one MoE layer: a score for each expert, and the ids kept.
 
-    `coverage` is the share of the full router's mass inside `experts`, mean over tokens, and
-    `own_coverage` what pools of the same size, one for each passage alone, would cover (`advice`);
-    shared experts count in neither. None without documents, or where all experts are shared.
+    `coverage` is the share of the full router's mass inside `experts`, mean over tokens.
+    `own_coverage` is what one pool of the same size per passage would cover (`advice`). Shared
+    experts count in neither. None without documents, or where all experts are shared.
     """
 
     scores: tuple[float, ...]
@@ -29,8 +29,8 @@ class LayerFindings:
 class Calibration:
     """The outcome of one run; None in `layers` stands for a dense layer.
 
-    `experts_read` counts the experts read from the checkpoint, a layer each; a run on a server
-    reads none for itself.
+    `experts_read` counts the experts read from the checkpoint, per layer; a build on a server reads
+    none itself.
     """
 
     method: str
@@ -49,13 +49,13 @@ class Calibration:
 
     @property
     def own_coverage(self) -> float | None:
-        """Return the coverage that passages would have if each had a pool of its own."""
+        """Return the coverage if each passage had its own pool."""
         return _mean([layer.own_coverage for layer in self.layers if layer is not None])
 
     def pool(
         self, name: str, made_for: PoolModel | None = None, description: str = ""
     ) -> ExpertPool:
-        """Return the pool of the experts kept, with the scores of all and how it was found."""
+        """Return the pool of the experts kept, with all scores and a record of how it was found."""
         layers = (
             None if found is None else LayerExperts(found.experts, found.scores)
             for found in self.layers

@@ -1,7 +1,7 @@
 """Run a checkpoint over documents one layer at a time, in bounded memory.
 
-The whole model is never held. At any moment there are the residual stream of all documents, the
-trunk of one layer, and one expert of it, read with pread and dropped when its tokens are done.
+The whole model is never in memory, only the residual stream of all documents, the trunk of one
+layer, and one expert of it, which is read with pread and dropped when its tokens are done.
 Arithmetic is fp32 whatever the checkpoint's dtype, as in the reference model.
 
 Shapes: N tokens of all documents, T tokens of one, D hidden size, E experts, K experts a token
@@ -25,7 +25,7 @@ from emo_serve.errors import CheckpointError
 
 __all__ = ["LayerWalk", "Mixture"]
 
-_ROWS = 4096  # rows at once where every token is independent: bounds what an MLP's inside takes
+_ROWS = 4096  # tokens at once where they are independent: bounds an MLP's activations
 _STACKED_EXPERTS = {"mlp.w13", "mlp.w2"}
 
 
@@ -33,9 +33,9 @@ _STACKED_EXPERTS = {"mlp.w13", "mlp.w2"}
 class Mixture:
     """What one MoE layer did to its tokens.
 
-    norms_NK is the L2 norm of each taken expert's own output, beside the routing's experts_TK and 0
-    where a token takes none; cosines_N that of the residual stream before and after the layer's
-    experts.
+    norms_NK is the L2 norm of each taken expert's own output, in the order of the routing's
+    experts_TK, 0 in unused places. cosines_N is the cosine between the residual stream before and
+    after the layer's experts.
     """
 
     norms_NK: Tensor
@@ -43,11 +43,11 @@ class Mixture:
 
 
 class LayerWalk:
-    """The residual stream of some documents, on its way through a checkpoint's layers.
+    """Carry the residual stream of some documents through a checkpoint's layers.
 
-    For each layer in order call `attend`, then `logits` and `add_experts` of a MoE layer or
-    `add_dense` of another. `experts_read` counts the experts read, a layer each; `bytes_read` is
-    their weights'. `advance` is called with the number of steps made, of `num_steps` in all.
+    For each layer in order call `attend`, then `logits` and `add_experts` for a MoE layer, or
+    `add_dense`. `experts_read` counts the experts read per layer, `bytes_read` their weights.
+    `advance` is called with the number of steps made, of `num_steps` in all.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LayerWalk:
 
     def attend(self, index: int) -> None:
         """Read the layer's trunk and apply its attention, document by document."""
-        self._layer = None  # the last one goes before the next is read
+        self._layer = None  # freed before the next one is read
         self._layer = self._read_trunk(index)
         cos_TC, sin_TC = self._rope
         for span in self.spans:
@@ -79,7 +79,7 @@ class LayerWalk:
             self.advance(1)
 
     def logits(self) -> Tensor:
-        """Return the gate's logits_NE of the layer attended to; needs no expert."""
+        """Return the gate's logits_NE of the current layer; needs no expert."""
         gate = cast(EmoMoe, self._trunk.mlp).gate
         return torch.cat([gate(self._normed(rows)) for rows in self._parts()])
 
@@ -89,10 +89,10 @@ class LayerWalk:
             self.x_ND[rows] += self._trunk.mlp(self._normed(rows))
 
     def add_experts(self, index: int, routing: Routing) -> Mixture:
-        """Apply the layer's experts that tokens take, one at a time; no other one is read."""
+        """Apply the experts that tokens take, one at a time; no others are read."""
         y_ND = torch.zeros_like(self.x_ND)
         norms_NK = torch.zeros_like(routing.weights_TK)
-        taken_NK = routing.weights_TK != 0  # a place left over has weight 0 and id 0
+        taken_NK = routing.weights_TK != 0  # an unused place has weight 0 and id 0
         for expert in routing.experts_TK[taken_NK].unique().tolist():
             weights = self.checkpoint.expert(index, expert)
             self.experts_read[index] += 1
@@ -122,14 +122,14 @@ class LayerWalk:
         return self._layer
 
     def _normed(self, rows: slice | Tensor) -> Tensor:
-        """Return what the layer's MLP or MoE reads of these tokens; cheaper made than kept."""
+        """Return the input of the layer's MLP or MoE; cheaper to recompute than to keep."""
         return self._trunk.pre_feedforward_layernorm(self.x_ND[rows])  # type: ignore[no-any-return]
 
     def _parts(self) -> Iterator[slice]:
         return (slice(start, start + _ROWS) for start in range(0, len(self.x_ND), _ROWS))
 
     def _read_trunk(self, index: int) -> DecoderLayer:
-        """Return the layer with everything but its experts, which stay without storage."""
+        """Return the layer without its experts, which stay on the meta device."""
         config, prefix = self.checkpoint.config, f"model.layers.{index}."
         with torch.device("meta"):
             layer = DecoderLayer(config, config.moe_layers[index], index)

@@ -1,1 +1,1 @@
-"""Pruned checkpoints: a pool written as one, and one's list of experts read as a pool."""
+"""Pruned checkpoints: write a pool as one, and read one's list of experts as a pool."""

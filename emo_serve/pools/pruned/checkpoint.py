@@ -1,20 +1,20 @@
-"""Turn a pool into a checkpoint of its own, in the layout of the released pruned ones.
+"""Write a pool as its own checkpoint, in the layout of the released pruned ones.
 
-What a pool masks is here left out: gate rows and experts are sliced to the pool's, ascending, so
-that shared experts stay last; the trunk is copied. Any EMO implementation that reads the released
-layout then computes what the pool computes, for slicing before the softmax is what masking before
-it does. Tensors are copied in pieces, never the model as a whole, into a directory beside the
-target that takes its name when it is complete.
+Experts outside the pool are left out: gate rows and experts are sliced to the pool's, ascending, so
+that shared experts stay last, and the trunk is copied. Any EMO implementation that reads the
+released layout then computes what the pool computes, because slicing before the softmax equals
+masking before it. Tensors are copied in pieces, never the whole model at once, into a temporary
+directory that is renamed to the target when it is complete.
 
-Three things that a slice does not say by itself:
+Three things need more than slicing:
 
-- Temperature is in the weights: logits / t is what the gate gives whose rows were divided by t.
-  Where the checkpoint's dtype would round them, the gates are written in float32.
-- `num_experts_per_tok` is one number. It becomes what the fullest layer takes, min(k, |P|). A layer
-  of fewer experts gives a token all of them here; the released code cannot run such a layer, and
-  the export says so. (The published scripts write the smallest layer's number, which changes what
-  every other layer computes.)
-- Always-active ids are renumbered, so one list for all layers may become a list a layer.
+- Temperature goes into the weights: a gate whose rows are divided by t gives logits / t. Where the
+  checkpoint's dtype would round them, the gates are written in float32.
+- `num_experts_per_tok` is one number. It becomes the number for the largest layer, min(k, |P|). In
+  a layer with fewer experts a token takes all of them here; the released code cannot run such a
+  layer, and the export says so. (The published scripts write the smallest layer's number, which
+  changes what every other layer computes.)
+- Always-active ids are renumbered, so one list for all layers may become one list per layer.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["PrunedCheckpoint", "export_pool", "pruned_config"]
 
 _INDEX = "model.safetensors.index.json"
-_SPARE_BYTES = 2**20  # for config, index and whatever the file system adds
-# Beside weights in any format: what is written anew, and a model card that is another model's.
+_SPARE_BYTES = 2**20  # for config, index and file system overhead
+# Not copied, besides weights in any format: files written anew, and the source model's card.
 _NOT_COPIED = ("config.json", _INDEX, METADATA_FILE, "README.md")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _OTHER_INDEXES = (".bin.index.json", ".h5.index.json")
@@ -51,7 +51,7 @@ _OTHER_INDEXES = (".bin.index.json", ".h5.index.json")
 
 @dataclass(frozen=True)
 class PrunedCheckpoint:
-    """What was written; `notes` are for the reader who loads it elsewhere."""
+    """What was written; `notes` are for readers who load it elsewhere."""
 
     directory: Path
     weight_bytes: int
@@ -62,8 +62,8 @@ class PrunedCheckpoint:
 def export_pool(pool: ExpertPool, checkpoint: Checkpoint, out: Path) -> PrunedCheckpoint:
     """Write the checkpoint that computes what `pool` computes in the model, as directory `out`.
 
-    `out` is absent or empty, and afterwards whole or as it was. Raises PoolFileError for a pool of
-    another model, ConfigError for an `out` that will not do, CheckpointError for a source that
+    `out` must be absent or empty; afterwards it is complete, or as before. Raises PoolFileError for
+    a pool of another model, ConfigError for an unusable `out`, CheckpointError for a source that
     cannot be read and PoolStoreError for a disk that cannot be written.
     """
     moe_layers = checkpoint.config.moe_layers
@@ -87,8 +87,8 @@ def export_pool(pool: ExpertPool, checkpoint: Checkpoint, out: Path) -> PrunedCh
         config = pruned_config(fields, moe_layers, pool, checkpoint.config.num_experts_per_tok)
         _write_json(partial_out / "config.json", config)
         for source in sources:
-            source.check()  # the weights are of one state of the files
-        Checkpoint.open(partial_out)  # our own reader must take it
+            source.check()  # no file changed while it was read
+        Checkpoint.open(partial_out)  # our own reader must accept it
         weight_bytes = sum(file.stat().st_size for file in files)
     notes = _notes(pool, checkpoint, config["num_experts_per_tok"])
     return PrunedCheckpoint(out, weight_bytes, len(files), notes)
@@ -103,7 +103,7 @@ def pruned_config(
     pool: ExpertPool,
     num_experts_per_tok: int,
 ) -> dict[str, Any]:
-    """Return the source's config.json with what a (completed) pool changes; the rest is kept."""
+    """Return the source's config.json with what the (completed) pool changes."""
     counts = [len(experts) for experts in pool.expert_ids]
     config = dict(fields)
     config["num_experts"] = max(counts)
@@ -151,7 +151,7 @@ def _notes(pool: ExpertPool, checkpoint: Checkpoint, top_k: int) -> tuple[str, .
 
 
 def _sources(pool: ExpertPool, checkpoint: Checkpoint) -> set[TensorFile]:
-    """Return the open files that hold what the pool keeps."""
+    """Return the open files that hold the tensors that the pool keeps."""
     names = list(checkpoint.trunk_names())
     for layer, kept in enumerate(pool.expert_ids):
         names += [
@@ -180,7 +180,7 @@ def _write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _directory_to_be(out: Path, num_bytes: int) -> Iterator[Path]:
-    """Yield a directory that becomes `out` when the block ends well, and else is removed."""
+    """Yield a directory that becomes `out` if the block succeeds, and is removed otherwise."""
     target = out.resolve()
     if target.exists() and not target.is_dir():
         raise ConfigError(f"--out {out} is a file; give a directory that is absent or empty")
@@ -198,7 +198,7 @@ def _directory_to_be(out: Path, num_bytes: int) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            partial.rename(target)  # takes the place of an empty directory, and of no other
+            partial.rename(target)  # replaces an empty directory, but no other
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:

@@ -2,9 +2,9 @@
 
 The released pruning scripts (github.com/allenai/EMO, src/hf_training/*prune*.py) write which
 experts of the original model each layer kept. That list is a pool; the rest of the file, which
-differs from script to script, is read for provenance only. What we write (`pruned_checkpoint`) has
-three keys more, so that the same pool comes back: `router_temperature` where it is not 1,
-`description` and `original_fingerprint`.
+differs from script to script, is read for provenance only. Files we write (`pruned.checkpoint`)
+have three more keys, so that reading them gives back the same pool: `router_temperature` where it
+is not 1, `description` and `original_fingerprint`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ __all__ = ["METADATA_FILE", "pruning_metadata", "read_pruning_metadata"]
 METADATA_FILE = "pruning_metadata.json"
 
 _KEPT = "experts_kept_per_layer"
-# The one published method that writes null for an MoE layer: one it left whole.
+# The one published method that writes null for a MoE layer: it kept all of that layer's experts.
 _NULL_KEEPS_ALL = "greedy_layerwise_variable"
 
 
 def read_pruning_metadata(
     path: Path, name: str, moe_layers: Sequence[MoeLayer | None] | None
 ) -> ExpertPool:
-    """Build the pool of the experts a pruned checkpoint kept, ids being the original model's.
+    """Build the pool of the experts that a pruned checkpoint kept, with the original model's ids.
 
-    With `moe_layers`, the original model's, the pool is checked against them. Raises PoolFileError
+    With the original model's `moe_layers`, the pool is checked against them. Raises PoolFileError
     naming file, layer, value and what was expected.
     """
     source = str(path)
@@ -54,7 +54,7 @@ def read_pruning_metadata(
         raise PoolFileError(missing_text(source, _KEPT, "the file"))
     kept = metadata[_KEPT]
     if not isinstance(kept, list) or not kept:
-        raise refusal(source, _KEPT, kept, "a list with one entry a layer, null for a dense one")
+        raise refusal(source, _KEPT, kept, "a list with one entry per layer, null for a dense one")
     keeps_all = metadata.get("pruning_method") == _NULL_KEEPS_ALL
     layers: list[LayerExperts | None] = []
     for index, experts in enumerate(kept):
@@ -87,7 +87,7 @@ def pruning_metadata(
     model_name: str,
     fingerprint: str,
 ) -> dict[str, object]:
-    """Return the file's content for a pool of the model, completed for it."""
+    """Return the file's content for a pool that was completed for the model."""
     made_for = pool.model.name if pool.model else None
     metadata: dict[str, object] = {
         "original_model": made_for or model_name,

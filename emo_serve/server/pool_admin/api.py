@@ -1,15 +1,15 @@
-"""/v1/pools: what exists and who is resident; load, evict, pin; define, redefine and remove.
+"""/v1/pools: list pools and their state; load, evict, pin; define, redefine and remove them.
 
-    GET    /v1/pools                 every pool, the slab's slots, who waits
-    POST   /v1/pools                 define the pool in the body, or build one of the examples in
-                                     the body; ?replace=true redefines one
+    GET    /v1/pools                 every pool, the slab's slots, waiting requests
+    POST   /v1/pools                 define the pool in the body, or build one from the examples
+                                     in the body; ?replace=true redefines one
     GET    /v1/pools/{name}          one pool or union, with its expert ids
-    GET    /v1/pools/{name}/usage    how often each of its experts was taken
-    DELETE /v1/pools/{name}          forget it, file included
+    GET    /v1/pools/{name}/usage    how often tokens took each of its experts
+    DELETE /v1/pools/{name}          remove it and its file
     POST   /v1/pools/{name}/load     make it resident; also evict, pin and unpin
 
-Bodies are read here and not by FastAPI: they are bounded before they are parsed, a client need not
-name their content type, and what is wrong with them is said like everything else, by field.
+Bodies are read here and not by FastAPI: their size is limited before they are parsed, they need no
+content type, and errors in them name field and value like all others.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_DOCUMENT_BYTES", "create_router"]
 
 MAX_DOCUMENT_BYTES = 8 * 2**20
-"""64 layers of 1024 experts with a score each take 1.7 MB a line a layer, 2.7 MB indented.
+"""64 layers of 1024 experts with scores take 1.7 MB with one line per layer, 2.7 MB indented.
 
 Examples have the same limit; it is some two million tokens.
 """
@@ -72,7 +72,7 @@ _RESPONSES: dict[int, dict[str, Any]] = {
     401: {"description": "no key, or one the server does not know"},
     403: {"description": "an API key where an admin key is needed"},
     404: {"description": "no such pool; the message names those that exist"},
-    409: {"description": "the state of the pools does not allow it now"},
+    409: {"description": "the current state of the pools does not allow it"},
     413: {"description": "the body is too large"},
     500: {"description": "experts cannot be read, or the pool's file cannot be written"},
     503: {"description": "may succeed later: see Retry-After"},
@@ -88,7 +88,7 @@ def create_router(
 ) -> APIRouter:
     """Return the routes; `to_http_error` turns our errors into those the app's handlers answer.
 
-    Without a `builder` pools are not built of examples.
+    Without a `builder` no pools are built from examples.
     """
     router = APIRouter(prefix="/v1/pools", tags=["pools"])
     _add_reading(router, service, to_http_error)
@@ -114,7 +114,7 @@ def _add_reading(
 
     @router.get("/{name}/usage", responses=_responses(400, 404, 500, 503))
     async def show_usage(name: str) -> UsageAnswer:
-        """Show how often each expert of a pool or union was taken since the engine started."""
+        """Show how often tokens took each expert of a pool or union since the engine started."""
         with _answering(to_http_error):
             return usage_answer(*await service.statuses.usage(name))
 
@@ -137,8 +137,8 @@ def _add_definitions(
     ) -> BuiltPool | PoolCard:
         """Define a pool, or redefine it; running requests end with the old experts.
 
-        The body is the pool, or examples of what it is for: then it is built first, beside the
-        requests of others, and the answer comes when that is done.
+        The body is the pool, or examples of its domain. From examples the pool is built first,
+        while other requests are served, and the answer comes when it is defined.
         """
         card: BuiltPool | PoolCard
         with _answering(to_http_error):
@@ -157,7 +157,7 @@ def _add_definitions(
 
     @router.delete("/{name}", responses=_responses(400, 401, 403, 404, 409, 500))
     async def remove_pool(name: str) -> DeletedPool:
-        """Forget a pool, its file included; running requests end as they would have."""
+        """Remove a pool and its file; running requests finish with it."""
         with _answering(to_http_error):
             await service.definitions.remove(name)
         return DeletedPool(id=name, name=name)
@@ -186,7 +186,7 @@ def _add_residency(
 
     @action("evict", EvictOptions)
     async def evict_pool(name: str, request: Request) -> PoolCard:
-        """Free the slots that only this pool needs; nothing changes if it has none."""
+        """Free the slots that only this pool needs, if there are any."""
         with _answering(to_http_error):
             options = await _read_options(request, EvictOptions)
             pool = await service.residency.evict(name, drain=options.drain)
@@ -194,7 +194,7 @@ def _add_residency(
 
     @action("pin", NoOptions)
     async def pin_pool(name: str, request: Request) -> PoolCard:
-        """Make a pool or union resident and have it stay."""
+        """Make a pool or union resident and keep it so."""
         with _answering(to_http_error):
             await _read_options(request, NoOptions)
             pool = await service.residency.load(name, pin=True)
@@ -202,7 +202,7 @@ def _add_residency(
 
     @action("unpin", NoOptions)
     async def unpin_pool(name: str, request: Request) -> PoolCard:
-        """Let a pool be evicted like any other."""
+        """Allow a pool to be evicted again."""
         with _answering(to_http_error):
             await _read_options(request, NoOptions)
             return card_of(service.statuses.of(service.residency.unpin(name)))

@@ -15,17 +15,17 @@ __all__ = ["BuildCalibration", "BuiltPool", "built_of"]
 
 
 class BuildCalibration(BaseModel):
-    """How the pool was found, and how much of the text's routing it holds."""
+    """How the pool was found, and how much of the text's routing it covers."""
 
     model_config = ConfigDict(frozen=True)
 
     method: str
     documents: int
-    tokens: int = Field(description="of all documents, without those cut off")
+    tokens: int = Field(description="of all documents, not counting those cut off")
     documents_cut: int = Field(description="documents that were longer than the context")
-    tokens_cut: int = Field(description="tokens of these that were left out")
-    experts: int = Field(description="kept a layer")
-    seconds: float = Field(description="the build took")
+    tokens_cut: int = Field(description="tokens that were left out of them")
+    experts: int = Field(description="kept per layer")
+    seconds: float = Field(description="duration of the build")
     coverage: float | None = Field(
         description="share of the full router's mass inside the pool, mean over tokens and MoE"
         " layers; null where all experts are shared"
@@ -34,10 +34,10 @@ class BuildCalibration(BaseModel):
 
 
 class BuiltPool(PoolCard):
-    """A pool that was built here: its card, and what to know before relying on it."""
+    """A pool that was built here: its card, how it was found, and notes on its quality."""
 
     calibration: BuildCalibration
-    notes: list[str] = Field(description="a sentence each: too little text, mixed domains")
+    notes: list[str] = Field(description="one sentence each, e.g. too little text, mixed domains")
 
 
 def built_of(build: PoolBuild) -> BuiltPool:

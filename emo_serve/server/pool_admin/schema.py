@@ -45,7 +45,7 @@ class _Answer(BaseModel):
 class LoadOptions(StrictModel):
     """Body of POST /v1/pools/{name}/load."""
 
-    pin: bool = Field(False, description="have the pool stay resident until it is unpinned")
+    pin: bool = Field(False, description="keep the pool resident until it is unpinned")
 
 
 class EvictOptions(StrictModel):
@@ -53,8 +53,8 @@ class EvictOptions(StrictModel):
 
     drain: bool = Field(
         False,
-        description="of a pool with running requests: let no new ones in until these have ended,"
-        " then evict it; without it such a pool is a 409",
+        description="for a pool with running requests: admit no new ones and evict it when they"
+        " have ended; without this, such a pool is a 409",
     )
 
 
@@ -77,13 +77,15 @@ class ReplaceOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    replace: bool = Field(False, description="redefine a pool that exists; without it that is 409")
+    replace: bool = Field(
+        False, description="redefine an existing pool; without this, that is a 409"
+    )
 
 
 def body_schema(*models: type[BaseModel], required: bool = False) -> dict[str, Any]:
-    """Return what a route's `openapi_extra` says of a body that the route reads itself.
+    """Return a route's `openapi_extra` for a body that the route reads itself.
 
-    The body is of any one of the models.
+    The body is an object of any of the models.
     """
     schemas = []
     for model in models:
@@ -95,7 +97,7 @@ def body_schema(*models: type[BaseModel], required: bool = False) -> dict[str, A
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
-    """Put definitions where they are referred to: in OpenAPI a `$ref` starts at the document."""
+    """Put definitions in place of references: in OpenAPI a `$ref` is relative to the document."""
     if isinstance(node, dict):
         if "$ref" in node:
             return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
@@ -109,7 +111,7 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
 
 
 class PoolCard(_Answer):
-    """One pool. Bytes are those of its experts, on all devices together."""
+    """One pool. Bytes are those of its experts on all devices together."""
 
     object: Literal["pool"] = "pool"
     name: str
@@ -119,24 +121,26 @@ class PoolCard(_Answer):
     description: str
     default: bool = Field(description="serves requests that name no pool")
     version: int | None = Field(
-        description="definitions of this name since the server started; null for a union"
+        description="number of definitions of this name since the server started; null for a union"
     )
-    persisted: bool = Field(description="a restart brings this definition back")
+    persisted: bool = Field(description="this definition survives a restart")
     state: Literal["absent", "waiting", "loading", "resident", "closing"] = Field(
-        description="closing: resident, and lets no new requests in until it is evicted"
+        description="closing: resident, but admits no new requests before it is evicted"
     )
-    resident: bool = Field(description="all its experts are in slots, whoever brought them")
+    resident: bool = Field(
+        description="all its experts are in slots, no matter which pool loaded them"
+    )
     pinned: bool
     row: int | None = Field(description="its row of the engine's pool table")
     running_requests: int
     waiting_requests: int
     experts_per_layer: list[int] = Field(description="0 for a dense layer")
-    experts_alone: int = Field(description="experts that no other resident pool holds")
-    experts_shared: int = Field(description="experts that other resident pools hold")
-    experts_missing: int = Field(description="experts that a load would have to copy")
+    experts_alone: int = Field(description="experts held by no other resident pool")
+    experts_shared: int = Field(description="experts also held by other resident pools")
+    experts_missing: int = Field(description="experts that a load must copy")
     bytes: int
     router_temperature: float
-    content_hash: str = Field(description="of experts and temperature: what decides an answer")
+    content_hash: str = Field(description="of experts and temperature, which determine an answer")
     experts: list[list[int]] | None = Field(
         None, description="expert ids of each layer; only when asked for"
     )
@@ -167,8 +171,8 @@ class PoolList(_Answer):
 
     object: Literal["list"] = "list"
     data: list[PoolCard]
-    refused: list[str] = Field(description="pool files that were left out, and why")
-    persists: bool = Field(description="pools added and removed here stay so over a restart")
+    refused: list[str] = Field(description="pool files that were left out, with the reason")
+    persists: bool = Field(description="pools added and removed here survive a restart")
     experts_per_layer: list[int] = Field(description="of the model; 0 for a dense layer")
     slots: SlotAccount
     running_requests: int
@@ -181,33 +185,37 @@ class PoolList(_Answer):
 
 
 class LayerUsage(_Answer):
-    """What the pool's experts of one MoE layer did."""
+    """How often tokens took the pool's experts of one MoE layer."""
 
     num_experts: int = Field(description="of the model's layer")
     experts: list[int] = Field(description="the pool's expert ids, ascending")
-    counts: list[int] = Field(description="for each of them, the routed tokens that took it")
+    counts: list[int] = Field(
+        description="for each of them, the number of routed tokens that took it"
+    )
 
 
 class UsageAnswer(_Answer):
-    """How often a pool's experts were taken since the engine started.
+    """How often tokens took a pool's experts since the engine started.
 
-    The account is of the pool's content: pools with equal experts and temperature share it, and a
-    union has its own, apart from those of its parts. What the tokens took is estimated from a
-    random sample of the pool's where more than 128 tokens were counted at once.
+    Counts are per pool content: pools with equal experts and temperature share them, and a union
+    has its own. Where more than 128 tokens of the pool were routed at once, a random sample of them
+    was counted.
     """
 
     object: Literal["pool.usage"] = "pool.usage"
     name: str
     content_hash: str
     tokens: int = Field(
-        description="routed in the pool, exactly; those from the prefix cache are not, and what the"
-        " server asks for itself does not count"
+        description="routed in the pool, an exact count; tokens from the prefix cache and the"
+        " server's own requests do not count"
     )
-    layers: list[LayerUsage | None] = Field(description="one a layer, null for a dense layer")
+    layers: list[LayerUsage | None] = Field(
+        description="one entry per layer, null for a dense layer"
+    )
 
 
 class DeletedPool(_Answer):
-    """A pool that is no more."""
+    """A pool that was removed."""
 
     object: Literal["pool"] = "pool"
     id: str
@@ -253,7 +261,7 @@ def list_of(overview: Overview, *, experts: bool) -> PoolList:
 
 
 def usage_answer(pool: ExpertPool, usage: PoolUsage) -> UsageAnswer:
-    """Build the answer about what a pool's experts did."""
+    """Build the answer about how often a pool's experts were taken."""
     layers = [
         LayerUsage(num_experts=len(counts), experts=list(ids), counts=[counts[e] for e in ids])
         if ids

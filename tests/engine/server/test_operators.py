@@ -327,7 +327,7 @@ def test_every_command(
     (tmp_path / "tales.json").write_text(json.dumps(document("tales", "law")))
     assert cli("add", str(tmp_path / "tales.json"))[1].startswith("pool tales: version 1, stored")
     assert cli("add", str(tmp_path / "tales.json"), "--replace")[1].startswith("pool tales: vers")
-    assert cli("load", "tales")[1].startswith("tales: resident, 16 experts a layer")
+    assert cli("load", "tales")[1].startswith("tales: resident, 16 experts per layer")
     assert cli("pin", "tales")[1].startswith("tales: resident, pinned")
     status, out, err = cli("list", "--map")
     assert (status, err) == (0, "")

@@ -73,7 +73,7 @@ def test_build_writes_a_pool_that_fits_and_says_what_it_cost(
     assert "of the router's mass is inside" in lines["coverage"]
     read = {"layerwise": "6 of 36, at most 6", "random": "6 of 36, at most 6"}
     if method in read:
-        assert f"experts read {read[method]} of a layer, one held at a time" in printed
+        assert f"experts read {read[method]} per layer, one in memory at a time" in printed
     assert "peak memory" in printed
     assert f"emo-serve serve {golden} --pools {tmp_path}" in printed
     assert f"emo-serve pools add {out} --server URL" in printed
@@ -124,9 +124,9 @@ def test_little_text_and_cut_documents_are_noted(
 REFUSED = [
     (
         ("--experts", 25),
-        "a pool of 25 experts a layer is more than the model has: 24 at most (layer 1)",
+        "a pool of 25 experts per layer is more than the model has: 24 at most (layer 1)",
     ),
-    (("--experts", 1), "a pool of 1 experts a layer is too small: layer 1 needs at least 2"),
+    (("--experts", 1), "a pool of 1 experts per layer is too small: layer 1 needs at least 2"),
     (
         ("--experts", 6, "--method", "greedy"),
         "unknown method 'greedy'; give one of layerwise, router",
@@ -169,7 +169,7 @@ def test_build_refuses_a_bad_name_no_examples_and_no_tokenizer(
     assert run("build", "a+b", "--examples", examples, "--experts", 6, *out) == 2
     assert "name is 'a+b'; expected" in capsys.readouterr().err
     assert run("build", "a", "--experts", 6, *out) == 2
-    assert "give --examples FILE; only random does without" in capsys.readouterr().err
+    assert "give --examples FILE; only random needs none" in capsys.readouterr().err
     assert (
         run("build", "a", "--model", directory, "--examples", examples, "--experts", 6, *out) == 2
     )
@@ -238,14 +238,14 @@ def test_cut_refuses_what_the_file_does_not_allow(
         (
             bare,
             8,
-            "bare.json cannot be cut to 8 experts a layer: layer 0 has no scores, only the 2",
+            "bare.json cannot be cut to 8 experts per layer: layer 0 has no scores, only the 2",
         ),
         (
             old,
             2,
-            "old.json cannot be cut to 2 experts a layer by itself: it does not name the shared",
+            "old.json cannot be cut to 2 experts per layer by itself: it does not list the shared",
         ),
-        (new, 5, "new.json cannot be cut to 5 experts a layer: the layers have 4; give fewer"),
+        (new, 5, "new.json cannot be cut to 5 experts per layer: the layers have 4; give fewer"),
         (new, 0, "cannot cut pool 'new' to 0 experts: layer 0 needs at least 1"),
     ):
         assert run("cut", path, "--experts", k) == 2

@@ -99,10 +99,10 @@ def test_a_url_may_be_written_as_for_openai_clients(given: str, asked: str) -> N
         (403, error("may not", 403), RequestError, "may not; set EMO_SERVE_ADMIN_API_KEY"),
         (500, error("cannot be read", 500), Unavailable, "cannot be read"),
         (503, error("is full", 503), Unavailable, "is full; try again in 7 s"),
-        (404, {"detail": "Not Found"}, ConfigError, "not the pools of an emo-serve server"),
+        (404, {"detail": "Not Found"}, ConfigError, "not with the pools of an emo-serve server"),
         (301, {}, ConfigError, "http://emo answers 301"),
-        (200, {"object": "model"}, ConfigError, "not the pools of an emo-serve server"),
-        (200, [], ConfigError, "not the pools of an emo-serve server"),
+        (200, {"object": "model"}, ConfigError, "not with the pools of an emo-serve server"),
+        (200, [], ConfigError, "not with the pools of an emo-serve server"),
         (400, error("a\x1b[31m\nb", 400), RequestError, r"a\?\[31m b"),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_refusal_says_what_to_do(
 def test_an_answer_that_is_no_json() -> None:
     for status in (200, 502):
         page = server_of(lambda _, status=status: httpx.Response(status, text="<html>"))
-        with pytest.raises(ConfigError, match="not the pools of an emo-serve server"):
+        with pytest.raises(ConfigError, match="not with the pools of an emo-serve server"):
             page.list_pools()
 
 
@@ -124,7 +124,11 @@ def test_an_answer_that_is_no_json() -> None:
     ("failure", "kind", "message"),
     [
         (httpx.ConnectError("refused"), Unavailable, "no server answers at http://emo .refused"),
-        (httpx.ReadTimeout("slow"), Unavailable, "within 3 s; a load that has begun goes on"),
+        (
+            httpx.ReadTimeout("slow"),
+            Unavailable,
+            "within 3 s; a load or build that has begun continues",
+        ),
         (httpx.ConnectTimeout("slow"), Unavailable, "within 3 s"),
         (httpx.RemoteProtocolError("bad"), Unavailable, "does not speak HTTP"),
     ],

@@ -33,7 +33,7 @@ def test_export_by_name_then_import_gives_the_same_pool(
     status = run("export", "python", "--pools", str(POOLS), "--model", MODEL, "--out", out)
     assert status == 0
     assert lines_of(capsys) == [
-        f"wrote {out}: pool python, 8 of 32 experts a layer, 5.7 MiB of weights in 1 file"
+        f"wrote {out}: pool python, 8 of 32 experts per layer, 5.7 MiB of weights in 1 file"
     ]
     back = str(tmp_path / "back.json")
     metadata = str(tmp_path / "out" / "pruning_metadata.json")
@@ -60,7 +60,7 @@ def test_export_of_a_union(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     out = str(tmp_path / "out")
     assert run("export", "python+c", "--pools", str(POOLS), "--model", MODEL, "--out", out) == 0
     (line,) = lines_of(capsys)
-    assert "pool c+python, 11-14 of 32 experts a layer" in line
+    assert "pool c+python, 11-14 of 32 experts per layer" in line
     united = PoolCatalog.read(POOLS).resolve("c+python")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_experts_per_layer"] == [len(ids) for ids in united.expert_ids]
@@ -69,7 +69,7 @@ def test_export_of_a_union(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_export_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--model", MODEL, "--out", str(tmp_path / "out")]
     for arguments, message in (
-        (["python", *out], "python is no file; for the name of a pool give"),
+        (["python", *out], "python is not a file; to name a pool, give"),
         (["cobol", "--pools", str(POOLS), *out], "there is no pool 'cobol'; the pools are: arith"),
         ([str(POOLS / "c.json"), "--model", MODEL, "--out", str(POOLS)], "is not empty"),
         (
@@ -101,9 +101,9 @@ def test_export_says_why_a_pools_file_was_refused(
 def test_compare_of_the_shipped_pools(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("compare", str(POOLS), "--model", MODEL) == 0
     lines = lines_of(capsys)
-    assert lines[0] == "10 pools, 4 MoE layers, 8 of 32 experts a layer"
-    assert "most alike: c and html, 0.83 (layers 0.78 to 1.00)" in lines
-    assert "least alike: c and spanish, 0.07 (layers 0.07 to 0.07)" in lines
+    assert lines[0] == "10 pools, 4 MoE layers, 8 of 32 experts per layer"
+    assert "most similar: c and html, 0.83 (layers 0.78 to 1.00)" in lines
+    assert "least similar: c and spanish, 0.07 (layers 0.07 to 0.07)" in lines
     assert any(line.split() == ["0", "32", "32", "1", "0.19", "0.07", "0.78"] for line in lines)
     assert any(line.split()[:5] == ["2", "15", "4.2", "9", "2.5"] for line in lines)
     assert lines[-1].startswith("all together: --expert-slots 32, or --expert-memory 9437184 ")
@@ -116,13 +116,13 @@ def test_compare_without_the_model_counts_the_same_slots(
     lines = lines_of(capsys)
     assert "MIB" not in "".join(lines)
     assert any(line.split()[:3] == ["2", "15", "9"] for line in lines)
-    assert lines[-1] == "all together: --expert-slots 32 (--model says how many bytes that is)"
+    assert lines[-1] == "all together: --expert-slots 32 (give --model to see the bytes)"
 
 
 def test_compare_cuts_first_when_told_to(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("compare", str(POOLS), "--model", MODEL, "--experts", "4") == 0
     lines = lines_of(capsys)
-    assert lines[0] == "10 pools, 4 MoE layers, 4 of 32 experts a layer"
+    assert lines[0] == "10 pools, 4 MoE layers, 4 of 32 experts per layer"
     assert any(line.split()[:2] == ["2", "7"] for line in lines)
     assert run("compare", str(POOLS), "--model", MODEL, "--experts", "0") == 2
     assert "cannot cut pool 'arithmetic' to 0" in capsys.readouterr().err

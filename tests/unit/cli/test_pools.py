@@ -66,7 +66,7 @@ def test_list_with_a_model_counts_implied_experts_and_their_size(
 ) -> None:
     assert run("list", str(directory), model) == 0
     header, code, math = capsys.readouterr().out.splitlines()
-    assert header.split()[:5] == ["POOL", "EXPERTS", "A", "LAYER", "TOTAL"]
+    assert header.split()[:3] == ["POOL", "EXPERTS/LAYER", "TOTAL"]
     assert code.split()[:4] == ["code", "2", "2", "1.0"]
     assert math.split()[:4] == ["math", "4", "4", "2.0"]
 
@@ -101,7 +101,7 @@ def test_show_draws_layers_by_experts(
         "layer 0  dense",
         "layer 1  .#.#.....#.+",
     ]
-    assert "experts      4 a layer, 4 in all, 2.0 MiB" in lines
+    assert "experts      4 per layer, 4 in all, 2.0 MiB" in lines
 
 
 def test_show_works_without_the_model_and_on_a_directory(

@@ -155,7 +155,7 @@ def test_list_is_a_table_and_an_account_of_slots(served: Served, cli: Cli) -> No
     assert (status, err.count("\n")) == (0, 1)
     assert err.startswith(f"emo-serve: refused {served.directory}/broken.json: is not UTF-8 JSON")
     assert lines[0].split() == [
-        *("POOL", "STATE", "PINNED", "RUNNING", "WAITING", "EXPERTS", "A", "LAYER"),
+        *("POOL", "STATE", "PINNED", "RUNNING", "WAITING", "EXPERTS/LAYER"),
         *("MIB", "ALONE", "SHARED", "MISSING", "VERSION"),
     ]
     rows = [line.split() for line in lines[1:5]]
@@ -192,7 +192,7 @@ def test_show_draws_whom_a_pool_shares_with(served: Served, cli: Cli) -> None:
     assert out.splitlines()[-2:] == ["layer 1  #2.....2", "layer 2  #2.....2"]
     assert "state        resident" in out
     assert "held         2 alone, 4 shared, 0 missing" in out
-    assert "version      1, a restart brings it back" in out
+    assert "version      1, survives a restart" in out
     assert "description  about math" in out
     _, out, _ = cli("show", "law")
     assert out.splitlines()[-2:] == ["layer 1  ...ooo.2", "layer 2  ...ooo.2"]
@@ -202,7 +202,7 @@ def test_show_draws_whom_a_pool_shares_with(served: Served, cli: Cli) -> None:
 
 
 def test_load_pin_unpin_evict(cli: Cli) -> None:
-    line = "3 experts a layer, 0.000366 MiB, 6 alone, 0 shared, 0 missing\n"
+    line = "3 experts per layer, 0.000366 MiB, 6 alone, 0 shared, 0 missing\n"
     assert cli("load", "math") == (0, f"math: resident, {line}", "")
     assert cli("load", "math", "--pin") == (0, f"math: resident, pinned, {line}", "")
     status, out, err = cli("evict", "math")
@@ -210,8 +210,8 @@ def test_load_pin_unpin_evict(cli: Cli) -> None:
     assert err == "emo-serve: pool 'math' is pinned; unpin it first\n"
     assert cli("unpin", "math")[1] == f"math: resident, {line}"
     assert cli("pin", "math")[0] == cli("unpin", "math")[0] == 0
-    assert cli("evict", "math", "--drain")[1].startswith("math: absent, 3 experts a layer")
-    assert cli("load", "math+code")[1].startswith("code+math: resident, 4 experts a layer")
+    assert cli("evict", "math", "--drain")[1].startswith("math: absent, 3 experts per layer")
+    assert cli("load", "math+code")[1].startswith("code+math: resident, 4 experts per layer")
 
 
 def test_add_and_remove_change_the_servers_directory(
@@ -270,7 +270,7 @@ def test_an_unknown_pool_is_answered_with_those_there_are(cli: Cli) -> None:
 def test_a_load_that_takes_too_long_and_one_that_fails(served: Served, cli: Cli) -> None:
     served.engine.load_seconds = 0.5
     status, _, err = cli("load", "math", "--timeout", "0.1")
-    assert (status, "within 0.1 s; a load that has begun goes on" in err) == (1, True)
+    assert (status, "within 0.1 s; a load or build that has begun continues" in err) == (1, True)
     served.engine.unreadable = {(1, 3)}
     status, _, err = cli("load", "law")
     assert (status, "expert 3 of layer 1 is unreadable" in err) == (1, True)

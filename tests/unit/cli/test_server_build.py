@@ -67,8 +67,8 @@ def test_the_server_builds_what_the_offline_build_finds(
     assert expected.coverage is not None
     lines = out.splitlines()
     assert lines[:5] == [
-        "built        version 1, not stored: until the server ends",
-        "pool         math, 6 experts a layer in 2 MoE layers",
+        "built        version 1, not stored: lasts until the server stops",
+        "pool         math, 6 experts per layer in 2 MoE layers",
         f"server       {served.url}",
         "found by     layerwise, 3 documents, 90 tokens",
         f"coverage     {expected.coverage:.3f} of the router's mass is inside, mean over tokens and"
@@ -104,8 +104,11 @@ REFUSED = [
     (("--model", "somewhere"), "--model is for a build from a checkpoint and --server is not"),
     (("--out", "x.json"), "--out is for a build from a checkpoint"),
     (("--seed", "0"), "--seed is for a build from a checkpoint"),
-    (("--method", "router"), "a server builds by layerwise; for --method router give --model DIR"),
-    (("--experts", "25"), "a pool of 25 experts a layer is more than the model has"),
+    (
+        ("--method", "router"),
+        "a server builds only by layerwise; for --method router give --model DIR",
+    ),
+    (("--experts", "25"), "a pool of 25 experts per layer is more than the model has"),
     (("--examples", "nothing.txt"), "nothing.txt cannot be read"),
     (("--timeout", "0"), "--timeout is 0"),
     (("--api-key", API), "set EMO_SERVE_ADMIN_API_KEY"),
@@ -128,4 +131,4 @@ def test_a_server_needs_a_name_and_examples(
     assert "name is 'a+b'" in cli("a+b", "--examples", examples, "--experts", K)[2]
     assert "give --examples FILE" in cli("math", "--experts", K)[2]
     assert run("build", "math", "--examples", str(examples), "--experts", "6", "--replace") == 2
-    assert "--replace is for pools of a server" in capsys.readouterr().err
+    assert "--replace needs a server" in capsys.readouterr().err

@@ -280,7 +280,7 @@ def test_a_file_that_would_not_be_read_again_is_not_written(
 def test_a_refused_file_is_overwritten_only_when_told_to(directory: Path) -> None:
     (directory / "law.json").write_text("{")
     catalog = reread(directory)
-    with pytest.raises(PoolExists, match="law.json is there already and not served"):
+    with pytest.raises(PoolExists, match="law.json exists but is not served"):
         catalog.add(a_pool("law", 4))
     assert (directory / "law.json").read_text() == "{"
     catalog.add(a_pool("law", 4), replace=True)
@@ -300,7 +300,7 @@ def test_a_name_two_refused_files_carry_is_not_stored_beside_them(directory: Pat
     for file in ("one.json", "two.json"):
         write_pool(a_pool("law", 4), directory / file)
     catalog = reread(directory)
-    with pytest.raises(StateConflict, match="one.json, two.json carry its name"):
+    with pytest.raises(StateConflict, match="one.json, two.json have its name inside"):
         catalog.add(a_pool("law", 5), replace=True)
     for file in ("one.json", "two.json"):
         (directory / file).unlink()

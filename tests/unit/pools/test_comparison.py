@@ -95,7 +95,9 @@ def test_one_pool_is_alike_to_itself_alone() -> None:
 
 
 def test_pools_of_other_models_are_refused() -> None:
-    with pytest.raises(PoolFileError, match="'math' and 'other' are of models of different layers"):
+    with pytest.raises(
+        PoolFileError, match="'math' and 'other' are for models with different layers"
+    ):
         PoolComparison([MATH, a_pool("other", {1}, {2}, {3})])
     with pytest.raises(PoolFileError, match="no MoE layer"):
         PoolComparison([a_pool("dense", None, None)])
@@ -195,10 +197,10 @@ def test_many_pools_take_a_bounded_time() -> None:
 
 def test_the_text_says_which_pools_and_layers() -> None:
     lines = describe_comparison(PoolComparison([MATH, CODE, LAW]), (7, 5), 2**20).splitlines()
-    assert lines[0] == "3 pools, 2 MoE layers, 2-4 of 5-7 experts a layer"
+    assert lines[0] == "3 pools, 2 MoE layers, 2-4 of 5-7 experts per layer"
     assert "law   0.33  0.21  -" in lines
-    assert "most alike: math and code, 0.67 (layers 0.33 to 1.00)" in lines
-    assert "least alike: code and law, 0.21 (layers 0.17 to 0.25)" in lines
+    assert "most similar: math and code, 0.67 (layers 0.33 to 1.00)" in lines
+    assert "least similar: code and law, 0.21 (layers 0.17 to 0.25)" in lines
     at = next(index for index, line in enumerate(lines) if line.startswith("LAYER"))
     assert lines[at + 2].split() == ["2", "5", "4", "1", "0.50", "0.25", "1.00"]
     table = [line.split() for line in lines if line[:1].isdigit()][-3:]

@@ -290,7 +290,10 @@ def test_the_base_pool_has_every_expert() -> None:
 @pytest.mark.parametrize(
     ("pool", "message"),
     [
-        (ExpertPool("p", (None,)), "the number of layers is 1; expected one a layer of the model"),
+        (
+            ExpertPool("p", (None,)),
+            "the number of layers is 1; expected one per layer of the model",
+        ),
         (
             ExpertPool("p", (LayerExperts((1,)), LayerExperts((1,)), LayerExperts((1,)))),
             r"layer 0: experts is \[1\]; expected null: the layer is dense",
@@ -365,7 +368,7 @@ def test_without_model_and_record_nothing_is_cut() -> None:
     ("implied", "message"),
     [
         ("all", "model.implied is 'all'; expected a list with one list of ids per layer"),
-        ([[], [7]], "the number of lists in model.implied is 2; expected one list a layer, 3"),
+        ([[], [7]], "the number of lists in model.implied is 2; expected one list per layer, 3"),
         ([[], 7, []], "layer 1: model.implied is 7; expected ids of 0 or more, each once"),
         (
             [[], [7, 7], []],

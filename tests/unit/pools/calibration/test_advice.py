@@ -78,7 +78,7 @@ def test_mixed_text_is_told_with_the_bound(checkpoint: Checkpoint) -> None:
 
 def test_a_pool_smaller_than_a_tokens_experts_is_told(checkpoint: Checkpoint) -> None:
     assert notes(found(k=3), checkpoint.config) == [
-        "the pool has fewer experts than a token takes, 3 of 4"
+        "the pool keeps 3 experts per layer, fewer than the 4 that a token takes"
     ]
     assert notes(found(k=4), checkpoint.config) == []
 

@@ -310,8 +310,8 @@ def test_the_pool_says_how_it_was_found_and_keeps_every_score(
     ("arguments", "message"),
     [
         ((K, "greedy"), "unknown method 'greedy'; give one of layerwise, router, easy-ep, random"),
-        ((33, "router"), "a pool of 33 experts a layer is more than the model has: 32 at most"),
-        ((0, "router"), "a pool of 0 experts a layer is too small: layer 0 needs at least 1"),
+        ((33, "router"), "a pool of 33 experts per layer is more than the model has: 32 at most"),
+        ((0, "router"), "a pool of 0 experts per layer is too small: layer 0 needs at least 1"),
         ((K, "random", -1), "seed is -1"),
     ],
 )

@@ -295,8 +295,8 @@ async def test_a_defined_pool_of_the_same_experts_stays(directories: dict[str, P
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"k": 33}, RequestError, "a pool of 33 experts a layer is more than the model has: 32"),
-        ({"k": 0}, RequestError, "a pool of 0 experts a layer is too small: layer 0 needs"),
+        ({"k": 33}, RequestError, "a pool of 33 experts per layer is more than the model has: 32"),
+        ({"k": 0}, RequestError, "a pool of 0 experts per layer is too small: layer 0 needs"),
         ({"k": 20}, PoolTooLarge, "layer 0 needs 20 slots and has 16"),
         ({"name": "emo"}, RequestError, "has the name of the model"),
         ({"name": "base"}, RequestError, "kept for all experts"),
