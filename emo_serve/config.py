@@ -18,7 +18,7 @@ from typing import Any, cast
 from emo_serve.errors import ConfigError
 from emo_serve.names import AUTO_POOL, NAME_RULE, UNION, is_pool_or_union
 from emo_serve.residency.policy import POLICIES
-from emo_serve.vllm_plugin import EXPERT_DTYPES, MOE_BACKENDS, check_expert_dtype
+from emo_serve.vllm_plugin.contract import EXPERT_DTYPES, MOE_BACKENDS, check_expert_dtype
 
 __all__ = [
     "AUTO_METHODS",

@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.vllm_plugin import (
-    ADDITIONAL_CONFIG_KEY,
-    LOAD_FORMAT,
-    WORKER_EXTENSION_CLS,
-    worker_cls_for,
-)
+from emo_serve.vllm_plugin import WORKER_EXTENSION_CLS, worker_cls_for
+from emo_serve.vllm_plugin.contract import LOAD_FORMAT, PluginSettings
 
 __all__ = ["engine_arguments", "load_pools"]
 
@@ -22,20 +18,13 @@ def engine_arguments(
     model: Path, num_slots: int, num_pools: int, *, host_expert_bytes: int = 0
 ) -> dict[str, Any]:
     """Return vLLM's engine arguments for serving pools on a CPU, as the front end sets them."""
-    ours = {
-        "num_slots": num_slots,
-        "num_pools": num_pools,
-        "moe_backend": "auto",
-        "expert_dtype": "auto",
-        "host_expert_bytes": host_expert_bytes,
-        "records_routing": True,
-    }
+    ours = PluginSettings(num_slots, num_pools, host_expert_bytes=host_expert_bytes)
     return {
         "model": str(model),
         "load_format": LOAD_FORMAT,
         "worker_cls": worker_cls_for("cpu"),
         "worker_extension_cls": WORKER_EXTENSION_CLS,
-        "additional_config": {ADDITIONAL_CONFIG_KEY: ours},
+        "additional_config": ours.to_config(),
     }
 
 

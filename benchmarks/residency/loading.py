@@ -31,7 +31,7 @@ from emo_serve import demo
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server.vllm_adapter.worker_calls import WorkerCalls
-from emo_serve.vllm_plugin import POOL_ROW_ARG
+from emo_serve.vllm_plugin.contract import RequestTag
 
 _SERVED_ROW, _LOADED_ROW = 0, 1
 _PROMPT_TOKENS = 16
@@ -141,7 +141,7 @@ class Bench:
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            extra_args={POOL_ROW_ARG: _SERVED_ROW},
+            extra_args=RequestTag(_SERVED_ROW).to_extra_args(),
         )
         prompt = {"prompt_token_ids": [5 + (number * 31 + i) % 200 for i in range(_PROMPT_TOKENS)]}
         outputs = self.llm.generate(prompt, params, f"stream-{number}")

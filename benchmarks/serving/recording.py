@@ -27,7 +27,7 @@ from benchmarks.harness.results import append_result
 from emo_serve import demo
 from emo_serve.emo.config import load_config
 from emo_serve.pools.catalog import PoolCatalog
-from emo_serve.vllm_plugin import ACCOUNT_ARG, POOL_ROW_ARG
+from emo_serve.vllm_plugin.contract import RequestTag
 from emo_serve.vllm_plugin.model import EmoForCausalLM
 
 _LOADS = {  # requests at once, prompt tokens, tokens
@@ -81,7 +81,7 @@ def run(llm: LLM, load: Sequence[int]) -> None:
             temperature=0.0,
             max_tokens=tokens,
             ignore_eos=True,
-            extra_args={POOL_ROW_ARG: i % _NUM_POOLS, ACCOUNT_ARG: i + 1},
+            extra_args=RequestTag(i % _NUM_POOLS, account=i + 1).to_extra_args(),
         )
         for i in range(count)
     ]

@@ -35,7 +35,7 @@ def measure(args: argparse.Namespace, experts: str, eager: bool) -> dict[str, An
     from emo_serve.pools.catalog import PoolCatalog
     from emo_serve.pools.pool import ExpertPool
     from emo_serve.residency.slots import SlotTable
-    from emo_serve.vllm_plugin import POOL_ROW_ARG
+    from emo_serve.vllm_plugin.contract import RequestTag
 
     layers = load_config(args.model).moe_layers
     catalog = PoolCatalog.read(args.pools, layers, None)
@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace, experts: str, eager: bool) -> dict[str, An
                 temperature=0.0,
                 max_tokens=args.tokens,
                 ignore_eos=True,
-                extra_args={POOL_ROW_ARG: row},
+                extra_args=RequestTag(row).to_extra_args(),
             )
             for row in rows
         ]

@@ -21,7 +21,7 @@ from emo_kernels import PoolTables, Router
 from emo_serve.emo.config import MoeLayer
 from emo_serve.emo.routing import route
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import (
+from emo_serve.vllm_plugin.contract import (
     EXPERT_DTYPES,
     MOE_BACKENDS,
     check_expert_dtype,

@@ -28,19 +28,11 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from emo_serve.vllm_plugin import (
-    ACCOUNT_ARG,
-    MASS_SLOT_ARG,
-    MASS_SLOTS,
-    NO_ACCOUNT,
-    NO_MASS_SLOT,
-    POOL_ROW_ARG,
-)
-from emo_serve.vllm_plugin.routing_record import RequestTag, RoutingRecord, StepRequests
-from emo_serve.vllm_plugin.settings import PluginSettings
+from emo_serve.vllm_plugin.contract import BASE_POOL_ROW, POOL_ROW_ARG, RequestTag
+from emo_serve.vllm_plugin.routing_record import RoutingRecord, StepRequests
+from emo_serve.vllm_plugin.settings import read_settings
 
 __all__ = [
-    "BASE_POOL_ROW",
     "PADDING_ROW",
     "EmoModelState",
     "PoolRows",
@@ -48,11 +40,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-BASE_POOL_ROW = 0
-"""The base pool's row; also that of requests that name none."""
-
-_MOST_ACCOUNTS = 2**62
 
 PADDING_ROW = -1
 """The row of tokens that are nobody's: they take no expert."""
@@ -75,17 +62,11 @@ class PoolRows:
     def tag_of(self, sampling_params: Any) -> RequestTag:
         """Return what a request carries; the base pool's row for none and for what is no row."""
         extra_args = getattr(sampling_params, "extra_args", None) or {}
-        row = extra_args.get(POOL_ROW_ARG, BASE_POOL_ROW)
-        if not _is_index(row, self._num_rows):
-            self._warn_of(row)
-            row = BASE_POOL_ROW
-        account = extra_args.get(ACCOUNT_ARG, NO_ACCOUNT)
-        slot = extra_args.get(MASS_SLOT_ARG, NO_MASS_SLOT)
-        return RequestTag(
-            row,
-            account if _is_index(account, _MOST_ACCOUNTS) else NO_ACCOUNT,
-            slot if _is_index(slot, MASS_SLOTS) else NO_MASS_SLOT,
-        )
+        tag = RequestTag.from_extra_args(extra_args, self._num_rows)
+        named = extra_args.get(POOL_ROW_ARG, BASE_POOL_ROW)
+        if type(named) is not int or named != tag.row:
+            self._warn_of(named)
+        return tag
 
     def _warn_of(self, row: object) -> None:
         if self._has_warned:
@@ -119,10 +100,6 @@ class PoolRows:
         if record is not None:
             record.begin(self._step)
         return self.buffer_T
-
-
-def _is_index(value: object, count: int) -> bool:
-    return type(value) is int and 0 <= value < count
 
 
 def attach_to_v1_runner(runner: Any, num_rows: int) -> None:
@@ -161,9 +138,9 @@ class EmoModelState(DefaultModelState):
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self._tag_of_state = [RequestTag(BASE_POOL_ROW)] * self.max_num_reqs
+        self._tag_of_state = [RequestTag()] * self.max_num_reqs
         self._record: RoutingRecord | None = getattr(model, "record", None)
-        num_rows = PluginSettings.read(vllm_config).num_pools
+        num_rows = read_settings(vllm_config).num_pools
         self._rows = PoolRows(self.max_num_tokens, num_rows, device)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:

@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from emo_serve.emo.checkpoint import Checkpoint, expert_tensor_name
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import LOAD_FORMAT
+from emo_serve.vllm_plugin.contract import LOAD_FORMAT
 
 __all__ = ["EmoModelLoader", "register_loader"]
 
@@ -44,7 +44,7 @@ class EmoModelLoader(BaseModelLoader):
             tensor = checkpoint.tensor(name)
             model.store.count_trunk(tensor.nbytes)
             yield name, tensor
-        if not model.settings.holds_all:
+        if not model.holds_all:
             return
         for layer, moe in model.moe_layers.items():
             for expert in range(moe.moe.num_experts):

@@ -43,16 +43,18 @@ from emo_serve.emo.checkpoint import Checkpoint, parse_expert_name
 from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.errors import CheckpointError
 from emo_serve.vllm_plugin.backends import MoeBackend
-from emo_serve.vllm_plugin.batch_pools import BASE_POOL_ROW, EmoModelState
+from emo_serve.vllm_plugin.batch_pools import EmoModelState
+from emo_serve.vllm_plugin.contract import BASE_POOL_ROW, PluginSettings
 from emo_serve.vllm_plugin.expert_store import ExpertStore, HostMemory
 from emo_serve.vllm_plugin.loads import CpuMover, CudaMover, ExpertLoad, Mover, SlotCopy
 from emo_serve.vllm_plugin.moe import PooledMoE
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert
 from emo_serve.vllm_plugin.routing_record import RoutedLayer, RoutingRecord, pool_key
 from emo_serve.vllm_plugin.settings import (
-    PluginSettings,
     backend_for,
     emo_config,
+    has_front_end,
+    read_settings,
     refuse_what_cannot_work,
     rope_for_vllm,
 )
@@ -75,7 +77,8 @@ class EmoForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = emo_config(vllm_config)
-        self.settings = PluginSettings.read(vllm_config)
+        self.settings = read_settings(vllm_config)
+        self.holds_all = not has_front_end(vllm_config)
         refuse_what_cannot_work(vllm_config)
         self.backend = backend_for(vllm_config, self.settings, torch.get_default_device())
         self.model = _EmoModel(
@@ -168,7 +171,7 @@ class EmoForCausalLM(nn.Module):
                 del experts[layer, expert]
         # Counted now: vLLM's CPU linear layers repack their weights afterwards and drop these.
         self.trunk_bytes = sum(p.nbytes for p in self.parameters())
-        if self.settings.holds_all:
+        if self.holds_all:
             self._publish_base()
         return loaded.names
 

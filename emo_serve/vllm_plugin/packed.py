@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emo_serve.vllm_plugin import EXPERT_DTYPES, expert_bytes
+from emo_serve.vllm_plugin.contract import EXPERT_DTYPES, expert_bytes
 
 __all__ = ["ExpertShape", "PackedExpert", "PackedMatrix", "Slab"]
 

@@ -29,12 +29,17 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from emo_serve.emo.config import MoeLayer
 from emo_serve.emo.routing import router_probabilities, standard_probabilities, taken_experts
-from emo_serve.vllm_plugin import MASS_SLOTS, NO_ACCOUNT, NO_MASS_SLOT
+from emo_serve.vllm_plugin.contract import (
+    MASS_SLOTS,
+    NO_ACCOUNT,
+    NO_MASS_SLOT,
+    CoverageRow,
+    RequestTag,
+)
 
 __all__ = [
     "LayerRecord",
     "PoolKey",
-    "RequestTag",
     "RoutedLayer",
     "RoutingRecord",
     "StepRequests",
@@ -53,14 +58,6 @@ _MOST_POOLS = 256  # whose usage is kept though no row is theirs any more
 def pool_key(expert_ids: Sequence[Sequence[int]], temperature: float) -> PoolKey:
     """Return the key of a pool with these experts a layer."""
     return tuple(tuple(sorted(ids)) for ids in expert_ids), temperature
-
-
-class RequestTag(NamedTuple):
-    """What the front end says of a request: where it routes, and what is to be summed up for it."""
-
-    row: int
-    account: int = NO_ACCOUNT
-    mass_slot: int = NO_MASS_SLOT
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,12 +289,12 @@ class RoutingRecord:
 
     # -- questions --
 
-    def read_coverage(self) -> list[tuple[int, float, int]]:
-        """Return account, mass inside and tokens of each account since the last call."""
+    def read_coverage(self) -> list[CoverageRow]:
+        """Return the coverage of each account since the last call."""
         self.count()
         self._fold()
         sums, self._sums = self._sums, {}
-        return [(account, mass, tokens) for account, (mass, tokens) in sums.items()]
+        return [CoverageRow(account, mass, tokens) for account, (mass, tokens) in sums.items()]
 
     def read_mass(self, slot: int) -> tuple[int, dict[int, list[float]]]:
         """Return and forget what a slot's requests gave: tokens, and [E] of each MoE layer."""

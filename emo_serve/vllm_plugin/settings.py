@@ -1,12 +1,11 @@
 """What the plugin reads from vLLM's configuration, and what it refuses there.
 
-The front end refuses the same things earlier and for its own flags; these checks also stand when
-the model is served by plain `vllm serve`.
+The front end refuses the same things earlier, in terms of its own flags. The checks here also hold
+under plain `vllm serve`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,71 +13,41 @@ from vllm.config import CUDAGraphMode, VllmConfig
 
 from emo_serve.emo.config import EmoConfig
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import (
-    ADDITIONAL_CONFIG_KEY,
-    EXPERT_DTYPES,
-    MOE_BACKENDS,
-    expert_bytes,
-)
 from emo_serve.vllm_plugin.backends import MoeBackend, choose_backend
+from emo_serve.vllm_plugin.contract import ADDITIONAL_CONFIG_KEY, PluginSettings, expert_bytes
 
 __all__ = [
-    "PluginSettings",
     "backend_for",
     "emo_config",
+    "has_front_end",
+    "read_settings",
     "refuse_what_cannot_work",
     "rope_for_vllm",
 ]
 
 
-@dataclass(frozen=True)
-class PluginSettings:
-    """What the front end decided for the workers.
+def has_front_end(vllm_config: VllmConfig) -> bool:
+    """Tell whether a front end will load experts; plain `vllm serve` has none."""
+    return (vllm_config.additional_config or {}).get(ADDITIONAL_CONFIG_KEY) is not None
 
-    `holds_all` is plain `vllm serve`: no front end, so every expert is loaded with the model and
-    the base pool is published. `records_routing` is off there: nobody would read it.
+
+def read_settings(vllm_config: VllmConfig) -> PluginSettings:
+    """Return what the front end decided; raises ConfigError for settings that cannot work.
+
+    Without a front end there is a slot for every expert and one row, the base pool's, and routing
+    is not recorded, because nothing would read the record.
     """
-
-    num_slots: int
-    num_pools: int
-    moe_backend: str
-    expert_dtype: str
-    host_expert_bytes: int
-    records_routing: bool
-    holds_all: bool
-
-    @classmethod
-    def read(cls, vllm_config: VllmConfig) -> PluginSettings:
-        """Read additional_config; raises ConfigError on unknown or missing keys and bad values."""
-        given = (vllm_config.additional_config or {}).get(ADDITIONAL_CONFIG_KEY)
-        if given is None:
-            most = max(
-                (moe.num_experts for moe in emo_config(vllm_config).moe_layers if moe), default=1
-            )
-            return cls(
-                most,
-                1,
-                "auto",
-                EXPERT_DTYPES[0],
-                host_expert_bytes=0,
-                records_routing=False,
-                holds_all=True,
-            )
-        name = f"additional_config[{ADDITIONAL_CONFIG_KEY!r}]"
-        expected = {field.name for field in fields(cls)} - {"holds_all"}
-        if set(given) != expected:
-            raise ConfigError(f"{name} has {sorted(given)}, expected {sorted(expected)}")
-        for key, known in (("moe_backend", MOE_BACKENDS), ("expert_dtype", EXPERT_DTYPES)):
-            if given[key] not in known:
-                raise ConfigError(f"{name}: {key} is not one of {', '.join(known)}")
-        if min(given["num_slots"], given["num_pools"]) < 1:
-            raise ConfigError(f"{name} is {given}: num_slots and num_pools must be at least 1")
-        _check_host_bytes(given["host_expert_bytes"], given["expert_dtype"], vllm_config)
-        return cls(**given, holds_all=False)
+    if not has_front_end(vllm_config):
+        layers = emo_config(vllm_config).moe_layers
+        most = max((moe.num_experts for moe in layers if moe), default=1)
+        return PluginSettings(num_slots=most, num_pools=1, records_routing=False)
+    settings = PluginSettings.from_config(vllm_config.additional_config)
+    _check_host_bytes(settings.host_expert_bytes, settings.expert_dtype, vllm_config)
+    return settings
 
 
 def _check_host_bytes(host_expert_bytes: int, expert_dtype: str, vllm_config: VllmConfig) -> None:
-    """Refuse host memory that holds no expert; 0 is none at all."""
+    """Refuse host memory too small for one expert; 0 means no host memory."""
     config, ranks = emo_config(vllm_config), vllm_config.parallel_config.tensor_parallel_size
     one_expert = expert_bytes(
         config.hidden_size,
@@ -106,7 +75,7 @@ def emo_config(vllm_config: VllmConfig) -> EmoConfig:
 
 
 def rope_for_vllm(config: EmoConfig) -> dict[str, Any]:
-    """Return RoPE's parameters for vLLM; `dynamic` changes nothing within the context length."""
+    """Return RoPE's parameters for vLLM; `dynamic` has no effect within the context length."""
     rope = dict(config.rope_parameters or {})
     if rope["rope_type"] == "dynamic":
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
@@ -114,7 +83,7 @@ def rope_for_vllm(config: EmoConfig) -> dict[str, Any]:
 
 
 def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
-    """Raise ConfigError for what vLLM offers and this model cannot carry."""
+    """Raise ConfigError for vLLM options that this model does not support."""
     config = emo_config(vllm_config)
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     ranks, width = parallel.tensor_parallel_size, config.intermediate_size

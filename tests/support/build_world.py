@@ -31,7 +31,7 @@ from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server.pool_admin.builder import PoolBuild, PoolBuilder
-from emo_serve.server.vllm_adapter.worker_calls import RouterMass
+from emo_serve.vllm_plugin.contract import RouterMass
 from tests.support.fake_engine import SLOT_BYTES, FakeEngine
 from tests.support.pool_services import service_over
 from tests.support.served_tokenizer import FileTokenizer

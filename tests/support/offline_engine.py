@@ -12,13 +12,8 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 from emo_serve.emo.config import load_config
-from emo_serve.vllm_plugin import (
-    ADDITIONAL_CONFIG_KEY,
-    LOAD_FORMAT,
-    POOL_ROW_ARG,
-    WORKER_EXTENSION_CLS,
-    worker_cls_for,
-)
+from emo_serve.vllm_plugin import WORKER_EXTENSION_CLS, worker_cls_for
+from emo_serve.vllm_plugin.contract import LOAD_FORMAT, POOL_ROW_ARG, PluginSettings
 
 
 class PooledEngine:
@@ -100,20 +95,13 @@ def pooled_engine(
     experts_of_layer = [moe.num_experts if moe else 0 for moe in layers]
     wanted = [sorted({e for p in pools.values() for e in p[i]}) for i in range(len(layers))]
     num_slots = num_slots or max(len(experts) for experts in wanted)
-    settings = {
-        "num_slots": num_slots,
-        "num_pools": len(pools),
-        "moe_backend": moe_backend,
-        "expert_dtype": expert_dtype,
-        "host_expert_bytes": host_expert_bytes,
-        "records_routing": True,
-    }
+    settings = PluginSettings(num_slots, len(pools), moe_backend, expert_dtype, host_expert_bytes)
     llm = LLM(
         str(directory),
         load_format=LOAD_FORMAT,
         worker_cls=worker_cls_for("cpu"),
         worker_extension_cls=WORKER_EXTENSION_CLS,
-        additional_config={ADDITIONAL_CONFIG_KEY: settings},
+        additional_config=settings.to_config(),
         **{**SMALL, **engine_args},
     )
     try:

@@ -22,7 +22,7 @@ from emo_serve.server.auto.candidates import Candidates, nothing_to_choose, pool
 from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
 from emo_serve.server.pool_admin.temporary import TemporaryPools
-from emo_serve.server.vllm_adapter.worker_calls import RouterMass
+from emo_serve.vllm_plugin.contract import RouterMass
 
 if TYPE_CHECKING:
     from emo_serve.server.vllm_adapter.probe import RouterProbe

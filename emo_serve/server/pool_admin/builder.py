@@ -37,7 +37,7 @@ from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.pool_admin.status import PoolStatus
 from emo_serve.server.tokenizer import ServedTokenizer
 from emo_serve.server.vllm_adapter.probe import LOW_PRIORITY, RouterProbe
-from emo_serve.server.vllm_adapter.worker_calls import RouterMass
+from emo_serve.vllm_plugin.contract import RouterMass
 
 __all__ = ["PoolBuild", "PoolBuilder"]
 

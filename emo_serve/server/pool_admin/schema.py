@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.strict_model import StrictModel
 from emo_serve.server.pool_admin.status import Overview, PoolStatus
-from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
+from emo_serve.vllm_plugin.contract import PoolUsage
 
 __all__ = [
     "DeletedPool",

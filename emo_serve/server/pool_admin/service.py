@@ -19,7 +19,7 @@ from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.pool_admin.residency import NamedResidency
 from emo_serve.server.pool_admin.status import PoolStatuses
 from emo_serve.server.pool_admin.temporary import TemporaryPools
-from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
+from emo_serve.vllm_plugin.contract import PoolUsage
 
 __all__ = ["PoolService"]
 

@@ -19,7 +19,7 @@ from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.statistics import PoolState, ResidencyStats
 from emo_serve.server.pool_admin.lookup import PoolLookup
-from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
+from emo_serve.vllm_plugin.contract import PoolUsage
 
 __all__ = ["Overview", "PoolKind", "PoolStatus", "PoolStatuses", "Shares", "Sharing"]
 

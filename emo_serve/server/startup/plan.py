@@ -20,7 +20,7 @@ from emo_serve.names import BASE_POOL, ModelNames, split_name
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.slots import SlotTable
-from emo_serve.vllm_plugin import expert_bytes
+from emo_serve.vllm_plugin.contract import expert_bytes
 
 __all__ = ["StartPlan", "choose_slots", "make_plan"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import ADDITIONAL_CONFIG_KEY, LOAD_FORMAT
+from emo_serve.vllm_plugin.contract import ADDITIONAL_CONFIG_KEY, LOAD_FORMAT
 
 __all__ = ["refuse_unsupported"]
 

@@ -19,13 +19,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from emo_serve.config import ServeSettings, add_serve_flags
 from emo_serve.errors import ConfigError, EmoServeError
-from emo_serve.vllm_plugin import (
-    ADDITIONAL_CONFIG_KEY,
+from emo_serve.vllm_plugin import WORKER_EXTENSION_CLS, worker_cls_for
+from emo_serve.vllm_plugin.contract import (
     LOAD_FORMAT,
-    WORKER_EXTENSION_CLS,
+    PluginSettings,
     check_expert_dtype,
     check_moe_backend,
-    worker_cls_for,
 )
 
 __all__ = [
@@ -94,20 +93,20 @@ def with_engine_values(
     device = current_platform.device_type
     check_expert_dtype(settings.expert_dtype, settings.moe_backend, device)
     check_moe_backend(settings.moe_backend, device)
-    ours = {
-        "num_slots": num_slots,
-        "num_pools": settings.max_pools,
-        "host_expert_bytes": settings.host_expert_bytes,
-        "records_routing": os.environ.get(_RECORD_VARIABLE) != "0",
-        "moe_backend": settings.moe_backend,
-        "expert_dtype": settings.expert_dtype,
-    }
+    ours = PluginSettings(
+        num_slots=num_slots,
+        num_pools=settings.max_pools,
+        moe_backend=settings.moe_backend,
+        expert_dtype=settings.expert_dtype,
+        host_expert_bytes=settings.host_expert_bytes,
+        records_routing=os.environ.get(_RECORD_VARIABLE) != "0",
+    )
     return with_values(
         args,
         load_format=LOAD_FORMAT,
         worker_cls=worker_cls_for(device),
         worker_extension_cls=WORKER_EXTENSION_CLS,
-        additional_config={**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: ours},
+        additional_config={**(args.additional_config or {}), **ours.to_config()},
     )
 
 

@@ -36,13 +36,7 @@ from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.request_account import RequestAccount
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
-from emo_serve.vllm_plugin import (
-    ACCOUNT_ARG,
-    MASS_SLOT_ARG,
-    NO_ACCOUNT,
-    NO_MASS_SLOT,
-    POOL_ROW_ARG,
-)
+from emo_serve.vllm_plugin.contract import NO_ACCOUNT, NO_MASS_SLOT, RequestTag
 
 __all__ = ["PooledLLM", "place_in_row", "salt_prompt", "to_http_error"]
 
@@ -234,6 +228,6 @@ def place_in_row(
 ) -> SamplingParams:
     """Return a copy that routes in `row`, whatever the client put there; callers share params."""
     placed = copy.copy(params)
-    ours = {POOL_ROW_ARG: row, ACCOUNT_ARG: account, MASS_SLOT_ARG: mass_slot}
-    placed.extra_args = {**(params.extra_args or {}), **ours}
+    tag = RequestTag(row, account, mass_slot)
+    placed.extra_args = {**(params.extra_args or {}), **tag.to_extra_args()}
     return placed

@@ -13,8 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from emo_serve.errors import EngineDead
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
-from emo_serve.server.vllm_adapter.worker_calls import RouterMass
-from emo_serve.vllm_plugin import MASS_SLOTS
+from emo_serve.vllm_plugin.contract import MASS_SLOTS, RouterMass
 
 __all__ = ["LOW_PRIORITY", "RouterProbe"]
 

@@ -15,16 +15,30 @@ import itertools
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from emo_serve.errors import CheckpointError, EngineDead, PoolLoadFailed
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.ports import LoadReport
 from emo_serve.residency.slots import Copy, ExpertIds
+from emo_serve.vllm_plugin.contract import (
+    CoverageReading,
+    EngineDescription,
+    LoadProgress,
+    PoolUsage,
+    RouterMass,
+)
 
-__all__ = ["CoverageSum", "EngineFacts", "PoolUsage", "RouterMass", "WorkerCalls"]
+__all__ = ["CoverageSum", "EngineFacts", "WorkerCalls"]
 
 _Reply = Mapping[str, Any]
+_Record = TypeVar("_Record")
+_READERS: dict[type, TypeAdapter[Any]] = {
+    record: TypeAdapter(record)
+    for record in (CoverageReading, EngineDescription, LoadProgress, PoolUsage, RouterMass)
+}
 _DEATH_CHECK_SECONDS = 0.5
 # A poll costs the engine 1-2 ms between two steps: ask early, then when the load should be done.
 _SHORTEST_PAUSE_SECONDS = 0.005
@@ -68,29 +82,6 @@ class CoverageSum:
 
     def __add__(self, other: CoverageSum) -> CoverageSum:
         return CoverageSum(self.mass + other.mass, self.tokens + other.tokens)
-
-
-@dataclass(frozen=True)
-class PoolUsage:
-    """How many tokens a pool routed, and how many of them took each expert.
-
-    `counts` are [E] a layer, () for a dense layer.
-    """
-
-    tokens: int
-    counts: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class RouterMass:
-    """The full router's probability of each expert, added up over tokens; fp64.
-
-    `layers` are [E] a layer, () for a dense layer: the softmax over standard experts, and shared
-    ones' own (`emo.routing.router_probabilities`).
-    """
-
-    tokens: int
-    layers: tuple[tuple[float, ...], ...]
 
 
 class WorkerCalls:
@@ -143,58 +134,54 @@ class WorkerCalls:
         load_id = next(self._load_ids)
         rows = [[copy.layer, copy.expert, copy.slot] for copy in copies]
         await self._call("emo_start_load", load_id, rows)
-        replies = await self._settled(load_id, table_row, len(copies))
-        failures = [reply["failure"] for reply in replies if reply["state"] == "failed"]
+        ranks = await self._settled(load_id, table_row, len(copies))
+        failures = [str(rank.failure) for rank in ranks if rank.state == "failed"]
         if failures:
             raise PoolLoadFailed(failures[0])
         return LoadReport(
             num_experts=num_experts,
             experts_copied=len(copies),
-            bytes_copied=sum(reply["bytes_copied"] for reply in replies),
-            bytes_read=sum(reply["bytes_read"] for reply in replies),
-            host_hits=min(reply["host_hits"] for reply in replies),
+            bytes_copied=sum(rank.bytes_copied for rank in ranks),
+            bytes_read=sum(rank.bytes_read for rank in ranks),
+            host_hits=min(rank.host_hits for rank in ranks),
             seconds=time.monotonic() - start,
         )
 
     async def describe(self) -> EngineFacts:
         """Ask what the workers hold."""
-        replies = await self._call("emo_describe")
-        first = replies[0]
+        ranks = await self._ask(EngineDescription, "emo_describe")
         return EngineFacts(
-            num_ranks=len(replies),
-            trunk_bytes=max(reply["trunk_bytes"] for reply in replies),
-            slab_bytes=max(reply["slab_bytes"] for reply in replies),
-            slot_bytes=max(reply["slot_bytes"] for reply in replies),
-            num_slots=tuple(first["num_slots"]),
-            dtype=first["dtype"],
-            expert_dtype=first["expert_dtype"],
-            moe_backend=first["moe_backend"],
-            routes_by_pool=all(reply["routes_by_pool"] for reply in replies),
-            records_routing=first["records_routing"],
+            num_ranks=len(ranks),
+            trunk_bytes=max(rank.trunk_bytes for rank in ranks),
+            slab_bytes=max(rank.slab_bytes for rank in ranks),
+            slot_bytes=max(rank.slot_bytes for rank in ranks),
+            num_slots=ranks[0].num_slots,
+            dtype=ranks[0].dtype,
+            expert_dtype=ranks[0].expert_dtype,
+            moe_backend=ranks[0].moe_backend,
+            routes_by_pool=all(rank.routes_by_pool for rank in ranks),
+            records_routing=ranks[0].records_routing,
         )
 
-    # Gates are the same on every rank, so the first one's record is the record.
+    # Gates are the same on every rank, so the first rank records for all.
 
     async def read_coverage(self) -> dict[int, CoverageSum]:
         """Return, by account, what was summed up since the last call, and forget it."""
-        replies = await self._call("emo_read_coverage")
-        rows = replies[0]["coverage"]
-        return {account: CoverageSum(mass, tokens) for account, mass, tokens in rows}
+        ranks = await self._ask(CoverageReading, "emo_read_coverage")
+        return {row.account: CoverageSum(row.mass, row.tokens) for row in ranks[0].coverage}
 
     async def read_mass(self, slot: int) -> RouterMass:
         """Return what the requests of a mass slot gave, and forget it."""
-        replies = await self._call("emo_read_mass", slot)
-        return RouterMass(replies[0]["tokens"], tuple(map(tuple, replies[0]["mass"])))
+        return (await self._ask(RouterMass, "emo_read_mass", slot))[0]
 
     async def usage_of(self, pool: ExpertPool) -> PoolUsage:
         """Return what pools of this content have used since the engine started."""
         ids = [list(layer) for layer in pool.expert_ids]
-        replies = await self._call("emo_usage", ids, pool.router_temperature)
-        return PoolUsage(replies[0]["tokens"], tuple(map(tuple, replies[0]["counts"])))
+        return (await self._ask(PoolUsage, "emo_usage", ids, pool.router_temperature))[0]
 
     async def _settled(
         self, load_id: int, table_row: tuple[int, list[list[int]], float], total: int
-    ) -> Sequence[_Reply]:
+    ) -> list[LoadProgress]:
         """Poll until no rank is copying; each rank publishes in the first poll that finds it done.
 
         A row that some ranks have published and others not is harmless: no request may name it yet.
@@ -202,15 +189,24 @@ class WorkerCalls:
         start, pause = time.monotonic(), _SHORTEST_PAUSE_SECONDS
         while True:
             await asyncio.sleep(pause)
-            replies = await self._call("emo_finish_load", load_id, *table_row)
-            states = {reply["state"] for reply in replies}
-            if not states <= {"loading", "published", "failed"}:
-                raise EngineDead(f"emo_finish_load answered with states {sorted(states)}")
-            done = min(reply["experts_copied"] for reply in replies)
+            ranks = await self._ask(LoadProgress, "emo_finish_load", load_id, *table_row)
+            done = min(rank.experts_copied for rank in ranks)
             self._on_copied(done, total)
-            if "loading" not in states:
-                return replies
+            if all(rank.state != "loading" for rank in ranks):
+                return ranks
             pause = _next_pause(time.monotonic() - start, done, total)
+
+    async def _ask(self, record: type[_Record], method: str, *args: Any) -> list[_Record]:
+        """Call and read one record per rank."""
+        replies = await self._call(method, *args)
+        try:
+            return [_READERS[record].validate_python(reply) for reply in replies]
+        except ValidationError as error:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, found['loc']))} is {found['input']!r:.80}: {found['msg']}"
+                for found in error.errors()
+            )
+            raise EngineDead(f"{method}: a reply is no {record.__name__}: {wrong}") from error
 
     async def _call(self, method: str, *args: Any) -> Sequence[_Reply]:
         call_id = next(self._call_ids)

@@ -13,7 +13,7 @@ from vllm import LLM, SamplingParams
 from emo_serve.emo.checkpoint import Checkpoint, load_model
 from emo_serve.emo.model import EmoForCausalLM
 from emo_serve.emo.routing import router_probabilities
-from emo_serve.vllm_plugin import ACCOUNT_ARG, MASS_SLOT_ARG
+from emo_serve.vllm_plugin.contract import ACCOUNT_ARG, MASS_SLOT_ARG
 from tests.support.golden.checkpoints import CASES, golden, pools_of, prompts_of, write_checkpoint
 from tests.support.golden_run import golden_pools, worst_difference
 from tests.support.offline_engine import SMALL, PooledEngine, chosen_logprobs, pooled_engine
@@ -302,10 +302,10 @@ def test_the_engine_records_what_the_router_does(
     for slot, pool in enumerate(pools):
         (mass,) = compiled.call("emo_read_mass", slot)
         assert mass["tokens"] == routed[pool]
-        for layer, expected in zip(mass["mass"], masses[pool], strict=True):
+        for layer, expected in zip(mass["layers"], masses[pool], strict=True):
             assert layer == pytest.approx(expected.tolist(), abs=1e-4 * routed[pool])
         (emptied,) = compiled.call("emo_read_mass", slot)
-        assert emptied["tokens"] == 0 and not any(map(any, emptied["mass"]))
+        assert emptied["tokens"] == 0 and not any(map(any, emptied["layers"]))
     for pool in pools:
         (usage,) = compiled.call("emo_usage", golden_pools()[pool], 1.0)
         assert usage["tokens"] - before[pool]["tokens"] == routed[pool]

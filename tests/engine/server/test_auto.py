@@ -18,7 +18,7 @@ from emo_serve.emo.routing import router_probabilities
 from emo_serve.pools.document import read_pool
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.auto.choice import coverages, trunk_pool
-from emo_serve.server.vllm_adapter.worker_calls import RouterMass
+from emo_serve.vllm_plugin.contract import RouterMass
 from tests.engine.server.conftest import POOLS
 from tests.support.server_process import RunningServer, error_of, serve
 from tests.unit.emo.test_model import masks

@@ -25,7 +25,7 @@ from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.asgi.errors import error_response, status_of
 from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.pool_admin.api import create_router
-from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
+from emo_serve.vllm_plugin.contract import PoolUsage
 from tests.support.fake_engine import FakeEngine
 from tests.support.pool_services import (
     EXPERTS_PER_LAYER,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
+from emo_serve.vllm_plugin.contract import PoolUsage
 from tests.support.pool_services import ServiceUnderTest
 from tests.unit.cli.test_pools_of_server import API, Cli, Served, cli_of
 

@@ -24,7 +24,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "emo_serve.errors": (),
     "emo_serve.names": ("emo_serve.errors",),
     "emo_serve.config": (
-        "emo_serve.vllm_plugin!",
+        "emo_serve.vllm_plugin.contract",
         "emo_serve.residency.policy",
         "emo_serve.names",
         "emo_serve.errors",
@@ -42,6 +42,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "emo_serve.server": (
         "emo_serve!",
         "emo_serve.vllm_plugin!",
+        "emo_serve.vllm_plugin.contract",
         "emo_serve.residency",
         "emo_serve.pools",
         "emo_serve.emo",
@@ -222,7 +223,8 @@ def test_a_forbidden_arrow_is_reported(module: str, source: str) -> None:
         ("emo_serve.residency.slots", "from emo_serve.pools.pool import ExpertPool"),
         ("emo_serve.residency.manager", "from emo_serve.residency.slots import SlotTable"),
         ("emo_serve.server.vllm_adapter.openai", "from vllm.v1.engine.async_llm import AsyncLLM"),
-        ("emo_serve.server.serve", "from emo_serve.vllm_plugin import LOAD_FORMAT"),
+        ("emo_serve.server.serve", "from emo_serve.vllm_plugin import worker_cls_for"),
+        ("emo_serve.server.serve", "from emo_serve.vllm_plugin.contract import LOAD_FORMAT"),
         ("emo_serve.cli.pools", "print('math')"),
         ("emo_serve.cli.pool_files", "print('math')"),
         ("emo_serve.cli.main", "def run():\n    from emo_serve.server.serve import create_app"),
@@ -240,6 +242,7 @@ def test_an_allowed_arrow_is_not_reported(module: str, source: str) -> None:
         ("emo_serve.errors", ("torch", "transformers", "vllm", "numpy")),
         ("emo_serve.residency.manager", ("torch", "transformers", "vllm")),
         ("emo_serve.vllm_plugin", ("torch", "transformers", "vllm")),
+        ("emo_serve.vllm_plugin.contract", ("torch", "transformers", "vllm", "numpy")),
         ("emo_serve.cli.main", ("torch", "transformers", "vllm")),
     ],
 )

@@ -19,7 +19,6 @@ from emo_kernels import PoolTables, Router
 from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.emo.routing import route
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import MOE_BACKENDS, expert_bytes
 from emo_serve.vllm_plugin.backends import (
     CpuBackend,
     MoeBackend,
@@ -29,6 +28,7 @@ from emo_serve.vllm_plugin.backends import (
     choose_backend,
 )
 from emo_serve.vllm_plugin.batch_pools import PADDING_ROW
+from emo_serve.vllm_plugin.contract import MOE_BACKENDS, expert_bytes
 from emo_serve.vllm_plugin.moe import PooledMoE
 from emo_serve.vllm_plugin.packed import ExpertShape, Slab
 

@@ -10,19 +10,20 @@ import pytest
 import torch
 
 from emo_serve.errors import ConfigError
-from emo_serve.vllm_plugin import (
+from emo_serve.vllm_plugin import worker_cls_for
+from emo_serve.vllm_plugin.batch_pools import PoolRows, attach_to_v1_runner
+from emo_serve.vllm_plugin.contract import (
     ACCOUNT_ARG,
     MASS_SLOT_ARG,
     MASS_SLOTS,
     NO_ACCOUNT,
     NO_MASS_SLOT,
     POOL_ROW_ARG,
+    RequestTag,
     expert_bytes,
-    worker_cls_for,
 )
-from emo_serve.vllm_plugin.batch_pools import PoolRows, attach_to_v1_runner
 from emo_serve.vllm_plugin.packed import ExpertShape
-from emo_serve.vllm_plugin.routing_record import RequestTag, RoutingRecord, StepRequests
+from emo_serve.vllm_plugin.routing_record import RoutingRecord, StepRequests
 
 CPU = torch.device("cpu")
 
@@ -174,5 +175,5 @@ def request_of(row: int) -> SimpleNamespace:
 def test_worker_classes() -> None:
     assert worker_cls_for("cpu").endswith("EmoCpuWorker")
     assert worker_cls_for("cuda").endswith("EmoGpuWorker")
-    with pytest.raises(ConfigError, match="'tpu' is not served"):
+    with pytest.raises(ConfigError, match="'tpu' is not supported"):
         worker_cls_for("tpu")

@@ -11,9 +11,11 @@ from vllm.config import CUDAGraphMode
 
 from emo_serve.emo.config import EmoConfig
 from emo_serve.errors import ConfigError
+from emo_serve.vllm_plugin.contract import PluginSettings
 from emo_serve.vllm_plugin.settings import (
-    PluginSettings,
     backend_for,
+    has_front_end,
+    read_settings,
     refuse_what_cannot_work,
     rope_for_vllm,
 )
@@ -54,15 +56,16 @@ def vllm_config(config: EmoConfig | None = None, **changes: Any) -> SimpleNamesp
 
 
 def test_plain_vllm_holds_everything() -> None:
-    expected = PluginSettings(128, 1, "auto", "auto", 0, records_routing=False, holds_all=True)
-    assert PluginSettings.read(vllm_config()) == expected
+    expected = PluginSettings(128, 1, "auto", "auto", 0, records_routing=False)
+    for nothing in ({}, None, {"other": 1}):
+        given = vllm_config(additional_config=nothing)
+        assert read_settings(given) == expected and not has_front_end(given)
 
 
 def test_a_front_end_decides() -> None:
     given = vllm_config(additional_config={"emo_serve": GOOD})
-    assert PluginSettings.read(given) == PluginSettings(
-        4, 8, "auto", "auto", 0, records_routing=True, holds_all=False
-    )
+    expected = PluginSettings(4, 8, "auto", "auto", 0, records_routing=True)
+    assert read_settings(given) == expected and has_front_end(given)
 
 
 @pytest.mark.parametrize(
@@ -71,13 +74,16 @@ def test_a_front_end_decides() -> None:
         ({"num_slots": 4}, r"has \['num_slots'\], expected"),
         ({**GOOD, "pools": 3}, "pools"),
         ({**GOOD, "moe_backend": "fast"}, "not one of auto, triton, cpu, reference"),
-        ({**GOOD, "expert_dtype": "fp4"}, "expert_dtype is not one of auto, fp8_e4m3"),
+        (
+            {**GOOD, "expert_dtype": "fp4"},
+            "expert_dtype is 'fp4', which is not one of auto, fp8_e4m3",
+        ),
         ({**GOOD, "num_slots": 0}, "at least 1"),
     ],
 )
 def test_bad_settings(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        PluginSettings.read(vllm_config(additional_config={"emo_serve": given}))
+        read_settings(vllm_config(additional_config={"emo_serve": given}))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +97,7 @@ def test_host_memory_holds_an_expert_or_is_none_at_all(expert_dtype: str, one_ex
     def read(host_expert_bytes: int) -> PluginSettings:
         changes = {"expert_dtype": expert_dtype, "host_expert_bytes": host_expert_bytes}
         ours = {"emo_serve": {**GOOD, **changes}}
-        return PluginSettings.read(vllm_config(additional_config=ours, tensor_parallel_size=2))
+        return read_settings(vllm_config(additional_config=ours, tensor_parallel_size=2))
 
     assert read(one_expert).host_expert_bytes == one_expert
     for bad in (one_expert - 1, 1, -1):
@@ -135,7 +141,7 @@ def test_reference_maths_alone_and_cuda_graphs_exclude_each_other(
     cuda = torch.device("cuda")
 
     def choose(name: str, **changes: Any) -> str:
-        settings = PluginSettings(4, 8, name, "auto", 0, records_routing=True, holds_all=False)
+        settings = PluginSettings(4, 8, name, "auto", 0, records_routing=True)
         return backend_for(vllm_config(**changes), settings, cuda).name
 
     assert choose("reference") == "reference"
@@ -147,7 +153,7 @@ def test_reference_maths_alone_and_cuda_graphs_exclude_each_other(
 
 def test_an_experts_width_is_each_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    settings = PluginSettings(4, 8, "triton", "auto", 0, records_routing=True, holds_all=False)
+    settings = PluginSettings(4, 8, "triton", "auto", 0, records_routing=True)
     config = EmoConfig(intermediate_size=96)
     assert backend_for(vllm_config(config, tensor_parallel_size=6), settings, torch.device("cuda"))
     with pytest.raises(ConfigError, match="each rank 8 .*divided by --tensor-parallel-size"):

@@ -23,7 +23,7 @@ from emo_serve.server.auto.candidates import Candidates
 from emo_serve.server.auto.choice import FallbackChooser, make_chooser, read_auto_examples
 from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
-from emo_serve.server.vllm_adapter.worker_calls import RouterMass
+from emo_serve.vllm_plugin.contract import RouterMass
 from tests.support.pool_services import MOE_LAYERS, ServiceUnderTest, pool, service_of
 from tests.support.served_tokenizer import FileTokenizer
 

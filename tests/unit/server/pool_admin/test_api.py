@@ -19,7 +19,7 @@ from emo_serve.pools.document import PoolDocument, parse_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration, PoolModel
 from emo_serve.server.asgi.errors import status_of
 from emo_serve.server.pool_admin.api import MAX_DOCUMENT_BYTES, create_router
-from emo_serve.server.vllm_adapter.worker_calls import PoolUsage
+from emo_serve.vllm_plugin.contract import PoolUsage
 from tests.support.fake_engine import SLOT_BYTES, FakeEngine
 from tests.support.pool_services import (
     EXPERTS_PER_LAYER,

@@ -59,7 +59,8 @@ from emo_serve.errors import (
 from emo_serve.server.asgi.errors import refusal, status_of
 from emo_serve.server.startup.unsupported_flags import _UNSUPPORTED
 from emo_serve.server.vllm_adapter import flags, generation
-from emo_serve.vllm_plugin.settings import PluginSettings
+from emo_serve.vllm_plugin.contract import PluginSettings
+from emo_serve.vllm_plugin.settings import has_front_end, read_settings
 from tests.unit.vllm_plugin.test_settings import vllm_config
 
 SITE = Path(inspect.getfile(AsyncLLM)).parents[2]
@@ -308,10 +309,10 @@ def test_workers_read_what_the_front_end_decides(monkeypatch: pytest.MonkeyPatch
     args = argparse.Namespace(additional_config={"other": 1}, enforce_eager=False)
     settings = ServeSettings(expert_dtype="fp8_e4m3", max_pools=8, host_expert_bytes=1 << 30)
     filled = flags.with_engine_values(args, settings, 4)
-    read = PluginSettings.read(vllm_config(additional_config=filled.additional_config))
-    assert read == PluginSettings(
-        4, 8, "auto", "fp8_e4m3", 1 << 30, records_routing=True, holds_all=False
-    )
+    given = vllm_config(additional_config=filled.additional_config)
+    assert has_front_end(given)
+    expected = PluginSettings(4, 8, "auto", "fp8_e4m3", 1 << 30, records_routing=True)
+    assert read_settings(given) == expected
     assert filled.additional_config["other"] == 1
     assert args.additional_config == {"other": 1}  # a namespace is never changed
 

@@ -14,13 +14,21 @@ from emo_serve.server.vllm_adapter import worker_calls as engine_calls
 from emo_serve.server.vllm_adapter.worker_calls import WorkerCalls
 
 DESCRIPTION = {
+    "rank": 0,
     "trunk_bytes": 100,
     "slab_bytes": 64,
     "slot_bytes": 8,
     "num_slots": [4, 4],
+    "bytes_read": 100,
+    "disk_reads": 0,
+    "host_hits": 0,
+    "host_bytes": 0,
+    "host_experts": 0,
+    "peak_rss_bytes": 1000,
     "dtype": "float32",
     "expert_dtype": "float8_e4m3fn",
     "moe_backend": "cpu",
+    "model_runner": "v1",
     "routes_by_pool": True,
     "records_routing": True,
 }
@@ -66,6 +74,7 @@ class Workers:
             "experts_copied": done,
             "bytes_copied": 8 * done,
             "bytes_read": 10 + rank,
+            "disk_reads": rank,
             "host_hits": 2 - rank,
         }
 
@@ -157,6 +166,17 @@ async def test_an_unknown_state_is_the_end() -> None:
     workers.spoil = {"state": "asleep"}
     with pytest.raises(EngineDead, match="asleep"):
         await calls_of(workers).make_resident(3, IDS, 1.0, COPIES)
+
+
+@pytest.mark.usefixtures("no_waiting")
+async def test_a_reply_that_is_no_record_is_the_end() -> None:
+    workers = Workers()
+    workers.spoil = {"num_slots": [4, "many"], "dtype": None}
+    with pytest.raises(
+        EngineDead, match="^emo_describe: a reply is no EngineDescription: "
+    ) as dead:
+        await calls_of(workers).describe()
+    assert "num_slots.1 is 'many'" in str(dead.value) and "dtype is None" in str(dead.value)
 
 
 @pytest.mark.usefixtures("no_waiting")
