@@ -28,7 +28,7 @@ from emo_serve import demo
 from emo_serve.emo.config import load_config
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.vllm_plugin.contract import RequestTag
-from emo_serve.vllm_plugin.model import EmoForCausalLM
+from emo_serve.vllm_plugin.slot_host import SlotHost, slot_host_of
 
 _LOADS = {  # requests at once, prompt tokens, tokens
     "decode, 1": (1, 50, 128),
@@ -62,14 +62,14 @@ def start_engine(eager: bool) -> LLM:
 class Recording:
     """Switch an engine's recording on and off."""
 
-    def __init__(self, model: EmoForCausalLM) -> None:
-        assert model.record is not None
-        self._model, self.record = model, model.record
+    def __init__(self, host: SlotHost) -> None:
+        assert host.record is not None
+        self._host, self.record = host, host.record
 
     def switch(self, is_on: bool) -> None:
         """Switch between two steps."""
-        self._model.record = self.record if is_on else None
-        for index, layer in self._model.moe_layers.items():
+        self._host.record = self.record if is_on else None
+        for index, layer in self._host.layers.items():
             layer.record = self.record.of_layer[index] if is_on else None
 
 
@@ -130,8 +130,8 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without vLLM's compilation")
     args = parser.parse_args()
     llm = start_engine(args.eager)
-    (model,) = llm.apply_model(lambda model: model)
-    recording = Recording(model)
+    (host,) = llm.apply_model(slot_host_of)
+    recording = Recording(host)
     print("| load, requests at once | on / off (quartiles) | off again / off (quartiles) |")
     print("|---|---|---|")
     rows = {}

@@ -31,6 +31,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from emo_serve.vllm_plugin.contract import BASE_POOL_ROW, POOL_ROW_ARG, RequestTag
 from emo_serve.vllm_plugin.routing_record import RoutingRecord, StepRequests
 from emo_serve.vllm_plugin.settings import read_settings
+from emo_serve.vllm_plugin.slot_host import slot_host_of
 
 __all__ = [
     "PADDING_ROW",
@@ -115,7 +116,7 @@ def attach_to_v1_runner(runner: Any, num_rows: int) -> None:
 
     def with_pool_rows(num_reqs: int | None = None) -> dict[str, Any]:
         kwargs: dict[str, Any] = upstream(num_reqs)
-        record: RoutingRecord | None = runner.get_model().record
+        record: RoutingRecord | None = runner.get_model().slot_host.record
         if num_reqs == 0:  # vLLM's mark of a dummy run, such as a CUDA graph's capture
             if record is not None:
                 record.pause()
@@ -139,7 +140,7 @@ class EmoModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self._tag_of_state = [RequestTag()] * self.max_num_reqs
-        self._record: RoutingRecord | None = getattr(model, "record", None)
+        self._record = slot_host_of(model).record
         num_rows = read_settings(vllm_config).num_pools
         self._rows = PoolRows(self.max_num_tokens, num_rows, device)
 

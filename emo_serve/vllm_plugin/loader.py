@@ -18,6 +18,8 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from emo_serve.emo.checkpoint import Checkpoint, expert_tensor_name
 from emo_serve.errors import ConfigError
 from emo_serve.vllm_plugin.contract import LOAD_FORMAT
+from emo_serve.vllm_plugin.expert_store import ExpertStore
+from emo_serve.vllm_plugin.slot_host import SlotHost, slot_host_of
 
 __all__ = ["EmoModelLoader", "register_loader"]
 
@@ -35,22 +37,25 @@ class EmoModelLoader(BaseModelLoader):
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Load the trunk; without a front end, all experts too."""
         self.download_model(model_config)
-        checkpoint = Checkpoint.open(model_config.model)
-        model.open_store(checkpoint)
-        model.load_weights(self._tensors(model, checkpoint))
+        checkpoint, host = Checkpoint.open(model_config.model), slot_host_of(model)
+        store = host.open_store(checkpoint)
+        model.load_weights(_tensors(checkpoint, host, store))
 
-    def _tensors(self, model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-        for name in checkpoint.trunk_names():
-            tensor = checkpoint.tensor(name)
-            model.store.count_trunk(tensor.nbytes)
-            yield name, tensor
-        if not model.holds_all:
-            return
-        for layer, moe in model.moe_layers.items():
-            for expert in range(moe.moe.num_experts):
-                for matrix in ("gate", "up", "down"):
-                    name = expert_tensor_name(layer, expert, matrix)
-                    yield name, checkpoint.tensor(name)
+
+def _tensors(
+    checkpoint: Checkpoint, host: SlotHost, store: ExpertStore
+) -> Iterator[tuple[str, Tensor]]:
+    for name in checkpoint.trunk_names():
+        tensor = checkpoint.tensor(name)
+        store.count_trunk(tensor.nbytes)
+        yield name, tensor
+    if not host.holds_all:
+        return
+    for index, layer in host.layers.items():
+        for expert in range(layer.moe.num_experts):
+            for matrix in ("gate", "up", "down"):
+                name = expert_tensor_name(index, expert, matrix)
+                yield name, checkpoint.tensor(name)
 
 
 def register_loader() -> None:

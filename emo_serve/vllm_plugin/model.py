@@ -10,10 +10,7 @@ Shapes: T tokens of the step (padding included), D hidden size.
 
 from __future__ import annotations
 
-import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,17 +36,13 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from emo_serve.emo.checkpoint import Checkpoint, parse_expert_name
 from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.errors import CheckpointError
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.batch_pools import EmoModelState
 from emo_serve.vllm_plugin.contract import BASE_POOL_ROW, PluginSettings
-from emo_serve.vllm_plugin.expert_store import ExpertStore, HostMemory
-from emo_serve.vllm_plugin.loads import CpuMover, CudaMover, ExpertLoad, Mover, SlotCopy
 from emo_serve.vllm_plugin.moe import PooledMoE
-from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert
-from emo_serve.vllm_plugin.routing_record import RoutedLayer, RoutingRecord, pool_key
+from emo_serve.vllm_plugin.packed import ExpertShape
 from emo_serve.vllm_plugin.settings import (
     backend_for,
     emo_config,
@@ -58,10 +51,9 @@ from emo_serve.vllm_plugin.settings import (
     refuse_what_cannot_work,
     rope_for_vllm,
 )
+from emo_serve.vllm_plugin.slot_host import SlotHost
 
 __all__ = ["EmoForCausalLM"]
-
-_STEP_SECONDS = 0.1  # longer than a step of decoding, shorter than anybody would wait for
 
 
 class EmoForCausalLM(nn.Module):
@@ -77,15 +69,14 @@ class EmoForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = emo_config(vllm_config)
-        self.settings = read_settings(vllm_config)
-        self.holds_all = not has_front_end(vllm_config)
+        settings = read_settings(vllm_config)
         refuse_what_cannot_work(vllm_config)
-        self.backend = backend_for(vllm_config, self.settings, torch.get_default_device())
+        backend = backend_for(vllm_config, settings, torch.get_default_device())
         self.model = _EmoModel(
             vllm_config=vllm_config,
             prefix=maybe_prefix(prefix, "model"),
-            settings=self.settings,
-            backend=self.backend,
+            settings=settings,
+            backend=backend,
         )
         self.lm_head = ParallelLMHead(
             self.config.vocab_size,
@@ -98,35 +89,20 @@ class EmoForCausalLM(nn.Module):
             "base_rows", torch.full((max_tokens,), BASE_POOL_ROW), persistent=False
         )
         blocks = [layer.mlp for layer in self.model.layers]
-        self.moe_layers = {
-            i: block for i, block in enumerate(blocks) if isinstance(block, PooledMoE)
-        }
-        ranks = get_tensor_model_parallel_world_size()
-        self.expert_shape = ExpertShape(
-            self.config.hidden_size,
-            self.config.intermediate_size // ranks,
-            self.backend.slab_dtype(vllm_config.model_config.dtype),
-            get_tensor_model_parallel_rank(),
+        self.slot_host = SlotHost(
+            [block if isinstance(block, PooledMoE) else None for block in blocks],
+            backend,
+            ExpertShape(
+                self.config.hidden_size,
+                self.config.intermediate_size // get_tensor_model_parallel_world_size(),
+                backend.slab_dtype(vllm_config.model_config.dtype),
+                get_tensor_model_parallel_rank(),
+            ),
+            settings,
+            self.base_rows.device,
+            holds_all=not has_front_end(vllm_config),
+            max_num_tokens=max_tokens,
         )
-        self.record = self._make_record(max_tokens)
-        self.store: ExpertStore | None = None
-        self.trunk_bytes = 0
-        self._stepped_at = -math.inf
-
-    def _make_record(self, max_num_tokens: int) -> RoutingRecord | None:
-        """Have the layers record what the router does, on the first rank: gates are replicated."""
-        is_first = get_tensor_model_parallel_rank() == 0
-        if not (self.settings.records_routing and is_first and self.moe_layers):
-            return None
-        dtype = next(iter(self.moe_layers.values())).gate.weight.dtype
-        layers = {
-            index: RoutedLayer(layer.moe, layer.pool_table)
-            for index, layer in self.moe_layers.items()
-        }
-        record = RoutingRecord(layers, max_num_tokens, dtype)
-        for index, layer in self.moe_layers.items():
-            layer.record = record.of_layer[index]
-        return record
 
     @staticmethod
     def get_model_state_cls() -> type[EmoModelState]:
@@ -146,7 +122,7 @@ class EmoForCausalLM(nn.Module):
         pool_rows: Tensor | None = None,
     ) -> Tensor:
         """Return final hidden states [T, D]; `pool_rows` may be longer than T."""
-        self._stepped_at = time.monotonic()
+        self.slot_host.note_step()
         rows_T = (self.base_rows if pool_rows is None else pool_rows)[: positions.shape[-1]]
         return self.model(input_ids, positions, rows_T, inputs_embeds)  # type: ignore[no-any-return]
 
@@ -155,93 +131,13 @@ class EmoForCausalLM(nn.Module):
         return self.logits_processor(self.lm_head, hidden_states)  # type: ignore[no-any-return]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the trunk and whatever experts come along; return the parameters loaded."""
+        """Load the trunk, and experts that come with it; return the parameters loaded."""
         loaded = _TrunkWeights(self)
-        experts: dict[tuple[int, int], dict[str, Tensor]] = {}
-        for name, weight in weights:
-            expert_name = parse_expert_name(name)
-            if expert_name is None:
-                loaded.load(name, weight)
-                continue
-            layer, expert, matrix = expert_name
-            parts = experts.setdefault((layer, expert), {})
-            parts[matrix] = weight
-            if len(parts) == 3:
-                self._place(layer, expert, parts)
-                del experts[layer, expert]
+        for name, weight in self.slot_host.take_experts(weights):
+            loaded.load(name, weight)
         # Counted now: vLLM's CPU linear layers repack their weights afterwards and drop these.
-        self.trunk_bytes = sum(p.nbytes for p in self.parameters())
-        if self.holds_all:
-            self._publish_base()
+        self.slot_host.end_start_up(trunk_bytes=sum(p.nbytes for p in self.parameters()))
         return loaded.names
-
-    def open_store(self, checkpoint: Checkpoint) -> ExpertStore:
-        """Make ready for loads out of a checkpoint; takes the host memory of the settings."""
-        device = self.base_rows.device
-        is_cuda = device.type == "cuda"
-        host = HostMemory(self.settings.host_expert_bytes, self.expert_shape, is_pinned=is_cuda)
-        piece_bytes = CudaMover.piece_bytes if is_cuda else CpuMover.piece_bytes
-        self.store = ExpertStore(checkpoint, self.backend, self.expert_shape, host, piece_bytes)
-        self.mover: Mover = (
-            CudaMover(self.store, self._slot, self.expert_shape, device)
-            if is_cuda
-            else CpuMover(self.store, self._slot, self._is_decoding)
-        )
-        return self.store
-
-    def _is_decoding(self) -> bool:
-        return time.monotonic() - self._stepped_at < _STEP_SECONDS
-
-    def start_load(self, load_id: int, copies: Sequence[SlotCopy]) -> ExpertLoad:
-        """Copy experts into slots beside the engine's steps; raises for what is not there."""
-        if self.store is None:
-            raise CheckpointError("this engine was not started with --load-format emo")
-        for layer, expert, slot in copies:
-            moe = self.moe_layers[layer]
-            if not (0 <= expert < moe.moe.num_experts and 0 <= slot < moe.num_slots):
-                raise IndexError(
-                    f"layer {layer}: expert {expert} of {moe.moe.num_experts} in slot {slot} of"
-                    f" {moe.num_slots}"
-                )
-        return ExpertLoad(load_id, copies, self.mover, self.store)
-
-    def point(self, copies: Iterable[SlotCopy]) -> None:
-        """Have experts that were copied be found in their slots from the next step on."""
-        by_layer: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for layer, expert, slot in copies:
-            by_layer[layer].append((expert, slot))
-        for layer, pairs in by_layer.items():
-            experts, slots = zip(*pairs, strict=True)
-            self.moe_layers[layer].point(experts, slots)
-
-    def publish_pool(self, row: int, expert_ids: list[list[int]], temperature: float) -> None:
-        """Let requests of `row` route among `expert_ids`, one list a layer, empty if dense."""
-        if self.record is not None:
-            self.record.rebind(row, pool_key(expert_ids, temperature))
-        for index, layer in self.moe_layers.items():
-            layer.publish(row, expert_ids[index], temperature)
-
-    def _slot(self, layer: int, number: int) -> PackedExpert:
-        return self.moe_layers[layer].slot(number)
-
-    def _place(self, layer: int, expert: int, parts: dict[str, Tensor]) -> None:
-        """Put this rank's part of a whole expert into the slot of its own number."""
-        slot, rank = self._slot(layer, expert), self.expert_shape.rank
-        ranks = self.config.intermediate_size // self.expert_shape.width
-        gate, up = (parts[matrix].chunk(ranks)[rank] for matrix in ("gate", "up"))
-        down = parts["down"].chunk(ranks, dim=1)[rank]
-        for out, weight in ((slot.w13, torch.cat([gate, up])), (slot.w2, down)):
-            if weight.shape != out.values.shape:
-                raise CheckpointError(
-                    f"expert {expert} of layer {layer} has a part of shape {tuple(weight.shape)},"
-                    f" expected {tuple(out.values.shape)}"
-                )
-            self.backend.pack_into(out, weight)
-        self.moe_layers[layer].point([expert], [expert])
-
-    def _publish_base(self) -> None:
-        everything = [list(range(m.num_experts)) if m else [] for m in self.config.moe_layers]
-        self.publish_pool(BASE_POOL_ROW, everything, temperature=1.0)
 
 
 # -- decoder --

@@ -111,7 +111,7 @@ class PooledMoE(nn.Module):
         """Return the memory of one slot; to be written while no published pool is using it."""
         return self.slab.slot(number)
 
-    def point(self, experts: Sequence[int], slots: Sequence[int]) -> None:
+    def map_experts(self, experts: Sequence[int], slots: Sequence[int]) -> None:
         """Have each of these experts be found in its slot from the next step on."""
         device = self.slot_of_expert.device
         where = torch.tensor(slots, dtype=torch.int32, device=device)

@@ -7,8 +7,8 @@ raised error would leave their replies out of step. Each replies as `contract` s
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -19,19 +19,15 @@ from emo_serve.vllm_plugin.contract import (
     CoverageReading,
     EngineDescription,
     LoadProgress,
-    LoadState,
     PoolUsage,
     RouterMass,
 )
 from emo_serve.vllm_plugin.expert_store import StoreCounts
-from emo_serve.vllm_plugin.loads import ExpertLoad
-from emo_serve.vllm_plugin.model import EmoForCausalLM
-from emo_serve.vllm_plugin.routing_record import pool_key
 from emo_serve.vllm_plugin.settings import read_settings
+from emo_serve.vllm_plugin.slot_host import SlotHost, slot_host_of
 
 __all__ = ["EmoWorkerExtension", "PoolRowsWorker"]
 
-_Number = TypeVar("_Number", int, float)
 _Record = CoverageReading | EngineDescription | LoadProgress | PoolUsage | RouterMass
 
 
@@ -41,17 +37,14 @@ class EmoWorkerExtension:
     model_runner: Any
     rank: int
 
-    _emo_load: ExpertLoad | None = None
+    _emo_host: SlotHost | None = None
 
     def emo_start_load(self, call_id: int, load_id: int, copies: list[list[int]]) -> dict[str, Any]:
         """Begin to copy experts into slots, each [layer, expert, slot], and return at once."""
 
         def start() -> None:
-            last = self._emo_load
-            if last is not None and last.state == "loading":
-                raise EmoServeError(f"load {last.load_id} is under way; {load_id} must wait")
             slots = [(layer, expert, slot) for layer, expert, slot in copies]
-            self._emo_load = self._emo_model().start_load(load_id, slots)
+            self._emo_slot_host().start_load(load_id, slots)
 
         return _reply(call_id, start)
 
@@ -64,77 +57,44 @@ class EmoWorkerExtension:
         temperature: float,
     ) -> dict[str, Any]:
         """Publish the pool if its load is done; reply with LoadProgress. May be repeated."""
-
-        def finish() -> LoadProgress:
-            model, load = self._emo_model(), self._emo_load
-            if load is None or load.load_id != load_id:
-                raise EmoServeError(f"load {load_id} is not the last that was started here")
-            state = load.state  # read once: the load's thread may change it at any time
-            if state == "copied":
-                load.publish(model.point)
-                model.publish_pool(row, expert_ids, temperature)
-                state = load.state
-            return LoadProgress(
-                state=cast(LoadState, state),
-                failure=load.failure,
-                experts_copied=load.experts_copied,
-                bytes_copied=load.experts_copied * model.expert_shape.num_bytes,
-                **vars(load.counts),
-            )
-
-        return _reply(call_id, finish)
+        return _reply(
+            call_id,
+            lambda: self._emo_slot_host().finish_load(load_id, row, expert_ids, temperature),
+        )
 
     def emo_publish_pool(
         self, call_id: int, row: int, expert_ids: list[list[int]], temperature: float
     ) -> dict[str, Any]:
         """Let requests of `row` route among these experts, which must be in place."""
-
-        def publish() -> None:
-            self._emo_model().publish_pool(row, expert_ids, temperature)
-
-        return _reply(call_id, publish)
+        return _reply(
+            call_id, lambda: self._emo_slot_host().publish_pool(row, expert_ids, temperature)
+        )
 
     def emo_read_coverage(self, call_id: int) -> dict[str, Any]:
         """Reply with CoverageReading, and forget it."""
-
-        def read() -> CoverageReading:
-            record = self._emo_model().record
-            return CoverageReading(() if record is None else tuple(record.read_coverage()))
-
-        return _reply(call_id, read)
+        return _reply(call_id, lambda: self._emo_slot_host().read_coverage())
 
     def emo_read_mass(self, call_id: int, slot: int) -> dict[str, Any]:
         """Reply with the RouterMass of a mass slot, and forget it."""
-
-        def read() -> RouterMass:
-            model = self._emo_model()
-            tokens, mass = (0, {}) if model.record is None else model.record.read_mass(slot)
-            return RouterMass(tokens, _all_layers(model, mass))
-
-        return _reply(call_id, read)
+        return _reply(call_id, lambda: self._emo_slot_host().read_mass(slot))
 
     def emo_usage(
         self, call_id: int, expert_ids: list[list[int]], temperature: float
     ) -> dict[str, Any]:
         """Reply with the PoolUsage of pools with this content."""
-
-        def usage() -> PoolUsage:
-            model, key = self._emo_model(), pool_key(expert_ids, temperature)
-            tokens, counts = (0, {}) if model.record is None else model.record.usage(key)
-            return PoolUsage(tokens, _all_layers(model, counts))
-
-        return _reply(call_id, usage)
+        return _reply(call_id, lambda: self._emo_slot_host().usage(expert_ids, temperature))
 
     def emo_describe(self, call_id: int) -> dict[str, Any]:
         """Reply with EngineDescription."""
         return _reply(call_id, self._emo_description)
 
     def _emo_description(self) -> EngineDescription:
-        model = self._emo_model()
-        layers, store = list(model.moe_layers.values()), model.store
+        host = self._emo_slot_host()
+        layers, store = list(host.layers.values()), host.store
+        activations = next(self.model_runner.get_model().parameters()).dtype
         return EngineDescription(
             rank=self.rank,
-            trunk_bytes=model.trunk_bytes,
+            trunk_bytes=host.trunk_bytes,
             slab_bytes=sum(layer.slot_bytes * layer.num_slots for layer in layers),
             slot_bytes=max((layer.slot_bytes for layer in layers), default=0),
             num_slots=tuple(layer.num_slots for layer in layers),
@@ -142,18 +102,18 @@ class EmoWorkerExtension:
             host_bytes=store.host.num_bytes if store else 0,
             host_experts=len(store.host) if store else 0,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-            expert_dtype=str(model.expert_shape.dtype).removeprefix("torch."),
-            moe_backend=model.backend.name,
+            dtype=str(activations).removeprefix("torch."),
+            expert_dtype=str(host.shape.dtype).removeprefix("torch."),
+            moe_backend=host.backend.name,
             model_runner="v1" if hasattr(self.model_runner, "emo_pool_rows") else "v2",
-            records_routing=model.record is not None,
+            records_routing=host.record is not None,
             routes_by_pool=self._emo_routes_by_pool(),
         )
 
-    def _emo_model(self) -> EmoForCausalLM:
-        model = self.model_runner.get_model()
-        assert isinstance(model, EmoForCausalLM), type(model)
-        return model
+    def _emo_slot_host(self) -> SlotHost:
+        if self._emo_host is None:
+            self._emo_host = slot_host_of(self.model_runner.get_model())
+        return self._emo_host
 
     def _emo_routes_by_pool(self) -> bool:
         """Return whether this runner hands each token's pool row to the model."""
@@ -179,18 +139,11 @@ class PoolRowsWorker:
             attach_to_v1_runner(self.model_runner, num_rows)
 
     def shutdown(self) -> None:
-        """End a load under way: a thread inside torch when Python ends would abort the process."""
-        load: ExpertLoad | None = getattr(self, "_emo_load", None)
-        if load is not None:
-            load.stop()
+        """End a load under way, then shut down as upstream does."""
+        host: SlotHost | None = getattr(self, "_emo_host", None)  # a load began through it
+        if host is not None:
+            host.close()
         super().shutdown()  # type: ignore[misc]
-
-
-def _all_layers(
-    model: EmoForCausalLM, found: Mapping[int, Sequence[_Number]]
-) -> tuple[tuple[_Number, ...], ...]:
-    """Return one tuple per layer of the model, empty for a dense layer."""
-    return tuple(tuple(found.get(index, ())) for index in range(model.config.num_hidden_layers))
 
 
 def _reply(call_id: int, work: Callable[[], _Record | None]) -> dict[str, Any]:

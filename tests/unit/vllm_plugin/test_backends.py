@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
-from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
 from emo_kernels import PoolTables, Router
 from emo_serve.emo.config import EmoConfig, MoeLayer
@@ -192,18 +188,6 @@ def test_a_matrix_can_be_packed_in_parts(dtype: torch.dtype) -> None:
 # -- the layer --
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What vLLM's layers ask for when they are built: a configuration, and a group of one."""
-    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        initialize_model_parallel()
-        yield
-        destroy_model_parallel()
-        destroy_distributed_environment()
-
-
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
 def test_the_layer_routes_by_the_tables_as_they_are_now(
@@ -220,7 +204,7 @@ def test_the_layer_routes_by_the_tables_as_they_are_now(
     batch = pack(backend, batch, moe.slab)
     expert_dtype = "fp8_e4m3" if isinstance(backend, TritonFp8Backend) else "auto"
     assert moe.slot_bytes == expert_bytes(HIDDEN, WIDTH, expert_dtype, dtype_bytes=4)
-    moe.point(range(batch.moe.num_experts), batch.slots)
+    moe.map_experts(range(batch.moe.num_experts), batch.slots)
     for row, members_E in enumerate(batch.members_PE):
         moe.publish(row, members_E.nonzero()[:, 0].tolist(), float(batch.temperatures_P[row]))
     places = [tensor.data_ptr() for tensor in moe.buffers()]

@@ -141,7 +141,7 @@ def test_every_step_of_the_v1_runner_reads_one_buffer() -> None:
         input_batch=SimpleNamespace(num_reqs=2, req_ids=["b", "a", None]),
         query_start_loc=SimpleNamespace(np=np.array([0, 1, 4, 4, 4])),
         _init_model_kwargs=lambda num_reqs=None: {"upstream": num_reqs},
-        get_model=lambda: SimpleNamespace(record=record),
+        get_model=lambda: SimpleNamespace(slot_host=SimpleNamespace(record=record)),
     )
     attach_to_v1_runner(runner, num_rows=5)
     captured = runner._init_model_kwargs(num_reqs=0)
