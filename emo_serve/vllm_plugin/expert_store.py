@@ -1,10 +1,7 @@
 """Where experts live when they hold no slot: host memory, and below it the checkpoint's files.
 
-What comes out is packed: in the slab's dtype and layout, ready to be copied. Host memory is one
-arena of places for one expert each, taken whole at start-up and never more; the least recently used
-expert makes room. With CUDA the arena is pinned. It is registered rather than allocated as pinned:
-torch's pinned allocator rounds up to a power of two. Without host memory an expert is packed where
-the caller says.
+What comes out is packed: in the slab's dtype and layout, ready to be copied. Without host
+memory an expert is packed where the caller says.
 
 Each rank holds its own part of an expert's width. Reading and packing go in pieces, one for each
 step of a generator, so that a background load can stand aside between two.
@@ -51,7 +48,14 @@ class StoreCounts:
 
 
 class HostMemory:
-    """Packed experts by (layer, expert), the least recently used first to go; one thread's."""
+    """Packed experts by (layer, expert) in a fixed arena; the least recently used makes room.
+
+    The arena consists of places for one expert each. It is allocated whole at start-up and never
+    grows. With CUDA it is pinned: registered rather than allocated as pinned, because torch's
+    pinned allocator rounds up to a power of two. A library's cache would not do: eviction must hand
+    over the memory it frees, and memory being filled must belong to no expert, so that a failed
+    read leaves nothing behind. For use by one thread.
+    """
 
     def __init__(self, num_bytes: int, shape: ExpertShape, *, is_pinned: bool) -> None:
         count = num_bytes // shape.num_bytes

@@ -17,13 +17,14 @@ experts of a layer (where layers differ: the most of any), K experts a token tak
 
 from __future__ import annotations
 
-from collections import ChainMap, OrderedDict
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from cachetools import FIFOCache
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
@@ -181,7 +182,8 @@ class RoutingRecord:
         self._row_tokens = np.zeros(self._num_rows, dtype=np.int64)
         self._mass_tokens = np.zeros(MASS_SLOTS + 1, dtype=np.int64)
         self._key_of_row: dict[int, PoolKey] = {}
-        self._past: OrderedDict[PoolKey, tuple[int, list[Tensor]]] = OrderedDict()
+        # The pool that lost its last row the longest time ago is forgotten first.
+        self._past: FIFOCache[PoolKey, tuple[int, list[Tensor]]] = FIFOCache(_MOST_POOLS)
         self._running: StepRequests | None = None
         self._waiting: list[StepRequests] = []
         self._num_waiting = 0
@@ -333,8 +335,6 @@ class RoutingRecord:
             tokens, counts = self._past.pop(last, (0, self._no_usage()))
             tokens += int(self._row_tokens[row])
             self._past[last] = (tokens, self._with_usage_of(row, counts))
-            if len(self._past) > _MOST_POOLS:
-                self._past.popitem(last=False)
         self._row_tokens[row] = 0
         for like in self._like:
             like.usage[row] = 0

@@ -204,6 +204,26 @@ def test_the_usage_of_a_pool_outlives_its_row() -> None:
     assert made.record.usage(key)[0] == 8
 
 
+def test_usage_of_the_latest_pools_without_a_row_is_kept() -> None:
+    moe = MoeLayer(num_experts=6, num_shared_experts=1, always_active=(), top_k=3)
+    table = torch.ones(1, 6, dtype=torch.bool)
+    record = RoutingRecord({0: RoutedLayer(moe, table)}, 4, torch.float32)
+    keys = [pool_key([range(6)], 1.0 + number) for number in range(258)]
+
+    def use(key: PoolKey) -> None:
+        record.rebind(0, key)
+        record.begin(StepRequests([RequestTag(0)], np.array([2]), 2))
+        record.of_layer[0].note(torch.zeros(2, 6))
+
+    for key in keys:
+        use(key)
+    assert [record.usage(key)[0] for key in keys] == [0] + [2] * 257
+    use(keys[2])
+    use(keys[0])
+    record.rebind(0, keys[1])
+    assert [record.usage(key)[0] for key in keys] == [2, 0, 4, 0] + [2] * 254
+
+
 def test_usage_of_many_tokens_is_estimated_from_some_of_each_pool() -> None:
     moe = MoeLayer(num_experts=6, num_shared_experts=1, always_active=(), top_k=3)
     table = torch.ones(3, 6, dtype=torch.bool)
