@@ -1,9 +1,10 @@
 """Routing and expert maths over a slab of slots: the kernels behind `PooledMoE`.
 
-A backend takes a layer's gate logits and computes with slot ids; which expert sits in which slot
-stands in the tables. It owns how weights lie in the slab (`pack_into`).
+A backend takes a layer's gate logits and computes with slot ids; the tables tell which expert sits
+in which slot. The backend decides how weights lie in the slab (`pack_into`).
 
-Shapes: T tokens, D hidden size, F expert width on this rank, E experts, S slots, K experts a token.
+Shapes: T tokens, D hidden size, F expert width on this rank, E experts, S slots, K experts a token
+takes.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ _LOG = logging.getLogger(__name__)
 class MoeBackend(Protocol):
     """Compute a MoE layer from slots.
 
-    A matrix can be packed in parts of `row_block` rows, or a multiple: each gives the bytes that it
-    has in the whole. `keeps_layout` tells that packing is copying, at most into another dtype.
+    A matrix may be packed in parts whose rows are a multiple of `row_block`: the bytes are those of
+    packing it whole. `keeps_layout` says that packing only copies, at most into another dtype.
     """
 
     name: str
@@ -53,10 +54,10 @@ class MoeBackend(Protocol):
     keeps_layout: bool
 
     def slab_dtype(self, activations: torch.dtype) -> torch.dtype:
-        """Return the dtype of weights in slots, given that of the activations."""
+        """Return the dtype of weights in slots for activations of this dtype."""
 
     def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
-        """Write rows of an expert's matrix, of any floating dtype, as the slab stores them."""
+        """Write rows of an expert's matrix, in any floating dtype, as the slab stores them."""
 
     def __call__(
         self,
@@ -69,7 +70,7 @@ class MoeBackend(Protocol):
     ) -> Tensor:
         """Route each token inside its pool; return the weighted sum of its experts, [T, D].
 
-        Tokens whose pool row is -1 are padding: nobody reads what they get.
+        Tokens whose pool row is -1 are padding; their results are never read.
         """
 
 
@@ -91,7 +92,7 @@ class _PlainLayout(_InActivationsDtype):
 
 
 class ReferenceBackend(_PlainLayout):
-    """Plain torch, any device and shape; synchronises with the host, so no CUDA graphs."""
+    """Plain torch for any device and shape; synchronises with the host, so no CUDA graphs."""
 
     name = "reference"
 
@@ -116,10 +117,10 @@ class ReferenceBackend(_PlainLayout):
 
 
 class TritonBackend(_PlainLayout):
-    """emo_kernels: CUDA from compute capability 8.0 on; never synchronises with the host."""
+    """emo_kernels: CUDA of compute capability 8.0 or more; never synchronises with the host."""
 
     name = "triton"
-    alignment = 16  # emo_kernels.grouped_gemm: what hidden and expert sizes must divide by
+    alignment = 16  # emo_kernels.grouped_gemm: hidden and expert sizes must be multiples
     capability = (8, 0)
 
     def __call__(
@@ -141,10 +142,10 @@ class TritonBackend(_PlainLayout):
 
 
 class TritonFp8Backend(TritonBackend):
-    """The same on slots of fp8 weights, quantised where they are packed."""
+    """The same kernels on slots of fp8 weights, which are quantised as they are packed."""
 
     keeps_layout = False
-    _block_rows = 64  # of EMO's: half a MiB in fp32, so that a pass over them stays in L2
+    _block_rows = 64  # half a MiB of EMO's rows in fp32, so that a pass over them stays in L2
 
     def slab_dtype(self, activations: torch.dtype) -> torch.dtype:
         return torch.float8_e4m3fn
@@ -172,7 +173,7 @@ class CpuBackend(_InActivationsDtype):
         self._ops = _custom_ops
 
     def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
-        # vLLM's cpu_prepack_moe_weight, but into memory that is there.
+        # vLLM's cpu_prepack_moe_weight, but into memory that exists already.
         weight = weight.to(out.values.dtype).contiguous()
         torch.ops._C.prepack_moe_weight(weight[None], out.values[None], "vec")
 
@@ -199,9 +200,10 @@ def _route(
 ) -> tuple[Tensor, Tensor]:
     """Return weights_TK fp32 and slots_TK int32.
 
-    By emo.routing, not by emo_kernels' torch twin, which sorts all experts of every token. Each
-    place names a slot, as vLLM's kernel wants; one that takes nothing has weight 0. Padding routes
-    like the last pool's tokens: it comes with CUDA graphs, which these backends do not meet.
+    Uses emo.routing, since emo_kernels' torch twin sorts all experts of every token. Each of the K
+    places names a slot, as vLLM's kernel requires; a place that takes no expert has weight 0.
+    Padding routes like the last pool's tokens: it comes only with CUDA graphs, which these backends
+    never run in.
     """
     routing = route(
         logits_TE,
@@ -231,8 +233,8 @@ def choose_backend(
 ) -> MoeBackend:
     """Return the backend called `name`; `auto` is the fastest that can run here.
 
-    `width` is an expert's width on this rank, `dtype` the activations'. Raises ConfigError when the
-    named one cannot run, and for an `expert_dtype` that none can hold here.
+    `width` is an expert's width on this rank, `dtype` that of the activations. Raises ConfigError
+    if the named backend cannot run here, or no backend here can hold experts in `expert_dtype`.
     """
     if name not in MOE_BACKENDS:
         raise ConfigError(
@@ -250,10 +252,14 @@ def choose_backend(
         obstacle = _obstacle_to_triton(device, hidden_size, width, dtype)
     if obstacle is not None:
         if is_fp8:
-            raise ConfigError(f"{obstacle}; --expert-dtype {expert_dtype} needs it: leave that out")
+            raise ConfigError(
+                f"{obstacle}; --expert-dtype {expert_dtype} needs triton: leave --expert-dtype out"
+            )
         if name != "auto":
             raise ConfigError(f"{obstacle}; use --moe-backend reference")
-        _LOG.warning("--moe-backend auto takes reference, the slowest: %s", obstacle)
+        _LOG.warning(
+            "--moe-backend auto is falling back to the slow reference backend: %s", obstacle
+        )
         chosen = "reference"
     if chosen == "triton":
         return TritonFp8Backend() if is_fp8 else TritonBackend()
@@ -270,7 +276,7 @@ def _obstacle_to_triton(
                 f"--moe-backend triton needs compute capability {_dotted(least)}; the device has"
                 f" {_dotted(found)}"
             )
-    elif dtype == torch.bfloat16:  # its products of bfloat16 are wrong
+    elif dtype == torch.bfloat16:  # the interpreter multiplies bfloat16 wrongly
         return "--moe-backend triton in Triton's interpreter needs --dtype float32 or float16"
     return _misaligned("triton", TritonBackend.alignment, hidden_size, width)
 

@@ -1,15 +1,15 @@
-"""Which pool each token of a batch routes within: request -> pool row -> one row a token.
+"""Which pool each token of a batch routes within: request -> pool row -> one row per token.
 
-vLLM has two model runners, and each keeps its requests in its own way. What they share is here:
-`PoolRows` turns one row a request into one row a token, in a buffer that never moves, as CUDA
-graphs require, and tells the `RoutingRecord` whose tokens come. The V1 runner (CPU) is given its
-rows by `attach_to_v1_runner`; the V2 runner (CUDA's default) finds `EmoModelState` through the
+vLLM has two model runners, and each keeps its requests in its own way. This module holds what they
+share. `PoolRows` turns one row per request into one row per token, in a buffer that never moves, as
+CUDA graphs require, and tells the `RoutingRecord` whose tokens are coming. `attach_to_v1_runner`
+gives the V1 runner (CPU) its rows; the V2 runner (CUDA's default) finds `EmoModelState` through the
 model.
 
-A row comes from the front end, or, with plain `vllm serve`, from any client at all. One that no
-table has must reach neither the device, where a kernel would read past the table, nor an exception,
-which would end the engine. Such a request routes in the base pool, as if it named none: unlike
-padding, that leaves nothing wrong in a prefix cache that other requests share.
+A row comes from the front end or, under plain `vllm serve`, from any client. An invalid row must
+not reach the device, where a kernel would read past the table, and must not raise, which would end
+the engine. Such a request routes in the base pool, as if it named no pool. Padding would be wrong
+here: it would leave wrong values in a prefix cache that other requests share.
 
 Upstream: vllm 0.32.0, v1/worker/gpu_model_runner.py (_init_model_kwargs) and
 v1/worker/gpu/model_states/default.py (DefaultModelState).
@@ -43,14 +43,14 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PADDING_ROW = -1
-"""The row of tokens that are nobody's: they take no expert."""
+"""The row of padding tokens, which take no expert."""
 
 
 class PoolRows:
-    """One pool row a token, int64, in one persistent buffer of `max_num_tokens`.
+    """One pool row per token, int64, in one persistent buffer of `max_num_tokens`.
 
-    Before the first batch all are the base pool's, so that the run in which vLLM measures memory
-    does real work. `num_rows` is what the pool tables have.
+    Before the first batch every token has the base pool's row, so that the run in which vLLM
+    measures memory does real work. `num_rows` is the number of rows in the pool tables.
     """
 
     def __init__(self, max_num_tokens: int, num_rows: int, device: torch.device) -> None:
@@ -61,7 +61,7 @@ class PoolRows:
         self._has_warned = False
 
     def tag_of(self, sampling_params: Any) -> RequestTag:
-        """Return what a request carries; the base pool's row for none and for what is no row."""
+        """Return a request's tag, with the base pool's row if it names none or an invalid one."""
         extra_args = getattr(sampling_params, "extra_args", None) or {}
         tag = RequestTag.from_extra_args(extra_args, self._num_rows)
         named = extra_args.get(POOL_ROW_ARG, BASE_POOL_ROW)
@@ -74,8 +74,8 @@ class PoolRows:
             return
         self._has_warned = True
         logger.warning(
-            "a request carries %s %.40r, which is none of the %d rows there are; such requests"
-            " route in the base pool",
+            "a request carries %s %.40r, which is none of the %d rows; such requests route in the"
+            " base pool",
             POOL_ROW_ARG,
             row,
             self._num_rows,
@@ -87,8 +87,8 @@ class PoolRows:
         """Write the rows of a batch and return the whole buffer; the rest is padding.
 
         `query_start` holds the first token of each request and, last, the number of tokens. Does
-        not wait for the device: a step may be running there that still reads the last batch's. Most
-        steps have the requests of the one before, and then nothing is written.
+        not wait for the device, where a running step may still read the last batch's rows. Most
+        steps have the same requests as the step before; then nothing is written.
         """
         ends = query_start.tobytes()
         if ends != self._ends or tags != self._step.tags:
@@ -117,7 +117,7 @@ def attach_to_v1_runner(runner: Any, num_rows: int) -> None:
     def with_pool_rows(num_reqs: int | None = None) -> dict[str, Any]:
         kwargs: dict[str, Any] = upstream(num_reqs)
         record: RoutingRecord | None = runner.get_model().slot_host.record
-        if num_reqs == 0:  # vLLM's mark of a dummy run, such as a CUDA graph's capture
+        if num_reqs == 0:  # how vLLM marks a dummy run, such as the capture of a CUDA graph
             if record is not None:
                 record.pause()
             kwargs["pool_rows"] = rows.buffer_T
@@ -151,7 +151,7 @@ class EmoModelState(DefaultModelState):
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         kwargs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
         num_reqs = input_batch.num_reqs
-        # vLLM's warm-up runs come here, too: in row 0, before it is any pool's.
+        # vLLM's warm-up runs come here, too, in row 0, before any pool has it.
         tags = [self._tag_of_state[index] for index in input_batch.idx_mapping_np[:num_reqs]]
         query_start = input_batch.query_start_loc_np[: num_reqs + 1]
         kwargs["pool_rows"] = self._rows.fill(tags, query_start, self._record)

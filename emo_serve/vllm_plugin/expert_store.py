@@ -1,10 +1,10 @@
 """Where experts live when they hold no slot: host memory, and below it the checkpoint's files.
 
-What comes out is packed: in the slab's dtype and layout, ready to be copied. Without host
-memory an expert is packed where the caller says.
+What comes out is packed: in the slab's dtype and layout, ready to be copied. Without host memory an
+expert is packed where the caller says.
 
-Each rank holds its own part of an expert's width. Reading and packing go in pieces, one for each
-step of a generator, so that a background load can stand aside between two.
+Each rank holds its own part of an expert's width. Experts are read and packed in pieces, one piece
+per step of a generator, so that a background load can pause between two pieces.
 
 Shapes: D hidden size, F expert width on this rank.
 """
@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StoreCounts:
-    """What a store has done so far: bytes read from files, and experts found in each tier."""
+    """What a store has done so far: bytes read from files, and experts found in each place."""
 
     bytes_read: int = 0
     disk_reads: int = 0
@@ -70,14 +70,14 @@ class HostMemory:
         self.num_bytes = self._arena.nbytes
 
     def get(self, key: tuple[int, int]) -> PackedExpert | None:
-        """Return an expert that is here, which is then the last to go."""
+        """Return an expert if it is here, and mark it as the most recently used."""
         found = self._held.get(key)
         if found is not None:
             self._held.move_to_end(key)
         return found
 
     def take(self) -> PackedExpert | None:
-        """Return memory to fill, the oldest expert's if need be; None if there is none at all."""
+        """Return memory to fill, evicting if none is free; None if there is no host memory."""
         if self._free:
             return self._free.pop()
         return self._held.popitem(last=False)[1] if self._held else None
@@ -88,7 +88,7 @@ class HostMemory:
         self._held[key] = filled
 
     def give_back(self, memory: PackedExpert) -> None:
-        """Return memory of `take` that was not filled."""
+        """Return memory from `take` that was not filled."""
         self._free.append(memory)
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class HostMemory:
 
 
 class ExpertStore:
-    """Read and pack experts of one checkpoint, this rank's part; for one load at a time.
+    """Read and pack this rank's part of a checkpoint's experts; for one load at a time.
 
     A step reads about `piece_bytes`, and at least one of the backend's blocks of rows.
     """
@@ -114,16 +114,16 @@ class ExpertStore:
         self._shape = shape
         self._piece_bytes = piece_bytes
         self.host = host
-        self._rows: dict[torch.dtype, Tensor] = {}  # memory for one piece as the file has it
+        self._rows: dict[torch.dtype, Tensor] = {}  # for one piece in the file's dtype
         self.counts = StoreCounts()
 
     def fetch(
         self, layer: int, expert: int, spare: PackedExpert
     ) -> Generator[None, None, PackedExpert]:
-        """Have one expert packed in memory, a piece a step, and return where it is.
+        """Pack one expert in memory, one piece per step, and return where it is.
 
-        That is host memory, where it stays until the next fetch, or `spare` if there is none.
-        Raises CheckpointError; a fetch that does not come to its end leaves nothing behind.
+        That is host memory, where it stays at least until the next fetch, or `spare` without host
+        memory. Raises CheckpointError; a fetch that does not finish leaves nothing behind.
         """
         key = (layer, expert)
         held = self.host.get(key)
@@ -143,7 +143,7 @@ class ExpertStore:
         return memory
 
     def count_trunk(self, num_bytes: int) -> None:
-        """Add what was read from the same files for the trunk."""
+        """Add the bytes that were read from the same files for the trunk."""
         self._count(bytes_read=num_bytes)
 
     def _count(self, bytes_read: int = 0, disk_reads: int = 0, host_hits: int = 0) -> None:
@@ -170,9 +170,9 @@ class ExpertStore:
     def _fill_matrix(
         self, name: str, out: PackedMatrix, first_row: int, columns: slice
     ) -> Iterator[None]:
-        """Read and pack rows from `first_row` on, of which `columns` are this rank's.
+        """Read and pack rows from `first_row` on; `columns` are this rank's part of them.
 
-        Rows are read whole: a rank's part of one is less than the page that the kernel reads.
+        Rows are read whole: a rank's part of a row is smaller than the page the kernel reads.
         """
         file = self._checkpoint.file_of(name)
         row_bytes = file.info(name).num_bytes // file.info(name).shape[0]

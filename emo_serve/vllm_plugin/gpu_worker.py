@@ -1,4 +1,4 @@
-"""vLLM's GPU worker with pool rows on its V1 model runner, should that be chosen over V2."""
+"""vLLM's GPU worker with pool rows on its V1 model runner, in case that is chosen over V2."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The load format `emo`: the trunk now, experts when the front end asks for them.
 
 Replaces vLLM's DefaultModelLoader, which reads every tensor of the checkpoint. Here start-up reads
-the trunk only; loads (`loads.py`) read the rest, expert by expert, from the same files.
+only the trunk; loads (`loads.py`) read the rest, expert by expert, from the same files.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
 """Loads: experts copied into slots on a thread of their own, while the engine goes on decoding.
 
-The thread must not be felt. It works in pieces and sleeps between them; it opens no OpenMP team,
-whose threads would sit on the model's cores; and where a core exists to which vLLM has bound no
-thread of the model, it stays there.
+The thread must not slow decoding down. It works in pieces and sleeps between them; it opens no
+OpenMP team, whose threads would run on the model's cores; and if there is a core to which vLLM has
+bound no thread of the model, it stays there.
 
-Nothing of a load can be seen by a token before it is published: tokens reach a slot through the
-pool table and `slot_of_expert`, and both are written at publication, between two steps. With CUDA
-a step in flight may still read a slot that a load reuses, so the copies run on a stream that first
-waits for all that was issued before the load began; publishing makes the model's stream wait for
-them.
+No token can see a load before it is published: tokens reach a slot through the pool table and
+`slot_of_expert`, and both are written at publication, between two steps. With CUDA a step in flight
+may still read a slot that a load reuses, so the copies run on a stream that first waits for all
+work issued before the load began; publishing makes the model's stream wait for the copies.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class Mover(Protocol):
 class CpuMover:
     """Copies in main memory, which the model's cores read as well: small pieces, with rests.
 
-    `is_decoding` tells whether the engine has tokens to compute; without any, nobody would feel it.
+    `is_decoding` tells whether the engine has tokens to compute; if not, no rests are needed.
     """
 
     piece_bytes = 128 << 10  # residency/loading.py; 64 KiB is felt less and takes twice as long
@@ -110,7 +109,7 @@ class CpuMover:
 
 
 class CudaMover:
-    """Copies over a stream of their own, out of pinned memory; the host's cores have time."""
+    """Copies on a stream of their own, out of pinned memory; the host's cores stay free."""
 
     piece_bytes = 4 << 20
     rest: float = 0.0
@@ -159,7 +158,7 @@ class CudaMover:
 class ExpertLoad:
     """One load, from its start to its publication: loading, copied, published; or failed.
 
-    What a failed load wrote into its slots is nobody's business: they were free and are again.
+    What a failed load wrote into its slots does not matter: they were free, and are free again.
     """
 
     def __init__(

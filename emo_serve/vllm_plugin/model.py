@@ -1,9 +1,9 @@
 """EmoForCausalLM for vLLM: a pre-norm decoder whose MoE layers route inside pools.
 
-Everything but the MoE layer is vLLM's own building blocks, so attention, tensor parallelism and
+Everything but the MoE layer is built of vLLM's own blocks, so attention, tensor parallelism and
 compilation are vLLM's. `forward` takes one argument more than other models: `pool_rows`, one pool
-row a token, which the model runner supplies (see `batch_pools`); without it every token routes in
-the base pool, which is what plain `vllm serve` does.
+row per token, which the model runner supplies (see `batch_pools`). Without it every token routes in
+the base pool, as under plain `vllm serve`. The model's `slot_host` owns what is in the slots.
 
 Shapes: T tokens of the step (padding included), D hidden size.
 """
@@ -285,11 +285,11 @@ _MERGED = {
     ".gate_proj.": (".gate_up_proj.", 0),
     ".up_proj.": (".gate_up_proj.", 1),
 }
-"""Tensors that vLLM's layers hold merged: part of the name -> merged name and place in it."""
+"""Tensors that vLLM's layers merge: part of the name -> the merged name, and the place in it."""
 
 
 class _TrunkWeights:
-    """Loads tensors that are not experts, splitting and merging them as vLLM's layers want."""
+    """Load tensors that are not experts, split and merged as vLLM's layers need them."""
 
     def __init__(self, model: EmoForCausalLM) -> None:
         self._parameters = dict(model.named_parameters())

@@ -1,10 +1,10 @@
 """PooledMoE: gate, pool-masked routing, expert maths over slots.
 
 Replaces vLLM's FusedMoE. What differs: a layer holds `num_slots` experts, not all of them, and
-each token routes inside the pool its request named. Two tables say how, and both may change
-between steps, in place: `slot_of_expert` [E] and, a row a pool, `pool_table` [rows, E] with its
-router temperature. The compiler sees one opaque op a layer, so that it never specialises on them; a
-CUDA graph finds them where they were when it was captured.
+each token routes inside the pool its request named. Two tables say how: `slot_of_expert` [E] and
+`pool_table` [rows, E], which has one row per pool beside the pool's router temperature. Both may
+change in place between steps. The compiler sees one opaque op per layer, so it never specialises
+on the tables; a CUDA graph finds them where they were when it was captured.
 
 Shapes: T tokens, D hidden size, F expert width on this rank, E experts, S slots, K top-k.
 """
@@ -35,7 +35,7 @@ __all__ = ["PooledMoE"]
 
 
 class PooledMoE(nn.Module):
-    """One MoE layer on this rank: gate replicated, every expert's width divided by the ranks."""
+    """One MoE layer on this rank: the gate is replicated, every expert is split by its width."""
 
     slot_of_expert: Tensor
     pool_table: Tensor
@@ -76,7 +76,7 @@ class PooledMoE(nn.Module):
             "w13_scales": slab.w13.scales,
             "w2": slab.w2.values,
             "w2_scales": slab.w2.scales,
-            # Experts that sit nowhere point at slot 0: no published pool lets a token reach them.
+            # Experts without a slot map to slot 0: no published pool lets a token reach them.
             "slot_of_expert": torch.zeros(moe.num_experts, dtype=torch.int32),
             "pool_table": torch.zeros(num_rows, moe.num_experts, dtype=torch.bool),
             "temperatures": torch.ones(num_rows, dtype=torch.float32),
@@ -88,7 +88,7 @@ class PooledMoE(nn.Module):
         layers[prefix] = self
 
     def forward(self, x_TD: Tensor, pool_rows_T: Tensor) -> Tensor:
-        """Return y_TD, summed over ranks."""
+        """Return y_TD, summed over the ranks."""
         logits_TE, _ = self.gate(x_TD)
         y_TD = torch.ops.emo_serve.pooled_moe(x_TD, logits_TE, pool_rows_T, self.prefix)
         if self.num_ranks > 1:
@@ -96,7 +96,7 @@ class PooledMoE(nn.Module):
         return y_TD  # type: ignore[no-any-return]
 
     def compute(self, x_TD: Tensor, logits_TE: Tensor, pool_rows_T: Tensor) -> Tensor:
-        """Route and mix this rank's part of the experts; reads the tables as they are now."""
+        """Route, and mix this rank's part of the experts; reads the tables as they are now."""
         if self.record is not None:
             self.record.note(logits_TE)
         tables = PoolTables(self.pool_table, self.temperatures, self.slot_of_expert)
@@ -108,17 +108,17 @@ class PooledMoE(nn.Module):
         return Slab(PackedMatrix(self.w13, self.w13_scales), PackedMatrix(self.w2, self.w2_scales))
 
     def slot(self, number: int) -> PackedExpert:
-        """Return the memory of one slot; to be written while no published pool is using it."""
+        """Return the memory of one slot; write to it only while no published pool uses it."""
         return self.slab.slot(number)
 
     def map_experts(self, experts: Sequence[int], slots: Sequence[int]) -> None:
-        """Have each of these experts be found in its slot from the next step on."""
+        """Map each of these experts to its slot, from the next step on."""
         device = self.slot_of_expert.device
         where = torch.tensor(slots, dtype=torch.int32, device=device)
         self.slot_of_expert[torch.tensor(experts, device=device)] = where
 
     def publish(self, row: int, experts: Sequence[int], temperature: float) -> None:
-        """Let tokens of `row` route among `experts`; all must be in place."""
+        """Let tokens of `row` route among `experts`, all of which must be in their slots."""
         mask_E = torch.zeros_like(self.pool_table[row])
         mask_E[list(experts)] = True
         self.pool_table[row].copy_(mask_E)

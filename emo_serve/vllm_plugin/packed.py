@@ -1,7 +1,7 @@
 """Weights as slots hold them: in the slab's dtype and layout, in fp8 with scales beside them.
 
-A scale belongs to one row of a matrix, so whoever takes rows of weights takes their scales along,
-and nobody but the backend looks at either. Weights on their way to a slot have the same form.
+Each scale belongs to one row of a matrix, so rows of weights always travel with their scales. Only
+the backend looks at the contents. Weights on their way to a slot have the same form.
 
 Shapes: D hidden size, F expert width on this rank, S slots.
 """
@@ -22,31 +22,32 @@ _FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
-    """Rows of one expert's matrix [N, k] or of all slots' [S, N, k]; in fp8 a scale a row.
+    """Rows of one expert's matrix [N, k], or of all slots' [S, N, k]; in fp8 one scale per row.
 
-    `scales` are fp32, [N] or [S, N]: the weights are values * scales.
+    `scales` are fp32, [N] or [S, N]; the weights are values * scales.
     """
 
     values: Tensor
     scales: Tensor | None = None
 
     def __getitem__(self, part: int | slice) -> PackedMatrix:
-        """Return one slot of a slab, or some rows of a matrix, which are the same memory."""
+        """Return one slot of a slab, or some rows of a matrix, as a view of the same memory."""
         return PackedMatrix(self.values[part], None if self.scales is None else self.scales[part])
 
     def __len__(self) -> int:
         return len(self.values)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all that must be copied to copy this."""
+        """Return every tensor that a copy must cover."""
         return (self.values,) if self.scales is None else (self.values, self.scales)
 
 
 @dataclass(eq=False)
 class PackedExpert:
-    """Memory for one packed expert, w13 [2F, D], gate rows before up rows, and w2 [D, F].
+    """Memory for one packed expert: w13 [2F, D], gate rows before up rows, and w2 [D, F].
 
-    `in_flight` is the event behind a copy that still reads it; set by who copies from it.
+    `in_flight` is the event after the last copy that reads this memory; the code that copies from
+    it sets the event.
     """
 
     w13: PackedMatrix
@@ -54,7 +55,7 @@ class PackedExpert:
     in_flight: torch.cuda.Event | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all that must be copied to copy the expert; in the same order for each."""
+        """Return every tensor that a copy must cover, in the same order for every expert."""
         return (*self.w13.tensors(), *self.w2.tensors())
 
     @property
@@ -63,7 +64,7 @@ class PackedExpert:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def wait_until_free(self) -> None:
-        """Wait for a copy that still reads this memory."""
+        """Wait for the last copy that reads this memory."""
         if self.in_flight is not None:
             self.in_flight.synchronize()
             self.in_flight = None
@@ -83,7 +84,7 @@ class Slab:
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """One rank's part of an expert: sizes, dtype in the slab, and which part it is."""
+    """One rank's part of an expert: its sizes, its dtype in the slab, and which part it is."""
 
     hidden_size: int
     width: int
@@ -92,7 +93,7 @@ class ExpertShape:
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes of this part of an expert, scales included."""
+        """Return the bytes of this part of an expert, including scales."""
         auto, fp8 = EXPERT_DTYPES
         expert_dtype = fp8 if self._is_fp8 else auto
         return expert_bytes(self.hidden_size, self.width, expert_dtype, self.dtype.itemsize)

@@ -1,15 +1,15 @@
 """What the router did with every token: coverage by request, usage by pool, mass by request.
 
-While a step runs each MoE layer copies its gate's logits to memory that never moves, one small
-kernel that CUDA graphs can hold. When the next step begins they join those that wait, one copy for
-all layers. The rest is done when there is no more room or somebody asks, for hundreds of tokens at
-once and without waiting for the device; what it costs, benchmarks/serving/coverage.py tells. Logits
-are kept as they were routed; the tables that a token was routed by must still stand when it is
-counted, so a row's tokens are counted before the row is given to another pool.
+While a step runs, each MoE layer copies its gate's logits to memory that never moves, by one small
+kernel that CUDA graphs can hold. When the next step begins, one copy for all layers moves them to
+the waiting tokens. Waiting tokens are counted when there is no more room or a sum is asked for:
+hundreds of tokens at once and without waiting for the device. benchmarks/serving/coverage.py
+measures what this costs. Logits are kept as they were routed. The tables that routed a token must
+still stand when it is counted, so a row's tokens are counted before another pool gets the row.
 
-Coverage is the share of the full router's mass inside the pool, mean over tokens and MoE layers:
-softmax of a layer's standard experts, in fp32, at temperature 1 (DESIGN, vocabulary). The numbers
-are one rank's: gates are replicated, so rank 0 records and the others do not.
+Coverage is the share of the full router's mass inside the pool, as a mean over tokens and MoE
+layers: softmax over a layer's standard experts, in fp32, at temperature 1. Gates are replicated, so
+only rank 0 records.
 
 Shapes: L MoE layers, T tokens of a step, C tokens that may wait, N tokens counted at once, E
 experts of a layer (where layers differ: the most of any), K experts a token takes.
@@ -48,33 +48,33 @@ __all__ = [
 ]
 
 PoolKey = tuple[tuple[tuple[int, ...], ...], float]
-"""What makes two pools one for usage: experts of each layer, and temperature."""
+"""Pools with the same experts per layer and the same temperature share their usage."""
 
-_LEAST_TOKENS = 2048  # that may wait: what is counted at once on a server that decodes
-_MOST_FOR_USAGE = 128  # tokens of those counted at once, and as many as this of a pool with few:
-_LEAST_FOR_USAGE = 8
-_MOST_POOLS = 256  # whose usage is kept though no row is theirs any more
+_LEAST_TOKENS = 2048  # that may wait: so many are counted at once on a server that decodes
+_MOST_FOR_USAGE = 128  # of the tokens counted at once, how many are sampled for usage,
+_LEAST_FOR_USAGE = 8  # and how many of a pool that has few
+_MOST_POOLS = 256  # whose usage is kept after they have lost their rows
 
 
 def pool_key(expert_ids: Sequence[Sequence[int]], temperature: float) -> PoolKey:
-    """Return the key of a pool with these experts a layer."""
+    """Return the key of a pool with these experts per layer."""
     return tuple(tuple(sorted(ids)) for ids in expert_ids), temperature
 
 
 @dataclass(frozen=True, eq=False)
 class RoutedLayer:
-    """A MoE layer, and which experts the pool of each row has: bool `pool_table` [rows, E]."""
+    """A MoE layer, and the experts of each row's pool: bool `pool_table` [rows, E]."""
 
     moe: MoeLayer
     pool_table: Tensor
 
 
 class LayerRecord:
-    """The logits of one layer in the step that runs, in `room_TE`, which never moves."""
+    """The logits of one layer in the running step, in `room_TE`, which never moves."""
 
     def __init__(self, room_TE: Tensor) -> None:
         self._room_TE = room_TE
-        self._of_step = room_TE[:0]  # cut anew only when the number of tokens changes
+        self._of_step = room_TE[:0]  # sliced again only when the number of tokens changes
 
     def note(self, logits_TE: Tensor) -> None:
         """Keep the logits of a step; called inside CUDA graphs."""
@@ -84,7 +84,7 @@ class LayerRecord:
 
 
 class StepRequests(NamedTuple):
-    """The requests of a step, and how many tokens each of them has in it."""
+    """The requests of a step, and how many tokens each has in it."""
 
     tags: Sequence[RequestTag]
     lengths: np.ndarray
@@ -92,9 +92,9 @@ class StepRequests(NamedTuple):
 
 
 class _LikeLayers:
-    """Layers of one geometry, counted together: a GPU would only wait for launches in between.
+    """Layers of one geometry, counted together: one by one, a GPU would wait for launches.
 
-    `tables` are theirs by index, in the order in which they stand in `waiting_CLE`.
+    `tables` are the layers' pool tables by index, in the order of the layers in `waiting_CLE`.
     """
 
     def __init__(self, moe: MoeLayer, tables: Mapping[int, Tensor], waiting_CLE: Tensor) -> None:
@@ -103,18 +103,18 @@ class _LikeLayers:
         shape_LE = (len(tables), moe.num_experts)
         device = waiting_CLE.device
         self.usage = torch.zeros(num_rows, *shape_LE, dtype=torch.float64, device=device)
-        # The last slot is nobody's.
+        # The last slot is for tokens without a mass slot.
         self.mass = torch.zeros(MASS_SLOTS + 1, *shape_LE, dtype=torch.float64, device=device)
 
     @property
     def has_standard_experts(self) -> bool:
-        """Tell whether a pool can hold less than the full router's mass."""
+        """Tell whether a pool can have less than the full router's mass."""
         return self._moe.num_standard_experts > 0
 
     def add_usage(self, tokens_M: Tensor, rows_M: Tensor, weights_M: Tensor) -> None:
-        """Add what these tokens took, each so many times."""
+        """Add the experts that these tokens took, each token by its weight."""
         num_layers = len(self._tables)
-        # As if each layer had tokens of its own: M * L of them. The same below.
+        # As if each layer had its own tokens: M * L in all. The same below.
         logits_TE = self._waiting_CLE[tokens_M].flatten(0, 1)
         pool_TE = self._pools()[rows_M].flatten(0, 1)
         experts_TK, is_taken_TK = taken_experts(logits_TE, self._moe, pool_TE)
@@ -124,9 +124,9 @@ class _LikeLayers:
         self.usage.view(-1).scatter_add_(0, places_TK.flatten(), taken_TK.flatten())
 
     def shares(self, first: int, rows_N: Tensor, slots_N: Tensor | None) -> Tensor:
-        """Return the mass inside their pools of the tokens from `first` on [N, L].
+        """Return the mass [N, L] inside their pools of the tokens from `first` on.
 
-        Add to `mass` where slots are given.
+        Also adds to `mass` if slots are given.
         """
         moe, num_tokens = self._moe, len(rows_N)
         logits_TE = self._waiting_CLE[first : first + num_tokens].flatten(0, 1)
@@ -143,16 +143,16 @@ class _LikeLayers:
         return torch.stack(list(self._tables.values()), 1)
 
     def by_index(self, values_LE: Tensor) -> dict[int, list[Any]]:
-        """Return [E] of each layer."""
+        """Return [E] for each layer, by its index."""
         return dict(zip(self._tables, values_LE.tolist(), strict=True))
 
 
 class RoutingRecord:
-    """Sum up what the router did, in steps of the model runner; see the module.
+    """Sum up what the router did, step by step of the model runner; see the module.
 
-    Each of `layers`, by index, notes its logits, which are `dtype`, in its entry of `of_layer`.
-    `begin` comes before each step with requests and `pause` before any other; `rebind` before a
-    row of the pool tables is written. All may be called only between two steps.
+    Each of `layers`, by index, notes its logits, in `dtype`, in its entry of `of_layer`. Call
+    `begin` before each step with requests, `pause` before any other step, and `rebind` before a row
+    of the pool tables is written; all of them only between two steps.
     """
 
     def __init__(
@@ -193,12 +193,12 @@ class RoutingRecord:
     # -- steps --
 
     def begin(self, step: StepRequests) -> None:
-        """Make ready for a step of these requests."""
+        """Prepare for a step of these requests."""
         self.pause()
         self._running = step
 
     def pause(self) -> None:
-        """Make ready for a step of nobody's tokens: have the last step's wait to be counted."""
+        """Prepare for a step without requests; the last step's tokens now wait to be counted."""
         step, self._running = self._running, None
         if step is None:
             return
@@ -210,7 +210,7 @@ class RoutingRecord:
 
     @torch.inference_mode()
     def count(self) -> None:
-        """Count every token there is logits of."""
+        """Count every token whose logits are here."""
         self.pause()
         if self._waiting:
             self._count_waiting()
@@ -231,10 +231,10 @@ class RoutingRecord:
         self._unread = (*_to_host(shares_N), accounts_R, lengths_R)
 
     def _count_usage(self, rows_N: np.ndarray) -> None:
-        """Add to usage what some tokens of each row took, in place of all its tokens.
+        """Add to usage what a sample of each row's tokens took, standing for all its tokens.
 
-        To choose a token's best experts again is the dearest part of all, and usage is a statistic.
-        The tokens that are nobody's usage have the row after the last.
+        Choosing a token's best experts again is the most expensive part of counting, and usage is
+        only a statistic. Tokens that count for no usage have the row after the last.
         """
         tokens_R = np.bincount(rows_N, minlength=self._num_rows + 1)
         starts_R = np.cumsum(tokens_R) - tokens_R
@@ -254,12 +254,14 @@ class RoutingRecord:
             like.add_usage(tokens, rows, weights)
 
     def _shares(self, rows_N: np.ndarray, slots_N: np.ndarray | None) -> Tensor:
-        """Return each token's share inside its pool, mean over layers; add to mass."""
+        """Return each token's share inside its pool, as a mean over layers; add to mass."""
         rows = self._to_device(rows_N)
         slots = None if slots_N is None else self._to_device(slots_N)
         counted = [like for like in self._like if like.has_standard_experts]
         parts = []
-        for first in range(0, len(rows), _LEAST_TOKENS):  # long prompts would take much memory
+        for first in range(
+            0, len(rows), _LEAST_TOKENS
+        ):  # a long prompt at once would take too much memory
             part = slice(first, first + _LEAST_TOKENS)
             part_slots = None if slots is None else slots[part]
             shares = {like: like.shares(first, rows[part], part_slots) for like in self._like}
@@ -289,7 +291,7 @@ class RoutingRecord:
                 before_mass, before = self._sums.get(account, (0.0, 0))
                 self._sums[account] = (before_mass + float(mass), before + int(count))
 
-    # -- questions --
+    # -- readings --
 
     def read_coverage(self) -> list[CoverageRow]:
         """Return the coverage of each account since the last call."""
@@ -299,7 +301,7 @@ class RoutingRecord:
         return [CoverageRow(account, mass, tokens) for account, (mass, tokens) in sums.items()]
 
     def read_mass(self, slot: int) -> tuple[int, dict[int, list[float]]]:
-        """Return and forget what a slot's requests gave: tokens, and [E] of each MoE layer."""
+        """Return and forget what a mass slot holds: tokens, and [E] for each MoE layer."""
         self.count()
         tokens = int(self._mass_tokens[slot])
         self._mass_tokens[slot] = 0
@@ -311,9 +313,9 @@ class RoutingRecord:
     def usage(self, key: PoolKey) -> tuple[int, dict[int, list[int]]]:
         """Return how many tokens a pool routed, and how many of them took each expert of a layer.
 
-        The former is exact; the latter, where more than 128 tokens were counted at once, is
-        estimated from a random sample of each pool's. What has a mass slot is a question of the
-        server's own, and in neither.
+        The first is exact. The second is estimated from a random sample of each pool's tokens where
+        more than 128 tokens were counted at once. Neither includes requests with a mass slot, which
+        are the server's own.
         """
         self.count()
         tokens, counts = self._past.get(key, (0, self._no_usage()))
@@ -326,7 +328,7 @@ class RoutingRecord:
         return tokens, dict(ChainMap(*by_index))
 
     def rebind(self, row: int, key: PoolKey) -> None:
-        """Have a row be another pool's from now on; what the last one did is kept for it."""
+        """Give a row to another pool; the usage of the pool that had it is kept."""
         last = self._key_of_row.get(row)
         if last == key:
             return
@@ -349,7 +351,7 @@ class RoutingRecord:
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Begin to copy; the event tells when it is done."""
+    """Begin to copy; the event, if any, tells when the copy is done."""
     if values.device.type != "cuda":
         return values.cpu(), None
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

@@ -59,7 +59,7 @@ def _check_host_bytes(host_expert_bytes: int, expert_dtype: str, vllm_config: Vl
     if host_expert_bytes < 0 or 0 < host_expert_bytes < one_expert:
         raise ConfigError(
             f"--host-expert-memory gives each device {host_expert_bytes} bytes; one expert takes"
-            f" {one_expert} there; raise it, or leave it out to load from the files every time"
+            f" {one_expert} bytes; raise it, or leave it out to load from the files every time"
         )
 
 
@@ -89,19 +89,22 @@ def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
     ranks, width = parallel.tensor_parallel_size, config.intermediate_size
     if parallel.pipeline_parallel_size > 1:
         raise ConfigError(
-            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: slots are planned for all"
-            " layers on every device; use --tensor-parallel-size"
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: every device has slots"
+            " for all layers; use --tensor-parallel-size"
         )
     if parallel.enable_expert_parallel:
-        raise ConfigError("--enable-expert-parallel: every device holds a part of each expert")
+        raise ConfigError(
+            "--enable-expert-parallel: every device holds a part of each expert; leave it out"
+        )
     if vllm_config.quant_config is not None:
         raise ConfigError(
-            "--quantization is not for EMO models; --expert-dtype fp8_e4m3 halves their experts"
+            "--quantization does not work with EMO models; use --expert-dtype fp8_e4m3, which"
+            " halves their experts"
         )
     if vllm_config.lora_config is not None:
-        raise ConfigError("--enable-lora: LoRA on EMO models is not supported")
+        raise ConfigError("--enable-lora: LoRA on EMO models is not supported; leave it out")
     if vllm_config.speculative_config is not None:
-        raise ConfigError("--speculative-config: drafted tokens carry no pool")
+        raise ConfigError("--speculative-config: drafted tokens have no pool; leave it out")
     if width % ranks:
         raise ConfigError(
             f"--tensor-parallel-size {ranks} does not divide intermediate_size {width}"
@@ -110,8 +113,8 @@ def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
     is_dynamic = (config.rope_parameters or {}).get("rope_type") == "dynamic"
     if is_dynamic and model.max_model_len > context:
         raise ConfigError(
-            f"--max-model-len {model.max_model_len} is over {context}: dynamic RoPE scaling is"
-            " served only within max_position_embeddings"
+            f"--max-model-len {model.max_model_len} is over {context}: with dynamic RoPE scaling it"
+            " must not exceed max_position_embeddings; lower it"
         )
 
 

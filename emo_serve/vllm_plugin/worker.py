@@ -1,7 +1,7 @@
 """The calls a front end may make into the workers, through `collective_rpc`.
 
-They run between two engine steps on every rank. A worker method never raises: with several ranks a
-raised error would leave their replies out of step. Each replies as `contract` says.
+They run on every rank between two engine steps. A worker method never raises: with several ranks, a
+raised error would put their replies out of step. `contract` defines the replies.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ class EmoWorkerExtension:
 
 
 class PoolRowsWorker:
-    """Mixed into vLLM's worker classes: pool rows for the V1 model runner, an end for loads.
+    """Mixed into vLLM's worker classes: gives the V1 model runner pool rows, and ends loads.
 
-    The V2 runner needs nothing from here, it asks the model for its state class.
+    The V2 runner needs nothing from here: it asks the model for its state class.
     """
 
     model_runner: Any

@@ -28,7 +28,7 @@ def make_store(
     num_ranks: int = 1,
     piece_bytes: int = 4096,
 ) -> tuple[ExpertStore, ExpertShape]:
-    """Return one rank's store, with host memory for so many experts."""
+    """Return one rank's store, with host memory for `host_experts` experts, and its shape."""
     backend = backend or ReferenceBackend()
     shape = ExpertShape(HIDDEN, WIDTH // num_ranks, backend.slab_dtype(dtype), rank)
     host = HostMemory(int(host_experts * shape.num_bytes), shape, is_pinned=False)
@@ -36,7 +36,7 @@ def make_store(
 
 
 def slots_of(slab: Slab) -> Callable[[int, int], PackedExpert]:
-    """Return what finds a slot by layer and number; there is one layer's worth of them."""
+    """Return a function that finds a slot by layer and number; all layers share one slab."""
     return lambda layer, number: slab.slot(number)
 
 

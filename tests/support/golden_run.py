@@ -3,11 +3,11 @@
     python -m tests.support.golden_run CHECKPOINT '{"tensor_parallel_size": 2}' [--short]
 
 A process of its own, because vLLM reads the environment (model runner, thread binding) on import.
-With `--short` it asks for the first tokens of one prompt at a time, which says as much of one more
-engine: Triton's interpreter takes about 10 ms a token and layer for routing alone.
+With `--short` it asks for the first tokens of one prompt at a time, which is enough to check one
+more engine: Triton's interpreter takes about 10 ms per token and layer for routing alone.
 
-Of experts in fp8 there are no golden values; they are compared with the reference model on the
-weights that the slots stand for.
+There are no golden values for experts in fp8. They are compared with the reference model, whose
+weights are rounded to what the slots hold.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def golden_pools() -> dict[str, list[list[int]]]:
 
 
 def quantised_logprobs(directory: Path) -> Logprobs:
-    """Return what the reference model says when its experts have gone through fp8."""
+    """Return the reference model's log-probabilities with its experts rounded to fp8."""
     model = load_model(directory)
     for name, weight in model.named_parameters():
         if name.endswith((".mlp.w13", ".mlp.w2")):
@@ -82,7 +82,7 @@ def move_every_expert(engine: PooledEngine) -> None:
 
 
 def main(directory: str, engine_args: str, *flags: str) -> None:
-    """Start, compare, load everything anew, compare, describe."""
+    """Start, compare, load every expert again, compare, describe."""
     is_short, args = "--short" in flags, json.loads(engine_args)
     is_fp8 = args.get("expert_dtype", "auto") != "auto"
     expected = quantised_logprobs(Path(directory)) if is_fp8 else golden().prompt_logprobs

@@ -46,7 +46,7 @@ class PooledEngine:
     def finish_load(
         self, row: int, ids: list[list[int]], temperature: float = 1.0
     ) -> list[dict[str, Any]]:
-        """Ask after the last load until no rank is copying; return what each rank says then."""
+        """Poll the last load until no rank is copying; return each rank's last reply."""
         while True:
             answers = self.call("emo_finish_load", self._loads, row, ids, temperature)
             if all(answer["state"] != "loading" for answer in answers):
@@ -88,8 +88,8 @@ def pooled_engine(
 ) -> Iterator[PooledEngine]:
     """Start an engine, put every expert the pools need into a random slot, publish the pools.
 
-    `num_slots` None gives exactly as many slots as the neediest layer uses. With `is_empty` nothing
-    is loaded, and the rows are there.
+    `num_slots` None gives exactly as many slots as the largest layer of the pools needs. With
+    `is_empty` nothing is loaded, and rows exist but are not published.
     """
     layers = load_config(directory).moe_layers
     experts_of_layer = [moe.num_experts if moe else 0 for moe in layers]

@@ -1,11 +1,11 @@
 """The calls into the engine's workers: numbered, checked on every rank, never left hanging.
 
 `WorkerCalls` is the residency manager's PoolEngine over vLLM's `collective_rpc`. A call runs
-between two steps of the engine and holds up every stream for as long as it lasts, so a load is
-started in one call, runs beside the engine's steps, and is asked after and published in short ones.
-Such a call gives no answer when the engine process dies and must not be given a timeout (a late
-reply would be taken for the next call's), so each one is raced with the engine's error state.
-Workers answer with a record instead of raising; one bad record of any rank fails the call.
+between two steps of the engine and holds up every stream while it lasts. So one call starts a load,
+which runs beside the engine's steps, and short calls poll and publish it. A call gets no reply when
+the engine process dies, and it must not have a timeout, because a late reply would be taken for the
+next call's; so each call is raced with the engine's error state. Workers reply with a record
+instead of raising; one bad record from any rank fails the call.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _READERS: dict[type, TypeAdapter[Any]] = {
     for record in (CoverageReading, EngineDescription, LoadProgress, PoolUsage, RouterMass)
 }
 _DEATH_CHECK_SECONDS = 0.5
-# A poll costs the engine 1-2 ms between two steps: ask early, then when the load should be done.
+# A poll costs the engine 1-2 ms between two steps: poll early, then when the load should be done.
 _SHORTEST_PAUSE_SECONDS = 0.005
 _LONGEST_PAUSE_SECONDS = 0.25
 _MOST_GROWTH = 4.0
@@ -48,9 +48,10 @@ _MOST_GROWTH = 4.0
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What the workers hold; bytes are of one rank, the largest, unless they say otherwise.
+    """What the workers hold; unless stated otherwise, sizes are those of the largest rank.
 
-    `dtype` is the trunk's and the activations', `expert_dtype` that of experts in their slots.
+    `num_slots` has one entry per MoE layer. `dtype` is that of the trunk and of activations,
+    `expert_dtype` that of experts in their slots.
     """
 
     num_ranks: int
@@ -72,7 +73,7 @@ class EngineFacts:
 
 @dataclass(frozen=True)
 class CoverageSum:
-    """Over some tokens, the share of the full router's mass inside their pool, added up.
+    """The share of the full router's mass inside the pool, summed over some tokens.
 
     Each token's share is a mean over MoE layers; coverage is `mass / tokens`.
     """
@@ -87,10 +88,10 @@ class CoverageSum:
 class WorkerCalls:
     """Call the methods of EmoWorkerExtension on every rank.
 
-    `rpc` is `AsyncLLM.collective_rpc` as (method, args) -> one reply a rank; `is_dead` tells that
-    no reply can come any more; `check_experts` raises CheckpointError for a (layer, expert) whose
-    files are not what they were; `on_copied` hears during a load how many copies are done
-    and how many there are. Raises EngineDead for a dead engine and a reply that is not ok.
+    `rpc` is `AsyncLLM.collective_rpc` as (method, args) -> one reply per rank. `is_dead` tells that
+    no reply can come any more. `check_experts` raises CheckpointError for a (layer, expert) whose
+    files have changed. During a load, `on_copied` gets the number of copies done and the number of
+    all copies. Raises EngineDead for a dead engine, and for a reply that is not ok or not valid.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class WorkerCalls:
     def check_readable(self, copies: Sequence[Copy]) -> None:
         """Raise PoolLoadFailed unless these experts' files are there, whole and of the right shape.
 
-        Reads no weights and asks no worker: it is for the moment before anything is evicted.
+        Reads no weights and calls no worker: it is called before anything is evicted for a load.
         """
         try:
             self._check_experts((copy.layer, copy.expert) for copy in copies)
@@ -121,9 +122,10 @@ class WorkerCalls:
     async def make_resident(
         self, row: int, expert_ids: ExpertIds, temperature: float, copies: Sequence[Copy]
     ) -> LoadReport:
-        """Copy experts into slots beside decoding, then make one row of the pool table theirs.
+        """Copy experts into slots beside decoding, then give them a row of the pool table.
 
-        Returns once every rank has published; raises PoolLoadFailed once none is copying any more.
+        Returns when every rank has published the pool. Raises PoolLoadFailed if a rank failed, when
+        no rank is copying any more.
         """
         start = time.monotonic()
         table_row = (row, [list(ids) for ids in expert_ids], temperature)
@@ -166,12 +168,12 @@ class WorkerCalls:
     # Gates are the same on every rank, so the first rank records for all.
 
     async def read_coverage(self) -> dict[int, CoverageSum]:
-        """Return, by account, what was summed up since the last call, and forget it."""
+        """Return the coverage of each account since the last call."""
         ranks = await self._ask(CoverageReading, "emo_read_coverage")
         return {row.account: CoverageSum(row.mass, row.tokens) for row in ranks[0].coverage}
 
     async def read_mass(self, slot: int) -> RouterMass:
-        """Return what the requests of a mass slot gave, and forget it."""
+        """Return the router's mass in a mass slot, and empty the slot."""
         return (await self._ask(RouterMass, "emo_read_mass", slot))[0]
 
     async def usage_of(self, pool: ExpertPool) -> PoolUsage:
@@ -184,7 +186,7 @@ class WorkerCalls:
     ) -> list[LoadProgress]:
         """Poll until no rank is copying; each rank publishes in the first poll that finds it done.
 
-        A row that some ranks have published and others not is harmless: no request may name it yet.
+        It is harmless if some ranks have published a row and others have not: no request names it.
         """
         start, pause = time.monotonic(), _SHORTEST_PAUSE_SECONDS
         while True:
@@ -227,14 +229,14 @@ class WorkerCalls:
         return replies
 
     def _forget(self, call: asyncio.Future[Sequence[_Reply]]) -> None:
-        """Drop a finished call, whose caller may have gone, without a complaint from asyncio."""
+        """Drop a finished call; without its caller, asyncio would complain of its exception."""
         self._calls.discard(call)
         if not call.cancelled():
             call.exception()
 
 
 def _next_pause(seconds: float, done: int, total: int) -> float:
-    """Return how long to leave a load alone that made `done` copies of `total` in these seconds."""
+    """Return the pause before polling a load that made `done` of `total` copies in `seconds`."""
     remaining = seconds * (total - done) / max(done, 1)
     most = min(_LONGEST_PAUSE_SECONDS, _MOST_GROWTH * seconds)
     return max(_SHORTEST_PAUSE_SECONDS, min(remaining, most))

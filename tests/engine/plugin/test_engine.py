@@ -20,7 +20,7 @@ from tests.support.offline_engine import SMALL, PooledEngine, chosen_logprobs, p
 from tests.unit.emo.test_model import logprobs, masks
 
 pytestmark = pytest.mark.vllm
-TOLERANCE = 1e-3  # nats a token in float32, as asked; a few 1e-6 are met
+TOLERANCE = 1e-3  # nats per token in float32, as asked; a few 1e-6 are met
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_a_request_without_a_pool_uses_row_0(compiled: PooledEngine) -> None:
 # -- worker calls --
 
 
-def test_a_failing_call_is_answered_and_harms_nobody(compiled: PooledEngine) -> None:
+def test_a_failing_call_is_answered_and_harms_no_request(compiled: PooledEngine) -> None:
     for copies in ([[0, 99, 0]], [[0, 0, 32]], [[0, -1, 0]], [[7, 0, 0]], [["x"]]):
         (answer,) = compiled.llm.collective_rpc("emo_start_load", args=(41, 1000, copies))
         assert answer["call_id"] == 41 and not answer["ok"] and answer["error"]

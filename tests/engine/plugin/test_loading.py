@@ -104,7 +104,7 @@ def engine(directory: Path) -> Iterator[PooledEngine]:
 
 @pytest.fixture
 def residency(engine: PooledEngine, directory: Path) -> Residency:
-    """Start from an empty table; what the workers hold from before is nobody's."""
+    """Start from an empty table; experts that the workers still hold belong to no pool."""
     return Residency(engine, directory)
 
 
@@ -159,7 +159,7 @@ def test_the_worker_says_no_to_a_second_load(residency: Residency) -> None:
     residency.check_golden(math, code)
 
 
-def test_a_file_truncated_while_serving_fails_one_load_and_harms_nobody(
+def test_a_file_truncated_while_serving_fails_one_load_and_harms_no_request(
     residency: Residency, reference: EmoForCausalLM
 ) -> None:
     math, code, law = POOLS

@@ -14,7 +14,7 @@ from tests.support.golden.checkpoints import golden, write_checkpoint
 from tests.support.offline_engine import SMALL, chosen_logprobs
 
 pytestmark = pytest.mark.vllm
-TOLERANCE = 1e-3  # nats a token in float32, as asked; a few 1e-6 are met
+TOLERANCE = 1e-3  # nats per token in float32, as asked; a few 1e-6 are met
 
 
 def test_golden_values_of_the_pool(tmp_path: Path) -> None:

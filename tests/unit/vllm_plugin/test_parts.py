@@ -48,7 +48,7 @@ def test_what_is_no_row_is_the_base_pools(caplog: pytest.LogCaptureFixture, row:
     for _ in range(2):
         assert rows.tag_of(SimpleNamespace(extra_args={POOL_ROW_ARG: row})) == RequestTag(0)
     (record,) = caplog.records  # a client could fill the log
-    assert "none of the 4 rows there are" in record.message and len(record.message) < 200
+    assert "none of the 4 rows; such requests" in record.message and len(record.message) < 200
 
 
 @pytest.mark.parametrize("value", [-2, 2**70, True, 1.5, "1", None, [1], MASS_SLOTS])
@@ -98,7 +98,7 @@ def test_an_expert_is_divided_among_the_devices() -> None:
 # -- rows of a batch --
 
 
-def test_one_row_a_token_and_padding_is_nobodys() -> None:
+def test_one_row_per_token_and_padding_has_none() -> None:
     rows = PoolRows(10, 8, CPU)
     assert rows.buffer_T.tolist() == [0] * 10, "vLLM measures memory before the first batch"
     first = rows.fill([RequestTag(4), RequestTag(2), RequestTag(7)], np.array([0, 3, 4, 6]), None)
