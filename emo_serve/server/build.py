@@ -28,6 +28,7 @@ from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.builder import PoolBuilder
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.pool_admin.service import PoolService
+from emo_serve.server.router_probe import RouterProbe
 from emo_serve.server.startup.launch import Launch
 from emo_serve.server.startup.plan import StartPlan
 from emo_serve.server.startup.progress import StartProgress
@@ -40,7 +41,6 @@ from emo_serve.server.vllm_adapter.openai import (
     create_http_server,
     metrics_registry,
 )
-from emo_serve.server.vllm_adapter.probe import RouterProbe
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 from emo_serve.server.vllm_adapter.tokenizer import EngineTokenizer
 from emo_serve.server.vllm_adapter.worker_calls import EngineFacts, WorkerCalls

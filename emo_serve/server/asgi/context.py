@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from emo_serve.errors import EmoServeError
 from emo_serve.server.asgi.coverage import CoverageReport
-from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
+from emo_serve.server.coverage import CoverageSum
 
 __all__ = ["RequestContext", "current_request", "entered"]
 

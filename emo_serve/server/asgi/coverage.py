@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from emo_serve.errors import RequestError
-from emo_serve.server.vllm_adapter.coverage import share_of
-from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
+from emo_serve.server.coverage import CoverageSum, share_of
 
 __all__ = ["COVERAGE_HEADER", "CoverageReport", "EventTail", "body_with", "wants_coverage"]
 

@@ -25,7 +25,7 @@ from emo_serve.server.pool_admin.temporary import TemporaryPools
 from emo_serve.vllm_plugin.contract import RouterMass
 
 if TYPE_CHECKING:
-    from emo_serve.server.vllm_adapter.probe import RouterProbe
+    from emo_serve.server.router_probe import RouterProbe
 
 __all__ = ["RouterChooser", "coverages", "trunk_pool"]
 

@@ -25,7 +25,7 @@ from emo_serve.server.pool_admin.temporary import TemporaryPools
 from emo_serve.server.tokenizer import ServedTokenizer
 
 if TYPE_CHECKING:
-    from emo_serve.server.vllm_adapter.probe import RouterProbe
+    from emo_serve.server.router_probe import RouterProbe
 
 __all__ = ["FallbackChooser", "PoolChooser", "make_chooser", "read_auto_examples", "text_of"]
 

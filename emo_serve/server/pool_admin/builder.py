@@ -35,8 +35,8 @@ from emo_serve.pools.pool import ExpertPool, LayerExperts, keep_best
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.pool_admin.status import PoolStatus
+from emo_serve.server.router_probe import LOW_PRIORITY, RouterProbe
 from emo_serve.server.tokenizer import ServedTokenizer
-from emo_serve.server.vllm_adapter.probe import LOW_PRIORITY, RouterProbe
 from emo_serve.vllm_plugin.contract import RouterMass
 
 __all__ = ["PoolBuild", "PoolBuilder"]

@@ -16,9 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from emo_serve.errors import EngineDead
-from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
+from emo_serve.server.coverage import CoverageSum, share_of
 
-__all__ = ["CoverageBook", "share_of"]
+__all__ = ["CoverageBook"]
 
 _PERIOD_SECONDS = 1.0  # a read is one short call between two steps of the engine
 
@@ -115,11 +115,6 @@ class CoverageBook:
                 self._observe(entry.pool, share_of(entry.total))
         if not self._accounts:
             self._has_accounts.clear()
-
-
-def share_of(total: CoverageSum) -> float:
-    """Return the coverage of a sum of one or more tokens, at most 1 whatever was rounded."""
-    return min(1.0, total.mass / total.tokens)
 
 
 def _look_at(reading: asyncio.Task[None]) -> None:

@@ -31,11 +31,11 @@ from emo_serve.metrics import PoolMetrics
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.asgi.context import current_request
 from emo_serve.server.asgi.errors import reason_of, retry_after_of, status_of
+from emo_serve.server.coverage import CoverageSum
 from emo_serve.server.pool_admin.residency import NamedResidency
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.request_account import RequestAccount
 from emo_serve.server.vllm_adapter.request_log import RequestLog
-from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
 from emo_serve.vllm_plugin.contract import NO_ACCOUNT, NO_MASS_SLOT, RequestTag
 
 __all__ = ["PooledLLM", "place_in_row", "salt_prompt", "to_http_error"]

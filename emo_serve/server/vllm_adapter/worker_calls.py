@@ -23,6 +23,7 @@ from emo_serve.errors import CheckpointError, EngineDead, PoolLoadFailed
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.ports import LoadReport
 from emo_serve.residency.slots import Copy, ExpertIds
+from emo_serve.server.coverage import CoverageSum
 from emo_serve.vllm_plugin.contract import (
     CoverageReading,
     EngineDescription,
@@ -31,7 +32,7 @@ from emo_serve.vllm_plugin.contract import (
     RouterMass,
 )
 
-__all__ = ["CoverageSum", "EngineFacts", "WorkerCalls"]
+__all__ = ["EngineFacts", "WorkerCalls"]
 
 _Reply = Mapping[str, Any]
 _Record = TypeVar("_Record")
@@ -69,20 +70,6 @@ class EngineFacts:
     def slot_bytes_all_ranks(self) -> int:
         """Return what one expert of one layer takes on all devices together."""
         return self.slot_bytes * self.num_ranks
-
-
-@dataclass(frozen=True)
-class CoverageSum:
-    """The share of the full router's mass inside the pool, summed over some tokens.
-
-    Each token's share is a mean over MoE layers; coverage is `mass / tokens`.
-    """
-
-    mass: float
-    tokens: int
-
-    def __add__(self, other: CoverageSum) -> CoverageSum:
-        return CoverageSum(self.mass + other.mass, self.tokens + other.tokens)
 
 
 class WorkerCalls:

@@ -20,7 +20,7 @@ from emo_serve.emo.config import load_config
 from emo_serve.errors import CheckpointError, EmoServeError
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.slots import Copy
-from emo_serve.server.vllm_adapter.worker_calls import CoverageSum, WorkerCalls
+from emo_serve.server.coverage import CoverageSum, WorkerCalls
 from emo_serve.vllm_plugin.backends import ReferenceBackend
 from emo_serve.vllm_plugin.batch_pools import PoolRows
 from emo_serve.vllm_plugin.contract import LoadProgress, PluginSettings, RequestTag

@@ -12,7 +12,7 @@ from starlette.types import Message, Scope, Send
 from emo_serve.errors import EmoServeError, LoadDeadlineExceeded
 from emo_serve.server.asgi.admission import Admission
 from emo_serve.server.asgi.context import current_request
-from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
+from emo_serve.server.coverage import CoverageSum
 from tests.support.fake_engine import settle
 
 

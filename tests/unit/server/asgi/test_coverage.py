@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from emo_serve.errors import RequestError
 from emo_serve.server.asgi.coverage import CoverageReport, EventTail, body_with, wants_coverage
-from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
+from emo_serve.server.coverage import CoverageSum
 
 REPORT = CoverageReport("math", 0.8731, 42)
 FIELD = {"pool": "math", "coverage": 0.8731, "routed_tokens": 42}

@@ -19,7 +19,7 @@ from emo_serve.errors import (
 from emo_serve.pools.calibration.build import model_record
 from emo_serve.pools.calibration.examples import Example
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration
-from emo_serve.server.vllm_adapter.probe import LOW_PRIORITY
+from emo_serve.server.router_probe import LOW_PRIORITY
 from tests.support.build_world import K, World, assert_same, build_request, texts
 from tests.support.fake_engine import settle
 from tests.support.golden.checkpoints import CASES, write_checkpoint

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from benchmarks.residency.virtual_time import run
 from emo_serve.errors import EngineDead
-from emo_serve.server.vllm_adapter.coverage import CoverageBook, share_of
-from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
+from emo_serve.server.coverage import CoverageSum, share_of
+from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from tests.support.fake_engine import settle
 
 

@@ -19,9 +19,9 @@ from emo_serve.errors import EngineDead, LoadDeadlineExceeded
 from emo_serve.metrics import PoolMetrics
 from emo_serve.server.asgi.context import RequestContext
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
+from emo_serve.server.coverage import CoverageSum
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.generation import PooledLLM
-from emo_serve.server.vllm_adapter.worker_calls import CoverageSum
 from tests.support.fake_engine import FakeEngine, settle
 from tests.support.pool_services import ServiceUnderTest, service_of
 
