@@ -102,7 +102,8 @@ class LoadQueue:
             self._resident.reopen(key)
         if (resident := self._resident.get_open(key)) is not None:
             self._grant(resident, purpose)
-            self.schedule()  # a pin may leave too little room for waiting pools
+            if purpose is Purpose.PIN:  # which may leave too little room for waiting pools
+                self.schedule()
             return resident
         self.check_may_wait(pool)
         waiter = self._pending.join(pool, purpose)

@@ -27,7 +27,7 @@ from emo_serve.server.asgi.context import current_request
 from emo_serve.server.asgi.errors import reason_of, refusal
 from emo_serve.server.asgi.keys import route_path
 from emo_serve.server.auto.choice import PoolChooser
-from emo_serve.server.auto.prompt_text import READERS, Prompt
+from emo_serve.server.auto.prompt_text import READERS
 
 __all__ = ["AutoObserver", "AutoPool"]
 
@@ -71,7 +71,7 @@ class AutoPool:
             return
         came = await _read_body(receive)
         document = self._document(came)
-        prompt = READERS[path](document) if document is not None else Prompt()
+        prompt = None if document is None else READERS[path](document)
         if document is None or not prompt:
             await self.app(scope, _replay(came, receive), send)
             return
