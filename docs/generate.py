@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,6 @@ from emo_serve.metrics import MetricsSnapshot, PoolMetrics, PoolSnapshot, regist
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.service import PoolService
-from tests.unit.project.test_layering import ARROWS
 
 __all__ = ["DOCS", "PARTS", "main", "render_page"]
 
@@ -121,9 +121,10 @@ def render_http_api() -> str:
 
 def render_arrows() -> str:
     """Return the table of allowed imports that the layering test enforces."""
+    arrows = tomllib.loads((DOCS / "arrows.toml").read_text())["arrows"]
     rows = (
         (f"`{part}`", ", ".join(f"`{target.removeprefix('emo_serve.')}`" for target in targets))
-        for part, targets in ARROWS.items()
+        for part, targets in arrows.items()
     )
     return _table(("module or package", "may import, of this project"), rows)
 

@@ -10,6 +10,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,138 +18,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# What each part of emo_serve may import of emo_serve and emo_kernels. A name stands for itself and
-# what is below it; with `!` for the package's own names alone, not its modules.
-ARROWS: dict[str, tuple[str, ...]] = {
-    "emo_serve": (),
-    "emo_serve.__main__": ("emo_serve.cli.main",),
-    "emo_serve.errors": (),
-    "emo_serve.names": ("emo_serve.errors",),
-    "emo_serve.config": (
-        "emo_serve.vllm_plugin.contract",
-        "emo_serve.residency.policy",
-        "emo_serve.names",
-        "emo_serve.errors",
-    ),
-    "emo_serve.metrics": ("emo_serve.names", "emo_serve.residency.ports"),
-    "emo_serve.emo": ("emo_serve.errors",),
-    "emo_serve.pools": ("emo_serve.emo", "emo_serve.names", "emo_serve.errors"),
-    "emo_serve.residency": ("emo_serve.pools.pool", "emo_serve.errors"),
-    "emo_serve.vllm_plugin": (
-        "emo_serve.emo",
-        "emo_serve.pools.pool",
-        "emo_serve.errors",
-        "emo_kernels",
-    ),
-    "emo_serve.server": (
-        "emo_serve.server.startup",
-        "emo_serve.server.asgi",
-        "emo_serve.server.auto",
-        "emo_serve.server.pool_admin",
-        "emo_serve.server.vllm_adapter",
-        "emo_serve.vllm_plugin.contract",
-        "emo_serve.residency",
-        "emo_serve.pools.pool",
-        "emo_serve.metrics",
-        "emo_serve.names",
-        "emo_serve.errors",
-    ),
-    "emo_serve.server.startup": (
-        "emo_serve.server.auto.choice",
-        "emo_serve.server.vllm_adapter.flags",
-        "emo_serve.server.vllm_adapter.worker_calls",
-        "emo_serve.vllm_plugin.contract",
-        "emo_serve.residency.slots",
-        "emo_serve.pools",
-        "emo_serve.emo.checkpoint",
-        "emo_serve.config",
-        "emo_serve.names",
-        "emo_serve.errors",
-    ),
-    "emo_serve.server.asgi": ("emo_serve.server.coverage", "emo_serve.names", "emo_serve.errors"),
-    "emo_serve.server.auto": (
-        "emo_serve.server.asgi",
-        "emo_serve.server.pool_admin.lookup",
-        "emo_serve.server.pool_admin.temporary",
-        "emo_serve.server.router_probe",
-        "emo_serve.server.tokenizer",
-        "emo_serve.vllm_plugin.contract",
-        "emo_serve.residency.manager",
-        "emo_serve.pools",
-        "emo_serve.emo.config",
-        "emo_serve.metrics",
-        "emo_serve.config",
-        "emo_serve.names",
-        "emo_serve.errors",
-    ),
-    "emo_serve.server.pool_admin": (
-        "emo_serve.server.router_probe",
-        "emo_serve.server.tokenizer",
-        "emo_serve.vllm_plugin.contract",
-        "emo_serve.residency",
-        "emo_serve.pools",
-        "emo_serve.emo",
-        "emo_serve.metrics",
-        "emo_serve.names",
-        "emo_serve.errors",
-    ),
-    "emo_serve.server.vllm_adapter": (
-        "emo_serve.server.asgi",
-        "emo_serve.server.coverage",
-        "emo_serve.server.pool_admin.lookup",
-        "emo_serve.server.pool_admin.residency",
-        "emo_serve.vllm_plugin!",
-        "emo_serve.vllm_plugin.contract",
-        "emo_serve.residency",
-        "emo_serve.pools.pool",
-        "emo_serve.metrics",
-        "emo_serve.config",
-        "emo_serve.names",
-        "emo_serve.errors",
-    ),
-    "emo_serve.demo": (),
-    "emo_serve.demo.training": (
-        "emo_serve.demo!",
-        "emo_serve.emo",
-        "emo_serve.pools",
-        "emo_serve.errors",
-    ),
-    "emo_serve.cli": (
-        "emo_serve!",
-        "emo_serve.server",
-        "emo_serve.pools",
-        "emo_serve.emo",
-        "emo_serve.demo",
-        "emo_serve.config",
-        "emo_serve.names",
-        "emo_serve.errors",
-    ),
-    "emo_kernels": (),
-}
-
-# The only places that may import these packages.
-OWNERS = {
-    "vllm": (
-        "emo_serve.vllm_plugin",
-        "emo_serve.server.vllm_adapter.engine",
-        "emo_serve.server.vllm_adapter.flags",
-        "emo_serve.server.vllm_adapter.generation",
-        "emo_serve.server.vllm_adapter.openai",
-        "emo_serve.server.vllm_adapter.tokenizer",
-    ),
-    "torch": (
-        "emo_serve.emo",
-        "emo_serve.pools.calibration",
-        "emo_serve.vllm_plugin",
-        "emo_serve.demo.training",
-        "emo_kernels",
-    ),
-    "triton": ("emo_kernels",),
-    "transformers": ("emo_serve.emo", "emo_serve.vllm_plugin", "emo_serve.demo.training"),
-    "prometheus_client": ("emo_serve.metrics",),
-    "matplotlib": ("emo_serve.cli.plots",),
-    "sklearn": ("emo_serve.server.auto.classifier",),
-}
+_RULES = tomllib.loads((ROOT / "docs" / "arrows.toml").read_text())
+ARROWS: dict[str, list[str]] = _RULES["arrows"]
+OWNERS: dict[str, list[str]] = _RULES["owners"]
 
 
 def find_violations(module: str, source: str) -> list[str]:
@@ -213,7 +85,7 @@ def _allows(arrow: str, target: str) -> bool:
     return target == arrow[:-1] if arrow.endswith("!") else _is_below(target, arrow)
 
 
-def _most_specific(module: str, parts: dict[str, tuple[str, ...]]) -> str | None:
+def _most_specific(module: str, parts: dict[str, list[str]]) -> str | None:
     return max((part for part in parts if _is_below(module, part)), key=len, default=None)
 
 
