@@ -1,8 +1,8 @@
-"""The server's own settings: each flag, its default, its help and its reader stand in one place.
+"""The server's own settings: each flag with its default, its help and its reader, in one place.
 
-`ServeSettings` is frozen and checks itself before anything heavy is imported; a value that makes no
-sense raises ConfigError. The flags of `emo-serve serve` are made from its fields. vLLM's flags pass
-through untouched, except those that server.startup.unsupported_flags refuses.
+`ServeSettings` is frozen and checks itself before anything heavy is imported; an invalid value
+raises ConfigError. The flags of `emo-serve serve` are made from its fields. vLLM's flags pass
+through unchanged, except those that server.startup.unsupported_flags refuses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 AUTO_METHODS = ("tfidf", "router")
-"""What chooses for `auto`: a classifier of text, or the model's router."""
+"""Ways to choose a pool for `auto`: a text classifier, or the model's router."""
 
 GIB = 2**30
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
@@ -42,7 +42,10 @@ _OPEN_PATHS = ("/health", "/ready", "/ping", "/version", "/metrics")
 
 
 def parse_size(flag: str, text: str) -> int:
-    """Read "8GiB", "512 MiB" or plain bytes; ConfigError for anything else, GB and G included."""
+    """Return the bytes of "8GiB", "512 MiB" or a plain number.
+
+    Raises ConfigError for anything else, including GB and G.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = match[2].upper() if match else ""
     if match is None or unit not in _UNITS:
@@ -53,7 +56,7 @@ def parse_size(flag: str, text: str) -> int:
 
 
 def format_gib(num_bytes: int) -> str:
-    """Return a size in GiB with enough digits to be useful; very small sizes in bytes."""
+    """Return a size as text in GiB with enough digits to be useful, below 0.0001 GiB in bytes."""
     gib = num_bytes / GIB
     if gib < 0.0001:
         return f"{num_bytes} bytes"
@@ -65,7 +68,7 @@ def format_gib(num_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class _Flag:
-    """How a field is given on the command line; `read` turns (flag, text) into its value."""
+    """How to set a field on the command line; `read` turns (flag, text) into its value."""
 
     name: str
     metavar: str
@@ -87,7 +90,7 @@ class _Flag:
         )
 
     def value(self, args: argparse.Namespace, default: object) -> object:
-        """Return what the flag was given, or the field's default."""
+        """Return the value given on the command line, or else the default."""
         given = getattr(args, self.dest)
         if given is None:
             return default
@@ -112,7 +115,7 @@ def _flag(
 
 
 def _as_text(default: object) -> str | None:
-    """Return a default as one would write it on the command line; None where there is none."""
+    """Return a default as written on the command line; None if there is none."""
     if not default:
         return None
     if isinstance(default, tuple):
@@ -160,11 +163,11 @@ def _read_share(flag: str, text: str) -> float:
 class ServeSettings:
     """What emo-serve adds to vLLM's flags.
 
-    `model` is what the user named, a directory or a Hub id; None stands for the shipped demo. At
-    most one of `expert_memory_bytes` (per device) and `expert_slots` (per layer) is set; with
-    neither the slab holds all experts. `host_expert_bytes` is host memory per device, 0 for none.
-    `preload` None means every pool, in the catalog's order; `auto_method` None means the classifier
-    while all pools have examples, else the router. Raises ConfigError.
+    `model` is the directory or Hub id that the user gave; None means the shipped demo. At most one
+    of `expert_memory_bytes` (per device) and `expert_slots` (per layer) is set; with neither, the
+    slab holds all experts. `host_expert_bytes` is host memory per device, 0 for none. `preload`
+    None means every pool, in the catalog's order; `auto_method` None means the classifier while all
+    pools have examples, else the router. Raises ConfigError for an invalid value.
     """
 
     model: str | None = None
@@ -180,7 +183,7 @@ class ServeSettings:
         _read_text,
         default=None,
         metavar="NAME",
-        help="pool of a request that names only the model; without it base, all experts",
+        help="pool for requests that name only the model (default: base, all experts)",
     )
     expert_memory_bytes: int | None = _flag(
         "--expert-memory",
@@ -188,37 +191,37 @@ class ServeSettings:
         default=None,
         metavar="SIZE",
         help="device memory for experts, e.g. 8GiB, per device under tensor parallelism;"
-        " without it all experts are held, and the base pool is served too",
+        " without it the slab holds all experts, and the base pool is served too",
     )
     expert_slots: int | None = _flag(
         "--expert-slots",
         _read_int,
         default=None,
         metavar="N",
-        help="the same as a number of experts held per layer",
+        help="the same limit, given as a number of slots per layer",
     )
     preload: tuple[str, ...] | None = _flag(
         "--preload",
         _read_list,
         default=None,
         metavar="NAME,...",
-        help="pools to make resident at start, in this order, as long as they fit;"
-        " without it all, in order of name",
+        help="pools to make resident at start, in this order, as long as they fit"
+        " (default: all, in order of name)",
     )
     pin: tuple[str, ...] = _flag(
         "--pin",
         _read_list,
         default=(),
         metavar="NAME,...",
-        help="pools to make resident before all others, and never to evict until unpinned",
+        help="pools to make resident first, and to keep resident until they are unpinned",
     )
     host_expert_bytes: int = _flag(
         "--host-expert-memory",
         parse_size,
         default=0,
         metavar="SIZE",
-        help="host memory per device that keeps experts ready to copy once they have been read"
-        " (default: none, experts are read from the checkpoint's files)",
+        help="host memory per device that keeps experts for later loads once they have been read"
+        " (default: none, every load reads the checkpoint's files)",
     )
     eviction_policy: str = _flag(
         "--eviction-policy",
@@ -226,14 +229,14 @@ class ServeSettings:
         default=POLICIES[0],
         metavar="|".join(POLICIES),
         help="which pool to evict when another needs its slots: the least frequently used of late,"
-        " the least recently used, or one that --preload does not name",
+        " the least recently used, or first those that --preload does not name",
     )
     max_waiting: int = _flag(
         "--max-waiting",
         _read_int,
         default=256,
         metavar="N",
-        help="requests that may wait for a pool to be loaded; more get 503",
+        help="how many requests may wait for pools to be loaded; further ones get 503",
     )
     load_deadline_seconds: float = _flag(
         "--load-deadline",
@@ -248,8 +251,9 @@ class ServeSettings:
         default="auto",
         metavar="|".join(MOE_BACKENDS),
         dest="emo_moe_backend",  # vLLM has a flag of this name, which EMO's layers do not read
-        help="expert computation: our kernels for CUDA, vLLM's CPU kernel, or plain torch anywhere;"
-        " auto picks the fastest that can run; replaces vLLM's flag of this name",
+        help="what computes the experts: our CUDA kernels (triton), vLLM's CPU kernel (cpu), or"
+        " plain torch on any device (reference); auto picks the fastest that can run; replaces"
+        " vLLM's flag of this name",
     )
     expert_dtype: str = _flag(
         "--expert-dtype",
@@ -257,7 +261,7 @@ class ServeSettings:
         default=EXPERT_DTYPES[0],
         metavar="|".join(EXPERT_DTYPES),
         help="dtype of experts in their slots: auto is --dtype; fp8_e4m3, with one scale per output"
-        " channel, takes half the memory of 16 bits and needs --moe-backend triton",
+        " channel, takes half the memory of a 16-bit dtype and needs --moe-backend triton",
     )
     max_pools: int = _flag(
         "--max-pools",
@@ -271,7 +275,7 @@ class ServeSettings:
         _read_seconds,
         default=30.0,
         metavar="SECONDS",
-        help="how long SIGTERM waits for running and waiting requests",
+        help="how long the server waits for running and waiting requests after SIGTERM",
     )
     admin_api_keys: tuple[str, ...] = _flag(
         "--admin-api-key",
@@ -279,8 +283,9 @@ class ServeSettings:
         default=(),
         metavar="KEY",
         is_repeatable=True,
-        help="key that may add, remove, load, evict and pin pools, and opens all that --api-key"
-        " does; may be given several times. Without it --api-key may, and without either anyone",
+        help="key that may add, remove, load, evict and pin pools, and may do everything that a"
+        " key of --api-key may; can be given several times. Without it, a key of --api-key may"
+        " change pools; without either, anyone may",
     )
     open_paths: tuple[str, ...] = _flag(
         "--open-paths",
@@ -294,23 +299,23 @@ class ServeSettings:
         _read_path,
         default=None,
         metavar="FILE",
-        help="append one JSON line per request: pool, wait, seconds, tokens; no text",
+        help="append one JSON line per request: pool, waiting time, duration, tokens; no text",
     )
     auto_method: str | None = _flag(
         "--auto-method",
         _read_text,
         default=None,
         metavar="|".join(AUTO_METHODS),
-        help=f"what chooses the pool for model {AUTO_POOL!r}: a classifier that learns from"
-        " examples, or the model's router, which needs none but costs an engine step (default: the"
-        " classifier while all pools have examples, else the router)",
+        help=f"how to choose the pool for model {AUTO_POOL!r}: with a classifier that learns from"
+        " examples (tfidf), or with the model's router, which needs none but costs an engine step"
+        " (default: the classifier while all pools have examples, else the router)",
     )
     auto_examples: Path | None = _flag(
         "--auto-examples",
         _read_path,
         default=None,
         metavar="DIR",
-        help="what the classifier learns from: NAME.jsonl or NAME.txt, texts of that pool's domain",
+        help="examples for the classifier: NAME.jsonl or NAME.txt has texts of pool NAME's domain",
     )
     auto_tokens: int = _flag(
         "--auto-tokens",
@@ -325,7 +330,7 @@ class ServeSettings:
         default=0.4,
         metavar="SHARE",
         help="share of the router's mass that the best pool must cover; below it the base pool is"
-        " chosen, if resident; for the router only",
+        " chosen, if it is resident; applies to the router only",
     )
 
     def __post_init__(self) -> None:
@@ -338,42 +343,42 @@ class ServeSettings:
             ("--eviction-policy", self.eviction_policy, POLICIES),
         ):
             if value not in known:
-                raise ConfigError(f"{flag} is {value!r}; one of {', '.join(known)} is served")
+                raise ConfigError(f"{flag} is {value!r}; give one of {', '.join(known)}")
         check_expert_dtype(self.expert_dtype, self.moe_backend)
         if self.max_pools < 2:
             raise ConfigError(
-                f"--max-pools is {self.max_pools}; the base pool takes one row, so at least 2"
+                f"--max-pools is {self.max_pools}; the base pool takes one row, so give at least 2"
             )
         if self.max_waiting < 0:
-            raise ConfigError(f"--max-waiting is {self.max_waiting}; give 0 or more requests")
+            raise ConfigError(f"--max-waiting is {self.max_waiting}; give 0 or more")
         if not (0 < self.load_deadline_seconds < math.inf):
             raise ConfigError(
-                f"--load-deadline is {self.load_deadline_seconds}; give seconds, more than 0"
+                f"--load-deadline is {self.load_deadline_seconds}; give a finite number above 0"
             )
         if not (0 <= self.drain_timeout_seconds < math.inf):
             raise ConfigError(
-                f"--drain-timeout is {self.drain_timeout_seconds}; give seconds, 0 or more"
+                f"--drain-timeout is {self.drain_timeout_seconds}; give a finite number, 0 or more"
             )
         self._check_names()
         if not all(self.admin_api_keys):
             raise ConfigError("--admin-api-key is empty; give a key, or leave it out")
         for path in self.open_paths:
             if not path.startswith("/"):
-                raise ConfigError(f"--open-paths: {path!r} is no path; write /metrics, for one")
+                raise ConfigError(f"--open-paths: {path!r} is not a path; give e.g. /metrics")
         self._check_auto()
 
     def _check_memory(self) -> None:
         if self.expert_memory_bytes is not None and self.expert_slots is not None:
-            raise ConfigError("--expert-memory and --expert-slots say the same thing; give one")
+            raise ConfigError("--expert-memory and --expert-slots set the same limit; give one")
         if self.expert_slots is not None and self.expert_slots < 1:
-            raise ConfigError(f"--expert-slots is {self.expert_slots}; a layer needs at least 1")
+            raise ConfigError(f"--expert-slots is {self.expert_slots}; give at least 1")
         if self.expert_memory_bytes is not None and self.expert_memory_bytes < 1:
             raise ConfigError(f"--expert-memory is {self.expert_memory_bytes} bytes; raise it")
 
     def _check_auto(self) -> None:
         if self.auto_method not in (None, *AUTO_METHODS):
             raise ConfigError(
-                f"--auto-method is {self.auto_method!r}; one of {', '.join(AUTO_METHODS)} is served"
+                f"--auto-method is {self.auto_method!r}; give one of {', '.join(AUTO_METHODS)}"
             )
         if self.auto_examples is not None and not self.auto_examples.is_dir():
             raise ConfigError(f"--auto-examples {self.auto_examples} is not a directory")
@@ -391,19 +396,19 @@ class ServeSettings:
             for name in names:
                 _check_pool_name(flag, name)
             if len(set(names)) != len(names):
-                raise ConfigError(f"{flag} {','.join(names)} names a pool twice")
+                raise ConfigError(f"{flag} {','.join(names)} names a pool twice; name it once")
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ServeSettings:
-        """Build the settings from a namespace that `add_serve_flags` filled."""
+        """Build the settings from parsed flags of `add_serve_flags`; raises ConfigError."""
         values = {name: flag.value(args, default) for name, flag, default in _flags()}
         return cls(model=args.model_tag, **cast(dict[str, Any], values))
 
 
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:
-    """Add our flags of `emo-serve serve`; where vLLM has one of the same name, ours replaces it.
+    """Add our flags of `emo-serve serve`; ours replaces a flag of vLLM's with the same name.
 
-    The values stay text: ServeSettings reads them, so that a bad one is reported like any other.
+    Values stay text here. ServeSettings reads them, so that every invalid value is reported alike.
     """
     group = parser.add_argument_group("emo-serve", "what emo-serve adds to `vllm serve`")
     for _, flag, default in _flags():
@@ -422,8 +427,8 @@ def _flags() -> list[tuple[str, _Flag, object]]:
 def _check_pool_name(flag: str, name: str) -> None:
     if not is_pool_or_union(name):
         raise ConfigError(
-            f"{flag}: {name!r} cannot be a pool; names are {NAME_RULE}, a union joins them with"
-            f" {UNION}"
+            f"{flag}: {name!r} cannot be the name of a pool; names are {NAME_RULE}, and a union"
+            f" joins them with {UNION}"
         )
 
 
@@ -431,10 +436,10 @@ def _check_pool_name(flag: str, name: str) -> None:
 
 
 def slots_for_memory(budget_bytes: int, slot_bytes: int, experts_per_layer: Sequence[int]) -> int:
-    """Return the largest number of slots a layer that fits the budget, at most all experts.
+    """Return the largest number of slots per layer that fits the budget, at most all experts.
 
-    `experts_per_layer` counts MoE layers only; a layer never has more slots than experts. Raises
-    ConfigError when not even one slot a layer fits.
+    `experts_per_layer` lists MoE layers only; no layer gets more slots than it has experts. Raises
+    ConfigError if not even one slot per layer fits.
     """
     slots = 0
     for candidate in range(1, max(experts_per_layer) + 1):
@@ -444,7 +449,7 @@ def slots_for_memory(budget_bytes: int, slot_bytes: int, experts_per_layer: Sequ
         slots = candidate
     if slots == 0:
         raise ConfigError(
-            f"--expert-memory {format_gib(budget_bytes)} holds no expert: one slot in each of"
+            f"--expert-memory {format_gib(budget_bytes)} is too small: one slot in each of"
             f" {len(experts_per_layer)} MoE layers takes"
             f" {format_gib(len(experts_per_layer) * slot_bytes)}; raise it"
         )

@@ -8,19 +8,19 @@
         UnknownPool             no pool of that name (HTTP 404)
         PoolConflict            two parts of one request name different pools
         PoolTooLarge            the slab can never hold this pool
-      StateConflict             true of the request, but not of the server's state now (HTTP 409)
+      StateConflict             the server's state does not allow the request now (HTTP 409)
         PoolExists              a pool of that name is defined already
-        PoolInUse               running requests, a load or a pin keep the pool where it is
+        PoolInUse               running requests, a load or a pin keep the pool resident
       Unavailable               the same request may succeed later (HTTP 503)
         PoolBlocked             pinned pools leave too few slots or rows
-        TooManyWaiting          the line of requests waiting for loads is full
+        TooManyWaiting          the queue of requests waiting for loads is full
         LoadDeadlineExceeded    the pool was not loaded in time
         Draining                the server is shutting down
       PoolLoadFailed            one pool's experts could not be read (HTTP 500); the server goes on
       PoolStoreError            the directory of pool files cannot be written (HTTP 500)
       EngineDead                the engine process is gone or a worker call failed (HTTP 500)
 
-Messages name the value, the limit and the remedy; `server.http_errors` owns the one table from
+Messages name the value, the limit and the remedy; `server.asgi.errors` owns the one table from
 these classes to HTTP statuses.
 """
 

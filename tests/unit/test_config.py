@@ -125,8 +125,8 @@ def test_settings_are_frozen() -> None:
         (["--expert-slots", "0"], "at least 1"),
         (["--expert-slots", "few"], "--expert-slots is 'few'; give a whole number"),
         (["--pools", "/no/such/place"], "--pools /no/such/place is not a directory"),
-        (["--moe-backend", "magic"], "one of auto, triton, cpu, reference"),
-        (["--expert-dtype", "int4"], "one of auto, fp8_e4m3 is served"),
+        (["--moe-backend", "magic"], "give one of auto, triton, cpu, reference"),
+        (["--expert-dtype", "int4"], "give one of auto, fp8_e4m3"),
         (
             ["--expert-dtype", "fp8_e4m3", "--moe-backend", "cpu"],
             "--expert-dtype fp8_e4m3 needs --moe-backend triton on a CUDA device; --moe-backend is"
@@ -138,10 +138,10 @@ def test_settings_are_frozen() -> None:
         (["--drain-timeout", "inf"], "0 or more"),
         (["--drain-timeout", "nan"], "0 or more"),
         (["--drain-timeout", "soon"], "give a number of seconds"),
-        (["--default-pool", "Math"], "--default-pool: 'Math' cannot be a pool"),
-        (["--preload", "math,co de"], "--preload: 'co de' cannot be a pool"),
+        (["--default-pool", "Math"], "--default-pool: 'Math' cannot be the name of a pool"),
+        (["--preload", "math,co de"], "--preload: 'co de' cannot be the name of a pool"),
         (["--preload", "math,math"], "names a pool twice"),
-        (["--auto-method", "guess"], "--auto-method is 'guess'; one of tfidf, router is served"),
+        (["--auto-method", "guess"], "--auto-method is 'guess'; give one of tfidf, router"),
         (["--auto-examples", "/no/such"], "--auto-examples /no/such is not a directory"),
         (["--auto-tokens", "0"], "--auto-tokens is 0; give at least 1"),
         (["--auto-tokens", "all"], "--auto-tokens is 'all'; give a whole number"),
@@ -170,8 +170,8 @@ def test_a_small_layer_leaves_its_share_to_the_others() -> None:
     assert slots_for_memory(20 * 100, 100, [32, 32, 4]) == 8
 
 
-def test_a_budget_below_one_slot_a_layer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="holds no expert: one slot in each of 4 MoE layers"):
+def test_a_budget_below_one_slot_per_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is too small: one slot in each of 4 MoE layers"):
         slots_for_memory(399, 100, [32] * 4)
 
 
@@ -235,7 +235,7 @@ def test_what_cannot_be_carried_is_refused_with_a_reason(
     with pytest.raises(ConfigError) as refusal:
         refuse_unsupported(namespace(**{option: value}), environ={})
     message = str(refusal.value)
-    assert message.startswith(f"{flag} is {value!r}, which emo-serve does not serve yet: ")
+    assert message.startswith(f"{flag} is {value!r}, which emo-serve does not support yet: ")
     assert message.endswith("; leave it out")
 
 
@@ -244,7 +244,9 @@ def test_our_own_load_format_may_be_named() -> None:
 
 
 def test_our_key_of_additional_config_is_ours() -> None:
-    with pytest.raises(ConfigError, match="--additional-config: the key 'emo_serve'"):
+    with pytest.raises(
+        ConfigError, match="--additional-config: the key 'emo_serve' belongs to emo-serve"
+    ):
         refuse_unsupported(namespace(additional_config={"emo_serve": {}}), environ={})
 
 

@@ -1,1 +1,1 @@
-"""What is decided before the engine starts, and what is said once it has."""
+"""Decisions before the engine starts, and what is printed during and after the start."""

@@ -1,4 +1,4 @@
-"""MODEL on the command line -> a local directory, as vLLM itself would find it.
+"""Turn MODEL on the command line into a local directory, as vLLM itself would.
 
 The expert store reads safetensors files from a directory, so a Hub id is resolved to a snapshot
 before the engine starts. huggingface_hub shows progress and honours HF_HUB_OFFLINE and HF_HOME.
@@ -18,9 +18,9 @@ _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 def resolve_checkpoint(
     model: str, revision: str | None, download_dir: str | None, token: bool | str | None
 ) -> Path:
-    """Return the directory of a checkpoint, downloading it from the Hub if it must be.
+    """Return the directory of a checkpoint, downloaded from the Hub if it is not a local one.
 
-    Raises ConfigError when there is neither a directory nor a repository of that name.
+    Raises ConfigError if there is neither a directory nor a repository of that name.
     """
     directory = Path(model).expanduser()
     if directory.is_dir():
@@ -41,6 +41,6 @@ def resolve_checkpoint(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"MODEL {model!r} is neither a directory nor a model that can be fetched: {reason}"
+            f"MODEL {model!r} is neither a directory nor a model that can be downloaded: {reason}"
         ) from error
     return Path(snapshot)

@@ -1,10 +1,10 @@
-"""What the engine's processes print, a line at a time: shown, dropped, or the reason of a failure.
+"""What the engine's processes print, line by line: shown, dropped, or the cause of a failure.
 
-During a start the output of the processes that are started goes into a pipe, which a thread of this
-process reads for as long as they live. Nothing is shown until the engine runs, but kept: if the
-start fails, its cause is in there (`cause`), and 200 lines of stack traces are not shown. From then
-on warnings and errors are shown as they come, and so is whatever is no log line of vLLM's, such as
-the last words of a process that crashes.
+The output of every process started during start-up goes into a pipe, which a thread of this process
+reads for as long as they live. Until the engine runs, lines are kept and not shown: if the start
+fails, `cause` finds the reason among them, without 200 lines of stack traces. After that, warnings
+and errors are shown as they come, and so is every line that is not a log line of vLLM's, such as
+the last output of a process that crashes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _SHOWN_LEVELS = ("WARNING", "ERROR", "CRITICAL")
 
 
 class EngineOutput:
-    """Read what processes print that are started inside `captured`; `show` gets lines to show."""
+    """Read the output of processes started inside `captured`.
+
+    `show` is called with each line to show, `notice` with every line, shown or not.
+    """
 
     def __init__(
         self,
@@ -50,9 +53,9 @@ class EngineOutput:
 
     @contextmanager
     def captured(self) -> Iterator[None]:
-        """Have processes that are started inside print into the pipe; not for two threads at once.
+        """Send the output of processes started inside the block to the pipe.
 
-        What this process itself prints inside goes there too.
+        Output of this process goes there too, so only one thread may be inside at a time.
         """
         sys.stdout.flush()
         sys.stderr.flush()
@@ -69,7 +72,7 @@ class EngineOutput:
                 os.close(copy)
 
     def started(self) -> None:
-        """Show what was kept back and matters, and from now on such lines as they come."""
+        """Show the kept warnings and errors, and from now on each such line as it comes."""
         with self._lock:
             kept, self._kept = self._kept, None
             for line in kept or ():
@@ -77,20 +80,20 @@ class EngineOutput:
                     self._show(line)
 
     def ending(self) -> None:
-        """Show only warnings and errors from now on: libraries complain of their own end."""
+        """Show only warnings and errors from now on: libraries complain while they shut down."""
         self._is_ending = True
 
     def cause(self, wait_seconds: float = 2.0) -> str | None:
-        """Return why the start failed, as far as the processes said it; they must have ended.
+        """Return why the start failed; None if the output does not say.
 
-        Closes the pipe, so nothing more can be started.
+        The processes must have ended. Closes the pipe, so no more processes can be started in it.
         """
         self.close(wait_seconds)
         with self._lock:
             return find_cause(self._kept or ())
 
     def close(self, wait_seconds: float = 2.0) -> None:
-        """Stop reading once every process has closed its end, or after a while."""
+        """Stop reading once every process has closed its end, or after `wait_seconds`."""
         if self._write_fd >= 0:
             os.close(self._write_fd)
             self._write_fd = -1
@@ -113,7 +116,7 @@ class EngineOutput:
 def find_cause(lines: Iterable[str]) -> str | None:
     """Return the first exception in the output of a failed start, without vLLM's line prefixes.
 
-    vLLM reports it again as its own "initialization failed", which is passed over.
+    vLLM reports it again as its own "initialization failed", which is skipped.
     """
     for line in lines:
         text = line[match.end() :] if (match := _CONTINUED.match(line)) else line
@@ -123,7 +126,7 @@ def find_cause(lines: Iterable[str]) -> str | None:
 
 
 def _level(line: str) -> str | None:
-    """Return the level of a log line of vLLM's, None for any other line."""
+    """Return the level of a vLLM log line, None for any other line."""
     match = _LINE.match(line)
     return match[1] if match else None
 

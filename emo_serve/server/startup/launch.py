@@ -1,7 +1,7 @@
-"""From the command line to one frozen `Launch`: everything a start decides before the engine runs.
+"""From the command line to one frozen `Launch`: everything decided before the engine starts.
 
-Whatever can be refused is refused here, in seconds, with a ConfigError; nothing is started and
-nothing is changed afterwards.
+Everything that can be refused is refused here, within seconds, with a ConfigError. Nothing is
+started here, and a Launch never changes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["DefaultModel", "Keys", "Launch", "prepare"]
 
 @dataclass(frozen=True)
 class DefaultModel:
-    """What is served when no MODEL is given, and the vLLM flags' defaults for it alone."""
+    """The model to serve when no MODEL is given, and defaults of vLLM's flags for it alone."""
 
     name: str
     directory: Path
@@ -40,9 +40,10 @@ class DefaultModel:
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that clients and operators need.
+    """The keys that the server accepts from clients and operators.
 
-    `variable` names an environment variable to hold an API key in a shell; None if none is set.
+    `variable` is the environment variable that a client's shell should keep an API key in; None if
+    no API key is set.
     """
 
     api: tuple[str, ...]
@@ -59,13 +60,13 @@ class Keys:
 
     @property
     def known_to_vllm(self) -> list[str] | None:
-        """Return the keys that vLLM's own check must let through; None turns it off."""
+        """Return the keys that vLLM's own check must accept; None turns that check off."""
         return [*self.api, *self.admin] if self.api else None
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One decided start. `args` are vLLM's flags as its engine and its HTTP server take them."""
+    """Everything decided for one start; `args` are the flags for vLLM's engine and HTTP server."""
 
     args: argparse.Namespace
     settings: ServeSettings
@@ -76,13 +77,15 @@ class Launch:
 
 
 def prepare(argv: Sequence[str], default_model: DefaultModel) -> Launch:
-    """Decide a start from the arguments after `emo-serve serve`; raises ConfigError."""
+    """Make all decisions from the arguments after `emo-serve serve`; raises ConfigError."""
     args = parse_serve_args(argv, default_model.flag_defaults)
     settings = ServeSettings.from_args(args)
     refuse_unsupported(args)
     persists = settings.pools_dir is not None  # the shipped pools are not ours to change
     args, settings = _with_model(args, settings, default_model)
-    checkpoint = Checkpoint.open(Path(args.model))  # first: it knows best what is not an EMO
+    checkpoint = Checkpoint.open(
+        Path(args.model)
+    )  # first: it tells best why this is not an EMO model
     plan = make_plan(
         settings,
         checkpoint,
@@ -105,7 +108,7 @@ def prepare(argv: Sequence[str], default_model: DefaultModel) -> Launch:
 def _with_model(
     args: argparse.Namespace, settings: ServeSettings, default_model: DefaultModel
 ) -> tuple[argparse.Namespace, ServeSettings]:
-    """Return flags whose model is a directory, named as the user named it, and its pools."""
+    """Return flags whose model is a local directory, served under the name the user gave."""
     if settings.model is None:
         directory = default_model.directory
         pools_dir = settings.pools_dir or default_model.pools_dir

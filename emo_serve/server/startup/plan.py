@@ -1,7 +1,7 @@
 """What start-up will do, decided before the engine starts: slots, pools and their order.
 
-A start takes a minute; a flag that cannot work is refused here, in a second. The plan loads
-nothing: it rehearses what must fit on a SlotTable of its own.
+A start takes a minute; a flag that cannot work is refused here, within a second. The plan loads
+nothing: it checks that the pools fit by placing them in a SlotTable of its own.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = ["StartPlan", "choose_slots", "make_plan"]
 class StartPlan:
     """The model, its pools and what to make resident at start.
 
-    `pinned` pools come first and all fit together; then those of `load_order`, as long as there is
-    room; every other pool is loaded when it is asked for. `preferred` are the content hashes of the
-    pools that --preload names. `experts_per_layer` has 0 for a dense layer; `num_slots` counts a
-    layer's.
+    `pinned` pools are loaded first and all fit together, then those of `load_order` while there is
+    room; every other pool is loaded when a request asks for it. `preferred` holds the content
+    hashes of the pools that --preload names. `experts_per_layer` has 0 for a dense layer;
+    `num_slots` is per layer.
     """
 
     experts_per_layer: tuple[int, ...]
@@ -56,7 +56,7 @@ def make_plan(
 ) -> StartPlan:
     """Read the pools of a checkpoint and plan the start; raises ConfigError.
 
-    `dtype_bytes` are those of one activation. With `persists`, pools added and removed while
+    `dtype_bytes` is the size of one activation. With `persists`, pools added and removed while
     serving are written to --pools.
     """
     config = checkpoint.config
@@ -96,10 +96,10 @@ def make_plan(
 
 
 def choose_slots(settings: ServeSettings, experts_per_layer: Sequence[int], slot_bytes: int) -> int:
-    """Return the slots a layer; without a limit, all experts."""
+    """Return the slots per layer; without a limit, one for every expert. Raises ConfigError."""
     counts = [count for count in experts_per_layer if count]
     if not counts:
-        raise ConfigError("the model has no MoE layer, so there is nothing to choose pools from")
+        raise ConfigError("the model has no MoE layer, so it has no experts to make pools of")
     if settings.expert_slots is not None:
         if settings.expert_slots > max(counts):
             raise ConfigError(
@@ -115,15 +115,19 @@ def choose_slots(settings: ServeSettings, experts_per_layer: Sequence[int], slot
 def _check_host_memory(settings: ServeSettings, slot_bytes: int) -> None:
     if 0 < settings.host_expert_bytes < slot_bytes:
         raise ConfigError(
-            f"--host-expert-memory {format_gib(settings.host_expert_bytes)} holds no expert: one"
-            f" takes {format_gib(slot_bytes)}; raise it, or leave it out to keep none"
+            f"--host-expert-memory {format_gib(settings.host_expert_bytes)} is too small: one"
+            f" expert takes {format_gib(slot_bytes)}; raise it, or leave it out to keep none"
         )
 
 
 def _load_order(
     settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool, holds_all: bool
 ) -> tuple[ExpertPool, ...]:
-    """Return the base pool first if it fits, then --preload's or all, the default pool leading."""
+    """Return the pools to load at start, in order; raises ConfigError for unknown names.
+
+    Those are the base pool if it fits, the default pool, the pools of --preload, then all others;
+    or --preload's alone if it is given and the slots cannot hold all experts.
+    """
     known = {**catalog.pools, base_pool.name: base_pool}
     preload, default = settings.preload, settings.default_pool
     for flag, asked in (
@@ -133,11 +137,11 @@ def _load_order(
     ):
         for name in _single_names(asked):
             if name not in known:
-                there_are = ", ".join(known)
-                raise ConfigError(f"{flag}: there is no pool {name!r}; the pools are: {there_are}")
+                names = ", ".join(known)
+                raise ConfigError(f"{flag}: there is no pool {name!r}; the pools are: {names}")
     wanted: list[str] = [base_pool.name] if holds_all else []
     if preload is None or holds_all:
-        # With every expert in its slot a pool costs a row, so none is left out.
+        # With all experts in slots, a pool costs only a row, so all pools are loaded.
         wanted += [*_single_names([default] if default else []), *(preload or ()), *catalog.pools]
     else:
         wanted += preload
@@ -145,9 +149,9 @@ def _load_order(
 
 
 def _named(name: str, catalog: PoolCatalog, base_pool: ExpertPool) -> ExpertPool:
-    """Return a pool of the command line, whose names are known."""
+    """Return a pool named on the command line, after its names were checked."""
     if base_pool.name in split_name(name):
-        return base_pool  # it holds what it is united with
+        return base_pool  # a union with it holds nothing more
     try:
         return catalog.resolve(name)
     except RequestError as error:
@@ -159,7 +163,7 @@ def _single_names(names: Iterable[str]) -> list[str]:
 
 
 def _rehearse(settings: ServeSettings, plan: StartPlan, slot_bytes: int) -> None:
-    """Refuse a start after which no pool, or not the default pool, could ever be served."""
+    """Raise ConfigError if no pool could ever be served, or not the default pool or the pins."""
     table = SlotTable(plan.experts_per_layer, plan.num_slots)
     for pool in plan.pinned:
         if pool.content_hash in table.keys:
@@ -167,8 +171,8 @@ def _rehearse(settings: ServeSettings, plan: StartPlan, slot_bytes: int) -> None
         if not table.fits(pool.expert_ids):
             raise ConfigError(
                 f"--pin {','.join(settings.pin)}: these pools do not fit together in"
-                f" {plan.num_slots} slots a layer, {pool.name!r} is too much; pin fewer, or raise"
-                f" --expert-memory or --expert-slots"
+                f" {plan.num_slots} slots per layer: there is no room for {pool.name!r}; pin fewer,"
+                f" or raise --expert-memory or --expert-slots"
             )
         table.begin(table.plan_load(pool.content_hash, pool.expert_ids))
         table.finish(pool.content_hash)
@@ -181,7 +185,7 @@ def _rehearse(settings: ServeSettings, plan: StartPlan, slot_bytes: int) -> None
     if not table.fits(pool.expert_ids):
         beside = " beside the pinned pools" if plan.pinned else ""
         raise ConfigError(
-            f"--default-pool {settings.default_pool} does not fit in {plan.num_slots} slots a"
+            f"--default-pool {settings.default_pool} does not fit in {plan.num_slots} slots per"
             f" layer{beside}; raise --expert-memory or --expert-slots"
         )
 
@@ -191,14 +195,14 @@ def _nothing_fits(plan: StartPlan, slot_bytes: int) -> str:
         total = sum(plan.experts_per_layer)
         refused = "".join(f"; refused: {error}" for error in plan.catalog.refused)
         return (
-            f"{plan.num_slots} slots a layer do not hold the base pool, whose {total} experts take"
-            f" {format_gib(total * slot_bytes)} a device, and there is no other pool: give --pools,"
-            f" or raise --expert-memory or --expert-slots{refused}"
+            f"{plan.num_slots} slots per layer cannot hold the base pool, whose {total} experts"
+            f" take {format_gib(total * slot_bytes)} per device, and there is no other pool; give"
+            f" --pools, or raise --expert-memory or --expert-slots{refused}"
         )
     smallest = min(plan.catalog.pools.values(), key=lambda pool: max(map(len, pool.expert_ids)))
     needed = max(map(len, smallest.expert_ids))
     return (
-        f"no pool fits {plan.num_slots} slots a layer: the smallest, {smallest.name!r}, needs"
+        f"no pool fits in {plan.num_slots} slots per layer: the smallest, {smallest.name!r}, needs"
         f" {needed}; raise --expert-slots, or --expert-memory to"
         f" {format_gib(slot_bytes * sum(min(needed, count) for count in plan.experts_per_layer))}"
     )

@@ -1,4 +1,4 @@
-"""The progress of a start on stderr: a line per stage, and a bar while experts are loaded."""
+"""Start-up progress on stderr: one line per stage, and a bar while experts are loaded."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ _STAGES = (
     ("GiB for KV cache", "allocating the KV cache"),
     ("Dynamo bytecode transform", "compiling"),
 )
-"""Parts of what vLLM (0.32.0) logs, and what the engine is doing then."""
+"""Parts of vLLM's log lines (0.32.0), and what the engine does at that point."""
 
 
 class StartProgress:
-    """Tell what a start is doing, until it is `finished`.
+    """Report what start-up is doing, until it is `finished`.
 
-    `stream` must be one that is seen while this process's own stderr goes elsewhere.
+    `stream` must still reach the user while this process's own stderr is redirected.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._bar: tqdm[None] | None = None
         self._is_over = False
 
     def stage(self, text: str) -> None:
-        """Begin a stage; each is told once."""
-        if not self._is_over and text not in self._told:
-            self._told.add(text)
+        """Report that a stage begins; each is reported once."""
+        if not self._is_over and text not in self._reported:
+            self._reported.add(text)
             self._stream.write(f"emo-serve: {text}\n")
 
     def notice(self, line: str) -> None:
-        """Tell the stage that a line of vLLM's log stands for, if it is known."""
+        """Report the stage that a line of vLLM's log marks, if it marks one."""
         for part, text in _STAGES:
             if part in line:
                 self.stage(text)
 
     def copied(self, done: int, total: int) -> None:
-        """Show how many of a load's experts are in their slots: a bar if this is a terminal."""
+        """Show how many of a load's experts are in their slots, as a bar if this is a terminal."""
         if self._is_over or not self._stream.isatty():
             return
         if self._bar is None:
@@ -53,7 +53,7 @@ class StartProgress:
             self._close_bar()
 
     def finished(self) -> None:
-        """Say nothing more."""
+        """Report nothing more."""
         self._close_bar()
         self._is_over = True
 

@@ -1,10 +1,10 @@
-"""A quiet start: our own progress and warnings an operator can act on; the rest of vLLM on request.
+"""A quiet start: our own progress, and vLLM's warnings only where an operator can act on them.
 
 vLLM and its libraries log some 60 lines before a server is ready, none of which an operator can
 use. Unless --log-level or one of vLLM's own logging flags or variables asks for them, vLLM's
-loggers are configured by `quiet_logging.json` beside this file: in this process its filter lets
-warnings through that are not known to be harmless; in the engine's processes everything, because
-what those print is read line by line (`engine_output`).
+loggers are configured by `quiet_logging.json` beside this file. In this process its filter passes
+warnings that are not known to be harmless. In the engine's processes it passes everything, because
+their output is read line by line (`engine_output`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _VARIABLES = (_CONFIG_VARIABLE, "VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING")
 _FLAGS = ("--log-level", "--log-config-file", "--logging-config")
 
 _HARMLESS = (
-    # what follows from serving on a CPU, or from --enforce-eager, and works as intended
+    # consequences of serving on a CPU or of --enforce-eager, as intended
     "Triton is installed, but doesn't include CPU backend",
     "Triton is not installed",
     "Model Runner V2 requires Triton",
@@ -38,18 +38,21 @@ _HARMLESS = (
     # vLLM tries to raise the limit by itself
     "Found ulimit of",
 )
-"""Beginnings or parts of vLLM's warnings (0.32.0) about which an operator need do nothing."""
+"""Parts of vLLM's warnings (0.32.0) that need no action by an operator."""
 
 
 def is_quiet(argv: Sequence[str], environ: MutableMapping[str, str] | None = None) -> bool:
-    """Tell whether nothing asks for vLLM's own logging: no flag and no variable of it."""
+    """Tell whether no flag and no environment variable asks for vLLM's own logging."""
     known = os.environ if environ is None else environ
     has_flag = any(argument.startswith(_FLAGS) for argument in argv)
     return not has_flag and not any(known.get(variable) for variable in _VARIABLES)
 
 
 def be_quiet() -> None:
-    """Configure this process and the engine's, which inherit it; before vLLM is imported."""
+    """Configure logging of this process and the engine's; call it before vLLM is imported.
+
+    The engine's processes inherit the environment variable that this sets.
+    """
     os.environ[_CONFIG_VARIABLE] = str(_CONFIG)
     handler = logging.StreamHandler()  # until vLLM reads the file, long after its first warnings
     handler.addFilter(QuietFilter())
@@ -58,12 +61,12 @@ def be_quiet() -> None:
 
 
 def is_harmless(message: str) -> bool:
-    """Tell whether a warning is one about which an operator need do nothing."""
+    """Tell whether a warning needs no action by an operator."""
     return any(text in message for text in _HARMLESS)
 
 
 class QuietFilter(logging.Filter):
-    """Pass warnings that may matter; in a process of the engine pass everything."""
+    """Pass warnings that may matter; in the engine's processes, pass everything."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Tell whether to log a record."""

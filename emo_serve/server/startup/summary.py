@@ -1,4 +1,4 @@
-"""What an operator reads when the server is up: memory, slots, pools, the URL and a line to try."""
+"""What an operator reads when the server is up: memory, slots, pools, the URL, a line to try."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ __all__ = ["PoolLine", "ServerAddress", "Summary", "format_summary"]
 
 @dataclass(frozen=True)
 class ServerAddress:
-    """Where the server listens; `key_variable` names a variable to hold the API key, if one is set.
+    """Where the server listens; with `uds`, a Unix socket, host and port have no meaning.
 
-    With `uds` host and port mean nothing.
+    `key_variable` is the environment variable that a client's shell should keep the API key in,
+    None if the server needs no key.
     """
 
     host: str | None
@@ -29,7 +30,7 @@ class ServerAddress:
 
     @classmethod
     def of(cls, args: argparse.Namespace, key_variable: str | None) -> ServerAddress:
-        """Return where a server of these flags listens."""
+        """Return where a server with these flags listens."""
         return cls(
             host=args.host,
             port=args.port,
@@ -40,7 +41,7 @@ class ServerAddress:
 
     @property
     def url(self) -> str:
-        """Return the base URL, one that works on this machine."""
+        """Return a base URL that works on this machine."""
         scheme = "https" if self.is_tls else "http"
         if self.uds:
             return f"{scheme}://localhost"
@@ -49,7 +50,7 @@ class ServerAddress:
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def curl(self, model: str) -> str:
-        """Return one line that asks this server for a completion."""
+        """Return one shell line that asks this server for a completion."""
         options = "-s"
         options += f" --unix-socket {self.uds}" if self.uds else ""
         options += " -k" if self.is_tls else ""
@@ -64,7 +65,10 @@ class ServerAddress:
 
 @dataclass(frozen=True)
 class PoolLine:
-    """One pool of the summary; `state` is "resident" or why it is not."""
+    """One pool in the summary; `state` is "resident" or says why it is not.
+
+    `experts_per_layer` has 0 for a dense layer.
+    """
 
     name: str
     experts_per_layer: tuple[int, ...]
@@ -74,7 +78,11 @@ class PoolLine:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything the start-up summary says."""
+    """Everything the start-up summary says.
+
+    `experts_per_layer` is the model's, 0 for a dense layer. `refused` says why pool files were
+    left out; `try_model` is the model name in the line to try.
+    """
 
     model: str
     facts: EngineFacts
@@ -90,17 +98,17 @@ class Summary:
 def format_summary(summary: Summary) -> str:
     """Return the summary as lines of text."""
     facts = summary.facts
-    rank = " a device" if facts.num_ranks > 1 else ""
+    rank = " per device" if facts.num_ranks > 1 else ""
     experts = [count for count in summary.experts_per_layer if count]
     width = max(len(pool.name) for pool in summary.pools)
     dtypes = facts.dtype
     if facts.expert_dtype != facts.dtype:
         dtypes += f", experts in {facts.expert_dtype}"
     lines = [
-        f"emo-serve: {summary.model} is ready ({dtypes}, expert maths: {facts.moe_backend})",
+        f"emo-serve: {summary.model} is ready ({dtypes}, expert backend: {facts.moe_backend})",
         f"  trunk    {format_gib(facts.trunk_bytes)}{rank}",
-        f"  slab     {format_gib(facts.slab_bytes)}{rank}: {summary.slots_per_layer} slots a layer,"
-        f" {format_gib(facts.slot_bytes)} each",
+        f"  slab     {format_gib(facts.slab_bytes)}{rank}:"
+        f" {summary.slots_per_layer} slots per layer, {format_gib(facts.slot_bytes)} each",
         f"  experts  {_range(experts)} x {len(experts)} MoE layers",
         f"  pools    {summary.pools_source or 'no --pools directory'}",
     ]
@@ -108,7 +116,8 @@ def format_summary(summary: Summary) -> str:
         counts = [count for count in pool.experts_per_layer if count]
         default = "  (default)" if pool.is_default else ""
         lines.append(
-            f"    {pool.name:<{width}}  {_range(counts):>7} experts a layer  {pool.state}{default}"
+            f"    {pool.name:<{width}}  {_range(counts):>7} experts per layer"
+            f"  {pool.state}{default}"
         )
     lines += [f"    refused: {reason}" for reason in summary.refused]
     lines += [

@@ -1,4 +1,4 @@
-"""vLLM's flags whose feature this design cannot carry yet, each refused with the reason."""
+"""Flags of vLLM that this server cannot support yet, each refused with the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["refuse_unsupported"]
 
 @dataclass(frozen=True)
 class _Unsupported:
-    """One vLLM option, the values under which its feature is off, and why on is refused."""
+    """One vLLM flag, the values that leave its feature off, and why the feature is refused."""
 
     flag: str
     off: tuple[object, ...]
@@ -25,15 +25,15 @@ class _Unsupported:
         return getattr(args, self.flag.removeprefix("--").replace("-", "_"), None)
 
 
-_LORA = "LoRA adapters of experts would need slots of their own"
-_DATA_PARALLEL = "each engine would need an expert slab and a pool table of its own"
-_SPECULATIVE = "the draft model knows no pools"
-_QUANTIZED = "only experts can be quantised, by --expert-dtype"
-_OFFLOAD = "expert slots are the offloading; the trunk stays on the device"
+_LORA = "LoRA adapters of experts would need their own slots"
+_DATA_PARALLEL = "each engine would need its own expert slab and pool table"
+_SPECULATIVE = "the draft model has no pools"
+_QUANTIZED = "only experts can be quantized, with --expert-dtype"
+_OFFLOAD = "experts are offloaded by slots already, and the trunk stays on the device"
 _ONE_PROCESS = "leases are kept in one API-server process"
 _OTHER_FRONT_END = "pools are resolved in this HTTP front end only"
-_SPLIT_BATCH = "a batch split among devices or micro-batches loses its pool rows"
-_KV_TRANSFER = "KV blocks from elsewhere do not say which pool computed them"
+_SPLIT_BATCH = "pool rows do not follow a batch that is split over devices or micro-batches"
+_KV_TRANSFER = "KV blocks from another server do not say which pool computed them"
 _NOT_GENERATION = "EMO models generate text; embedding and scoring heads are not served"
 _OFF: tuple[object, ...] = (None, False, 0, "", [], {}, set())
 
@@ -43,7 +43,7 @@ _UNSUPPORTED: tuple[_Unsupported, ...] = (
     _Unsupported("--default-mm-loras", _OFF, _LORA),
     _Unsupported("--api-server-count", (None, 1), _ONE_PROCESS),
     _Unsupported("--headless", _OFF, _ONE_PROCESS),
-    _Unsupported("--nnodes", (None, 1), "engines over several machines have not been tried"),
+    _Unsupported("--nnodes", (None, 1), "engines on several machines have not been tried"),
     _Unsupported("--grpc", _OFF, _OTHER_FRONT_END),
     _Unsupported("--grpc-port", (None,), _OTHER_FRONT_END),
     _Unsupported("--data-parallel-size", (None, 1), _DATA_PARALLEL),
@@ -54,7 +54,7 @@ _UNSUPPORTED: tuple[_Unsupported, ...] = (
     _Unsupported("--data-parallel-external-lb", _OFF, _DATA_PARALLEL),
     _Unsupported("--data-parallel-multi-port-external-lb", _OFF, _DATA_PARALLEL),
     _Unsupported("--enable-elastic-ep", _OFF, _DATA_PARALLEL),
-    _Unsupported("--enable-expert-parallel", _OFF, "each device holds a share of EVERY expert"),
+    _Unsupported("--enable-expert-parallel", _OFF, "each device holds a part of every expert"),
     _Unsupported("--enable-eplb", _OFF, "emo-serve places experts itself"),
     _Unsupported("--pipeline-parallel-size", (None, 1), "pool rows reach the first stage only"),
     _Unsupported("--decode-context-parallel-size", (None, 1), _SPLIT_BATCH),
@@ -73,7 +73,9 @@ _UNSUPPORTED: tuple[_Unsupported, ...] = (
     _Unsupported("--enable-sleep-mode", _OFF, "waking up would not restore the expert slots"),
     _Unsupported("--weight-transfer-config", _OFF, "new weights would not reach the slots"),
     _Unsupported("--kv-transfer-config", _OFF, _KV_TRANSFER),
-    _Unsupported("--enable-return-routed-experts", _OFF, "the layers do not record their choices"),
+    _Unsupported(
+        "--enable-return-routed-experts", _OFF, "the layers do not record which experts they chose"
+    ),
     _Unsupported("--runner", (None, "auto", "generate"), _NOT_GENERATION),
     _Unsupported("--convert", (None, "auto", "none"), _NOT_GENERATION),
     _Unsupported("--pooler-config", _OFF, _NOT_GENERATION),
@@ -92,7 +94,7 @@ _UNSUPPORTED_VARIABLES = {
 
 
 def refuse_unsupported(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> None:
-    """Raise ConfigError for the first vLLM option this server cannot honour.
+    """Raise ConfigError for the first vLLM flag or variable that this server cannot support.
 
     `args` is the namespace of vLLM's serve parser; `environ` defaults to this process's.
     """
@@ -100,15 +102,17 @@ def refuse_unsupported(args: argparse.Namespace, environ: Mapping[str, str] | No
         value = option.value(args)
         if value not in option.off:
             raise ConfigError(
-                f"{option.flag} is {value!r}, which emo-serve does not serve yet:"
+                f"{option.flag} is {value!r}, which emo-serve does not support yet:"
                 f" {option.reason}; leave it out"
             )
     for variable, reason in _UNSUPPORTED_VARIABLES.items():
         if (os.environ if environ is None else environ).get(variable, "0").lower() in ("1", "true"):
-            raise ConfigError(f"{variable} is set, which emo-serve does not serve yet: {reason}")
+            raise ConfigError(
+                f"{variable} is set, which emo-serve does not support yet: {reason}; unset it"
+            )
     additional = getattr(args, "additional_config", None) or {}
     if ADDITIONAL_CONFIG_KEY in additional:
         raise ConfigError(
-            f"--additional-config: the key {ADDITIONAL_CONFIG_KEY!r} is emo-serve's own;"
+            f"--additional-config: the key {ADDITIONAL_CONFIG_KEY!r} belongs to emo-serve;"
             " use --expert-memory, --expert-slots, --max-pools and --moe-backend"
         )

@@ -24,7 +24,7 @@ from tests.support.server_process import RawRequest, RunningServer, serve, wait_
 pytestmark = pytest.mark.vllm
 
 API, ADMIN = "clients-Ke9", "operators-Wa4"
-SLOTS = 24  # math and code take up to 20 a layer between them, all three 27
+SLOTS = 24  # math and code take up to 20 per layer together, all three 27
 FIRST = ("math", "code", "law")
 
 

@@ -35,7 +35,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--enable-lora"], "--enable-lora is True, which emo-serve does not serve yet: LoRA"),
+        (["--enable-lora"], "--enable-lora is True, which emo-serve does not support yet: LoRA"),
         (["--api-server-count", "2"], "--api-server-count is 2"),
         (["--data-parallel-size", "2"], "--data-parallel-size is 2"),
         (["--enable-expert-parallel"], "--enable-expert-parallel is True"),
@@ -47,7 +47,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--load-format", "dummy"], "--load-format is 'dummy'"),
         (["--default-pool", "nope"], "--default-pool: there is no pool 'nope'"),
         (["--expert-slots", "40"], "--expert-slots is 40; a layer has at most 32"),
-        (["--expert-memory", "1KiB"], "--expert-memory 1024 bytes holds no expert"),
+        (["--expert-memory", "1KiB"], "--expert-memory 1024 bytes is too small: one slot"),
         (["--max-model-len", "100000"], "vLLM refuses these flags:"),
         (["--served-model-name", "math"], "pool 'math' has the name of the model"),
     ],

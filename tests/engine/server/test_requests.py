@@ -205,9 +205,9 @@ def test_refusals_are_counted_by_reason(client: openai.OpenAI, http: httpx.Clien
 def test_the_summary_tells_what_was_started(server: RunningServer, golden_pools: Any) -> None:
     summary = server.summary
     assert "emo is ready (float32" in summary
-    assert "32 slots a layer" in summary
+    assert "32 slots per layer" in summary
     assert "32 x 3 MoE layers" in summary
     assert str(golden_pools) in summary
     assert "refused: " in summary
     assert f"{server.url}/v1" in summary
-    assert "16 experts a layer  resident" in summary
+    assert "16 experts per layer  resident" in summary

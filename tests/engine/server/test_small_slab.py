@@ -21,7 +21,7 @@ KEY = "correct-horse"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server without MODEL: pools of 8 experts a layer, and room for 9."""
+    """A server without MODEL: pools of 8 experts per layer, and room for 9."""
     with serve(
         tmp_path_factory.mktemp("small"),
         *("--expert-slots", "9"),
@@ -61,14 +61,14 @@ def test_pools_are_resident_in_the_order_given_as_long_as_they_fit(
     assert cards["python"]["default"]
     assert {"base", *demo.domains()} == set(cards)
     assert "emo-demo is ready" in server.summary
-    assert "9 slots a layer" in server.summary
+    assert "9 slots per layer" in server.summary
     for name, size, state in (
         ("python", 8, r"resident  \(default\)"),
         ("math", 8, "loaded when asked for"),
         ("spanish", 8, "loaded when asked for"),
         ("base", 32, "does not fit"),
     ):
-        assert re.search(rf"{name} +{size} experts a layer  {state}\n", server.summary), name
+        assert re.search(rf"{name} +{size} experts per layer  {state}\n", server.summary), name
     assert "pool math is loaded when it is asked for" in server.log
 
 

@@ -240,7 +240,7 @@ def test_draws() -> None:
 
 def test_memory_of_a_summary() -> None:
     pools = {"slots": {"total": 32, "bytes_per_slot": 2**20}}
-    line = "emo-serve: m is ready\n  trunk    {}\n  slab     0.03 GiB: 8 slots a layer\n"
+    line = "emo-serve: m is ready\n  trunk    {}\n  slab     0.03 GiB: 8 slots per layer\n"
     found = memory_of(line.format("0.0033 GiB a device"), pools)
     assert found == {"trunk_gib": 0.0033, "slab_gib": 2**-5, "gib": 0.0033 + 2**-5}
     assert memory_of(line.format("1024 bytes"), pools)["trunk_gib"] == 2**-20

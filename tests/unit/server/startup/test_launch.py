@@ -1,4 +1,4 @@
-"""Which keys a start takes, and which variable the line to try names."""
+"""Which keys a server accepts, and which variable the line to try names."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_memory_holds_the_scales_of_fp8_experts_too(
             plan = make_plan(memory, checkpoint, ["emo"], dtype_bytes, ranks, persists=True)
             assert plan.num_slots == slots
     host = replace(fp8, host_expert_bytes=slot_bytes - 1)
-    with pytest.raises(ConfigError, match="--host-expert-memory .*holds no expert"):
+    with pytest.raises(ConfigError, match="--host-expert-memory .*is too small: one expert"):
         make_plan(host, checkpoint, ["emo"], 4, ranks, persists=True)
 
 
@@ -146,16 +146,16 @@ def test_the_default_pool_is_loaded_first(checkpoint: Checkpoint, settings: Serv
         ({"default_pool": "nope"}, "--default-pool: there is no pool 'nope'"),
         ({"default_pool": "math+nope"}, "--default-pool: there is no pool 'nope'"),
         ({"expert_slots": 33}, "--expert-slots is 33; a layer has at most 32"),
-        ({"expert_slots": 4}, "no pool fits 4 slots a layer: the smallest, 'code', needs"),
+        ({"expert_slots": 4}, "no pool fits in 4 slots per layer: the smallest, 'code', needs"),
         ({"expert_slots": 20, "default_pool": "base"}, "--default-pool base does not fit in 20"),
         ({"pin": ("nope",)}, "--pin: there is no pool 'nope'"),
         ({"expert_slots": 16, "pin": ("math", "law")}, "--pin math,law: these pools do not fit"),
         (
             {"expert_slots": 16, "default_pool": "law", "pin": ("math",)},
-            "--default-pool law does not fit in 16 slots a layer beside the pinned pools",
+            "--default-pool law does not fit in 16 slots per layer beside the pinned pools",
         ),
         ({"host_expert_bytes": SLOT_BYTES - 1}, "--host-expert-memory"),
-        ({"pools_dir": None, "expert_slots": 20}, "20 slots a layer do not hold the base pool"),
+        ({"pools_dir": None, "expert_slots": 20}, "20 slots per layer cannot hold the base pool"),
     ],
 )
 def test_a_start_that_could_serve_nothing_asked_for_is_refused(

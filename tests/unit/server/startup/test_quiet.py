@@ -139,7 +139,7 @@ def test_a_process_that_was_killed_has_no_cause() -> None:
 # -- progress --
 
 
-def test_each_stage_is_told_once_and_none_after_the_end() -> None:
+def test_each_stage_is_reported_once_and_none_after_the_end() -> None:
     stream = io.StringIO()
     progress = StartProgress(stream)
     for line in FAILED.splitlines() * 2:

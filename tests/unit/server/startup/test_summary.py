@@ -46,12 +46,12 @@ SUMMARY = Summary(
 def test_it_says_what_an_operator_asks() -> None:
     text = format_summary(SUMMARY)
     for line in (
-        "emo is ready (bfloat16, expert maths: cpu)",
+        "emo is ready (bfloat16, expert backend: cpu)",
         "trunk    1.40 GiB",
-        "slab     8.00 GiB: 42 slots a layer, 0.0117 GiB each",
+        "slab     8.00 GiB: 42 slots per layer, 0.0117 GiB each",
         "experts  128 x 15 MoE layers",
-        "base      128 experts a layer  too large for the slab",
-        "math    16-20 experts a layer  resident  (default)",
+        "base      128 experts per layer  too large for the slab",
+        "math    16-20 experts per layer  resident  (default)",
         "refused: bad.json: layer 1: an expert is 999",
         "URL      http://127.0.0.1:8000/v1",
         "try      curl ",
@@ -62,7 +62,7 @@ def test_it_says_what_an_operator_asks() -> None:
 def test_it_names_the_experts_dtype_where_it_is_another() -> None:
     facts = replace(FACTS, expert_dtype="float8_e4m3fn", moe_backend="triton")
     text = format_summary(replace(SUMMARY, facts=facts))
-    assert "(bfloat16, experts in float8_e4m3fn, expert maths: triton)" in text
+    assert "(bfloat16, experts in float8_e4m3fn, expert backend: triton)" in text
 
 
 @pytest.mark.parametrize(
