@@ -1,4 +1,4 @@
-"""One running server from a decided start and a running engine, part by part, in one place."""
+"""Build one server from a Launch and a running engine: the one place that knows all its parts."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ __all__ = ["Server", "build_server"]
 
 logger = logging.getLogger(__name__)
 
-_STATES = ("resident", "loaded when asked for", "does not fit")
+_STATES = ("resident", "loaded on request", "does not fit")
 
 
 @dataclass(frozen=True)
 class Server:
-    """What is needed to answer requests and to stop; `http` has not been started."""
+    """What answers requests and stops the server; `http` has not been started."""
 
     http: uvicorn.Server
     llm: PooledLLM
@@ -64,20 +64,59 @@ class Server:
     summary: Summary
 
 
+@dataclass(frozen=True)
+class _PoolParts:
+    """The parts that decide about pools; those of the start are loaded."""
+
+    calls: WorkerCalls
+    facts: EngineFacts
+    metrics: PoolMetrics
+    manager: ResidencyManager
+    service: PoolService
+
+
 async def build_server(
     launch: Launch, engine: Any, request_log: RequestLog | None, progress: StartProgress
 ) -> Server:
-    """Build the server on vLLM's AsyncLLM and load its first pools; raises EngineDead."""
-    args, settings, plan, checkpoint = (
-        launch.args,
-        launch.settings,
-        launch.plan,
-        launch.checkpoint,
+    """Build the server on vLLM's AsyncLLM and load the pools of the start.
+
+    Raises EngineDead, and ConfigError for pools whose names are taken.
+    """
+    pools = await _start_pools(launch, engine, progress)
+    args, manager, service = launch.args, pools.manager, pools.service
+    coverage = CoverageBook(pools.calls.read_coverage, pools.metrics.observe_coverage)
+    llm = PooledLLM(
+        engine,
+        service.residency,
+        pools.metrics,
+        coverage,
+        request_log,
+        honours_priority=args.scheduling_policy == "priority",
     )
+    app = await build_http_app(llm, args, service.lookup, pools.metrics)
+    own = OwnRequests(engine)
+    progress.stage("warming up")
+    await _warm_up(own, manager, service.lookup)
+    admission = await _wrap_app(app, llm, own, engine, launch, pools)
+    guarded = KeyGuard(
+        admission,
+        launch.keys.api,
+        launch.keys.admin,
+        launch.settings.open_paths,
+        root_path=args.root_path,
+    )
+    http = create_http_server(guarded, app, args)
+    summary = _summarise(launch, pools.facts, manager, service)
+    return Server(http, llm, admission, manager, coverage, summary)
+
+
+async def _start_pools(launch: Launch, engine: Any, progress: StartProgress) -> _PoolParts:
+    """Check the engine against the plan, and load the pools of the start."""
+    plan = launch.plan
     calls = WorkerCalls(
         lambda method, call_args: engine.collective_rpc(method, args=call_args),  # no timeout=
         lambda: bool(engine.errored),
-        checkpoint.check_experts,
+        launch.checkpoint.check_experts,
         progress.copied,
     )
     facts = await calls.describe()
@@ -96,62 +135,55 @@ async def build_server(
     register_gauges(registry, service.statuses.snapshot)
     progress.stage("loading experts")
     await _load_pools(manager, plan)
-    coverage = CoverageBook(calls.read_coverage, metrics.observe_coverage)
-    llm = PooledLLM(
-        engine,
-        service.residency,
-        metrics,
-        coverage,
-        request_log,
-        honours_priority=args.scheduling_policy == "priority",
-    )
-    app = await build_http_app(llm, args, service.lookup, metrics)
-    own = OwnRequests(engine)
-    progress.stage("warming up")
-    await _warm_up(own, manager, service.lookup)
+    return _PoolParts(calls, facts, metrics, manager, service)
+
+
+async def _wrap_app(
+    app: FastAPI,
+    llm: PooledLLM,
+    own: OwnRequests,
+    engine: Any,
+    launch: Launch,
+    pools: _PoolParts,
+) -> Admission:
+    """Put `auto` and admission around vLLM's app, and add our routes to it."""
+    args, checkpoint, service = launch.args, launch.checkpoint, pools.service
     longest = engine.model_config.max_model_len - 1  # and one token that is generated
-    probe = RouterProbe(manager, own.run_probe, calls.read_mass, longest)
+    probe = RouterProbe(pools.manager, own.run_probe, pools.calls.read_mass, longest)
     tokenizer = EngineTokenizer(engine.renderer, args)
     chooser = await make_chooser(
-        settings,
-        Candidates(service.lookup, manager),
+        launch.settings,
+        Candidates(service.lookup, pools.manager),
         service.temporary,
         probe,
         tokenizer,
         checkpoint.config,
         launch.auto_examples,
     )
-    admission = Admission(AutoPool(app, plan.names, chooser, metrics, root_path=args.root_path))
+    auto = AutoPool(app, launch.plan.names, chooser, pools.metrics, root_path=args.root_path)
+    admission = Admission(auto)
     builder = PoolBuilder(
         probe,
         checkpoint,
         service,
-        manager,
+        pools.manager,
         tokenizer,
         lambda name, examples: chooser.add_examples(name, list(map(text_of, examples))),
     )
     _add_routes(app, admission, service, llm, builder)
-    guarded = KeyGuard(
-        admission,
-        launch.keys.api,
-        launch.keys.admin,
-        settings.open_paths,
-        root_path=args.root_path,
-    )
-    http = create_http_server(guarded, app, args)
-    return Server(
-        http, llm, admission, manager, coverage, _summarise(launch, facts, manager, service)
-    )
+    return admission
 
 
 # -- parts --
 
 
 def _check_facts(facts: EngineFacts, plan: StartPlan) -> None:
-    """Refuse an engine that is not what the plan asked for."""
+    """Raise EngineDead for an engine that is not what the plan asked for."""
     expected = tuple(min(plan.num_slots, count) for count in plan.experts_per_layer if count)
     if facts.num_slots != expected:
-        raise EngineDead(f"the engine has {facts.num_slots} slots; {expected} were asked for")
+        raise EngineDead(
+            f"the engine has {facts.num_slots} slots per MoE layer, expected {expected}"
+        )
     if not facts.routes_by_pool:
         raise EngineDead("the engine's model runner does not hand pool rows to the model")
 
@@ -173,18 +205,18 @@ def _manager(
 
 
 async def _load_pools(manager: ResidencyManager, plan: StartPlan) -> None:
-    """Make the pinned pools resident, then others as long as there is room."""
+    """Make the pinned pools resident, then the others while there is room."""
     for pool in plan.pinned:
         await manager.load(pool, pin=True)
     for pool in plan.load_order:
         if not manager.fits_now(pool):
             logger.info(
-                "pool %s is loaded when it is asked for: no room beside the others", pool.name
+                "pool %s will be loaded on request: there is no room beside the others", pool.name
             )
             continue
         try:
             await manager.load(pool)
-        except PoolLoadFailed:  # logged already; its requests will be told too
+        except PoolLoadFailed:  # logged already; requests for it get the error too
             continue
 
 
@@ -205,7 +237,7 @@ def _add_routes(
 
     @router.get("/ready")
     async def ready() -> JSONResponse:
-        """Answer 200 while new requests are taken, 503 when draining or when the engine died."""
+        """Answer 200 while new requests are accepted, 503 while draining or with a dead engine."""
         is_ready = not admission.is_closed and not llm.errored
         return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
