@@ -1,4 +1,4 @@
-"""What coverage is made of: mass inside a request's pool, summed over its tokens."""
+"""The sums behind coverage: router mass inside a request's pool, added over its tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["CoverageSum", "share_of"]
 
 @dataclass(frozen=True)
 class CoverageSum:
-    """The share of the full router's mass inside the pool, summed over some tokens.
+    """The full router's mass inside the pool, summed over `tokens` tokens.
 
-    Each token's share is a mean over MoE layers; coverage is `mass / tokens`.
+    Each token adds a share from 0 to 1, its mean over MoE layers; coverage is `mass / tokens`.
     """
 
     mass: float
@@ -22,5 +22,5 @@ class CoverageSum:
 
 
 def share_of(total: CoverageSum) -> float:
-    """Return the coverage of a sum of one or more tokens, at most 1 whatever was rounded."""
+    """Return the coverage of a sum over at least one token, at most 1 despite rounding."""
     return min(1.0, total.mass / total.tokens)

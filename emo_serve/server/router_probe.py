@@ -1,8 +1,8 @@
-"""What the full router thinks of some text: one ordinary engine request, and the sums it leaves.
+"""The full router's mass on some text: one ordinary engine request, and the sums it leaves behind.
 
-Who builds a pool on the running server asks this, and who chooses a pool for a prompt. The tokens
-run inside a pool like any others, under a lease of their own; which experts compute is the pool's
-business, but the router's mass is over all experts of a layer.
+Building a pool on the running server and choosing a pool for a prompt both use this. The tokens run
+inside a pool like any others, under their own lease. Only the pool's experts compute, but the
+router's mass covers all experts of a layer.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from emo_serve.vllm_plugin.contract import MASS_SLOTS, RouterMass
 __all__ = ["LOW_PRIORITY", "RouterProbe"]
 
 LOW_PRIORITY = 2**20
-"""A priority behind everybody else's; requests have 0."""
+"""A priority behind that of all requests, which have 0."""
 
 
 class RouterProbe:
-    """Run tokens through the engine for the router's mass.
+    """Run tokens through the engine and return the router's mass on them.
 
-    `run` serves them in a row of the pool table as one request that adds to a mass slot, and
-    `read` returns and clears that slot. `max_tokens` is the longest text it takes.
+    `run` takes pool, pool row, token ids, mass slot and priority: it runs the ids in that row as
+    one request that adds to that mass slot. `read` returns and clears a mass slot. `max_tokens` is
+    the longest text that `mass` accepts.
     """
 
     def __init__(
@@ -46,13 +47,13 @@ class RouterProbe:
     ) -> RouterMass:
         """Return the full router's mass over these tokens, at most `max_tokens`, inside a pool.
 
-        Waits while MASS_SLOTS others run, and for the pool; raises what a lease raises. A higher
-        `priority` is served later.
+        Waits for the pool, and while MASS_SLOTS other probes run. A higher `priority` is served
+        later. Raises what a lease raises, and EngineDead if the engine recorded too few tokens.
         """
         async with self._may_run:
             slot = self._free.pop()
             try:
-                if slot in self._dirty:  # after an abort, which the engine heard of before this
+                if slot in self._dirty:  # its last probe was aborted, as the engine was told before
                     await self._read(slot)
                 self._dirty.add(slot)
                 async with self._manager.lease(pool) as lease:
@@ -62,5 +63,7 @@ class RouterProbe:
             finally:
                 self._free.append(slot)
         if mass.tokens < len(token_ids):
-            raise EngineDead(f"the engine recorded {mass.tokens} tokens of {len(token_ids)}")
+            raise EngineDead(
+                f"the engine recorded router mass for {mass.tokens} of {len(token_ids)} tokens"
+            )
         return mass

@@ -1,9 +1,9 @@
-"""The server's life: start the engine, build the server on it, answer, drain, stop.
+"""The server's life: start the engine, build the server on it, answer requests, drain, stop.
 
 One process answers HTTP and decides about pools; the engine's processes are vLLM's. SIGTERM starts
-the drain: readiness turns 503, new work is refused, running and waiting requests are finished, and
-the process ends with status 0. A second signal ends the wait. (Ctrl-C in a terminal reaches the
-engine's processes too, which end their requests at once.)
+the drain: readiness turns 503, new work is refused, running and waiting requests finish, and the
+process ends with status 0. A second signal cuts the drain short. (Ctrl-C in a terminal reaches the
+engine's processes too, and they end their requests at once.)
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def run(
     *,
     is_quiet: bool,
 ) -> int:
-    """Serve until a signal; return the exit status. `announce` gets the start-up summary.
+    """Serve until a signal; return the exit status.
 
-    With `is_quiet` only what matters of the engine's output is shown. Raises ConfigError, before
-    anything heavy is started, for flags that cannot work, and EngineDead.
+    `announce` is called with the start-up summary. With `is_quiet`, only warnings and errors of the
+    engine's output are shown. Raises ConfigError for flags that cannot work, before anything heavy
+    is started, and EngineDead if the engine does not start.
     """
     import uvloop
 
@@ -86,7 +87,7 @@ async def _serve(
                 raise
             raise EngineDead(_explained(error, output.cause())) from error
         if output is not None:
-            # uvicorn's start and stop take seven lines; requests have a logger of their own.
+            # uvicorn logs seven lines for start and stop; requests have their own logger.
             logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
             output.started()
             stack.callback(output.ending)
@@ -95,19 +96,19 @@ async def _serve(
 
 
 def _explained(error: EngineDead, cause: str | None) -> str:
-    """Return why a start failed, and how to see everything the engine printed."""
+    """Return why a start failed, and how to see all that the engine printed."""
     return f"{error}: {cause or 'it printed no error'} (--log-level info shows all its output)"
 
 
 def _drop_last_words() -> None:
-    """Drop what libraries print while Python ends: Triton's bindings list what they leak."""
+    """Drop what libraries print while Python exits: Triton's bindings list their leaks."""
     sys.stderr.flush()
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)
 
 
 def _abandon_start(number: int, _: object) -> None:
-    """End at once, engine included: an exception raised here is lost in the engine's start-up."""
+    """Exit at once with the engine: an exception raised here would be lost in its start-up."""
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(128 + number)
@@ -146,9 +147,9 @@ async def _answer(
 async def _drain_until_second(server: Server, signals: StopSignals, timeout_seconds: float) -> None:
     admission = server.admission
     logger.info(
-        "draining: %d running requests, up to %.0f s; a second signal ends the wait",
-        admission.num_running,
+        "draining: waiting up to %.0f s for %d running requests; a second signal stops now",
         timeout_seconds,
+        admission.num_running,
     )
     draining = asyncio.create_task(drain(admission, server.manager, timeout_seconds))
     second = asyncio.create_task(signals.second.wait())

@@ -1,4 +1,4 @@
-"""The way out: signals, and a drain that finishes what was let in."""
+"""Shutting down: signals, and a drain that finishes the requests already admitted."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["StopSignals", "drain"]
 
 
 async def drain(admission: Admission, manager: ResidencyManager, timeout_seconds: float) -> bool:
-    """Refuse new work and wait for what is under way; False when that took too long.
+    """Refuse new work and wait for running requests; False if `timeout_seconds` was too short.
 
-    HTTP requests first: one of them may take several leases in turn. Then leases, which outlive the
-    request of a background response.
+    Waits for HTTP requests first, because one of them may take several leases in turn. Then for
+    leases, which outlive the HTTP request of a background response.
     """
     deadline = time.monotonic() + timeout_seconds
     admission.close()
@@ -26,7 +26,7 @@ async def drain(admission: Admission, manager: ResidencyManager, timeout_seconds
 
 
 class StopSignals:
-    """Turn the first SIGTERM or SIGINT into one event, and the second into another."""
+    """Set `first` on the first SIGTERM or SIGINT, and `second` on the second."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.first = asyncio.Event()

@@ -1,4 +1,4 @@
-"""What the server asks of the served model's tokenizer; vLLM's own is behind it."""
+"""What the server needs of the served model's tokenizer, which is vLLM's own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ __all__ = ["ServedTokenizer"]
 
 
 class ServedTokenizer(Protocol):
-    """Turn text and chats into ids exactly as requests are; raises RequestError for what cannot."""
+    """Turn text and chats into token ids exactly as requests are.
+
+    Raises RequestError for input that the tokenizer or the chat template refuses.
+    """
 
     async def encode(self, text: str) -> list[int]:
         """Return the ids of a text prompt, special tokens included."""
@@ -18,10 +21,10 @@ class ServedTokenizer(Protocol):
     async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the ids of a conversation, rendered by the served chat template.
 
-        Unless it ends with the assistant's turn, that turn is opened, as in a served prompt.
+        Unless the last turn is the assistant's, the assistant's turn is opened, as when serving.
         """
         ...
 
     async def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens left out."""
+        """Return the text of ids, without special tokens."""
         ...

@@ -1,17 +1,18 @@
-"""Admission: the layer every HTTP request passes, from its headers to the end of its answer.
+"""Admission: the layer that every HTTP request passes, from its headers to the end of its answer.
 
 Pure ASGI around vLLM's app, which takes no middleware once it is built. A request carries one
-mutable `RequestContext` through its tasks; the generation hook reads the headers there, and leaves
-there how long a refused client should wait and what the request still waits for. A stream's status
-is sent before its first token is asked for, so it is held back here until the pool is leased: a
-client whose pool could not be loaded in time gets a 503 and not a stream that begins with an error.
+mutable `RequestContext` through its tasks. The generation hook reads the request's headers there,
+and writes back when a refused client may retry and which futures the answer must wait for. A
+stream's status would be sent before its first token, so it is held back here until the pool is
+leased: a client whose pool is not loaded in time gets a 503, not a stream that begins with an
+error.
 
-On the way out the pool that served the request is named in a header. A client that asked for its
-coverage gets a complete answer once the coverage of its engine requests is known, with the report
-in header and body, or for a stream as an event before its end: see `asgi.coverage`.
+Each answer names in a header the pool that served it. If a client asked for coverage, its answer is
+held back until the coverage of its engine requests is known; the report is in a header and in the
+body, or for a stream in an event before the last: see `asgi.coverage`.
 
-Once admission is closed only reading is allowed: health, metrics, listings. Requests admitted
-before are counted until their response ends.
+Once admission is closed, only reading is allowed: health, metrics, listings. Requests admitted
+before are counted until their responses end.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from emo_serve.server.asgi.errors import refusal
 __all__ = ["READING_METHODS", "Admission"]
 
 READING_METHODS = ("GET", "HEAD", "OPTIONS")
-"""Methods that change nothing."""
+"""HTTP methods that change nothing."""
 
 
 class Admission:
-    """Wrap an ASGI app; count running requests, and refuse new work once closed."""
+    """Wrap an ASGI app: count running requests, and refuse new work once closed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -45,11 +46,11 @@ class Admission:
         self._idle.set()
 
     def close(self) -> None:
-        """Refuse new work from now on; a second call changes nothing."""
+        """Refuse new work from now on; calling it again changes nothing."""
         self.is_closed = True
 
     async def idle(self, timeout_seconds: float) -> bool:
-        """Wait until no request is running; False if that took longer."""
+        """Wait until no request is running; False if some still run after the timeout."""
         try:
             async with asyncio.timeout(timeout_seconds):
                 while self.num_running:
@@ -66,7 +67,7 @@ class Admission:
         is_counted = scope["method"] not in READING_METHODS
         if is_counted and self.is_closed:
             error = Draining(
-                "the server is shutting down; send the request to another or try again later"
+                "the server is shutting down; send the request to another server, or retry later"
             )
             await refusal(error, {"connection": "close"})(scope, receive, send)
             return
@@ -97,10 +98,10 @@ class Admission:
 
 
 class _Answer:
-    """The `send` of one request's app: which of its messages go out, and when.
+    """The `send` of one request's app: it decides which messages go out, and when.
 
-    A stream whose pool cannot be had becomes a refusal. If coverage is wanted, a JSON answer is
-    kept until it is complete, and a stream's last event until the others and the report are out.
+    A stream whose pool is refused becomes an error response. If the client wants coverage, a JSON
+    answer is held until the report is complete, and so is a stream's last event.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, context: RequestContext) -> None:
@@ -112,7 +113,7 @@ class _Answer:
         self._tail: EventTail | None = None
 
     async def __call__(self, message: Message) -> None:
-        if self._is_refused:  # the rest of a stream that was never begun
+        if self._is_refused:  # the rest of a stream that was refused
             return
         if message["type"] == "http.response.start":
             await self._begin(message)
@@ -173,5 +174,5 @@ class _Answer:
 
 
 def _lower_case(start: Message) -> MutableHeaders:
-    """Return a copy of a response's headers; Starlette finds only names in lower case."""
+    """Return a copy of a response's headers with lower-case names: Starlette finds no others."""
     return MutableHeaders(raw=[(name.lower(), value) for name, value in start["headers"]])

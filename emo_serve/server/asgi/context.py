@@ -1,4 +1,4 @@
-"""What the layers around vLLM's app and the generation hook tell each other about one request."""
+"""The state of one request, shared by the layers around vLLM's app and the generation hook."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ __all__ = ["RequestContext", "current_request", "entered"]
 class RequestContext:
     """One HTTP request, from its headers to the end of its answer.
 
-    The lists get one entry per engine request: `admissions` a future that holds None once its pool
-    is leased, or the refusal; `pool_names` the pool it runs in; and, if `wants_coverage`,
-    `coverages` a future of its coverage, which must be resolved however the request ends.
+    The lists have one entry per engine request. `admissions` are futures: None once the pool is
+    leased, or the error that refuses it. `pool_names` are the pools they run in. `coverages`, used
+    only if `wants_coverage`, are futures of their coverage (None if no token was routed), which
+    must be resolved however the request ends. `retry_after_seconds` is set with a 503.
     """
 
     pool_headers: tuple[str, ...] = ()
@@ -33,18 +34,18 @@ class RequestContext:
 
     @property
     def pools(self) -> str:
-        """Return the names of the pools that serve the request, each once; usually one."""
+        """Return the names of the pools that serve the request, each once, joined by commas."""
         return ", ".join(dict.fromkeys(self.pool_names))
 
     async def refusal(self) -> EmoServeError | None:
-        """Wait until every engine request has its pool, or one cannot have it; return why not."""
+        """Wait until every engine request has its pool, or one is refused; return that error."""
         for admission in self.admissions:
             if (error := await asyncio.shield(admission)) is not None:
                 return error
         return None
 
     async def report(self) -> CoverageReport:
-        """Wait until every engine request has ended; return their coverage taken together."""
+        """Wait until every engine request has ended; return their combined coverage."""
         sums = [await asyncio.shield(coverage) for coverage in self.coverages]
         return CoverageReport.of(self.pools, sums)
 
@@ -53,7 +54,7 @@ _CURRENT: ContextVar[RequestContext | None] = ContextVar("emo_serve_request", de
 
 
 def current_request() -> RequestContext:
-    """Return the context of the HTTP request being handled; an empty one outside of any."""
+    """Return the context of the HTTP request being handled, or an empty one outside requests."""
     return _CURRENT.get() or RequestContext()
 
 

@@ -1,9 +1,9 @@
-"""What a client is told of its pool and coverage: response headers, a JSON field, one more event.
+"""How a client is told its pool and coverage: response headers, a JSON field, an extra event.
 
-Pure text in, text out; the gate decides when. A body gets the field `emo_serve` as its last one,
-and is otherwise the same bytes. A stream gets one event before `data: [DONE]`, of the shape of the
-usage chunk: no choices, which OpenAI clients skip. Streams that end otherwise (those of
-/v1/responses and /v1/messages) have event types of their own, and are left as they are.
+Pure text in, text out; admission decides when. A JSON body gets `emo_serve` as its last field, and
+is otherwise the same bytes. A stream gets one event before `data: [DONE]`, shaped like the usage
+chunk: it has no choices, so OpenAI clients skip it. Streams that end differently (/v1/responses and
+/v1/messages) have their own event types and are left unchanged.
 """
 
 from __future__ import annotations
@@ -32,15 +32,14 @@ _IDENTITY = ("id", "object", "created", "model")
 def wants_coverage(values: Iterable[str]) -> bool:
     """Read the values of the request header x-emo-coverage, usually none or one.
 
-    Raises RequestError for any other than true, 1, false, 0 in any case, and for both at once.
+    Raises RequestError for values other than true, 1, false or 0 in any case, and for both at once.
     """
     found = set()
     for value in values:
         word = _WORDS.get(value.strip().lower())
         if word is None:
             raise RequestError(
-                f"{COVERAGE_HEADER} is {value!r}; send true to be told the request's coverage, or"
-                " false"
+                f"{COVERAGE_HEADER} is {value!r}; send true to get the request's coverage, or false"
             )
         found.add(word)
     if len(found) > 1:
@@ -50,9 +49,10 @@ def wants_coverage(values: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class CoverageReport:
-    """What is reported of the engine requests of one HTTP request; `pool` may be several names.
+    """The report on one HTTP request, all its engine requests together.
 
-    `coverage` is None where no token was routed.
+    `pool` may be several names, joined by commas. `coverage` is a share from 0 to 1, None if no
+    token was routed.
     """
 
     pool: str
@@ -61,21 +61,21 @@ class CoverageReport:
 
     @classmethod
     def of(cls, pools: str, sums: Iterable[CoverageSum | None]) -> CoverageReport:
-        """Add the engine requests up: every token counts the same."""
+        """Add up the sums of the engine requests, so that every token counts the same."""
         total = sum((one for one in sums if one is not None), CoverageSum(0.0, 0))
         coverage = round(share_of(total), _DIGITS) if total.tokens else None
         return cls(pools, coverage, total.tokens)
 
     @property
     def headers(self) -> dict[str, str]:
-        """Return the response header; none if no token was routed."""
+        """Return the coverage header; no header if no token was routed."""
         if self.coverage is None:
             return {}
         return {COVERAGE_HEADER: f"{self.coverage:.{_DIGITS}f}"}
 
 
 def body_with(body: bytes, report: CoverageReport) -> bytes:
-    """Return a JSON object with the report as its last field; anything else as it is."""
+    """Return a JSON object with the report as its last field; other bodies unchanged."""
     text = body.strip()
     if not (text.startswith(b"{") and text.endswith(b"}")):
         return body
@@ -85,14 +85,17 @@ def body_with(body: bytes, report: CoverageReport) -> bytes:
 
 
 class EventTail:
-    """Split a stream of server-sent events, and make the one that goes before the last."""
+    """Split a stream into server-sent events, and make the event that carries the report.
+
+    `rest` is the beginning of an event that is not complete yet.
+    """
 
     def __init__(self) -> None:
         self.rest = b""
         self._identity: dict[str, Any] | None = None
 
     def take(self, data: bytes) -> Sequence[bytes]:
-        """Return the events that are complete with this data; `rest` is the begun one."""
+        """Return the events that this data completes."""
         *events, self.rest = (self.rest + data).split(_END_OF_EVENT)
         complete = [event + _END_OF_EVENT for event in events]
         for event in complete:
@@ -102,11 +105,11 @@ class EventTail:
 
     @staticmethod
     def is_last(event: bytes) -> bool:
-        """Tell `data: [DONE]` from other events."""
+        """Tell whether this event is `data: [DONE]`."""
         return event.startswith(_DONE)
 
     def event(self, report: CoverageReport) -> bytes:
-        """Return the report as an event; nothing for a stream that had no chunk of OpenAI's."""
+        """Return the report as an event, or nothing if the stream had no OpenAI chunk."""
         if self._identity is None:
             return b""
         fields = {**self._identity, "choices": [], _FIELD: asdict(report)}
@@ -114,7 +117,7 @@ class EventTail:
 
 
 def _identity_of(event: bytes) -> dict[str, Any] | None:
-    """Return the fields that all chunks of a stream share, or None if the event is no chunk."""
+    """Return the fields that all chunks of a stream share, or None if this is not a chunk."""
     name, _, value = event.partition(b":")
     if name != b"data":
         return None

@@ -1,4 +1,4 @@
-"""The one table from our errors to HTTP: status, reason for the metrics, and the response."""
+"""The one table from our errors to HTTP: status, reason in the metrics, and response."""
 
 from __future__ import annotations
 
@@ -55,28 +55,29 @@ _TABLE: tuple[tuple[type[EmoServeError], HTTPStatus, str], ...] = (
     (EngineDead, HTTPStatus.INTERNAL_SERVER_ERROR, "engine_dead"),
     (EmoServeError, HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error"),
 )
-"""The special before the general."""
+"""Subclasses before their base classes: the first match counts."""
 
 REFUSAL_REASONS = tuple(reason for _, _, reason in _TABLE)
+"""All values of the metrics' label `reason`."""
 
 
 def status_of(error: EmoServeError) -> HTTPStatus:
-    """Return the HTTP status an error is answered with."""
+    """Return the HTTP status that answers an error."""
     return next(status for cls, status, _ in _TABLE if isinstance(error, cls))
 
 
 def reason_of(error: EmoServeError) -> str:
-    """Return what the metrics call this refusal."""
+    """Return the name of this refusal in the metrics, one of REFUSAL_REASONS."""
     return next(reason for cls, _, reason in _TABLE if isinstance(error, cls))
 
 
 def retry_after_of(error: EmoServeError) -> int | None:
-    """Return the seconds to send as Retry-After, for errors that may pass."""
+    """Return the seconds to send as Retry-After; None unless the error is Unavailable."""
     return error.retry_after_seconds if isinstance(error, Unavailable) else None
 
 
 def refusal(error: EmoServeError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return the whole response to a request refused with one of our errors."""
+    """Return the complete response to a request that one of our errors refuses."""
     seconds = retry_after_of(error)
     retry_after = {} if seconds is None else {"retry-after": str(seconds)}
     return error_response(status_of(error), str(error), {**(headers or {}), **retry_after})

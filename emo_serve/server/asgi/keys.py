@@ -1,9 +1,9 @@
-"""Which key opens what. Pure ASGI around the whole server, vLLM's routes and ours.
+"""Which key opens which routes. Pure ASGI around the whole server, vLLM's routes and ours.
 
-vLLM's own check covers paths that begin with /v1 and knows one kind of key. This one stands before
-it and covers every path: an API key opens what answers clients, an admin key everything, and with
-admin keys set nothing else may change pools. A path is judged as the router will see it: decoded
-once, without the root path, and by its beginning, so that no spelling a route accepts is missed.
+vLLM's own check covers only paths that begin with /v1, and has one kind of key. This check comes
+before it and covers every path. An admin key opens everything. An API key does too, except that it
+may not change pools once admin keys are set. A path is judged as the router will see it: decoded
+once, without the root path, and by its beginning, so that every spelling a route accepts counts.
 
     keys set            pools, changing      open_paths     everything else
     none                open                 open           open
@@ -34,7 +34,7 @@ _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 
 
 class _Key(Enum):
-    """What the Authorization header of a request is worth."""
+    """The kind of key in a request's Authorization header."""
 
     MISSING = "no key"
     UNKNOWN = "a key the server does not know"
@@ -43,10 +43,10 @@ class _Key(Enum):
 
 
 class KeyGuard:
-    """Wrap an ASGI app and let through what the key in `Authorization: Bearer` opens.
+    """Wrap an ASGI app; pass only requests that the key in `Authorization: Bearer` opens.
 
     `open_paths` are exact paths that need no key. `root_path` is the wrapped app's own
-    (--root-path), which it sets after us; without one the scope's counts.
+    (--root-path), which that app sets only later; without one, the scope's is used.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class KeyGuard:
             await _refused(key)(scope, receive, send)
 
     def _opened_by(self, scope: Scope) -> tuple[_Key, ...]:
-        """Return the keys that open a connection; none of them when it is open to all."""
+        """Return the kinds of keys that open a connection; empty if it needs no key."""
         method = scope.get("method")  # a websocket has none
         if scope["type"] not in ("http", "websocket") or method == "OPTIONS":
             return ()  # OPTIONS: a browser's preflight carries no key
@@ -94,7 +94,7 @@ class KeyGuard:
         if scheme.lower() != "bearer" or not token:
             return _Key.MISSING
         digest = hashlib.sha256(token.encode("latin-1")).digest()
-        # Every hash is compared, in constant time: how long it takes tells nothing of the keys.
+        # Every hash is compared, in constant time, so that timing tells nothing about the keys.
         is_admin, is_api = (
             sum(secrets.compare_digest(digest, known) for known in hashes)
             for hashes in (self._admin_hashes, self._api_hashes)
@@ -103,7 +103,7 @@ class KeyGuard:
 
 
 def route_path(path: str, root_path: str) -> str:
-    """Return the path that Starlette's router matches with its routes."""
+    """Return the path that Starlette's router compares with its routes."""
     rest = path.removeprefix(root_path)
     return rest if path.startswith(root_path) and (not rest or rest[0] == "/") else path
 
@@ -113,9 +113,9 @@ def _hashes(keys: Collection[str]) -> tuple[bytes, ...]:
 
 
 def _refused(key: _Key) -> JSONResponse:
-    """Return the refusal: 403 to a client we know, 401 to one we do not."""
+    """Return 403 for an API key that is not enough, 401 for a missing or unknown key."""
     if key is _Key.API:
-        message = "this key may not change pools; use one of --admin-api-key"
+        message = "this key may not change pools; use a key given by --admin-api-key"
         return error_response(HTTPStatus.FORBIDDEN, message)
-    message = f"{key.value} was sent; send Authorization: Bearer and a key of this server"
+    message = f"{key.value} was sent; send 'Authorization: Bearer KEY' with a key of this server"
     return error_response(HTTPStatus.UNAUTHORIZED, message, {"www-authenticate": "Bearer"})

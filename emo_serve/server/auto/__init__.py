@@ -1,1 +1,1 @@
-"""Model auto: which pool a prompt belongs in."""
+"""Model `auto`: choose a pool for each prompt."""

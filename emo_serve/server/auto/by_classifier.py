@@ -1,7 +1,7 @@
 """Choose by a linear classifier of character n-grams, fitted on examples of the pools' domains.
 
-It costs no engine step and knows only pools that have examples. benchmarks/accuracy/auto.py
-compares it with the router: the classifier is the better of the two where every pool has examples.
+It costs no engine step, but can choose only pools that have examples. benchmarks/accuracy/auto.py
+compares it with the router: where every pool has examples, the classifier is better.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ __all__ = ["MIN_MARGIN", "TfidfChooser"]
 logger = logging.getLogger(__name__)
 
 MIN_MARGIN = -0.25
-"""How far outside every domain's half-space a prompt may lie and still be given a domain's pool.
+"""A prompt goes to the base pool if its margin is below this in every domain.
 
-241 held-out texts of the demo's 10 domains, each domain left out once (2026-11-23, accuracy/auto.py
---margins): of 16, 64 and 256 tokens it sends 89, 86 and 83 % of texts of an unknown domain to the
-base pool, and 30, 8 and 2 % of the others."""
-_MOST_CHARACTERS = 500_000
-"""Of one pool's examples, what the classifier reads: it takes a second or so of fitting."""
+Measured on 241 held-out texts of the demo's 10 domains, each domain left out once (2026-11-23,
+accuracy/auto.py --margins): at 16, 64 and 256 tokens, 89, 86 and 83 % of texts of an unknown domain
+go to the base pool, and 30, 8 and 2 % of the others."""
+_MAX_CHARACTERS = 500_000
+"""How much of one pool's examples the classifier reads; fitting them takes about a second."""
 
 
 class TfidfChooser:
-    """Choose the pool in whose half-space the prompt's first tokens lie farthest.
+    """Choose the pool whose half-space the prompt's first tokens lie farthest inside.
 
-    With no margin of at least MIN_MARGIN it is the base pool, where that is resident. Candidates
-    are the pools that have examples; a change of these is learned in a thread, and until then the
+    If no margin reaches MIN_MARGIN and the base pool is resident, choose the base pool. Candidates
+    are the pools that have examples. New examples are learned in a thread; until that is done, the
     old classifier answers.
     """
 
     def __init__(self, candidates: Candidates, prefix: PromptPrefix) -> None:
         self._candidates, self._prefix = candidates, prefix
         self._examples: Mapping[str, tuple[str, ...]] = {}
-        self._fitted_to: Mapping[str, tuple[str, ...]] = self._examples
+        self._fitted_examples: Mapping[str, tuple[str, ...]] = self._examples
         self._classifier: PoolClassifier | None = None
         self._fitting: asyncio.Task[None] | None = None
 
     def is_able(self) -> bool:
-        """Tell whether there are two pools to choose between."""
+        """Tell whether at least two pools have been learned, so that there is a choice."""
         return len(self._candidates.pools()) - len(self.pools_without_examples()) > 1
 
     def pools_without_examples(self) -> list[str]:
-        """Return the pools it cannot choose, having learned from no example of them."""
+        """Return the names of pools that cannot be chosen, for lack of learned examples."""
         names = () if self._classifier is None else self._classifier.names
         return [pool.name for pool in self._candidates.pools() if pool.name not in names]
 
     async def choose(self, prompt: Prompt) -> ExpertPool:
-        """Return the pool; raises RequestError with too few to choose between."""
+        """Return the pool; raises RequestError if fewer than two pools have been learned."""
         margins: Mapping[str, float] = {}
         if self._classifier is not None and self.is_able():
             text = await self._prefix.text(prompt)
@@ -72,13 +72,16 @@ class TfidfChooser:
         return best
 
     def add_examples(self, name: str, texts: Sequence[str]) -> None:
-        """Take these texts for the pool of that name; blank ones, and very much text, left out."""
+        """Replace the examples of one pool, and learn them soon.
+
+        Blank texts and everything after the first 500000 characters are left out.
+        """
         kept = tuple(_bounded(name, texts))
         if kept:
             self._change({**self._examples, name: kept})
 
     async def fitted(self) -> None:
-        """Wait until every change so far is learned."""
+        """Wait until all examples given so far are learned."""
         if self._fitting is not None:
             await asyncio.shield(self._fitting)
 
@@ -88,26 +91,26 @@ class TfidfChooser:
             self._fitting = asyncio.ensure_future(self._fit())
 
     async def _fit(self) -> None:
-        while self._fitted_to is not self._examples:
+        while self._fitted_examples is not self._examples:
             examples = self._examples
             is_enough = len(examples) > 1
             classifier = (
                 await asyncio.to_thread(PoolClassifier.fit, examples) if is_enough else None
             )
-            self._classifier, self._fitted_to = classifier, examples
+            self._classifier, self._fitted_examples = classifier, examples
 
 
 def _bounded(name: str, texts: Sequence[str]) -> list[str]:
     kept: list[str] = []
-    left = _MOST_CHARACTERS
+    left = _MAX_CHARACTERS
     for text in texts:
         if text.strip() and left > 0:
             kept.append(text[:left])
             left -= len(text)
     if left < 0:
         logger.warning(
-            "pool %s: auto learns from the first %d characters of its examples",
+            "pool %s: auto learns from only the first %d characters of its examples",
             name,
-            _MOST_CHARACTERS,
+            _MAX_CHARACTERS,
         )
     return kept

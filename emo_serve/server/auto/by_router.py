@@ -1,10 +1,10 @@
 """Choose by EMO's own router: the pool that covers most of the full router's mass on a prompt.
 
-The prompt's first tokens run through the engine as one request. They run in the base pool where
-that is resident, else in a pool of the implied experts alone, which any slab can hold beside
-others: its path is not the model's, so the choice is a little worse. The router knows every pool
-and needs nothing but the pools. Coverage grows with a pool's size, so among pools of different
-sizes it favours the large ones.
+The prompt's first tokens run through the engine as one request. They run in the base pool if that
+is resident, otherwise in a pool of the implied experts alone, which any slab can hold beside other
+pools. There, hidden states differ from the full model's, so the choice is slightly worse. The
+router can choose every pool and needs no examples. Coverage grows with the size of a pool, so
+larger pools are favoured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["RouterChooser", "coverages", "trunk_pool"]
 
 
 def trunk_pool(moe_layers: Sequence[MoeLayer | None]) -> ExpertPool:
-    """Return a pool of the implied experts alone; expert 0 in a layer that implies none."""
+    """Return a pool of the implied experts alone, or expert 0 in layers without implied ones."""
     layers = (None if moe is None else LayerExperts(moe.smallest_pool) for moe in moe_layers)
     return ExpertPool(AUTO_PROBE_POOL, tuple(layers))
 
@@ -39,8 +39,8 @@ def trunk_pool(moe_layers: Sequence[MoeLayer | None]) -> ExpertPool:
 class RouterChooser:
     """Choose the pool that covers most of the full router's mass on the prompt's first tokens.
 
-    With less than `min_coverage` in the best, it is the base pool, where that is resident. Equal
-    coverage goes to the smaller pool, then by name.
+    If the best coverage is below `min_coverage` and the base pool is resident, choose the base
+    pool. Among pools of equal coverage, choose the smallest, then the first by name.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class RouterChooser:
         self._trunk_hold: AbstractContextManager[None] | None = None
 
     async def choose(self, prompt: Prompt) -> ExpertPool:
-        """Return the pool; raises RequestError without any, and what a lease raises."""
+        """Return the pool; raises RequestError if there is none, and what a lease raises."""
         pools, base = self._candidates.pools(), self._candidates.base()
         if not pools and base is None:
-            raise nothing_to_choose("none is known that the slab can hold")
+            raise nothing_to_choose("the slab can hold none of the pools")
         if base is None and len(pools) == 1:
             return pools[0]
         if base is not None and not pools:
             return base
         ids = await self._prefix.ids(prompt)
         if base is None and self._trunk_hold is None:
-            # For good: a build whose first pool is the same must not retire it when it ends.
+            # Never released: the end of a build with an equal first pool must not retire it.
             self._trunk_hold = self._temporary.held(self._trunk)
             self._trunk_hold.__enter__()
         mass = await self._probe.mass(base or self._trunk, ids[: self._probe.max_tokens])
@@ -88,9 +88,10 @@ class RouterChooser:
 def coverages(
     mass: RouterMass, pools: Sequence[ExpertPool], moe_layers: Sequence[MoeLayer | None]
 ) -> list[float]:
-    """Return each pool's coverage: the share of mass inside, mean over tokens and MoE layers.
+    """Return each pool's coverage: its share of the mass, from 0 to 1, mean over MoE layers.
 
-    Shared experts do not count, as in calibration; nor does a layer of nothing else.
+    `mass` is summed over tokens. Shared experts do not count, as in calibration, and neither do
+    layers that have only shared experts.
     """
     standard = [0 if moe is None else moe.num_standard_experts for moe in moe_layers]
     parts = [np.asarray(layer)[:count] for layer, count in zip(mass.layers, standard, strict=True)]

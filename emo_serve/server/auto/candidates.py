@@ -1,4 +1,4 @@
-"""The pools that a choice may fall on, asked anew for each choice."""
+"""The pools that may be chosen, looked up anew for every choice."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["Candidates", "nothing_to_choose", "pool_size"]
 
 
 class Candidates:
-    """The pools a choice may fall on, as they are now."""
+    """The pools that may be chosen now."""
 
     def __init__(self, lookup: PoolLookup, manager: ResidencyManager) -> None:
         self._lookup, self._manager = lookup, manager
 
     def pools(self) -> list[ExpertPool]:
-        """Return the catalog's pools that the slab can hold beside what is pinned."""
+        """Return the catalog's pools that the slab can hold beside the pinned ones."""
         return [pool for pool in self._lookup.named if self._may_serve(pool)]
 
     def base(self) -> ExpertPool | None:
-        """Return the base pool where it is resident."""
+        """Return the base pool if it is resident, else None."""
         base = self._lookup.base_pool
         return base if self._manager.is_resident(base) else None
 
@@ -31,18 +31,18 @@ class Candidates:
             self._manager.check_admissible(pool)
         except (PoolBlocked, PoolTooLarge):
             return False
-        except Unavailable:  # that passes, or refuses the request whatever pool it gets
+        except Unavailable:  # temporary, or it refuses the request in every pool
             return True
         return True
 
 
 def nothing_to_choose(reason: str) -> RequestError:
-    """Return the refusal of a prompt for which there is no pool."""
+    """Return the error for a prompt that no pool can be chosen for."""
     return RequestError(
-        f"model {AUTO_POOL!r} has no pool to choose: {reason}; name one, or see GET /v1/pools"
+        f"model {AUTO_POOL!r} has no pool to choose: {reason}; name a pool of GET /v1/pools"
     )
 
 
 def pool_size(pool: ExpertPool) -> int:
-    """Return the experts of all layers: of equally good pools the smallest is chosen."""
+    """Return the number of experts in all layers: among equally good pools, fewest win."""
     return sum(map(len, pool.expert_ids))

@@ -1,7 +1,8 @@
-"""Which way to choose a pool for a prompt is used: the router, a classifier, or one then the other.
+"""Which chooser picks a prompt's pool: the router, a classifier, or the classifier with a fallback.
 
-Both follow pools that come and go, take none that the slab cannot hold, and fall back to the base
-pool where it is resident and no other is good enough (`by_router`, `by_classifier`).
+Both choosers see pools as they are added and removed, skip those that the slab cannot hold, and
+fall back to the base pool if it is resident and no other is good enough (`by_router`,
+`by_classifier`).
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ _EXAMPLE_SUFFIXES = (".jsonl", ".ndjson", ".txt")
 
 
 class PoolChooser(Protocol):
-    """Choose a pool for a prompt; learn from examples of a pool's domain, if it can."""
+    """Choose a pool for a prompt; some choosers also learn from examples of a pool's domain."""
 
     async def choose(self, prompt: Prompt) -> ExpertPool:
         """Return the pool; raises RequestError, and what a lease raises."""
 
     def add_examples(self, name: str, texts: Sequence[str]) -> None:
-        """Take these texts for the domain of the pool of that name, in place of any before."""
+        """Use these texts as the examples of the pool of that name, replacing earlier ones."""
 
 
 class FallbackChooser:
-    """Ask the classifier while it knows two pools and every one there is, else the router."""
+    """Ask the classifier while there are two pools or more, all with examples, else the router."""
 
     def __init__(self, classifier: TfidfChooser, router: RouterChooser) -> None:
         self._classifier, self._router = classifier, router
         self._reported: list[str] = []
 
     async def choose(self, prompt: Prompt) -> ExpertPool:
-        """Return the pool; raises as the one that is asked does."""
+        """Return the pool; raises what the chooser that is asked raises."""
         unknown = self._classifier.pools_without_examples()
         if self._classifier.is_able() and not unknown:
             return await self._classifier.choose(prompt)
@@ -62,7 +63,7 @@ class FallbackChooser:
         return await self._router.choose(prompt)
 
     def add_examples(self, name: str, texts: Sequence[str]) -> None:
-        """Give the classifier more to learn from."""
+        """Pass the examples to the classifier."""
         self._classifier.add_examples(name, texts)
 
 
@@ -70,19 +71,19 @@ class FallbackChooser:
 
 
 def read_auto_examples(settings: ServeSettings) -> dict[str, list[str]]:
-    """Read --auto-examples, by pool: NAME.jsonl or NAME.txt; nothing where nobody learns from it.
+    """Return the texts of --auto-examples by pool; empty if the classifier is not used.
 
-    Raises ConfigError for what cannot be read, and for --auto-method tfidf with nothing to learn
-    from or without scikit-learn.
+    The files are NAME.jsonl or NAME.txt. Raises ConfigError for files that cannot be read, and for
+    --auto-method tfidf without scikit-learn or with examples of fewer than two pools.
     """
-    must = settings.auto_method == "tfidf"
-    if must and settings.auto_examples is None:
+    needs_examples = settings.auto_method == "tfidf"
+    if needs_examples and settings.auto_examples is None:
         raise ConfigError("--auto-method tfidf learns from examples; give --auto-examples DIR")
     if settings.auto_method == "router" or settings.auto_examples is None:
         return {}
     if not is_installed():
         text = "scikit-learn is not installed: pip install 'emo-serve[auto]'"
-        if must:
+        if needs_examples:
             raise ConfigError(f"--auto-method tfidf: {text}")
         logger.warning("auto uses the router: %s", text)
         return {}
@@ -90,16 +91,16 @@ def read_auto_examples(settings: ServeSettings) -> dict[str, list[str]]:
     for file in sorted(settings.auto_examples.iterdir()):
         if file.suffix in _EXAMPLE_SUFFIXES and not file.name.startswith("."):
             found.setdefault(file.stem, []).extend(map(text_of, read_examples([file])))
-    if must and len(found) < 2:
+    if needs_examples and len(found) < 2:
         raise ConfigError(
-            f"--auto-examples {settings.auto_examples} has examples for {len(found)} pools; two are"
-            " needed, NAME.jsonl or NAME.txt each"
+            f"--auto-examples {settings.auto_examples} has examples for {len(found)} pools,"
+            " expected at least two; add NAME.jsonl or NAME.txt for each pool"
         )
     return found
 
 
 def text_of(example: Example) -> str:
-    """Return what a classifier reads of an example; of a chat, what was said."""
+    """Return the text that a classifier reads of an example; of a chat, all its messages."""
     if example.text is not None:
         return example.text
     return "\n".join(message["content"] for message in example.messages)
@@ -114,7 +115,7 @@ async def make_chooser(
     config: EmoConfig,
     examples: Mapping[str, Sequence[str]],
 ) -> PoolChooser:
-    """Return who chooses, with the examples of `read_auto_examples` learned; raises ConfigError."""
+    """Return the chooser for --auto-method, with the examples of `read_auto_examples` learned."""
     prefix = PromptPrefix(tokenizer, settings.auto_tokens, config.vocab_size)
     router = RouterChooser(
         probe, candidates, prefix, config.moe_layers, settings.auto_min_coverage, temporary

@@ -1,7 +1,8 @@
-"""A linear classifier of text: TF-IDF of character n-grams, one support vector machine a pool.
+"""A linear text classifier: TF-IDF of character n-grams, one support vector machine per pool.
 
-The plain alternative to asking the router. scikit-learn is an extra of the package, imported when a
-classifier is fitted: seconds for a few MB of text, a millisecond a prompt.
+The simple alternative to the router. scikit-learn is an optional dependency (extra `auto`),
+imported when a classifier is fitted. Fitting takes seconds for a few MB of text; a prompt takes a
+millisecond.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from typing import Any
 
 __all__ = ["PoolClassifier", "is_installed"]
 
-# benchmarks/accuracy/auto.py has how often it is right; benchmarks/README.md ("tried, not kept")
-# what whole examples and weighing pools alike are worth.
+# benchmarks/accuracy/auto.py measures how often it is right; benchmarks/README.md ("tried, not
+# kept") has the figures for whole examples and for equal weights per pool.
 _NGRAMS = {"analyzer": "char_wb", "ngram_range": (1, 4), "sublinear_tf": True}
 _MACHINE = {"class_weight": "balanced", "random_state": 0}
 
 
 def is_installed() -> bool:
-    """Tell whether scikit-learn is there."""
+    """Tell whether scikit-learn is installed."""
     return find_spec("sklearn") is not None
 
 
 @dataclass(frozen=True)
 class PoolClassifier:
-    """A fitted classifier of at least two names; the same examples give the same one."""
+    """A fitted classifier of at least two names; equal examples give equal classifiers."""
 
     names: tuple[str, ...]
     vectorizer: Any
@@ -34,7 +35,7 @@ class PoolClassifier:
 
     @classmethod
     def fit(cls, examples: Mapping[str, Sequence[str]]) -> PoolClassifier:
-        """Learn from texts, by name; none of them may be blank. Takes its time."""
+        """Learn from texts by name, none of them blank; takes seconds, so run it in a thread."""
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.svm import LinearSVC
 
@@ -45,9 +46,9 @@ class PoolClassifier:
         return cls(tuple(map(str, machine.classes_)), vectorizer, machine)
 
     def margins(self, text: str) -> dict[str, float]:
-        """Return how far inside each name's half-space the text lies; below 0 it is outside.
+        """Return how far inside each name's half-space the text lies; below 0 is outside.
 
-        Of two names there is one dividing plane, so one margin is the other's negative.
+        Two names have one dividing plane, so one margin is the negative of the other.
         """
         found = self.machine.decision_function(self.vectorizer.transform([text]))
         row = [-found[0], found[0]] if len(self.names) == 2 else found[0]

@@ -1,12 +1,14 @@
-"""`model: "auto"`: read the prompt, ask which pool it belongs in, and put that name in its place.
+"""`model: "auto"`: read the prompt, choose its pool, and write that pool's name into the request.
 
-Pure ASGI inside the request gate and around vLLM's app. Only a POST that generates and means
-`auto`, by its model or by the x-emo-pool header, is changed: its body arrives with the chosen
-pool's name as the model, so that everything behind, metrics and the answer's `model` included, sees
-a request for that pool. Other requests to these paths arrive as they came; the rest is not even
-read. A body that cannot be read as a prompt passes too, for vLLM knows best what is wrong with it.
+Pure ASGI inside admission and around vLLM's app. Only a generating POST that asks for `auto`, in
+its model or in the x-emo-pool header, is changed: its body gets the chosen pool's name as the
+model. So everything behind this layer, including metrics and the answer's `model`, sees a request
+for that pool. Other requests to these paths pass unchanged, and bodies for other paths are not read
+at all. A body without a readable prompt passes too, because vLLM reports best what is wrong with
+it.
 
-The choice is one an HTTP request, however many prompts it has, and ends when its client leaves.
+Each HTTP request gets one choice, however many prompts it has. The choice is cancelled if the
+client disconnects.
 """
 
 from __future__ import annotations
@@ -35,19 +37,19 @@ _T = TypeVar("_T")
 
 
 class AutoObserver(Protocol):
-    """Who counts choices; PoolMetrics does."""
+    """What counts choices; PoolMetrics implements it."""
 
     def count_auto(self, pool: str, seconds: float) -> None:
-        """Count a choice, and how long it took."""
+        """Count one choice, which took `seconds`."""
 
     def count_refusal(self, reason: str) -> None:
-        """Count a request for which there was none."""
+        """Count a request that got no pool."""
 
 
 class AutoPool:
     """Wrap an ASGI app; requests for `auto` reach it with a pool's name.
 
-    `root_path` is the wrapped app's own (--root-path), which it sets after us.
+    `root_path` is the wrapped app's own (--root-path), which that app sets only later.
     """
 
     def __init__(
@@ -69,20 +71,20 @@ class AutoPool:
         if path not in READERS:
             await self.app(scope, receive, send)
             return
-        came = await _read_body(receive)
-        document = self._document(came)
+        received = await _read_body(receive)
+        document = self._document(received)
         prompt = None if document is None else READERS[path](document)
         if document is None or not prompt:
-            await self.app(scope, _replay(came, receive), send)
+            await self.app(scope, _replay(received, receive), send)
             return
         start = time.monotonic()
         try:
-            pool = await _unless_gone(receive, self._chooser.choose(prompt))
+            pool = await _unless_disconnected(receive, self._chooser.choose(prompt))
         except EmoServeError as error:
             self._observer.count_refusal(reason_of(error))
             await refusal(error)(scope, receive, send)
             return
-        if pool is None:  # nobody waits for an answer
+        if pool is None:  # the client has disconnected
             return
         self._observer.count_auto(pool.name, time.monotonic() - start)
         document["model"] = self._model_of(pool)
@@ -92,16 +94,16 @@ class AutoPool:
         await self.app(_with_length(scope, len(body)), _replay([request], receive), send)
 
     def _path(self, scope: Scope) -> str:
-        """Return the path of a request that may generate, "" for any other."""
+        """Return the path of a POST request, and "" for anything else."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return ""
         return route_path(scope["path"], self._root_path or scope.get("root_path", ""))
 
-    def _document(self, came: Sequence[Message]) -> dict[str, Any] | None:
-        """Return the request's JSON if it is whole and means `auto`."""
+    def _document(self, received: Sequence[Message]) -> dict[str, Any] | None:
+        """Return the request's JSON if it is complete and asks for `auto`, else None."""
         headers = current_request().pool_headers
-        body = b"".join(message.get("body", b"") for message in came)
-        if came[-1]["type"] != "http.request" or not (headers or AUTO_POOL.encode() in body):
+        body = b"".join(message.get("body", b"") for message in received)
+        if received[-1]["type"] != "http.request" or not (headers or AUTO_POOL.encode() in body):
             return None
         try:
             document = json.loads(body)
@@ -113,7 +115,7 @@ class AutoPool:
             return None
 
     def _model_of(self, pool: ExpertPool) -> str:
-        """Return a name that means this pool; the model's own where that means all experts."""
+        """Return a model name for this pool; the base pool has none of its own."""
         if pool.name != BASE_POOL:
             return pool.name
         base = self._names.base[0]
@@ -121,16 +123,16 @@ class AutoPool:
 
 
 async def _read_body(receive: Receive) -> list[Message]:
-    """Receive until the body is whole, or the client has left."""
-    came = [await receive()]
-    while came[-1]["type"] == "http.request" and came[-1].get("more_body", False):
-        came.append(await receive())
-    return came
+    """Receive until the body is complete or the client has disconnected."""
+    received = [await receive()]
+    while received[-1]["type"] == "http.request" and received[-1].get("more_body", False):
+        received.append(await receive())
+    return received
 
 
-def _replay(came: Sequence[Message], receive: Receive) -> Receive:
-    """Return a `receive` that says again what came, and then goes on listening."""
-    left = list(came)
+def _replay(received: Sequence[Message], receive: Receive) -> Receive:
+    """Return a `receive` that returns the received messages again, and then new ones."""
+    left = list(received)
 
     async def receive_again() -> Message:
         return left.pop(0) if left else await receive()
@@ -138,10 +140,10 @@ def _replay(came: Sequence[Message], receive: Receive) -> Receive:
     return receive_again
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[object, object, _T]) -> _T | None:
-    """Await work that is cancelled when the client leaves; None then."""
+async def _unless_disconnected(receive: Receive, work: Coroutine[object, object, _T]) -> _T | None:
+    """Await work, or cancel it and return None when the client disconnects."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(receive))
+    leaving = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
@@ -151,14 +153,14 @@ async def _unless_gone(receive: Receive, work: Coroutine[object, object, _T]) ->
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _left(receive: Receive) -> None:
-    """Wait until the client leaves; its body is whole, so that nothing else is to be heard."""
+async def _disconnected(receive: Receive) -> None:
+    """Wait until the client disconnects; its body is complete, so nothing else can come."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def _with_length(scope: Scope, length: int) -> Scope:
-    """Return a scope whose headers give the length of the new body, which comes in one piece."""
+    """Return a scope whose headers give the length of the new body, sent in one piece."""
     changed = dict(scope)
     headers = MutableHeaders(scope=changed)
     del headers["transfer-encoding"]

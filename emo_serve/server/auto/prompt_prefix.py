@@ -1,4 +1,4 @@
-"""The first tokens of a prompt, which are all that a choice looks at."""
+"""The first tokens of a prompt: a choice looks at nothing else."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from emo_serve.server.tokenizer import ServedTokenizer
 
 __all__ = ["PromptPrefix"]
 
-_CHARS_PER_TOKEN = 16  # the most text that is tokenized; more only matters for repeated characters
+_CHARS_PER_TOKEN = 16  # limits the text to tokenize; only runs of one character have more
 
 
 class PromptPrefix:
-    """Cut prompts to their first tokens, as ids or as text."""
+    """Cut prompts to their first `num_tokens` tokens, as ids or as text."""
 
     def __init__(self, tokenizer: ServedTokenizer, num_tokens: int, vocab_size: int) -> None:
         self._tokenizer = tokenizer
@@ -21,10 +21,13 @@ class PromptPrefix:
         self._vocab_size = vocab_size
 
     async def ids(self, prompt: Prompt) -> list[int]:
-        """Return the first ids; RequestError for ids the model does not have, and for none."""
+        """Return the first token ids.
+
+        Raises RequestError for ids outside the vocabulary, and for a prompt without tokens.
+        """
         ids = self._known_ids(prompt) if prompt.ids else await self._encoded(prompt.text)
         if not ids:
-            raise RequestError(f"model {AUTO_POOL!r} needs a prompt; this one has no token")
+            raise RequestError(f"model {AUTO_POOL!r} needs a prompt with at least one token")
         return ids
 
     async def text(self, prompt: Prompt) -> str:
@@ -36,7 +39,7 @@ class PromptPrefix:
         wrong = next((token for token in ids if not 0 <= token < self._vocab_size), None)
         if wrong is not None:
             raise RequestError(
-                f"the prompt has token id {wrong}; the model's are 0 to {self._vocab_size - 1}"
+                f"the prompt has token id {wrong}; expected 0 to {self._vocab_size - 1}"
             )
         return list(ids)
 
@@ -46,5 +49,5 @@ class PromptPrefix:
         try:
             ids = await self._tokenizer.encode(valid)
         except RequestError as error:
-            raise RequestError(f"model {AUTO_POOL!r} cannot read prompts here: {error}") from error
+            raise RequestError(f"model {AUTO_POOL!r} cannot read this prompt: {error}") from error
         return ids[: self._num_tokens]

@@ -1,8 +1,8 @@
-"""The text of a request, as far as it tells the domain: from each protocol's JSON to a `Prompt`.
+"""The text of a request that shows its domain: from each protocol's JSON to a `Prompt`.
 
-In a conversation the user's turns come first and in order, everything else after them: a system
-prompt that all requests share tells nothing, and the beginning stays the same from turn to turn, so
-that a conversation keeps its pool. Pictures, tool calls and the like have no text and are skipped.
+For conversations, user turns are read first, in order, and everything else after them. A system
+prompt shared by all requests says nothing about the domain, and with the user's first turn at the
+start, a conversation keeps its pool. Images, tool calls and other parts without text are skipped.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["READERS", "Prompt"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a request asks about: its text, or `ids` where the client sent token ids."""
+    """The prompt of a request: its text, or `ids` if the client sent token ids."""
 
     text: str = ""
     ids: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
-        """Tell whether there is anything to go by."""
+        """Tell whether there is any text or id."""
         return bool(self.ids) or bool(self.text.strip())
 
 
@@ -59,7 +59,7 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Prompt]] = {
     "/v1/responses": _of_response,
     "/v1/messages": _of_message,
 }
-"""By path; each returns an empty prompt for a body it cannot read."""
+"""Prompt readers by path; each returns an empty prompt for a body that it cannot read."""
 
 
 def _conversation(turns: object, system: object = None) -> Prompt:
@@ -70,7 +70,7 @@ def _conversation(turns: object, system: object = None) -> Prompt:
 
 
 def _texts(contents: Iterable[object]) -> Iterable[str]:
-    """Yield the text of each content: a string, or a list of parts of which some have text."""
+    """Yield the text of each content, which is a string or a list of parts."""
     for content in contents:
         parts = content if isinstance(content, list) else [content]
         for part in parts:

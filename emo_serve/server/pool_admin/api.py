@@ -1,15 +1,15 @@
-"""/v1/pools: list pools and their state; load, evict, pin; define, redefine and remove them.
+"""/v1/pools: list pools and their state; load, evict and pin them; define and remove them.
 
     GET    /v1/pools                 every pool, the slab's slots, waiting requests
     POST   /v1/pools                 define the pool in the body, or build one from the examples
                                      in the body; ?replace=true redefines one
     GET    /v1/pools/{name}          one pool or union, with its expert ids
-    GET    /v1/pools/{name}/usage    how often tokens took each of its experts
+    GET    /v1/pools/{name}/usage    how often tokens chose each of its experts
     DELETE /v1/pools/{name}          remove it and its file
     POST   /v1/pools/{name}/load     make it resident; also evict, pin and unpin
 
 Bodies are read here and not by FastAPI: their size is limited before they are parsed, they need no
-content type, and errors in them name field and value like all others.
+content type, and errors in them name field and value like all our errors.
 """
 
 from __future__ import annotations
@@ -60,22 +60,22 @@ if TYPE_CHECKING:
 __all__ = ["MAX_DOCUMENT_BYTES", "create_router"]
 
 MAX_DOCUMENT_BYTES = 8 * 2**20
-"""64 layers of 1024 experts with scores take 1.7 MB with one line per layer, 2.7 MB indented.
+"""A pool of 64 layers of 1024 experts with scores takes 1.7 MB, or 2.7 MB indented.
 
-Examples have the same limit; it is some two million tokens.
+The same limit holds for examples: some two million tokens.
 """
 
 _MAX_OPTIONS_BYTES = 64 * 2**10
 _RESPONSES: dict[int, dict[str, Any]] = {
     200: {"description": "redefined", "model": BuiltPool | PoolCard},
-    400: {"description": "the request must change; the message names field, layer and value"},
-    401: {"description": "no key, or one the server does not know"},
+    400: {"description": "the request is invalid; the message names field, layer and value"},
+    401: {"description": "no key, or a key that the server does not know"},
     403: {"description": "an API key where an admin key is needed"},
     404: {"description": "no such pool; the message names those that exist"},
     409: {"description": "the current state of the pools does not allow it"},
     413: {"description": "the body is too large"},
-    500: {"description": "experts cannot be read, or the pool's file cannot be written"},
-    503: {"description": "may succeed later: see Retry-After"},
+    500: {"description": "the experts cannot be read, or the pool's file cannot be written"},
+    503: {"description": "the request may succeed later; see Retry-After"},
 }
 
 _Options = TypeVar("_Options", bound=BaseModel)
@@ -86,9 +86,9 @@ def create_router(
     to_http_error: Callable[[EmoServeError], Exception],
     builder: PoolBuilder | None = None,
 ) -> APIRouter:
-    """Return the routes; `to_http_error` turns our errors into those the app's handlers answer.
+    """Return the routes; `to_http_error` turns our errors into those the app's handlers know.
 
-    Without a `builder` no pools are built from examples.
+    Without a `builder`, requests to build a pool from examples are refused.
     """
     router = APIRouter(prefix="/v1/pools", tags=["pools"])
     _add_reading(router, service, to_http_error)
@@ -102,7 +102,7 @@ def _add_reading(
 ) -> None:
     @router.get("", response_model_exclude_unset=True)
     async def list_pools(options: Annotated[ListOptions, Query()]) -> PoolList:
-        """List every pool, the slab's slots, and pool files that were refused."""
+        """List all pools, the slab's slots, and the pool files that were refused."""
         return list_of(service.statuses.overview(), experts=options.experts)
 
     @router.get("/{name}", responses=_responses(404))
@@ -114,7 +114,7 @@ def _add_reading(
 
     @router.get("/{name}/usage", responses=_responses(400, 404, 500, 503))
     async def show_usage(name: str) -> UsageAnswer:
-        """Show how often tokens took each expert of a pool or union since the engine started."""
+        """Show how often tokens chose each expert of a pool or union since the engine started."""
         with _answering(to_http_error):
             return usage_answer(*await service.statuses.usage(name))
 
@@ -135,10 +135,10 @@ def _add_definitions(
     async def define_pool(
         request: Request, response: Response, options: Annotated[ReplaceOptions, Query()]
     ) -> BuiltPool | PoolCard:
-        """Define a pool, or redefine it; running requests end with the old experts.
+        """Define or redefine a pool; running requests finish with the old experts.
 
-        The body is the pool, or examples of its domain. From examples the pool is built first,
-        while other requests are served, and the answer comes when it is defined.
+        The body is a pool, or examples of its domain. From examples the pool is built first, while
+        other requests are served, and the answer comes when the pool is defined.
         """
         card: BuiltPool | PoolCard
         with _answering(to_http_error):
@@ -151,13 +151,13 @@ def _add_definitions(
                 build = await builder.build(wanted, replace=options.replace)
                 card, is_new = built_of(build), build.is_new
             else:
-                raise Unavailable("this server builds no pools; use emo-serve pools build")
+                raise Unavailable("this server does not build pools; use emo-serve pools build")
         response.status_code = HTTPStatus.CREATED if is_new else HTTPStatus.OK
         return card
 
     @router.delete("/{name}", responses=_responses(400, 401, 403, 404, 409, 500))
     async def remove_pool(name: str) -> DeletedPool:
-        """Remove a pool and its file; running requests finish with it."""
+        """Remove a pool and its file; running requests in it finish."""
         with _answering(to_http_error):
             await service.definitions.remove(name)
         return DeletedPool(id=name, name=name)
@@ -178,7 +178,7 @@ def _add_residency(
 
     @action("load", LoadOptions)
     async def load_pool(name: str, request: Request) -> PoolCard:
-        """Make a pool or union resident, in the queue that requests wait in."""
+        """Make a pool or union resident; waits in the same queue as requests."""
         with _answering(to_http_error):
             options = await _read_options(request, LoadOptions)
             pool = await service.residency.load(name, pin=options.pin)
@@ -186,7 +186,7 @@ def _add_residency(
 
     @action("evict", EvictOptions)
     async def evict_pool(name: str, request: Request) -> PoolCard:
-        """Free the slots that only this pool needs, if there are any."""
+        """Evict a pool: free the slots that no other resident pool needs."""
         with _answering(to_http_error):
             options = await _read_options(request, EvictOptions)
             pool = await service.residency.evict(name, drain=options.drain)
@@ -194,7 +194,7 @@ def _add_residency(
 
     @action("pin", NoOptions)
     async def pin_pool(name: str, request: Request) -> PoolCard:
-        """Make a pool or union resident and keep it so."""
+        """Make a pool or union resident, and keep it resident until it is unpinned."""
         with _answering(to_http_error):
             await _read_options(request, NoOptions)
             pool = await service.residency.load(name, pin=True)
@@ -224,7 +224,7 @@ def _answering(to_http_error: Callable[[EmoServeError], Exception]) -> Iterator[
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """Return the body, or stop reading it and answer 413 once it is longer than `limit`."""
+    """Return the body; raises HTTPException with 413 once it is longer than `limit` bytes."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

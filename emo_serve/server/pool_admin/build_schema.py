@@ -1,4 +1,4 @@
-"""The answer of POST /v1/pools to a request to build a pool: its card, and how it was found."""
+"""The JSON that answers a request to build a pool: its card, and how it was found."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ __all__ = ["BuildCalibration", "BuiltPool", "built_of"]
 
 
 class BuildCalibration(BaseModel):
-    """How the pool was found, and how much of the text's routing it covers."""
+    """How the pool was found, and how much of the examples' routing it covers."""
 
     model_config = ConfigDict(frozen=True)
 
     method: str
     documents: int
-    tokens: int = Field(description="of all documents, not counting those cut off")
-    documents_cut: int = Field(description="documents that were longer than the context")
-    tokens_cut: int = Field(description="tokens that were left out of them")
-    experts: int = Field(description="kept per layer")
-    seconds: float = Field(description="duration of the build")
+    tokens: int = Field(description="tokens of all documents, without those cut off")
+    documents_cut: int = Field(description="documents longer than the context, which were cut")
+    tokens_cut: int = Field(description="tokens cut off from them")
+    experts: int = Field(description="experts kept per layer")
+    seconds: float = Field(description="how long the build took")
     coverage: float | None = Field(
         description="share of the full router's mass inside the pool, mean over tokens and MoE"
-        " layers; null where all experts are shared"
+        " layers; null if all experts are shared"
     )
-    coverage_per_layer: list[float | None] = Field(description="null for a dense layer")
+    coverage_per_layer: list[float | None] = Field(
+        description="coverage per layer, null for a dense layer"
+    )
 
 
 class BuiltPool(PoolCard):
-    """A pool that was built here: its card, how it was found, and notes on its quality."""
+    """A pool built on this server: its card, how it was found, and notes on its quality."""
 
     calibration: BuildCalibration
     notes: list[str] = Field(description="one sentence each, e.g. too little text, mixed domains")
 
 
 def built_of(build: PoolBuild) -> BuiltPool:
-    """Build the answer about a pool that was built."""
+    """Make the answer about a pool that was built."""
     found, documents = build.found, build.documents
     layers = [None if layer is None else layer.coverage for layer in found.layers]
     calibration = BuildCalibration(

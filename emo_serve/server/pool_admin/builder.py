@@ -1,15 +1,16 @@
-"""Build a pool on the running server: layer by layer, through the engine, while others are served.
+"""Build a pool on the running server: layer by layer, through the engine, beside other requests.
 
-The method is `layerwise` of `pools.calibration`, and so is the scoring; only the router's mass
-comes from the engine. For MoE layer l every document runs once through a temporary pool: below l
-the experts kept so far, from l on as few as a pool can have, since they change nothing that layer
-l's router sees. The full model is never needed, and there are L passes where the offline build has
-one. (Nothing is kept between passes: the engine owns the residual streams.)
+The method is `layerwise` of `pools.calibration`, with its scoring; only the router's mass comes
+from the engine. For MoE layer l, every document runs once through a temporary pool. Below l it has
+the experts kept so far; from l on it has as few experts as a pool may have, because they do not
+affect what layer l's router sees. So the full model is never needed, but a build takes one pass per
+layer where the offline build takes one in all. (Passes keep nothing: the engine owns the residual
+streams.)
 
-The build is a guest. Its requests stand behind everybody else's, a few at a time. One temporary
-pool is resident, two for the moment in which one follows the other and the experts of both stay
-where they are. No lease is held while another pool is waited for. However a build ends, nothing
-that is temporary stays; what it did to the metrics is under the name `BUILD_POOL`.
+A build yields to other requests: its own run a few at a time, at a lower priority than all others.
+One temporary pool is resident, or two while the next one is loaded, and experts in both are not
+copied again. No lease is held while waiting for another pool. However a build ends, no temporary
+pool stays resident. In the metrics, its requests appear under the pool name `BUILD_POOL`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ __all__ = ["PoolBuild", "PoolBuilder"]
 logger = logging.getLogger(__name__)
 
 _IN_FLIGHT = 4
-"""Documents at once: enough for the next to be there when one ends."""
+"""Documents in the engine at once: enough that the next is ready when one ends."""
 _ATTEMPTS = 3
 
 _MoeLayers = Sequence[MoeLayer | None]
@@ -53,7 +54,7 @@ _Findings = Sequence[LayerFindings | None]
 
 @dataclass(frozen=True)
 class PoolBuild:
-    """A pool that was built and defined, and all that is known of how."""
+    """A pool that was built and defined, and how it was found; `seconds` is the whole build."""
 
     status: PoolStatus
     is_new: bool
@@ -70,8 +71,8 @@ def _learn_nothing(name: str, examples: Sequence[Example]) -> None:
 class PoolBuilder:
     """Build pools, one at a time, through `probe`; `service` defines them.
 
-    Examples are read by the served `tokenizer`. `learn` is told of each pool that was built, with
-    the examples it was built from.
+    The served `tokenizer` reads the examples. `learn` is called with the name and the examples of
+    each pool that was built.
     """
 
     def __init__(
@@ -90,18 +91,18 @@ class PoolBuilder:
         self._building: str | None = None
 
     async def build(self, wanted: BuildRequest, *, replace: bool = False) -> PoolBuild:
-        """Find the pool and define it; it goes on when the client who asked for it leaves.
+        """Find the pool and define it; continues even if the client disconnects.
 
-        Raises StateConflict while another is built, RequestError for what this model or its slab
-        cannot have, whatever a lease raises, and as `PoolDefinitions.add` does.
+        Raises StateConflict while another pool is being built, RequestError for a pool that this
+        model or slab cannot have, what a lease raises, and what `PoolDefinitions.add` raises.
         """
         return await self._service.definitions.to_the_end(self._build(wanted, replace))
 
     async def _build(self, wanted: BuildRequest, is_replacing: bool) -> PoolBuild:
         if self._building is not None:
             raise StateConflict(
-                f"pool {self._building!r} is being built, and a server builds one at a time; try"
-                " again when it is done"
+                f"pool {self._building!r} is being built, and a server builds one pool at a time;"
+                " try again when it is done"
             )
         self._building = wanted.name
         try:
@@ -132,7 +133,7 @@ class PoolBuilder:
         return PoolBuild(status, is_new, found, documents, said, seconds)
 
     def _check(self, wanted: BuildRequest, is_replacing: bool) -> None:
-        """Refuse at once what could only be refused at the end: size, name, room."""
+        """Refuse at the start what would otherwise be refused at the end: size, name, room."""
         with _refusing():
             check_request(self._checkpoint.config, DEFAULT_METHOD, wanted.experts)
         kept = (
@@ -162,7 +163,7 @@ class PoolBuilder:
             return await self._tokenizer.encode(example.text)
         return await self._tokenizer.encode_chat(example.messages)
 
-    # -- the walk over the layers --
+    # -- layer by layer --
 
     async def _find(self, documents: Documents, k: int) -> Calibration:
         ids = [document.tolist() for document in documents.ids]
@@ -184,7 +185,7 @@ class PoolBuilder:
     async def _mass_of_layer(
         self, pool: ExpertPool, index: int, documents: Sequence[list[int]]
     ) -> list[tuple[float, ...]]:
-        """Return the full router's mass of one layer, a row a document."""
+        """Return the full router's mass in one layer: a row per document, an entry per expert."""
         rows: list[tuple[float, ...]] = [()] * len(documents)
         places = iter(range(len(documents)))
 
@@ -201,24 +202,24 @@ class PoolBuilder:
         return rows
 
     async def _mass(self, pool: ExpertPool, ids: list[int]) -> RouterMass:
-        """Return the mass of one document, each token counted once.
+        """Return the mass of one document, with each token counted once.
 
-        An engine short of memory for KV takes a request back and computes it again.
+        If the engine preempts a request for lack of KV memory, it computes some tokens twice.
         """
         for _ in range(_ATTEMPTS):
             mass = await self._probe.mass(pool, ids, priority=LOW_PRIORITY)
             if mass.tokens == len(ids):
                 return mass
         raise Unavailable(
-            f"the engine interrupted a document {_ATTEMPTS} times; build again when there are fewer"
-            " requests"
+            f"the engine preempted a document {_ATTEMPTS} times; build again when fewer requests"
+            " are running"
         )
 
 
 def _path_pool(moe_layers: _MoeLayers, layers: _Findings) -> ExpertPool:
-    """Return the pool in which the first layer not found yet is scored.
+    """Return the pool for scoring the first layer that has no findings yet.
 
-    Where nothing is found it holds the implied experts, or the first one in a layer without any.
+    In layers without findings it holds the implied experts, or expert 0 if there are none.
     """
     experts = (
         found.experts if found is not None else None if moe is None else moe.smallest_pool
@@ -231,7 +232,7 @@ def _path_pool(moe_layers: _MoeLayers, layers: _Findings) -> ExpertPool:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Turn what calibration says of its arguments into what a client is told."""
+    """Turn calibration's ConfigError about its arguments into a RequestError."""
     try:
         yield
     except ConfigError as error:

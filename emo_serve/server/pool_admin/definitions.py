@@ -1,9 +1,9 @@
-"""Definitions of pools that change while the server runs: add, redefine, remove.
+"""Changes to pool definitions while the server runs: add, redefine, remove.
 
-They change one at a time, the file first. A request keeps the definition it was admitted with: the
-old one's experts stay until its last request has ended, under its own content hash, so that no
-answer mixes two definitions. What was pinned stays pinned by name: a redefinition loads and pins
-the new content, of the pool and of pinned unions it is part of.
+Definitions change one at a time, and the pool's file changes first. A request keeps the definition
+it was admitted with: the old experts stay, under their own content hash, until the last such
+request has ended, so no answer mixes two definitions. Pins belong to names: after a redefinition,
+the new content of a pinned pool, and of pinned unions that contain it, is loaded and pinned.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 
 
 class PoolDefinitions:
-    """Change the catalog of a running server, and what follows from it for residency."""
+    """Change the catalog of a running server, and adapt residency to the change."""
 
     def __init__(
         self,
@@ -62,25 +62,28 @@ class PoolDefinitions:
     async def add(self, pool: ExpertPool, *, replace: bool = False) -> tuple[ExpertPool, bool]:
         """Define a pool, or with `replace` redefine it; return it and whether it is new.
 
-        It is checked against the model. Raises RequestError, PoolExists, StateConflict and
-        PoolStoreError before anything has changed. If a redefined pool was pinned and the new
-        content cannot be made resident, that is raised with the pool redefined and not pinned.
+        Raises RequestError for a pool that does not fit the model, PoolExists, StateConflict and
+        PoolStoreError, all before anything has changed. If a redefined pool was pinned and its new
+        content cannot be loaded, raises PoolLoadFailed or Unavailable: the pool is then redefined
+        but no longer pinned.
         """
         return await self.to_the_end(self._add(pool, replace))
 
     async def remove(self, name: str) -> None:
-        """Forget a pool; its running requests end as they would have.
+        """Remove a pool and its file; its running requests finish normally.
 
-        Raises UnknownPool, StateConflict for the base and the default pool, PoolStoreError.
+        Raises UnknownPool, PoolStoreError, and StateConflict for the base and the default pool.
         """
         await self.to_the_end(self._remove(name))
 
     def check_add(self, pool: ExpertPool, *, replace: bool) -> None:
-        """Raise what `add` would refuse at once: RequestError, PoolExists and StateConflict."""
+        """Raise what `add` would raise at once: RequestError, PoolExists or StateConflict."""
         self._plan_add(pool, replace=replace)
 
     def _plan_add(self, pool: ExpertPool, *, replace: bool) -> CatalogChange:
-        assert self._catalog.moe_layers is not None, "only with the model can a pool be checked"
+        assert self._catalog.moe_layers is not None, (
+            "the catalog must know the model to check a pool"
+        )
         try:
             self._lookup.names.check_free((pool.name,))
             return self._catalog.plan_add(pool, replace=replace)
@@ -88,7 +91,7 @@ class PoolDefinitions:
             raise RequestError(str(error)) from error
 
     async def to_the_end(self, change: Coroutine[object, object, _T]) -> _T:
-        """Await a change that goes on when the client who asked for it leaves."""
+        """Await a change that continues even if the client that asked for it disconnects."""
         task = asyncio.ensure_future(change)
         self._changes.add(task)
         task.add_done_callback(self._forget)
@@ -98,7 +101,7 @@ class PoolDefinitions:
         async with self._one_change:
             change = self._plan_add(pool, replace=replace)
             assert change.pool is not None
-            self._check_wanted(change.pool)
+            self._check_servable(change.pool)
             is_new = pool.name not in self._catalog.pools
             for name in await self._apply(change):
                 await self._pin_again(name, pool.name)
@@ -110,8 +113,8 @@ class PoolDefinitions:
                 raise StateConflict("the base pool is the model itself and cannot be removed")
             if name in split_name(self._lookup.names.default_pool):
                 raise StateConflict(
-                    f"pool {name!r} is served to requests that name no pool (--default-pool) and"
-                    " cannot be removed"
+                    f"pool {name!r} is part of --default-pool, which serves requests that name no"
+                    " pool, and cannot be removed"
                 )
             try:
                 change = self._catalog.plan_remove(name)
@@ -120,23 +123,23 @@ class PoolDefinitions:
             await self._apply(change)
 
     async def _apply(self, change: CatalogChange) -> list[str]:
-        """Carry a change out, retire what it replaces and revive what it defines again.
+        """Carry out a change: retire the contents it replaces, and revive those it defines again.
 
-        Returns the names that were pinned.
+        Returns the names of changed pools and unions that were pinned.
         """
         await asyncio.to_thread(change.write)
-        old = self._made_of(change.name)
+        old = self._containing(change.name)
         self._catalog.commit(change)
         if self._metrics is not None:
             show = self._metrics.remove_pool if change.pool is None else self._metrics.add_pool
             show(change.name)
         if change.pool is None:
-            logger.info("pool %s is removed", change.name)
+            logger.info("pool %s was removed", change.name)
         else:
             version = self._catalog.version(change.name)
-            logger.info("pool %s is defined, version %d", change.name, version)
+            logger.info("pool %s was defined, version %d", change.name, version)
         pinned = [pool.name for pool in old if self._manager.is_pinned(pool)]
-        new = self._made_of(change.name)
+        new = self._containing(change.name)
         for pool in new:
             self._manager.revive(pool)
         current = {pool.content_hash for pool in (*self._lookup.pools, *new)}
@@ -146,8 +149,8 @@ class PoolDefinitions:
                 self._manager.retire(pool)
         return pinned
 
-    def _made_of(self, name: str) -> list[ExpertPool]:
-        """Return the pool of that name and the unions in use that it is part of."""
+    def _containing(self, name: str) -> list[ExpertPool]:
+        """Return the pool of that name, and the unions in use that contain it."""
         in_use = {entry.name for entry in self._manager.statistics().pools}
         names = [name, *sorted(used for used in in_use if name in split_name(used))]
         found = (self._lookup.known(each) for each in dict.fromkeys(names))
@@ -165,10 +168,10 @@ class PoolDefinitions:
                 raise Unavailable(text, error.retry_after_seconds) from error
             raise PoolLoadFailed(text) from error
 
-    def _check_wanted(self, pool: ExpertPool) -> None:
-        """Refuse a definition that leaves the default pool, or a pin, with what cannot be served.
+    def _check_servable(self, pool: ExpertPool) -> None:
+        """Refuse a definition with which the default pool, or a pinned pool, could not be served.
 
-        Raises PoolTooLarge, and RequestError for a default union of two temperatures.
+        Raises PoolTooLarge, and RequestError if the default union's temperatures would differ.
         """
         default = set(split_name(self._lookup.names.default_pool)) - {BASE_POOL}
         old = self._catalog.pools.get(pool.name)
@@ -177,10 +180,10 @@ class PoolDefinitions:
             others = (self._catalog.pools[name] for name in default - {pool.name})
             wanted.append(reduce(ExpertPool.union, others, pool))
         for needed in wanted:
-            with suppress(Unavailable):  # that may pass
+            with suppress(Unavailable):  # temporary
                 self._manager.check_admissible(needed)
 
     def _forget(self, task: asyncio.Task[object]) -> None:
         self._changes.discard(task)
         if not task.cancelled():
-            task.exception()  # whoever waits has it, too
+            task.exception()  # mark it as retrieved; a waiting caller gets it too

@@ -1,4 +1,4 @@
-"""The residency manager, asked by name: what a request or an operator wants of a pool."""
+"""The residency manager by pool name, for requests and operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ __all__ = ["NamedResidency"]
 
 
 class NamedResidency:
-    """Admit requests, and load, evict and pin pools; raises as lookup and manager do."""
+    """Admit requests, and load, evict and pin pools by name.
+
+    Raises the errors of PoolLookup.find and of the manager's methods.
+    """
 
     def __init__(self, lookup: PoolLookup, manager: ResidencyManager) -> None:
         self._lookup, self._manager = lookup, manager
@@ -21,38 +24,38 @@ class NamedResidency:
     # -- requests --
 
     def admit(self, model: str | None, headers: Sequence[str] = ()) -> ExpertPool:
-        """Return the pool a request asks for; raises unless the request may wait for it now."""
+        """Return the pool a request asks for; raises if the request may not wait for it."""
         return self._admitted(self._lookup.find(model, headers))
 
     def lease(self, pool: ExpertPool) -> AbstractAsyncContextManager[Lease]:
-        """Hold a pool for one engine request."""
+        """Hold a pool resident for one engine request; waits for it if it must be loaded."""
         return self._manager.lease(pool)
 
     # -- operators --
 
     async def load(self, name: str, *, pin: bool = False) -> ExpertPool:
-        """Make a pool or union resident, in the queue that requests wait in."""
+        """Make a pool or union resident; waits in the same queue as requests."""
         pool = self._admitted(self._lookup.find(name))
         await self._manager.load(pool, pin=pin)
         return pool
 
     async def evict(self, name: str, *, drain: bool = False) -> ExpertPool:
-        """Take a pool's slots away as far as no other pool needs them; raises PoolInUse."""
+        """Free the slots that no other pool needs; raises PoolInUse."""
         pool = self._lookup.find(name)
         await self._manager.evict(pool, drain=drain)
         return pool
 
     def unpin(self, name: str) -> ExpertPool:
-        """Let a pool be evicted like any other."""
+        """Allow a pinned pool to be evicted again."""
         pool = self._lookup.find(name)
         self._manager.unpin(pool)
         return pool
 
     def _admitted(self, pool: ExpertPool) -> ExpertPool:
-        """Return a pool that its name has just led to; raises unless it may be waited for.
+        """Return a pool just found by name; raises if requests may not wait for it.
 
-        The pool is defined, so it may stay, even if its content was retired under an earlier
-        definition. A union that was not in use when its parts were defined again is revived here.
+        The pool is defined, so it may stay, even if an equal content was retired with an earlier
+        definition. This also revives a union that was not in use when its parts were redefined.
         """
         self._manager.revive(pool)
         self._manager.check_admissible(pool)

@@ -1,6 +1,6 @@
 """The JSON of /v1/pools: options and answers, as /openapi.json documents them.
 
-What defines a pool, a document or a request to build one, is in `pools.document`.
+The JSON that defines a pool, or asks for one to be built, is in `pools.document`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class EvictOptions(StrictModel):
 
     drain: bool = Field(
         False,
-        description="for a pool with running requests: admit no new ones and evict it when they"
-        " have ended; without this, such a pool is a 409",
+        description="if the pool has running requests, admit no new ones and evict it when they"
+        " have ended; without this, the answer is 409",
     )
 
 
@@ -68,7 +68,7 @@ class ListOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     experts: bool = Field(
-        False, description="add each pool's expert ids, and `holders` for a map of the slab"
+        False, description="add each pool's expert ids, and `holders` of each expert of the model"
     )
 
 
@@ -78,14 +78,14 @@ class ReplaceOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     replace: bool = Field(
-        False, description="redefine an existing pool; without this, that is a 409"
+        False, description="redefine an existing pool; without this, the answer is 409"
     )
 
 
 def body_schema(*models: type[BaseModel], required: bool = False) -> dict[str, Any]:
     """Return a route's `openapi_extra` for a body that the route reads itself.
 
-    The body is an object of any of the models.
+    The body may be an object of any of the models.
     """
     schemas = []
     for model in models:
@@ -97,7 +97,7 @@ def body_schema(*models: type[BaseModel], required: bool = False) -> dict[str, A
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
-    """Put definitions in place of references: in OpenAPI a `$ref` is relative to the document."""
+    """Replace references by definitions: in OpenAPI, `$ref` is relative to the whole document."""
     if isinstance(node, dict):
         if "$ref" in node:
             return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
@@ -111,7 +111,7 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
 
 
 class PoolCard(_Answer):
-    """One pool. Bytes are those of its experts on all devices together."""
+    """One pool; `bytes` are those of its experts on all devices together."""
 
     object: Literal["pool"] = "pool"
     name: str
@@ -121,17 +121,15 @@ class PoolCard(_Answer):
     description: str
     default: bool = Field(description="serves requests that name no pool")
     version: int | None = Field(
-        description="number of definitions of this name since the server started; null for a union"
+        description="how often this name was defined since the server started; null for a union"
     )
     persisted: bool = Field(description="this definition survives a restart")
     state: Literal["absent", "waiting", "loading", "resident", "closing"] = Field(
-        description="closing: resident, but admits no new requests before it is evicted"
+        description="closing: resident, but admits no new requests and will be evicted"
     )
-    resident: bool = Field(
-        description="all its experts are in slots, no matter which pool loaded them"
-    )
+    resident: bool = Field(description="all its experts are in slots, whichever pool loaded them")
     pinned: bool
-    row: int | None = Field(description="its row of the engine's pool table")
+    row: int | None = Field(description="its row in the engine's pool table; null if it has none")
     running_requests: int
     waiting_requests: int
     experts_per_layer: list[int] = Field(description="0 for a dense layer")
@@ -140,9 +138,11 @@ class PoolCard(_Answer):
     experts_missing: int = Field(description="experts that a load must copy")
     bytes: int
     router_temperature: float
-    content_hash: str = Field(description="of experts and temperature, which determine an answer")
+    content_hash: str = Field(
+        description="hash of experts and temperature, which determine the answers"
+    )
     experts: list[list[int]] | None = Field(
-        None, description="expert ids of each layer; only when asked for"
+        None, description="expert ids per layer; only if requested"
     )
 
 
@@ -151,54 +151,56 @@ class PoolDetails(PoolCard):
 
     experts: list[list[int]]
     holders: list[list[int]] = Field(
-        description="for each layer and each expert of the model, the resident pools that hold it"
+        description="for each layer and each expert of the model, how many resident pools hold it"
     )
 
 
 class SlotAccount(_Answer):
-    """The slab's slots, all layers together; bytes on all devices together."""
+    """The slab's slots in all layers together; bytes are on all devices together."""
 
     total: int
     used: int
     free: int
-    leased: int = Field(description="held by pools with running requests")
+    leased: int = Field(description="slots held by pools with running requests")
     bytes_per_slot: int
     used_bytes: int
 
 
 class PoolList(_Answer):
-    """Every pool: the base pool, those defined, and unions while they are in use."""
+    """All pools: the base pool, defined pools, and unions while they are in use."""
 
     object: Literal["list"] = "list"
     data: list[PoolCard]
-    refused: list[str] = Field(description="pool files that were left out, with the reason")
+    refused: list[str] = Field(description="pool files that were left out, each with the reason")
     persists: bool = Field(description="pools added and removed here survive a restart")
-    experts_per_layer: list[int] = Field(description="of the model; 0 for a dense layer")
+    experts_per_layer: list[int] = Field(
+        description="experts of the model per layer; 0 for a dense layer"
+    )
     slots: SlotAccount
     running_requests: int
     waiting_requests: int
     holders: list[list[int]] | None = Field(
         None,
-        description="for each layer and each expert of the model, the resident pools that hold it;"
-        " only when asked for",
+        description="for each layer and each expert of the model, how many resident pools hold it;"
+        " only if requested",
     )
 
 
 class LayerUsage(_Answer):
-    """How often tokens took the pool's experts of one MoE layer."""
+    """How often tokens chose the pool's experts in one MoE layer."""
 
-    num_experts: int = Field(description="of the model's layer")
+    num_experts: int = Field(description="experts of the model in this layer")
     experts: list[int] = Field(description="the pool's expert ids, ascending")
     counts: list[int] = Field(
-        description="for each of them, the number of routed tokens that took it"
+        description="for each of these experts, the number of routed tokens that chose it"
     )
 
 
 class UsageAnswer(_Answer):
-    """How often tokens took a pool's experts since the engine started.
+    """How often tokens chose a pool's experts since the engine started.
 
     Counts are per pool content: pools with equal experts and temperature share them, and a union
-    has its own. Where more than 128 tokens of the pool were routed at once, a random sample of them
+    has its own. If more than 128 tokens of the pool were routed at once, a random sample of them
     was counted.
     """
 
@@ -206,8 +208,8 @@ class UsageAnswer(_Answer):
     name: str
     content_hash: str
     tokens: int = Field(
-        description="routed in the pool, an exact count; tokens from the prefix cache and the"
-        " server's own requests do not count"
+        description="exact number of tokens routed in the pool, without those from the prefix"
+        " cache and those of the server's own requests"
     )
     layers: list[LayerUsage | None] = Field(
         description="one entry per layer, null for a dense layer"
@@ -235,7 +237,7 @@ def details_of(overview: Overview, status: PoolStatus) -> PoolDetails:
 
 
 def list_of(overview: Overview, *, experts: bool) -> PoolList:
-    """Build the answer about all pools; without `experts`, no ids and no holders are set."""
+    """Build the answer about all pools; without `experts`, it has no ids and no holders."""
     stats = overview.stats
     maps = {"holders": _holders(overview)} if experts else {}
     return PoolList.model_validate(
@@ -261,7 +263,7 @@ def list_of(overview: Overview, *, experts: bool) -> PoolList:
 
 
 def usage_answer(pool: ExpertPool, usage: PoolUsage) -> UsageAnswer:
-    """Build the answer about how often a pool's experts were taken."""
+    """Build the answer about how often a pool's experts were chosen."""
     layers = [
         LayerUsage(num_experts=len(counts), experts=list(ids), counts=[counts[e] for e in ids])
         if ids

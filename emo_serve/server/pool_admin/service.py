@@ -1,7 +1,7 @@
-"""Everything the HTTP side may ask of pools: names, residency, definitions and status.
+"""Everything the HTTP side may do with pools: names, residency, definitions and status.
 
-Routes and the generation hook need neither the catalog nor the manager, and tests of both need no
-vLLM.
+Routes and the generation hook use neither the catalog nor the manager directly, and tests of both
+need no vLLM.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["PoolService"]
 
 @dataclass(frozen=True)
 class PoolService:
-    """The parts, each of which stands in a file of its own."""
+    """The parts, one per file of this package."""
 
     lookup: PoolLookup
     residency: NamedResidency
@@ -44,7 +44,11 @@ class PoolService:
         metrics: PoolMetrics | None = None,
         usage_of: Callable[[ExpertPool], Awaitable[PoolUsage]] | None = None,
     ) -> PoolService:
-        """Build the parts over one catalog and one manager; raises ConfigError for taken names."""
+        """Build the parts over one catalog and one manager.
+
+        `usage_of` asks the engine what a pool's content has used; None if no routing is recorded.
+        Raises ConfigError for pools named like the model, and UnknownPool for the default pool.
+        """
         lookup = PoolLookup(names, base_pool, catalog)
         temporary = TemporaryPools(lookup, manager)
         return cls(

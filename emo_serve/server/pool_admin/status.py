@@ -1,7 +1,7 @@
-"""What an operator may see of pools: state, requests, and whom each shares its experts with.
+"""What operators can see of pools: state, requests, and how many experts each shares with others.
 
-Values only, made from the manager's statistics at one moment. "Resident pools" are those that have
-a row of the engine's pool table and all their experts in slots; pools of equal content count once.
+Values only, made from the manager's statistics at one moment. "Resident pools" are those with a row
+in the engine's pool table and all their experts in slots; pools of equal content count once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ PoolKind = Literal["base", "pool", "union"]
 
 @dataclass(frozen=True)
 class Shares:
-    """A pool's experts, all layers together, by who holds them in slots."""
+    """Numbers of a pool's experts in all layers together.
+
+    `alone` are in slots for this pool only, `shared` also or only for other resident pools, and
+    `missing` are in no slot.
+    """
 
     alone: int
     shared: int
@@ -51,7 +55,7 @@ class Sharing:
         return self._counts[layer, expert]
 
     def shares(self, pool: ExpertPool) -> Shares:
-        """Split a pool's experts: held by it alone, by others too (or only), by nobody."""
+        """Count a pool's experts by the resident pools that hold them."""
         held = [self._counts[place] for place in _experts(pool)]
         missing = held.count(0)
         alone = held.count(1) if pool.content_hash in self._keys else 0
@@ -62,9 +66,10 @@ class Sharing:
 class PoolStatus:
     """One pool as a client may see it; `num_bytes` counts its experts on all devices.
 
-    `state` is "absent" without a row of the pool table. `is_resident` tells whether its experts are
-    in slots, whoever brought them. `version` counts definitions since the start, None for a union;
-    `is_stored` tells whether a restart brings this definition back.
+    `state` is "absent" if the pool has no `row` in the pool table and is not waiting for one.
+    `is_resident` tells whether all its experts are in slots, whichever pool loaded them. `version`
+    counts definitions since the start, None for a union; `is_stored` tells whether this definition
+    survives a restart.
     """
 
     pool: ExpertPool
@@ -86,8 +91,8 @@ class PoolStatus:
 class Overview:
     """All pools at one moment: the base pool, the catalog's, and unions while they are in use.
 
-    `refused` tells which pool files were left out and why, `persists` whether changes of the
-    catalog outlive the server.
+    `refused` says which pool files were left out and why, `persists` whether changes to the catalog
+    survive a restart.
     """
 
     pools: tuple[PoolStatus, ...]
@@ -98,9 +103,9 @@ class Overview:
 
 
 class PoolStatuses:
-    """Say how pools stand, by the manager's statistics at one moment.
+    """Report the state of pools, from the manager's statistics at one moment.
 
-    `usage_of` asks the engine what a pool's content has used; None where no routing is recorded.
+    `usage_of` asks the engine what a pool's content has used; None if no routing is recorded.
     """
 
     def __init__(
@@ -119,14 +124,15 @@ class PoolStatuses:
         return self._status(pool, stats, self._sharing(stats))
 
     async def usage(self, name: str) -> tuple[ExpertPool, PoolUsage]:
-        """Return a pool and what was routed in it since the engine started.
+        """Return a pool and the expert counts of tokens routed in it since the engine started.
 
-        The account is of its content: pools of equal experts and temperature share one, whatever
-        their names, and a union has its own. Raises Unavailable where no routing is recorded.
+        Counts belong to the content: pools of equal experts and temperature share them, whatever
+        their names, and a union has its own. Raises UnknownPool, EngineDead, and Unavailable if no
+        routing is recorded.
         """
         pool = self._lookup.find(name)
         if self._usage_of is None:
-            raise Unavailable("this server does not record what its pools use")
+            raise Unavailable("this server does not record which experts its pools use")
         return pool, await self._usage_of(pool)
 
     def overview(self) -> Overview:
@@ -148,7 +154,7 @@ class PoolStatuses:
         )
 
     def snapshot(self) -> MetricsSnapshot:
-        """Return what the gauges show: every pool, and others while requests hold or want them."""
+        """Return what the gauges show: all pools, and others with running or waiting requests."""
         return _metrics_snapshot(self._lookup.pools, self._manager)
 
     def _sharing(self, stats: ResidencyStats) -> Sharing:
@@ -187,7 +193,7 @@ class PoolStatuses:
 
 
 def _metrics_snapshot(pools: Iterable[ExpertPool], manager: ResidencyManager) -> MetricsSnapshot:
-    """Return what the gauges show: these pools, and others while requests hold or want them."""
+    """Return what the gauges show: these pools, and others with running or waiting requests."""
     stats = manager.statistics()
     held = {entry.content_hash: entry for entry in stats.pools}
     shown: list[PoolSnapshot] = []

@@ -1,7 +1,7 @@
-"""Pools that no name leads to: the server's own, for a build or for the router's questions.
+"""Temporary pools that clients cannot name: the server's own, for builds and for router probes.
 
-Such a pool is held for a while and is gone afterwards, unless a definition or a pin has the same
-content. While it is held, a redefinition elsewhere does not retire it.
+Such a pool is held for a while and then retired, unless a defined or pinned pool has the same
+content. While it is held, a redefinition of another pool does not retire it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["TemporaryPools"]
 
 
 class TemporaryPools:
-    """Hold pools without a name; of equal content they are one pool, held several times."""
+    """Hold temporary pools; pools of equal content count as one pool, held several times."""
 
     def __init__(self, lookup: PoolLookup, manager: ResidencyManager) -> None:
         self._lookup, self._manager = lookup, manager
@@ -31,7 +31,7 @@ class TemporaryPools:
 
     @contextmanager
     def held(self, pool: ExpertPool) -> Iterator[None]:
-        """Let a pool be leased and loaded inside the block."""
+        """Allow a pool to be leased and loaded inside the block."""
         self._held[pool.content_hash] += 1
         self._manager.revive(pool)
         try:
@@ -44,10 +44,10 @@ class TemporaryPools:
 
     @contextmanager
     def path(self) -> Iterator[Callable[[ExpertPool], Awaitable[None]]]:
-        """Yield a function that makes one pool after another resident; none is left afterwards.
+        """Yield a function that makes one pool after another resident; afterwards none is held.
 
-        Each takes the place of the one before, which stays until the new one is loaded, so that
-        experts of both need no copy, and is the first to go if somebody must make room.
+        Each pool replaces the one before. The old pool stays until the new one is loaded, so that
+        experts in both are not copied again, but it is the first to be evicted for room.
         """
         kept = ExitStack()
         current: ExpertPool | None = None
@@ -64,10 +64,10 @@ class TemporaryPools:
 
         try:
             yield become
-        finally:  # requests that were cancelled take a moment to let go of it
+        finally:  # cancelled requests may keep it for another moment
             kept.close()
 
     def _is_wanted(self, pool: ExpertPool) -> bool:
         is_defined = pool.content_hash in {known.content_hash for known in self._lookup.pools}
-        is_pinned = self._manager.is_pinned(pool)  # a union of that content may be
+        is_pinned = self._manager.is_pinned(pool)  # a union with the same content may be pinned
         return pool.content_hash in self._held or is_defined or is_pinned

@@ -1,1 +1,1 @@
-"""The only part of the server that knows vLLM; an upgrade breaks this or nothing."""
+"""The only part of the server that imports vLLM, and so the only part an upgrade can break."""

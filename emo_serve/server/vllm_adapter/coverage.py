@@ -1,10 +1,10 @@
 """Coverage of each engine request: the share of the full router's mass inside the request's pool.
 
-The workers sum it up under account numbers that the front end gives out, one an engine request, and
-clear what they hand over. So reads never overlap, the sums of one account from several reads are
-added here, and a read that has begun is never abandoned, whoever asked for it. An account that is
-closed is final after the next read that begins: then it is observed and forgotten, and what the
-engine still routes for it (a step that was under way when its client left) is dropped.
+The workers sum it up under account numbers that the front end assigns, one per engine request, and
+clear the sums when they are read. So reads never overlap, sums of one account from several reads
+are added here, and a read that has begun is always completed, even if its caller is gone. A closed
+account is final after the next read that begins: it is then observed and forgotten. Tokens that the
+engine still routes for it (in a step that was running when its client left) are dropped.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ class _Account:
 class CoverageBook:
     """Keep the accounts of engine requests; `run` reads the workers while there are any.
 
-    `read` returns what the workers have summed up since the last read, by account; `observe` is
-    told the pool and the coverage of each request that has ended, once, unless nothing of it was
-    routed.
+    `read` returns the workers' sums since the last read, by account. `observe` is called once per
+    ended request with its pool and its coverage, unless none of its tokens was routed.
     """
 
     def __init__(
@@ -59,25 +58,25 @@ class CoverageBook:
 
     @property
     def num_accounts(self) -> int:
-        """Return how many accounts are open, or closed and not read since."""
+        """Return how many accounts are open, or closed but not read since."""
         return len(self._accounts)
 
     def open(self, pool: str) -> int:
-        """Return the number of a new account, from 1; none is used twice."""
+        """Open an account and return its number, which is at least 1 and never used again."""
         number = next(self._numbers)
         self._accounts[number] = _Account(pool)
         self._has_accounts.set()
         return number
 
     def close(self, account: int) -> None:
-        """Note that the request has ended; a no-op for an account that is forgotten."""
+        """Note that the request has ended; a no-op for an account already forgotten."""
         if (entry := self._accounts.get(account)) is not None:
             entry.is_closed = True
 
     async def result(self, account: int) -> CoverageSum | None:
         """Close an account, read now, and return its sum.
 
-        None if nothing was routed, or if the engine has died and cannot be asked any more.
+        None if no token was routed, or if the engine has died.
         """
         entry = self._accounts[account]
         entry.is_closed = True
@@ -88,7 +87,7 @@ class CoverageBook:
         return entry.total
 
     async def run(self) -> None:
-        """Read for as long as there are accounts, for ever; ends quietly with the engine."""
+        """Read the workers while there are accounts, forever; returns if the engine dies."""
         with suppress(EngineDead):
             while True:
                 await self._has_accounts.wait()
@@ -96,12 +95,12 @@ class CoverageBook:
                 await asyncio.sleep(self._period_seconds)
 
     async def _read_anew(self) -> None:
-        """Return when a read has ended that began after this call; callers share one."""
+        """Wait for a read that begins after this call; several callers share one read."""
         if self._reading is not None and not self._reading.done():
             await asyncio.wait((self._reading,))
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._take())
-            self._reading.add_done_callback(_look_at)
+            self._reading.add_done_callback(_retrieve_error)
         await asyncio.shield(self._reading)
 
     async def _take(self) -> None:
@@ -117,7 +116,7 @@ class CoverageBook:
             self._has_accounts.clear()
 
 
-def _look_at(reading: asyncio.Task[None]) -> None:
-    """Look at a read's error, whose caller may have gone, before asyncio complains of it."""
+def _retrieve_error(reading: asyncio.Task[None]) -> None:
+    """Retrieve a read's error: if no caller is left to do so, asyncio would complain."""
     if not reading.cancelled():
         reading.exception()

@@ -1,7 +1,7 @@
-"""vLLM's engine: started with empty expert slots, and asked questions of the server's own.
+"""vLLM's engine: started with empty expert slots; also the server's own requests to it.
 
-Those questions are the warm-up at start and the router probes of `auto` and of builds. They pass no
-HTTP layer and no admission, so they go to the engine directly, under a lease of whoever asks.
+The server's own requests are the warm-up at start and the router probes of `auto` and of builds.
+They go to the engine directly, without the HTTP layers, under a lease that the caller holds.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ __all__ = ["OwnRequests", "start_engine"]
 
 
 def start_engine(args: argparse.Namespace) -> AsyncLLM:
-    """Start vLLM's engine on flags that `with_engine_values` returned; raises EngineDead."""
-    # Workers wait this long before they are told to end; a drained server has nothing to wait for.
+    """Start vLLM's engine with flags that `with_engine_values` returned.
+
+    Raises ConfigError for flags that vLLM refuses, and EngineDead if the engine does not start.
+    """
+    # How long workers wait before they are stopped; a drained server need not wait.
     os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
     if args.enforce_eager and current_platform.is_cpu():
-        # Eager leaves vLLM's small compiled helpers, for log-probabilities among others: on a CPU
-        # they need a C++ compiler and 14 s at first use.
+        # --enforce-eager still compiles small helpers of vLLM's, e.g. for log-probabilities; on a
+        # CPU they need a C++ compiler and 14 s at first use.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     flags, usage = engine_args(args), UsageContext.OPENAI_API_SERVER
-    flags.scheduling_policy = "priority"  # pools are built behind all other requests
+    flags.scheduling_policy = "priority"  # builds of pools run behind all other requests
     config = resolved(lambda: flags.create_engine_config(usage_context=usage))
     try:
         return AsyncLLM.from_vllm_config(
@@ -46,7 +49,7 @@ def start_engine(args: argparse.Namespace) -> AsyncLLM:
             aggregate_engine_logging=flags.aggregate_engine_logging,
             disable_log_stats=flags.disable_log_stats,
         )
-    except RuntimeError as error:  # its processes have printed why
+    except RuntimeError as error:  # its processes have printed the cause
         raise EngineDead("the engine did not start") from error
 
 
@@ -58,9 +61,9 @@ class OwnRequests:
         self._probe_ids = itertools.count(1)
 
     async def warm_up(self, pool: ExpertPool, row: int) -> None:
-        """Generate one token with log-probabilities: vLLM compiles those at their first use.
+        """Generate one token with log-probabilities, which vLLM compiles at first use.
 
-        That takes one second, or 14 where nothing is cached yet, and holds up every request.
+        Compiling takes one second, or 14 if nothing is cached, and blocks all requests meanwhile.
         """
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, detokenize=False)
         prompt = salt_prompt(tokens_input([0]), pool.content_hash)
@@ -72,9 +75,9 @@ class OwnRequests:
     async def run_probe(
         self, pool: ExpertPool, row: int, token_ids: Sequence[int], mass_slot: int, priority: int
     ) -> None:
-        """Run tokens so that the router's mass on them is added to a mass slot.
+        """Run tokens so that the router's mass on them is added to a mass slot; for RouterProbe.
 
-        For RouterProbe. No token comes out of the prefix cache: such tokens are not routed.
+        Skips the prefix cache, because cached tokens are not routed. Raises EngineDead.
         """
         params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True
@@ -88,4 +91,4 @@ class OwnRequests:
                 async for _ in stream:
                     pass
         except EngineDeadError as error:
-            raise EngineDead("the engine died while it asked the router") from error
+            raise EngineDead("the engine died during a router probe") from error

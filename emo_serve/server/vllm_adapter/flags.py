@@ -1,7 +1,7 @@
-"""vLLM's command line: parsed with ours, checked, and filled in with what our engine needs.
+"""vLLM's command line: parsed together with our flags, checked, and completed for our engine.
 
-A namespace is never changed here: `with_values` makes a new one, so whoever holds one knows what it
-says. Everything that can be refused without starting an engine raises ConfigError.
+A namespace is never changed here: `with_values` makes a new one, so a namespace once passed on
+stays as it is. Everything that can be refused without starting an engine raises ConfigError.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _T = TypeVar("_T")
 def parse_serve_args(
     argv: Sequence[str], defaults_without_model: Mapping[str, object]
 ) -> argparse.Namespace:
-    """Parse the flags of `vllm serve` and ours; vLLM's quick checks raise ConfigError here.
+    """Parse the flags of `vllm serve` and ours; raises ConfigError if vLLM's quick checks fail.
 
     A positional MODEL and `--model` mean the same; the result has it in `model_tag`. With neither,
-    `defaults_without_model` replaces vLLM's defaults, by the names in the namespace.
+    `defaults_without_model`, by the names in the namespace, replaces vLLM's defaults.
     """
     cli_env_setup()
     parser = FlexibleArgumentParser(prog="emo-serve serve", conflict_handler="resolve")
@@ -62,7 +62,7 @@ def parse_serve_args(
     if tag is None:
         parser.set_defaults(**defaults_without_model)
         args = parser.parse_args(list(argv))
-    # vLLM's flag --moe-backend gave way to ours, so its field keeps vLLM's default
+    # our --moe-backend replaces vLLM's flag, so vLLM's own field keeps its default
     args = with_values(args, model_tag=tag, moe_backend="auto")
     try:
         validate_parsed_serve_args(args)
@@ -72,7 +72,7 @@ def parse_serve_args(
 
 
 def _accept_lower_case(parser: argparse.ArgumentParser, flag: str) -> None:
-    """Let a flag whose values vLLM writes in capitals be given in either case."""
+    """Accept lower case for a flag whose values vLLM expects in capitals."""
     for action in parser._actions:
         if flag in action.option_strings:
             action.type = str.upper
@@ -86,9 +86,10 @@ def with_values(args: argparse.Namespace, **values: object) -> argparse.Namespac
 def with_engine_values(
     args: argparse.Namespace, settings: ServeSettings, num_slots: int
 ) -> argparse.Namespace:
-    """Return the flags of an engine with our model, loader and workers; `args.model` is local.
+    """Return the flags of an engine with our model, loader and workers.
 
-    Raises ConfigError for expert settings that this machine's device cannot run.
+    `args.model` is a local directory, `num_slots` the slots per layer. Raises ConfigError for
+    expert settings that this machine's device cannot run.
     """
     device = current_platform.device_type
     check_expert_dtype(settings.expert_dtype, settings.moe_backend, device)
@@ -111,17 +112,17 @@ def with_engine_values(
 
 
 def dtype_bytes(args: argparse.Namespace) -> int:
-    """Return the bytes of one activation in the dtype vLLM resolves these flags to."""
+    """Return the bytes of one activation in the dtype that vLLM resolves; raises ConfigError."""
     return int(resolved(lambda: engine_args(args).create_model_config()).dtype.itemsize)
 
 
 def engine_args(args: argparse.Namespace) -> Any:
-    """Return vLLM's AsyncEngineArgs of these flags."""
+    """Return vLLM's AsyncEngineArgs for these flags; raises ConfigError."""
     return resolved(lambda: AsyncEngineArgs.from_cli_args(args))
 
 
 def resolved(build: Callable[[], _T]) -> _T:
-    """Build a config of vLLM's; what it refuses becomes one line of ConfigError."""
+    """Build a config of vLLM's; raises ConfigError, in one line, for what vLLM refuses."""
     try:
         return build()
     except EmoServeError:

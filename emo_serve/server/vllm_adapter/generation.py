@@ -1,10 +1,10 @@
-"""vLLM's engine client, led through pools: the one hook that every generating route passes.
+"""An engine client that places every request in a pool: the one hook of all generating routes.
 
 Chat, completions, responses, messages and beam search all call `generate` of the engine client.
-Ours is a plain function: it finds the pool and raises while an HTTP status can still be sent,
-starts a task that waits for the pool and runs the request, and returns a generator of its outputs.
-That task holds the lease, so the lease lasts as long as the engine works and not as long as a
-client takes to read. Admission learns from it when a stream may begin.
+Ours is a plain function: it finds the pool and raises errors while an HTTP status can still be
+sent. Then it starts a task that waits for the pool and runs the request, and returns a generator of
+the request's outputs. The task holds the lease, so the lease lasts as long as the engine works, not
+as long as the client reads. The task also tells admission when a stream may begin.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ __all__ = ["PooledLLM", "place_in_row", "salt_prompt", "to_http_error"]
 def to_http_error(error: EmoServeError, param: str | None = "model") -> Exception:
     """Return the vLLM exception whose handler answers with our error's status and message.
 
-    `param` is the field of the request that a 400 blames. A 503 also leaves how long to wait in the
-    request's context, for admission to send as Retry-After.
+    `param` is the request field that a 400 names. For a 503, the seconds to wait are left in the
+    request's context, and admission sends them as Retry-After.
     """
     status = status_of(error)
     current_request().retry_after_seconds = retry_after_of(error)
@@ -57,10 +57,10 @@ def to_http_error(error: EmoServeError, param: str | None = "model") -> Exceptio
 
 
 class PooledLLM:
-    """The engine client vLLM's serving layer talks to; every request is led through a pool.
+    """The engine client that vLLM's serving layer calls; it places every request in a pool.
 
-    It wraps a running engine: `generate` and `encode` are ours, all else is the engine's. With
-    `honours_priority` a client's priority counts; without, all requests have the same.
+    It wraps a running engine: `generate` and `encode` are ours, everything else is the engine's.
+    With `honours_priority`, the client's priority counts; otherwise all requests have the same.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class PooledLLM:
         self._tasks: set[asyncio.Task[Any]] = set()  # asyncio keeps weak references
 
     def __getattr__(self, name: str) -> Any:
-        """Return what is the engine's: configuration, renderer, state, abort, statistics."""
+        """Return the engine's attribute: configuration, renderer, state, abort, statistics."""
         return getattr(self._engine, name)
 
     def generate(
@@ -91,9 +91,11 @@ class PooledLLM:
         lora_request: LoRARequest | None = None,
         **options: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Find the pool now, raising what becomes an HTTP status; generate when iterated.
+        """Find the pool, start the request, and return a generator of its outputs.
 
-        `lora_request` carries the model name the client wrote and never reaches the engine.
+        `lora_request` carries the model name that the client sent, and never reaches the engine.
+        Raises vLLM's exceptions for HTTP statuses at once if the pool cannot be had; while
+        iterating, the generator raises later errors.
         """
         model = None if lora_request is None else lora_request.lora_name
         metrics = self._metrics
@@ -120,13 +122,15 @@ class PooledLLM:
         self._tasks.add(pump)
         pump.add_done_callback(partial(self._settle, admission, account, covered))
         stream = _collected(collector, pump)
-        # One that is never begun runs no `finally`: its client left while it waited.
+        # A generator never iterated runs no `finally`: its client left while it waited.
         weakref.finalize(stream, pump.cancel).atexit = False
         return stream
 
     def encode(self, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
-        """Refuse pooling requests: they would pass no pool."""
-        raise VLLMValidationError("this server generates text; it has no pooling models")
+        """Refuse pooling requests, which would not be placed in a pool."""
+        raise VLLMValidationError(
+            "this server generates text only; it does not serve pooling requests"
+        )
 
     async def _pump(
         self,
@@ -139,7 +143,7 @@ class PooledLLM:
         request_id: str,
         options: Mapping[str, Any],
     ) -> None:
-        """Hold the lease while the engine works; errors go to the reader, cancelling aborts."""
+        """Hold the lease while the engine works; pass errors to the reader, abort if cancelled."""
         metrics = self._metrics
         account = RequestAccount(pool.name, is_delta=params.output_kind == RequestOutputKind.DELTA)
         outcome = "failed"
@@ -179,7 +183,7 @@ class PooledLLM:
         covered: asyncio.Future[CoverageSum | None] | None,
         pump: asyncio.Task[None],
     ) -> None:
-        """Answer whoever waits for a request that has ended, however: it may never have begun."""
+        """Resolve the futures of a request that has ended, even if it was never started."""
         self._tasks.discard(pump)
         if not admission.done():
             admission.set_result(None)
@@ -202,7 +206,7 @@ class PooledLLM:
 async def _collected(
     collector: RequestOutputCollector, pump: asyncio.Task[None]
 ) -> AsyncGenerator[RequestOutput, None]:
-    """Yield what the pump collects; a slow reader finds outputs merged, never dropped."""
+    """Yield what the pump collects; for a slow reader outputs are merged, never dropped."""
     is_finished = False
     try:
         while not is_finished:
@@ -214,19 +218,25 @@ async def _collected(
 
 
 def salt_prompt(prompt: Any, content_hash: str) -> dict[str, Any]:
-    """Return a copy of a prompt whose prefix cache is the pool's alone.
+    """Return a copy of a prompt that shares prefix cache entries only within the pool.
 
-    A client's own salt is kept inside; the hash has a fixed length, so no two pairs of them meet.
+    The new salt contains the client's own. The hash has a fixed length, so different pairs of hash
+    and client salt give different salts. Raises VLLMValidationError for prompts that take no salt.
     """
     if not isinstance(prompt, dict):
-        raise VLLMValidationError(f"prompts of type {type(prompt).__name__} name no pool")
+        raise VLLMValidationError(
+            f"prompts of type {type(prompt).__name__} cannot be placed in a pool"
+        )
     return {**prompt, "cache_salt": f"emo:{content_hash}:{prompt.get('cache_salt') or ''}"}
 
 
 def place_in_row(
     params: SamplingParams, row: int, *, account: int = NO_ACCOUNT, mass_slot: int = NO_MASS_SLOT
 ) -> SamplingParams:
-    """Return a copy that routes in `row`, whatever the client put there; callers share params."""
+    """Return a copy whose tokens route in `row` of the pool table.
+
+    Replaces tags that a client may have sent; the original is shared with other requests.
+    """
     placed = copy.copy(params)
     tag = RequestTag(row, account, mass_slot)
     placed.extra_args = {**(params.extra_args or {}), **tag.to_extra_args()}

@@ -3,10 +3,11 @@
 The OpenAI protocol is vLLM's own: `build_app` and `init_app_state` around an engine client. Three
 things are replaced, each named in tests/unit/server/vllm_adapter/test_contract.py.
 
-- `generate` of the engine client, in `engine`.
-- `OpenAIServingModels.lora_requests`. vLLM asks it whether it knows a model name; ours answers for
-  every pool and union, and carries the name the client wrote to `generate` as a LoRARequest, which
-  goes no further. It lists nothing: vLLM also searches it for names of message types.
+- `generate` of the engine client, in `generation`.
+- `OpenAIServingModels.lora_requests`. vLLM looks up model names in it. Ours contains every pool and
+  union, and passes the name that the client sent to `generate` in a LoRARequest, which goes no
+  further. Iterating over it gives nothing, because vLLM also searches it for names of message
+  types.
 - `OpenAIServingModels.show_available_models`, which lists pools beside the model.
 """
 
@@ -52,14 +53,14 @@ __all__ = [
 
 
 class _PoolNames(Mapping[str, LoRARequest]):
-    """Stand where vLLM looks up adapters by model name: every pool is known, none is listed."""
+    """Where vLLM looks up adapters by model name: contains every pool, but lists none."""
 
     def __init__(self, lookup: PoolLookup, metrics: PoolMetrics) -> None:
         self._lookup = lookup
         self._metrics = metrics
 
     def __contains__(self, model: object) -> bool:
-        """Tell a pool's name from the base model's; raise for a name that is neither."""
+        """Tell whether this is a pool's name, not the model's; raise for a name that is neither."""
         if not isinstance(model, str) or not model or model in self._lookup.names.base:
             return False
         try:
@@ -101,7 +102,7 @@ async def _list_models(registry: Any, lookup: PoolLookup) -> ModelList:
 async def build_http_app(
     llm: PooledLLM, args: argparse.Namespace, lookup: PoolLookup, metrics: PoolMetrics
 ) -> FastAPI:
-    """Build vLLM's app around the engine client and teach it the pools' names."""
+    """Build vLLM's app around the engine client, with the pools' names as models."""
     tasks = await llm.get_supported_tasks()
     app: FastAPI = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
@@ -120,7 +121,10 @@ def metrics_registry() -> Any:
 
 
 def bind_socket(args: argparse.Namespace) -> socket.socket:
-    """Take the port before the engine starts, as vLLM does; nobody is answered yet."""
+    """Bind the port before the engine starts, as vLLM does, without answering requests yet.
+
+    Raises ConfigError if it cannot be bound.
+    """
     try:
         _, sock = setup_server(args, reuse_port=False)
     except OSError as error:
@@ -139,7 +143,7 @@ def create_http_server(wrapped: ASGIApp, app: FastAPI, args: argparse.Namespace)
         "log_level": args.uvicorn_log_level,
         "access_log": not args.disable_uvicorn_access_log,
         "timeout_keep_alive": envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-        "timeout_graceful_shutdown": 2,  # what is left then has had the drain's time
+        "timeout_graceful_shutdown": 2,  # requests still running have had the whole drain time
         "ssl_keyfile": args.ssl_keyfile,
         "ssl_certfile": args.ssl_certfile,
         "ssl_ca_certs": args.ssl_ca_certs,
@@ -154,14 +158,14 @@ def create_http_server(wrapped: ASGIApp, app: FastAPI, args: argparse.Namespace)
     config.h11_max_header_count = args.h11_max_header_count  # type: ignore[attr-defined]
     config.load()
     server: uvicorn.Server = NoSignalServer(config)
-    app.state.server = server  # vLLM's error handler stops it when the engine is dead
+    app.state.server = server  # vLLM's error handler stops it if the engine dies
     return server
 
 
 def run_beside_server(
     server: uvicorn.Server, llm: PooledLLM, args: argparse.Namespace
 ) -> list[asyncio.Task[None]]:
-    """Start what vLLM runs beside its server: the watchdog, and certificates read again."""
+    """Start the tasks that vLLM runs beside its server: watchdog and certificate refresh."""
     tasks = [asyncio.create_task(watchdog_loop(server, llm))]
     if args.enable_ssl_refresh:
         refresher = SSLCertRefresher(

@@ -1,4 +1,4 @@
-"""What one engine request used: tokens, waiting, service. For metrics and the request log."""
+"""What one engine request used, in tokens and time, for metrics and the request log."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ __all__ = ["RequestAccount"]
 
 
 class RequestAccount:
-    """Follow one request from its admission; `is_delta` outputs are increments, others the whole.
+    """Count the tokens and times of one request from its admission on.
 
-    Outputs are vLLM's RequestOutput.
+    Outputs are vLLM's RequestOutput: with `is_delta` each has only new tokens, otherwise all tokens
+    so far.
     """
 
     def __init__(self, pool: str, *, is_delta: bool) -> None:
@@ -22,7 +23,7 @@ class RequestAccount:
         self._is_delta = is_delta
         self._tokens_of: dict[int, int] = {}  # by index of the completion
         self._is_hit = False
-        self._came_at = time.time()  # Unix time, for the log alone
+        self._arrived_at = time.time()  # Unix time, for the log alone
         self._start = time.monotonic()
         self._granted: float | None = None
 
@@ -32,7 +33,7 @@ class RequestAccount:
         return sum(self._tokens_of.values())
 
     def note_granted(self, *, is_hit: bool) -> None:
-        """Note that the pool is leased now, after a load unless it was a hit."""
+        """Note that the pool is leased now; `is_hit` if it needed no load."""
         self._granted, self._is_hit = time.monotonic(), is_hit
 
     def add(self, output: Any) -> None:
@@ -43,11 +44,11 @@ class RequestAccount:
             self._tokens_of[completion.index] = before + len(completion.token_ids)
 
     def record(self, outcome: str) -> RequestRecord:
-        """Return the account of a request that ends now."""
+        """Return the record of a request that ends now."""
         now = time.monotonic()
         granted = now if self._granted is None else self._granted
         return RequestRecord(
-            at_seconds=self._came_at,
+            at_seconds=self._arrived_at,
             pool=self._pool,
             wait_seconds=granted - self._start,
             service_seconds=now - granted,

@@ -1,14 +1,14 @@
-"""One JSON line for each engine request, for traces and bills: which pool, how long, how much.
+"""One JSON line per engine request, for traces and billing: pool, times, tokens.
 
-No prompt and no answer is in it. A line is one append to the file, whole or not at all unless the
-disk fills up in the middle, so that several servers and a log rotation that truncates in place may
-share it:
+It contains no prompts and no answers. Each line is one append, written completely or not at all
+unless the disk fills up in the middle of it. So several servers may share the file, and log
+rotation may truncate it in place:
 
     {"at_seconds": 1763.25, "pool": "math", "wait_seconds": 0.0, "service_seconds": 1.5,
      "is_hit": true, "prompt_tokens": 12, "generation_tokens": 64, "outcome": "finished"}
 
-`benchmarks/residency/policies.py --trace FILE` plays such a file back. Serving comes before
-logging: a disk that fills up later costs lines and one warning, never a request.
+`benchmarks/residency/policies.py --trace FILE` replays such a file. Serving comes before logging: a
+full disk costs lines and one warning, never a request.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ _DIGITS = 6  # microseconds
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One engine request that ended.
+    """One engine request that has ended.
 
-    `at_seconds` is the Unix time at which it came; it then waited for its pool and was served.
+    `at_seconds` is the Unix time of its arrival. It then waited `wait_seconds` for its pool, and
+    the engine worked on it for `service_seconds`. With `is_hit`, the pool needed no load. `outcome`
+    is "finished", "aborted" or "failed".
     """
 
     at_seconds: float
@@ -46,9 +48,9 @@ class RequestRecord:
 
 
 class RequestLog:
-    """Append records to a file, made if it is not there; its directory must be.
+    """Append records to a file, which is created if necessary; its directory must exist.
 
-    Raises ConfigError for a path that cannot be written, and nothing after that.
+    Raises ConfigError for a path that cannot be written; no later error is raised.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +82,7 @@ class RequestLog:
             self._note_lost("only part of a line was written")
 
     def close(self) -> None:
-        """Close the file, and say how many lines are missing in it; may be called twice."""
+        """Close the file, and log how many lines are missing from it; may be called twice."""
         if self._file is None:
             return
         os.close(self._file)
@@ -91,8 +93,8 @@ class RequestLog:
     def _note_lost(self, reason: str) -> None:
         if not self._lost:
             logger.warning(
-                "request log %s: a line was lost (%s); further losses are counted, and told at"
-                " shutdown",
+                "request log %s: a line was lost (%s); further lost lines are counted, and reported"
+                " at shutdown",
                 self._path,
                 reason,
             )

@@ -1,8 +1,8 @@
-"""The engine's tokenizer and chat template: text that the server reads is the text it serves.
+"""The engine's tokenizer and chat template: the server itself reads text exactly as it serves it.
 
-`auto` and builds on the server read prompts and examples before a request is made of them. They go
-through vLLM's own renderer, which honours --tokenizer, --tokenizer-mode, --chat-template and their
-like, in its own threads.
+`auto` and builds on the server tokenize prompts and examples themselves. They use vLLM's own
+renderer, which honours --tokenizer, --tokenizer-mode, --chat-template and similar flags, and runs
+in its own threads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["EngineTokenizer"]
 
 
 class EngineTokenizer:
-    """A ServedTokenizer over an engine's renderer, with the chat template of the flags."""
+    """A ServedTokenizer over an engine's renderer, with the chat template given by the flags."""
 
     def __init__(self, renderer: Any, args: argparse.Namespace) -> None:
         self._renderer = renderer
@@ -49,7 +49,7 @@ class EngineTokenizer:
         return await self._ids(prompt, adds_special_tokens=False)
 
     async def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens left out."""
+        """Return the text of ids, without special tokens."""
         with _refusing("tokenizer", "these ids"):
             tokenizer = self._renderer.get_tokenizer()
             text = await asyncio.to_thread(tokenizer.decode, list(ids), skip_special_tokens=True)
@@ -64,7 +64,7 @@ class EngineTokenizer:
 
 @contextmanager
 def _refusing(part: str, what: str) -> Iterator[None]:
-    """Turn an error of tokenizer or template into a refusal: they are programs of the model's."""
+    """Turn any error into RequestError: the model brings its own tokenizer and template code."""
     try:
         yield
     except Exception as error:

@@ -1,10 +1,10 @@
 """The calls into the engine's workers: numbered, checked on every rank, never left hanging.
 
 `WorkerCalls` is the residency manager's PoolEngine over vLLM's `collective_rpc`. A call runs
-between two steps of the engine and holds up every stream while it lasts. So one call starts a load,
-which runs beside the engine's steps, and short calls poll and publish it. A call gets no reply when
-the engine process dies, and it must not have a timeout, because a late reply would be taken for the
-next call's; so each call is raced with the engine's error state. Workers reply with a record
+between two engine steps and blocks all streams while it lasts. So one call starts a load, which
+then runs beside the engine's steps, and short calls poll and publish it. If the engine process
+dies, a call gets no reply, and a timeout is not possible, because a late reply would be taken for
+the next call's; so each call also watches the engine's error state. Workers reply with a record
 instead of raising; one bad record from any rank fails the call.
 """
 
@@ -41,7 +41,7 @@ _READERS: dict[type, TypeAdapter[Any]] = {
     for record in (CoverageReading, EngineDescription, LoadProgress, PoolUsage, RouterMass)
 }
 _DEATH_CHECK_SECONDS = 0.5
-# A poll costs the engine 1-2 ms between two steps: poll early, then when the load should be done.
+# A poll costs the engine 1-2 ms between two steps: poll early, then when it should be done.
 _SHORTEST_PAUSE_SECONDS = 0.005
 _LONGEST_PAUSE_SECONDS = 0.25
 _MOST_GROWTH = 4.0
@@ -49,7 +49,7 @@ _MOST_GROWTH = 4.0
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What the workers hold; unless stated otherwise, sizes are those of the largest rank.
+    """What the workers hold; sizes are those of the largest rank.
 
     `num_slots` has one entry per MoE layer. `dtype` is that of the trunk and of activations,
     `expert_dtype` that of experts in their slots.
@@ -68,17 +68,18 @@ class EngineFacts:
 
     @property
     def slot_bytes_all_ranks(self) -> int:
-        """Return what one expert of one layer takes on all devices together."""
+        """Return the bytes of one expert of one layer on all devices together."""
         return self.slot_bytes * self.num_ranks
 
 
 class WorkerCalls:
     """Call the methods of EmoWorkerExtension on every rank.
 
-    `rpc` is `AsyncLLM.collective_rpc` as (method, args) -> one reply per rank. `is_dead` tells that
-    no reply can come any more. `check_experts` raises CheckpointError for a (layer, expert) whose
-    files have changed. During a load, `on_copied` gets the number of copies done and the number of
-    all copies. Raises EngineDead for a dead engine, and for a reply that is not ok or not valid.
+    `rpc` is `AsyncLLM.collective_rpc` as (method, args) -> one reply per rank. `is_dead` tells
+    whether the engine has died, so that no reply can come. `check_experts` raises CheckpointError
+    for a (layer, expert) whose files have changed. During a load, `on_copied` is called with the
+    number of copies done and the number of all copies. Every method that calls the workers raises
+    EngineDead for a dead engine, and for a reply that is not ok or not valid.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class WorkerCalls:
     def check_readable(self, copies: Sequence[Copy]) -> None:
         """Raise PoolLoadFailed unless these experts' files are there, whole and of the right shape.
 
-        Reads no weights and calls no worker: it is called before anything is evicted for a load.
+        Reads no weights and calls no worker, so it can run before anything is evicted for a load.
         """
         try:
             self._check_experts((copy.layer, copy.expert) for copy in copies)
@@ -111,8 +112,8 @@ class WorkerCalls:
     ) -> LoadReport:
         """Copy experts into slots beside decoding, then give them a row of the pool table.
 
-        Returns when every rank has published the pool. Raises PoolLoadFailed if a rank failed, when
-        no rank is copying any more.
+        `expert_ids` has one tuple per layer. Returns when every rank has published the pool. Raises
+        PoolLoadFailed if a rank failed, but only after all ranks have stopped copying.
         """
         start = time.monotonic()
         table_row = (row, [list(ids) for ids in expert_ids], temperature)
@@ -137,7 +138,7 @@ class WorkerCalls:
         )
 
     async def describe(self) -> EngineFacts:
-        """Ask what the workers hold."""
+        """Ask the workers what they hold."""
         ranks = await self._ask(EngineDescription, "emo_describe")
         return EngineFacts(
             num_ranks=len(ranks),
@@ -152,7 +153,7 @@ class WorkerCalls:
             records_routing=ranks[0].records_routing,
         )
 
-    # Gates are the same on every rank, so the first rank records for all.
+    # Routers are equal on all ranks, so only the first rank records.
 
     async def read_coverage(self) -> dict[int, CoverageSum]:
         """Return the coverage of each account since the last call."""
@@ -164,7 +165,7 @@ class WorkerCalls:
         return (await self._ask(RouterMass, "emo_read_mass", slot))[0]
 
     async def usage_of(self, pool: ExpertPool) -> PoolUsage:
-        """Return what pools of this content have used since the engine started."""
+        """Return how often pools of this content chose each expert since the engine started."""
         ids = [list(layer) for layer in pool.expert_ids]
         return (await self._ask(PoolUsage, "emo_usage", ids, pool.router_temperature))[0]
 
@@ -173,7 +174,7 @@ class WorkerCalls:
     ) -> list[LoadProgress]:
         """Poll until no rank is copying; each rank publishes in the first poll that finds it done.
 
-        It is harmless if some ranks have published a row and others have not: no request names it.
+        It does no harm if only some ranks have published a row: no request uses it yet.
         """
         start, pause = time.monotonic(), _SHORTEST_PAUSE_SECONDS
         while True:
@@ -186,7 +187,7 @@ class WorkerCalls:
             pause = _next_pause(time.monotonic() - start, done, total)
 
     async def _ask(self, record: type[_Record], method: str, *args: Any) -> list[_Record]:
-        """Call and read one record per rank."""
+        """Make a call and return one validated record per rank."""
         replies = await self._call(method, *args)
         try:
             return [_READERS[record].validate_python(reply) for reply in replies]
@@ -195,7 +196,9 @@ class WorkerCalls:
                 f"{'.'.join(map(str, found['loc']))} is {found['input']!r:.80}: {found['msg']}"
                 for found in error.errors()
             )
-            raise EngineDead(f"{method}: a reply is no {record.__name__}: {wrong}") from error
+            raise EngineDead(
+                f"{method}: a reply is not a valid {record.__name__}: {wrong}"
+            ) from error
 
     async def _call(self, method: str, *args: Any) -> Sequence[_Reply]:
         call_id = next(self._call_ids)
@@ -210,20 +213,22 @@ class WorkerCalls:
         replies = call.result()
         for rank, reply in enumerate(replies):
             if reply.get("call_id") != call_id:
-                raise EngineDead(f"{method}: rank {rank} answered call {reply.get('call_id')}")
+                raise EngineDead(
+                    f"{method}: rank {rank} answered call {reply.get('call_id')}, not {call_id}"
+                )
             if not reply.get("ok"):
                 raise EngineDead(f"{method} failed on rank {rank}: {reply.get('error')}")
         return replies
 
     def _forget(self, call: asyncio.Future[Sequence[_Reply]]) -> None:
-        """Drop a finished call; without its caller, asyncio would complain of its exception."""
+        """Drop a finished call; if its caller is gone, asyncio would complain about its error."""
         self._calls.discard(call)
         if not call.cancelled():
             call.exception()
 
 
 def _next_pause(seconds: float, done: int, total: int) -> float:
-    """Return the pause before polling a load that made `done` of `total` copies in `seconds`."""
+    """Return the seconds before the next poll, after `done` of `total` copies in `seconds`."""
     remaining = seconds * (total - done) / max(done, 1)
     most = min(_LONGEST_PAUSE_SECONDS, _MOST_GROWTH * seconds)
     return max(_SHORTEST_PAUSE_SECONDS, min(remaining, most))

@@ -160,7 +160,7 @@ def test_a_client_that_leaves_gets_its_pool_and_a_second_is_told_to_wait(
         assert is_under_way(http)
         refused = http.post("/v1/pools", json=other)
         assert refused.status_code == 409
-        assert "pool 'left' is being built, and a server builds one at a time" in refused.text
+        assert "pool 'left' is being built, and a server builds one pool at a time" in refused.text
     wait_for(lambda: http.get("/v1/pools/left").is_success)
     assert http.post("/v1/pools", json=other).status_code == 201
 

@@ -96,7 +96,7 @@ def test_an_unknown_pool_and_a_server_that_records_nothing(
     assert (status, "the pools are: code, law, math" in err) == (2, True)
     served.do(lambda service: _forget_usage(service, monkeypatch))
     status, _, err = cli("law")
-    assert (status, "does not record what its pools use" in err) == (1, True)
+    assert (status, "does not record which experts its pools use" in err) == (1, True)
 
 
 async def _forget_usage(service: ServiceUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:

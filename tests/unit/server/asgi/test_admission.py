@@ -1,4 +1,4 @@
-"""The gate: what it lets through, counts, adds and refuses."""
+"""Admission: what it passes, counts, adds and refuses."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class FakeApp:
 
 
 class Client:
-    """Speak ASGI to a gate and keep what it says."""
+    """Speak ASGI to the admission layer and keep its answers."""
 
-    def __init__(self, gate: Admission) -> None:
-        self.gate = gate
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
         self.sent: list[Message] = []
 
     async def request(self, method: str = "POST", headers: Any = ()) -> None:
@@ -48,7 +48,7 @@ class Client:
             self.sent.append(message)
 
         scope = {"type": "http", "method": method, "headers": list(headers)}
-        await self.gate(scope, receive, send)
+        await self.admission(scope, receive, send)
 
     @property
     def status(self) -> int:
@@ -61,33 +61,33 @@ class Client:
 
 async def test_what_is_under_way_is_counted_until_its_answer_ends() -> None:
     app = FakeApp()
-    gate = Admission(app)
-    tasks = [asyncio.create_task(Client(gate).request()) for _ in range(2)]
+    admission = Admission(app)
+    tasks = [asyncio.create_task(Client(admission).request()) for _ in range(2)]
     await settle()
-    assert gate.num_running == 2
-    assert not await gate.idle(0)
+    assert admission.num_running == 2
+    assert not await admission.idle(0)
     app.may_answer.set()
     await asyncio.gather(*tasks)
-    assert gate.num_running == 0
-    assert await gate.idle(0)
+    assert admission.num_running == 0
+    assert await admission.idle(0)
 
 
 async def test_a_request_that_fails_or_is_cancelled_is_no_longer_counted() -> None:
     app = FakeApp()
-    gate = Admission(app)
-    task = asyncio.create_task(Client(gate).request())
+    admission = Admission(app)
+    task = asyncio.create_task(Client(admission).request())
     await settle()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert gate.num_running == 0
+    assert admission.num_running == 0
 
 
 async def test_closed_it_refuses_new_work_but_not_reading() -> None:
     app = FakeApp()
     app.may_answer.set()
-    gate = Admission(app)
-    gate.close()
-    client = Client(gate)
+    admission = Admission(app)
+    admission.close()
+    client = Client(admission)
     await client.request("POST")
     assert client.status == 503
     assert client.headers[b"retry-after"] == b"1"
@@ -96,19 +96,19 @@ async def test_closed_it_refuses_new_work_but_not_reading() -> None:
     assert error["type"] == "Service Unavailable"
     assert "shutting down" in error["message"]
     assert app.headers_seen == []
-    reader = Client(gate)
+    reader = Client(admission)
     await reader.request("GET")
     assert reader.status == 200
 
 
 async def test_closed_it_finishes_what_was_let_in_before() -> None:
     app = FakeApp()
-    gate = Admission(app)
-    client = Client(gate)
+    admission = Admission(app)
+    client = Client(admission)
     task = asyncio.create_task(client.request())
     await settle()
-    gate.close()
-    idle = asyncio.create_task(gate.idle(60))
+    admission.close()
+    idle = asyncio.create_task(admission.idle(60))
     await settle()
     assert not idle.done()
     app.may_answer.set()
@@ -120,10 +120,10 @@ async def test_closed_it_finishes_what_was_let_in_before() -> None:
 async def test_the_pool_header_reaches_the_app_and_only_its_own_request() -> None:
     app = FakeApp()
     app.may_answer.set()
-    gate = Admission(app)
-    await Client(gate).request(headers=[(b"x-emo-pool", b"math"), (b"accept", b"*/*")])
-    await Client(gate).request()
-    await Client(gate).request(headers=[(b"x-emo-pool", b"\xe9"), (b"x-emo-pool", b"code")])
+    admission = Admission(app)
+    await Client(admission).request(headers=[(b"x-emo-pool", b"math"), (b"accept", b"*/*")])
+    await Client(admission).request()
+    await Client(admission).request(headers=[(b"x-emo-pool", b"\xe9"), (b"x-emo-pool", b"code")])
     assert app.headers_seen == [("math",), (), ("\xe9", "code")]
     assert current_request().pool_headers == ()
 
@@ -149,9 +149,9 @@ async def test_other_protocols_pass_untouched() -> None:
     async def app(scope: Scope, receive: object, send: object) -> None:
         seen.append(scope)
 
-    gate = Admission(app)
-    gate.close()
-    await gate({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
+    admission = Admission(app)
+    admission.close()
+    await admission({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
     assert seen == [{"type": "lifespan"}]
 
 
@@ -197,13 +197,13 @@ async def test_a_stream_whose_pool_cannot_be_had_is_an_error_and_never_begins() 
 
 async def test_a_client_that_leaves_before_its_stream_begins_is_let_go() -> None:
     app = Stream()
-    gate = Admission(app)
-    client = Client(gate)
+    admission = Admission(app)
+    client = Client(admission)
     request = asyncio.create_task(client.request())
     await settle()
     request.cancel()
     await asyncio.gather(request, return_exceptions=True)
-    assert (client.sent, gate.num_running) == ([], 0)
+    assert (client.sent, admission.num_running) == ([], 0)
     assert not app.admissions[0].cancelled()  # others may look at it
 
 
@@ -376,10 +376,10 @@ async def test_a_stream_nobody_asked_the_coverage_of_passes_message_by_message()
 @pytest.mark.parametrize("values", [[b"maybe"], [b"true", b"false"]])
 async def test_a_wish_that_cannot_be_read_is_a_400_and_runs_nothing(values: list[bytes]) -> None:
     app = FakeApp()
-    gate = Admission(app)
-    client = Client(gate)
+    admission = Admission(app)
+    client = Client(admission)
     await client.request(headers=[(b"x-emo-coverage", value) for value in values])
-    assert (client.status, app.headers_seen, gate.num_running) == (400, [], 0)
+    assert (client.status, app.headers_seen, admission.num_running) == (400, [], 0)
     error = json.loads(client.sent[1]["body"])["error"]
     assert (error["code"], error["type"]) == (400, "Bad Request")
     assert error["message"].startswith("x-emo-coverage is ")

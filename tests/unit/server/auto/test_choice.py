@@ -174,7 +174,7 @@ async def test_one_pool_and_nothing_else_needs_no_question() -> None:
         await service.definitions.remove(name)
     assert (await router(service, probe).choose(Prompt("x"))).name == "math"
     await service.definitions.remove("math")
-    with pytest.raises(RequestError, match="'auto' has no pool to choose: none is known"):
+    with pytest.raises(RequestError, match="'auto' has no pool to choose: the slab can hold none"):
         await router(service, probe).choose(Prompt("x"))
     await service.load("base")
     assert (await router(service, probe).choose(Prompt("x"))).name == "base"
@@ -191,7 +191,7 @@ async def test_what_the_probe_raises_is_raised() -> None:
 @pytest.mark.parametrize("token", [-1, VOCABULARY, 2**40])
 async def test_ids_the_model_does_not_have_are_refused(token: int) -> None:
     probe = FakeProbe()
-    with pytest.raises(RequestError, match=f"token id {token}; the model's are 0 to 3071"):
+    with pytest.raises(RequestError, match=f"token id {token}; expected 0 to 3071"):
         await router(service_of(), probe).choose(Prompt(ids=(3, token)))
     assert probe.asked == []
 
@@ -203,7 +203,7 @@ async def test_a_text_with_half_a_surrogate_pair_is_read() -> None:
 async def test_a_model_without_a_tokenizer_takes_ids(tmp_path: Path) -> None:
     start = prefix_of(directory=tmp_path)
     assert await start.ids(Prompt(ids=(3, 4))) == [3, 4]
-    with pytest.raises(RequestError, match=r"cannot read prompts here: .*tokenizer\.json"):
+    with pytest.raises(RequestError, match=r"cannot read this prompt: .*tokenizer\.json"):
         await start.ids(Prompt("x"))
 
 
@@ -271,13 +271,13 @@ async def test_with_fewer_than_two_to_choose_from_it_is_the_base_pool_or_nothing
 async def test_what_one_pool_may_teach_is_bounded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(by_classifier, "_MOST_CHARACTERS", 30)
+    monkeypatch.setattr(by_classifier, "_MAX_CHARACTERS", 30)
     service = service_of()
     chooser = TfidfChooser(Candidates(service.lookup, service.manager), prefix_of())
     chooser.add_examples("math", ["  ", "plus " * 5, "the court finds the defendant"])
     chooser.add_examples("law", [TEXTS["law"][0][:30]])
     await chooser.fitted()
-    assert "pool math: auto learns from the first 30 characters" in caplog.text
+    assert "pool math: auto learns from only the first 30 characters" in caplog.text
     assert "pool law" not in caplog.text
     assert (await chooser.choose(Prompt("the court finds the defendant"))).name == "law"
 
@@ -349,7 +349,7 @@ def test_a_classifier_with_nothing_to_learn_from_is_refused(examples: str, tmp_p
     with pytest.raises(ConfigError, match="learns from examples; give --auto-examples DIR"):
         read_auto_examples(settings_of("--auto-method", "tfidf"))
     Path(examples, "law.jsonl").unlink()
-    with pytest.raises(ConfigError, match="has examples for 1 pools; two are needed"):
+    with pytest.raises(ConfigError, match="has examples for 1 pools, expected at least two"):
         read_auto_examples(settings_of("--auto-method", "tfidf", "--auto-examples", str(tmp_path)))
 
 

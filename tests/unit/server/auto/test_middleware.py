@@ -93,14 +93,14 @@ class FakeApp:
 
 
 class World:
-    """A gate, what is under test inside it, and an app inside that."""
+    """Admission, inside it the layer under test, and inside that an app."""
 
     def __init__(
         self, answer: ExpertPool | EmoServeError = MATH, names: ModelNames = NAMES, root: str = ""
     ) -> None:
         self.app, self.chooser, self.metrics = FakeApp(), FakeChooser(answer), FakeMetrics()
         auto = AutoPool(self.app, names, self.chooser, self.metrics, root_path=root)
-        self.gate = Admission(auto)
+        self.admission = Admission(auto)
         self.sent: list[Message] = []
         self.left = asyncio.Event()
 
@@ -132,7 +132,7 @@ class World:
 
         length = (b"content-length", str(len(text)).encode())
         scope = {"type": "http", "method": method, "path": path, "headers": [length, *headers]}
-        await self.gate(scope, receive, send)
+        await self.admission(scope, receive, send)
 
     @property
     def document(self) -> Any:
@@ -295,7 +295,7 @@ async def test_a_request_that_is_cancelled_ends_the_choice() -> None:
     request.cancel()
     await asyncio.gather(request, return_exceptions=True)
     assert world.chooser.was_cancelled
-    assert world.gate.num_running == 0
+    assert world.admission.num_running == 0
 
 
 async def test_a_client_that_leaves_later_is_heard_of_by_the_app() -> None:
@@ -322,5 +322,7 @@ async def test_a_client_that_leaves_inside_its_body_is_passed_on() -> None:
     async def send(message: Message) -> None:
         raise AssertionError("there is nobody")
 
-    await world.gate({"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive, send)
+    await world.admission(
+        {"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive, send
+    )
     assert (world.chooser.prompts, world.app.bodies, messages) == ([], [], [])

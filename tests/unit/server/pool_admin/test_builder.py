@@ -265,7 +265,7 @@ async def test_a_document_that_was_computed_twice_is_asked_again(
     assert_same(build.found, world.offline())
     assert world.probe.calls == 9 + 3
     world.probe.extra_tokens = [1] * 20
-    with pytest.raises(Unavailable, match="interrupted a document 3 times"):
+    with pytest.raises(Unavailable, match="preempted a document 3 times"):
         await world.build("other")
     world.assert_nothing_left()
 

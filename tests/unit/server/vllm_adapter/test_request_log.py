@@ -94,8 +94,8 @@ def test_a_full_disk_costs_lines_and_one_warning(
         for _ in range(3):
             log.append(RECORD)
     assert [record.message for record in caplog.records] == [
-        f"request log {path}: a line was lost (No space left on device); further losses are"
-        " counted, and told at shutdown"
+        f"request log {path}: a line was lost (No space left on device); further lost"
+        " lines are counted, and reported at shutdown"
     ]
     log.append(RECORD)
     log.close()

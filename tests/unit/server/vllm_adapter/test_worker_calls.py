@@ -173,7 +173,7 @@ async def test_a_reply_that_is_no_record_is_the_end() -> None:
     workers = Workers()
     workers.spoil = {"num_slots": [4, "many"], "dtype": None}
     with pytest.raises(
-        EngineDead, match="^emo_describe: a reply is no EngineDescription: "
+        EngineDead, match="^emo_describe: a reply is not a valid EngineDescription: "
     ) as dead:
         await calls_of(workers).describe()
     assert "num_slots.1 is 'many'" in str(dead.value) and "dtype is None" in str(dead.value)
@@ -233,8 +233,8 @@ async def test_describing_takes_the_largest_rank() -> None:
     ("spoil", "message"),
     [
         ({"ok": False, "error": "no such file"}, "failed on rank 1: no such file"),
-        ({"call_id": 99}, "rank 1 answered call 99"),
-        ({"call_id": None}, "rank 1 answered call None"),
+        ({"call_id": 99}, "rank 1 answered call 99, not 1"),
+        ({"call_id": None}, "rank 1 answered call None, not 1"),
     ],
 )
 @pytest.mark.usefixtures("no_waiting")
