@@ -80,7 +80,8 @@ async def build_server(
 ) -> Server:
     """Build the server on vLLM's AsyncLLM and load the pools of the start.
 
-    Raises EngineDead, and ConfigError for pools whose names are taken.
+    Raises EngineDead, ConfigError for pools named like the model, and PoolLoadFailed for a pinned
+    pool that cannot be read.
     """
     pools = await _start_pools(launch, engine, progress)
     args, manager, service = launch.args, pools.manager, pools.service

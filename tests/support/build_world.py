@@ -61,10 +61,10 @@ def build_request(
 
 
 class ReferenceProbe:
-    """The reference model in the place of the engine; counts who runs at once.
+    """The reference model instead of the engine; counts how many calls run at once.
 
-    `failure` is raised by the call of number `fails_at`; `extra_tokens` are what the next calls
-    count too many; while `gate` is clear nobody gets on.
+    Call number `fails_at` raises `failure`; the next calls count `extra_tokens` too many; while
+    `may_continue` is clear, calls wait.
     """
 
     def __init__(self, directory: Path, manager: ResidencyManager, max_tokens: int = 511) -> None:
@@ -74,8 +74,8 @@ class ReferenceProbe:
         self.fails_at: int | None = None
         self.failure: BaseException = EngineDead("the engine process died")
         self.extra_tokens: list[int] = []
-        self.gate = asyncio.Event()
-        self.gate.set()
+        self.may_continue = asyncio.Event()
+        self.may_continue.set()
         self.priorities: set[int] = set()
         self._running = self.most_running = self.most_pools = 0
 
@@ -92,7 +92,7 @@ class ReferenceProbe:
             built = [p for p in self._manager.statistics().pools if p.name == BUILD_POOL]
             self.most_pools = max(self.most_pools, len(built))
             try:
-                await self.gate.wait()
+                await self.may_continue.wait()
                 await asyncio.sleep(0)
                 self._manager.check_integrity()
                 mass = self._mass(pool, token_ids)

@@ -1,4 +1,4 @@
-"""The four methods written plainly: the whole reference model in memory, a run a layer.
+"""The four methods written plainly: the whole reference model in memory, one run per layer.
 
 Nothing is shared with emo_serve.pools.calibration but the model itself and its routing.
 """

@@ -88,16 +88,16 @@ class Client:
 
     @property
     def is_running(self) -> bool:
-        """Tell whether it has its lease."""
+        """Tell whether the request has its lease."""
         return self.lease is not None
 
     async def finish(self) -> None:
-        """End the request and see it end."""
+        """Finish the request and wait until it has ended."""
         self._finished.set()
         await self.task
 
     async def leave(self) -> None:
-        """Go away and see the request cancelled."""
+        """Disconnect and wait until the request is cancelled."""
         self.task.cancel()
         await asyncio.wait([self.task])
         assert self.task.cancelled()

@@ -1,4 +1,4 @@
-"""A real `emo-serve serve` in a process of its own, and what tests ask of it."""
+"""A real `emo-serve serve` in its own process, and helpers for tests that talk to it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class RunningServer:
 
 @contextmanager
 def start(directory: Path, *arguments: str) -> Iterator[RunningServer]:
-    """Start `emo-serve serve` on a free port; stop it on exit, whatever happened."""
+    """Start `emo-serve serve` on a free port; always stop it on exit."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -132,7 +132,7 @@ class RawRequest:
         )
 
     def read_events(self, count: int) -> None:
-        """Read until that many events of the stream have come in all."""
+        """Read until that many events of the stream have arrived in all."""
         while self.received.count(b"data:") < count:
             more = self.socket.recv(4096)
             assert more, f"the stream ended: {self.received[-500:]!r}"

@@ -17,7 +17,7 @@ from emo_serve.emo.model import EmoForCausalLM, RouterRecord
 from emo_serve.emo.routing import router_probabilities
 from emo_serve.pools.document import read_pool
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.server.auto.choice import coverages, trunk_pool
+from emo_serve.server.auto.by_router import coverages, trunk_pool
 from emo_serve.vllm_plugin.contract import RouterMass
 from tests.engine.server.conftest import POOLS
 from tests.support.server_process import RunningServer, error_of, serve

@@ -234,7 +234,7 @@ def test_usage_counts_what_each_token_took(client: openai.OpenAI, http: httpx.Cl
     assert [layer["experts"] for layer in after["layers"]] == complete_pool("code")
 
 
-def test_a_union_and_a_pool_nobody_has_asked_for_have_accounts_of_their_own(
+def test_a_union_and_a_pool_without_requests_have_their_own_accounts(
     client: openai.OpenAI, http: httpx.Client
 ) -> None:
     before = [usage_of(http, name)["tokens"] for name in ("law", "tiny")]

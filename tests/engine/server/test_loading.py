@@ -1,4 +1,4 @@
-"""Loading beside traffic on a real server: who waits, how long, and what a refusal looks like."""
+"""Loading beside traffic on a real server: which requests wait, how long, and refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEADLINE_SECONDS = 6.0
 def server(
     golden_checkpoint: Path, golden_pools: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    """Room for two of math, code and law at once, a short deadline and a short line."""
+    """Room for two of math, code and law at once, a short deadline and a short waiting queue."""
     with serve(
         tmp_path_factory.mktemp("loading"),
         str(golden_checkpoint),
@@ -120,7 +120,7 @@ def test_the_line_is_bounded(server: RunningServer, http: httpx.Client) -> None:
     wait_for(lambda: http.get("/v1/pools").json()["waiting_requests"] == 0)  # all have left
 
 
-async def test_nobody_starves_beside_endless_load(server: RunningServer) -> None:
+async def test_no_request_starves_beside_endless_load(server: RunningServer) -> None:
     """Two pools never idle, room for two: a third is served within one request and a load."""
     async with server.async_client() as client:
         is_over = asyncio.Event()

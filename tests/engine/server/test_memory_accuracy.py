@@ -20,7 +20,7 @@ from tests.support.server_process import RunningServer
 
 pytestmark = pytest.mark.vllm
 
-TOLERANCE = 1e-3  # nats a token
+TOLERANCE = 1e-3  # nats per token
 
 
 def test_loss_and_accuracy_are_the_reference_models(

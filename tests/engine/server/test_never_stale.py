@@ -36,7 +36,7 @@ from tests.unit.emo.test_model import logprobs, masks
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 
 OPERATIONS = int(os.environ.get("EMO_SERVE_STRESS_OPERATIONS", "300"))
-TOLERANCE = 1e-3  # nats a token, float32; another pool is hundreds of times as far
+TOLERANCE = 1e-3  # nats per token, float32; another pool is hundreds of times as far
 TIE_TOLERANCE = 2e-2  # where two experts are as good for one token, and rounding chooses
 NUM_EXPERTS, NUM_LAYERS, SHARED = 32, 3, 31
 SLOTS = 24
@@ -67,7 +67,7 @@ def server(
 
 @dataclass(frozen=True)
 class Definition:
-    """What a name stood for: expert ids a layer, and the router's temperature."""
+    """What a name stood for: expert ids per layer, and the router's temperature."""
 
     experts: tuple[tuple[int, ...], ...]
     temperature: float
@@ -189,7 +189,7 @@ class Stress:
             self.operations_left -= 1
             action, name = self.chance.choice(actions), self.chance.choice(NAMES)
             if action in (self.define, self.remove):
-                async with self.one_change[name]:  # else nobody could say which of two came last
+                async with self.one_change[name]:  # so that it is known which of two came last
                     await action(name)
             else:
                 await action(name)
@@ -312,7 +312,7 @@ async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
                 f"{answer}: {nearest:.2g} nats away; of all definitions ever, {closest:.2g}"
             )
         worst = max(worst, nearest)
-    print(f"worst difference {worst:.2g} nats a token, {num_ties} routing ties")
+    print(f"worst difference {worst:.2g} nats per token, {num_ties} routing ties")
     print(f"slots before {before}, after {after}")
     assert len(stress.answers) > OPERATIONS / 2
     assert (after["total"], after["used"]) == (before["total"], 0)

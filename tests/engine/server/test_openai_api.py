@@ -1,4 +1,4 @@
-"""The OpenAI API of a real server, through the `openai` client: one pool a request."""
+"""The OpenAI API of a real server, through the `openai` client: one pool per request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.emo.test_model import logprobs, masks
 
 pytestmark = pytest.mark.vllm
 
-TOLERANCE = 1e-3  # nats a token
+TOLERANCE = 1e-3  # nats per token
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 

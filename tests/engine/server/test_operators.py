@@ -266,7 +266,7 @@ def test_the_routes_are_in_the_servers_own_documentation(http: httpx.Client) -> 
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "nobody", "api"),
+    ("method", "path", "no_key", "api"),
     [
         ("GET", "/health", 200, 200),
         ("GET", "/ready", 200, 200),
@@ -289,10 +289,10 @@ def test_the_routes_are_in_the_servers_own_documentation(http: httpx.Client) -> 
     ],
 )
 def test_which_key_opens_what(
-    server: RunningServer, method: str, path: str, nobody: int, api: int
+    server: RunningServer, method: str, path: str, no_key: int, api: int
 ) -> None:
     json_body = {"json": {}} if method == "POST" else {}
-    for key, status in ((None, nobody), ("wrong", nobody), (API, api)):
+    for key, status in ((None, no_key), ("wrong", no_key), (API, api)):
         with server.http(headers=headers_of(key)) as http:
             answer = http.request(method, path, **json_body)
         assert answer.status_code == status, (key, answer.text)

@@ -143,13 +143,13 @@ def test_the_shipped_model_writes_and_chats(client: openai.OpenAI) -> None:
 
 
 def test_the_key_guards_everything_but_what_monitors_ask(server: RunningServer) -> None:
-    with server.http() as nobody:
+    with server.http() as no_key:
         for path in ("/v1/models", "/v1/pools", "/v1/pools/python", "/openapi.json"):
-            assert nobody.get(path).status_code == 401, path
+            assert no_key.get(path).status_code == 401, path
         for path in ("/v1/completions", "/v1/pools/python/evict", "/tokenize"):
-            assert nobody.post(path, json={"prompt": "a"}).status_code == 401, path
+            assert no_key.post(path, json={"prompt": "a"}).status_code == 401, path
         for path in ("/health", "/ready", "/metrics"):
-            assert nobody.get(path).status_code == 200, path
+            assert no_key.get(path).status_code == 200, path
 
 
 def test_the_curl_line_works_when_pasted(server: RunningServer) -> None:

@@ -1,4 +1,4 @@
-"""Small random EMO checkpoints, the same bytes on any machine, one a corner of the config space.
+"""Small random EMO checkpoints, the same bytes on any machine, one per corner of the config space.
 
 Weights come from numpy's PCG64 with a seed a case, rounded to bfloat16. For `shared1`, the file
 `shared1.json` beside this one holds the released reference implementation's log-probabilities on
@@ -115,7 +115,7 @@ def config_of(case: str) -> dict[str, Any]:
 
 
 def experts_of(config: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Return experts and shared experts, a layer each."""
+    """Return the numbers of experts and of shared experts, per layer."""
     layers = config["num_hidden_layers"]
     experts = config["num_experts_per_layer"] or [config["num_experts"]] * layers
     shared = config["num_shared_experts_per_layer"]
@@ -181,7 +181,7 @@ def rounded_weights_of(case: str) -> dict[str, np.ndarray]:
 
 
 def pools_of(case: str) -> dict[str, list[list[int]]]:
-    """Return pools of a case, a list of expert ids a layer; for shared1 the published ones.
+    """Return pools of a case, a list of expert ids per layer; for shared1 the published ones.
 
     `tiny` holds fewer experts than a token takes.
     """

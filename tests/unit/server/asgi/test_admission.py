@@ -367,7 +367,7 @@ async def test_a_stream_that_does_not_end_with_done_is_left_as_it_is() -> None:
     assert body_of(client) == b"".join(bodies)
 
 
-async def test_a_stream_nobody_asked_the_coverage_of_passes_message_by_message() -> None:
+async def test_a_stream_without_a_wish_for_coverage_passes_message_by_message() -> None:
     app = Generates(CHUNK[:20], CHUNK[20:], DONE, kind=b"text/event-stream")
     client = await answered(app, headers=[(b"x-emo-coverage", b"false")])
     assert [message["body"] for message in client.sent[1:]] == list(app.bodies)

@@ -293,7 +293,7 @@ async def test_the_router_is_asked_while_a_pool_has_no_examples(
     classifier = await taught(service, "math")
     chooser, code = FallbackChooser(classifier, router(service, probe)), Prompt(TEXTS["code"][0])
     assert (await chooser.choose(code)).name == "math"
-    assert caplog.text == ""  # nobody gave it two to tell apart
+    assert caplog.text == ""  # there never were two pools to tell apart
     chooser.add_examples("code", TEXTS["code"])
     await classifier.fitted()
     for _ in range(2):
@@ -336,7 +336,7 @@ def test_examples_are_read_by_the_name_of_their_pool(examples: str) -> None:
     assert read_auto_examples(settings_of(*tfidf)) == found
 
 
-def test_what_nobody_learns_from_is_not_read(tmp_path: Path) -> None:
+def test_examples_that_are_not_used_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "math.jsonl").write_text("{")
     where = ("--auto-examples", str(tmp_path))
     assert read_auto_examples(settings_of(*where, "--auto-method", "router")) == {}
@@ -386,7 +386,9 @@ async def test_the_flag_says_who_chooses(flags: tuple[str, ...], kind: type) -> 
         assert probe.asked == []
 
 
-async def test_without_scikit_learn_nobody_else_can_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_scikit_learn_only_the_router_can_choose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(choice, "is_installed", lambda: False)
     tokenizer, config = FileTokenizer(demo.model_dir()), load_config(demo.model_dir())
     service = service_of()

@@ -298,7 +298,7 @@ async def test_a_request_that_is_cancelled_ends_the_choice() -> None:
     assert world.admission.num_running == 0
 
 
-async def test_a_client_that_leaves_later_is_heard_of_by_the_app() -> None:
+async def test_the_app_is_told_of_a_client_that_leaves_later() -> None:
     world = World()
     await world.request(chat())
     (receive,) = world.app.receives
@@ -320,7 +320,7 @@ async def test_a_client_that_leaves_inside_its_body_is_passed_on() -> None:
         return messages.pop(0)
 
     async def send(message: Message) -> None:
-        raise AssertionError("there is nobody")
+        raise AssertionError("the client has disconnected")
 
     await world.admission(
         {"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive, send

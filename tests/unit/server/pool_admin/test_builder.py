@@ -104,7 +104,7 @@ async def test_a_chat_is_an_example(directories: dict[str, Path]) -> None:
     assert_same(build.found, world.offline(examples=chat))
 
 
-# -- a guest --
+# -- beside other requests --
 
 
 @pytest.mark.parametrize("slots", [K, K + 1, 32])
@@ -120,7 +120,7 @@ async def test_no_expert_is_copied_twice_and_little_room_is_enough(
     world.assert_nothing_left()
 
 
-async def test_few_documents_run_at_once_and_behind_everybody_else(
+async def test_few_documents_run_at_once_and_behind_all_requests(
     directories: dict[str, Path],
 ) -> None:
     world = World(directories["shared1"])
@@ -166,12 +166,12 @@ async def test_the_temporary_pool_goes_before_pools_that_are_asked_for(
 
 async def test_a_drain_lets_a_build_come_to_its_end(directories: dict[str, Path]) -> None:
     world = World(directories["shared1"])
-    world.probe.gate.clear()
+    world.probe.may_continue.clear()
     building = asyncio.create_task(world.build())
     while not world.manager.statistics().running_requests:
         await asyncio.sleep(0)
     world.manager.start_draining()
-    world.probe.gate.set()
+    world.probe.may_continue.set()
     assert (await building).is_new
 
 
@@ -244,13 +244,13 @@ async def test_a_client_that_leaves_does_not_stop_the_build(directories: dict[st
 
 async def test_one_build_at_a_time(directories: dict[str, Path]) -> None:
     world = World(directories["shared1"])
-    world.probe.gate.clear()
+    world.probe.may_continue.clear()
     first = asyncio.create_task(world.build("math"))
     while not world.probe.calls:
         await asyncio.sleep(0)
     with pytest.raises(StateConflict, match="pool 'math' is being built, and a server builds one"):
         await world.build("code")
-    world.probe.gate.set()
+    world.probe.may_continue.set()
     await first
     await world.build("code")
     assert list(world.service.catalog.pools) == ["code", "math"]
@@ -271,7 +271,7 @@ async def test_a_document_that_was_computed_twice_is_asked_again(
 
 
 async def test_a_defined_pool_of_the_same_experts_stays(directories: dict[str, Path]) -> None:
-    """The first temporary pool is the implied experts alone, and somebody's pool may be so, too."""
+    """The first temporary pool is the implied experts alone; a defined pool may equal it."""
     implied = ExpertPool("implied", tuple(LayerExperts(()) for _ in range(3)))
     world = World(directories["shared1"], pools=[implied])
     await world.service.load("implied", pin=True)

@@ -1,4 +1,4 @@
-"""Accounts of coverage: every sum reaches its request once, whoever reads and whoever leaves."""
+"""Accounts of coverage: every sum reaches its request once, whichever client reads or leaves."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_sums_of_one_account_from_several_reads_add_up() -> None:
     for mass in (0.25, 1.0):
         workers.route(first, mass)
         workers.route(other, 0.5)
-        await book.result(book.open("law"))  # a read on somebody else's behalf
+        await book.result(book.open("law"))  # a read for another request
     assert await book.result(first) == CoverageSum(1.25, 2)
     assert await book.result(other) == CoverageSum(1.0, 2)
 

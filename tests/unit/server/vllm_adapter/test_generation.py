@@ -141,7 +141,7 @@ async def test_a_request_is_placed_in_its_pools_row_with_its_pools_salt(bench: B
 
 
 async def test_priority_is_the_clients_where_the_operator_wants_it(bench: Bench) -> None:
-    """Without --scheduling-policy priority nobody can push in front; vLLM ignores it there, too."""
+    """Without --scheduling-policy priority, a client's priority is ignored, as by vLLM itself."""
     for honours, expected in ((False, 0), (True, -9)):
         bench.llm = bench.client(honours_priority=honours)
         bench.script.feed(output("a", [1], finished=True))
@@ -178,7 +178,7 @@ async def test_a_request_that_never_got_its_pool_has_no_coverage(
 ) -> None:
     context.wants_coverage = True
     stream = bench.generate("math")
-    del stream  # nobody iterates: its client has left
+    del stream  # never iterated: its client has left
     await asyncio.wait_for(asyncio.gather(*context.coverages), 5)
     assert context.coverages[0].result() is None
 

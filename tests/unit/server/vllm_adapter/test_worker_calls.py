@@ -10,7 +10,7 @@ import pytest
 
 from emo_serve.errors import CheckpointError, EngineDead, PoolLoadFailed
 from emo_serve.residency.slots import Copy
-from emo_serve.server.vllm_adapter import worker_calls as engine_calls
+from emo_serve.server.vllm_adapter import worker_calls
 from emo_serve.server.vllm_adapter.worker_calls import WorkerCalls
 
 DESCRIPTION = {
@@ -85,9 +85,9 @@ class Workers:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_calls, "_SHORTEST_PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(engine_calls, "_LONGEST_PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(engine_calls, "_DEATH_CHECK_SECONDS", 0.001)
+    monkeypatch.setattr(worker_calls, "_SHORTEST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(worker_calls, "_LONGEST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(worker_calls, "_DEATH_CHECK_SECONDS", 0.001)
 
 
 def calls_of(workers: Workers, **options: Any) -> WorkerCalls:
@@ -101,15 +101,15 @@ def calls_of(workers: Workers, **options: Any) -> WorkerCalls:
 async def test_a_load_is_started_polled_and_published() -> None:
     workers = Workers()
     workers.progress = iter([[0, 0], [2, 1]])  # rank 0 publishes one poll before rank 1
-    heard: list[tuple[int, int]] = []
-    calls = calls_of(workers, on_copied=lambda done, total: heard.append((done, total)))
+    reported: list[tuple[int, int]] = []
+    calls = calls_of(workers, on_copied=lambda done, total: reported.append((done, total)))
     report = await calls.make_resident(3, IDS, 1.5, COPIES)
     finish = (1, 3, [[1, 2], []], 1.5)
     assert workers.calls == [
         ("emo_start_load", (1, 1, [[0, 1, 5], [0, 2, 6]])),
         *(("emo_finish_load", (number, *finish)) for number in (2, 3, 4)),
     ]
-    assert heard == [(0, 2), (1, 2), (2, 2)]
+    assert reported == [(0, 2), (1, 2), (2, 2)]
     assert (report.experts_copied, report.bytes_copied, report.bytes_read) == (2, 32, 21)
     assert report.host_hits == 1 and report.seconds >= 0
     assert (report.num_experts, report.slab_hits, report.disk_reads) == (2, 0, 1)
@@ -140,14 +140,14 @@ async def test_loads_have_numbers_of_their_own() -> None:
         (0.01, 0, 100, 0.04),  # nothing known yet: four times as long
         (0.02, 10, 30, 0.04),  # at this rate the rest takes that long
         (0.02, 19, 20, 0.005),  # nearly there
-        (1.0, 1, 100, 0.25),  # somebody watches the progress
+        (1.0, 1, 100, 0.25),  # progress is still reported often
         (1.0, 20, 20, 0.005),
     ],
 )
 def test_a_poll_comes_when_the_load_should_be_done(
     seconds: float, done: int, total: int, pause: float
 ) -> None:
-    assert engine_calls._next_pause(seconds, done, total) == pytest.approx(pause)
+    assert worker_calls._next_pause(seconds, done, total) == pytest.approx(pause)
 
 
 @pytest.mark.usefixtures("no_waiting")
