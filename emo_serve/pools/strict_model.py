@@ -87,7 +87,7 @@ class StrictModel(BaseModel):
         """Refuse unknown keys before all else; pydantic's own report cannot name the known ones."""
         for key in value if isinstance(value, dict) else ():
             if key not in cls.model_fields:
-                known = ", ".join(cls.model_fields) or "none"
+                known = ", ".join(cls.model_fields)
                 raise PydanticCustomError(
                     _UNKNOWN_KEY, "one of {known}", {"known": known, "key": key}
                 )
@@ -121,7 +121,7 @@ def _text(source: str, whole: str, error: ErrorDetails) -> str:
         return missing_text(source, str(key), field, layer)
     layer, field = _layer_and_field(location, whole)
     if kind == _UNKNOWN_KEY:
-        expected = f"one of {context['known']}"
+        expected = f"one of {context['known']}" if context["known"] else "no key at all"
         return refusal_text(source, f"a key of {field}", context["key"], expected, layer)
     return refusal_text(source, field, error["input"], _words(kind, error["msg"], context), layer)
 

@@ -9,6 +9,7 @@ engine's processes too, and they end their requests at once.)
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
+from typing import Any
 
 from emo_serve.errors import EngineDead
 from emo_serve.server.build import Server, build_server
@@ -51,58 +53,75 @@ def run(
     """
     import uvloop
 
-    with os.fdopen(os.dup(2), "w", buffering=1) as stderr:
+    with ExitStack() as stack:
+        stderr = stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1))
         progress = StartProgress(stderr)
-        progress.stage("reading the checkpoint")
-        launch = prepare(argv, default_model)
-        output = EngineOutput(notice=progress.notice) if is_quiet else None
-        status = uvloop.run(_serve(launch, announce, progress, output))
-    if output is not None:
-        output.close()
-        _drop_last_words()
-    return status
+        stack.callback(progress.finished)
+        launch = prepare(argv, default_model, progress)
+        output = None
+        if is_quiet:
+            output = EngineOutput(notice=progress.notice)
+            stack.callback(output.close)
+            atexit.register(_drop_last_words)
+        request_log = None
+        if (path := launch.settings.request_log) is not None:
+            # Closed after the event loop: requests that it cancels at its end have a line, too.
+            request_log = stack.enter_context(closing(RequestLog(path)))
+        return uvloop.run(_serve(launch, announce, request_log, progress, output))
 
 
 async def _serve(
     launch: Launch,
     announce: Callable[[str], None],
+    request_log: RequestLog | None,
     progress: StartProgress,
     output: EngineOutput | None,
 ) -> int:
     signal.signal(signal.SIGTERM, _abandon_start)  # until the drain takes over
     with ExitStack() as stack:
-        request_log = None
-        if (path := launch.settings.request_log) is not None:
-            request_log = stack.enter_context(closing(RequestLog(path)))
         sock = stack.enter_context(closing(bind_socket(launch.args)))
+        engine = _started_engine(launch, progress, output)
+        stack.callback(engine.shutdown, timeout=_SHUTDOWN_SECONDS)
+        signals = StopSignals(asyncio.get_running_loop())
         try:
-            progress.stage("starting the engine")
-            with nullcontext() if output is None else output.captured():
-                engine = start_engine(launch.args)
-            stack.callback(engine.shutdown, timeout=_SHUTDOWN_SECONDS)
-            signals = StopSignals(asyncio.get_running_loop())
             server = await build_server(launch, engine, request_log, progress)
         except EngineDead as error:
-            if output is None:
-                raise
-            raise EngineDead(_explained(error, output.cause())) from error
+            raise _explained(error, output) from error
         if output is not None:
-            # uvicorn logs seven lines for start and stop; requests have their own logger.
-            logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
             output.started()
             stack.callback(output.ending)
+            if launch.args.uvicorn_log_level == "info":
+                # uvicorn logs seven lines for start and stop; requests have their own logger.
+                logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         progress.finished()
         return await _answer(server, launch, sock, signals, announce)
 
 
-def _explained(error: EngineDead, cause: str | None) -> str:
-    """Return why a start failed, and how to see all that the engine printed."""
-    return f"{error}: {cause or 'it printed no error'} (--log-level info shows all its output)"
+def _started_engine(launch: Launch, progress: StartProgress, output: EngineOutput | None) -> Any:
+    progress.stage("starting the engine")
+    try:
+        with nullcontext() if output is None else output.captured():
+            return start_engine(launch.args)
+    except EngineDead as error:
+        raise _explained(error, output) from error
+
+
+def _explained(error: EngineDead, output: EngineOutput | None) -> EngineDead:
+    """Return the error with its cause, if the output says it, and how to see more."""
+    if output is None:
+        return EngineDead(
+            f"{error}; the first ERROR above says why (on a CPU often memory: see"
+            " --kv-cache-memory-bytes)"
+        )
+    cause = output.cause()
+    reason = f"{error}: {cause}" if cause else f"{error}, and printed no error"
+    return EngineDead(f"{reason} (--log-level info shows all its output)")
 
 
 def _drop_last_words() -> None:
     """Drop what libraries print while Python exits: Triton's bindings list their leaks."""
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.flush()
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)
 

@@ -12,7 +12,6 @@ from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server.pool_admin.service import PoolService
-from emo_serve.server.pool_admin.status import PoolStatus
 from tests.support.fake_engine import SLOT_BYTES, FakeEngine
 
 NUM_EXPERTS = 8
@@ -41,19 +40,6 @@ class ServiceUnderTest(PoolService):
 
     manager: ResidencyManager
     catalog: PoolCatalog
-
-    async def load(self, name: str, *, pin: bool = False) -> PoolStatus:
-        return self.statuses.of(await self.residency.load(name, pin=pin))
-
-    async def evict(self, name: str, *, drain: bool = False) -> PoolStatus:
-        return self.statuses.of(await self.residency.evict(name, drain=drain))
-
-    def unpin(self, name: str) -> PoolStatus:
-        return self.statuses.of(self.residency.unpin(name))
-
-    async def add(self, pool: ExpertPool, *, replace: bool = False) -> tuple[PoolStatus, bool]:
-        defined, is_new = await self.definitions.add(pool, replace=replace)
-        return self.statuses.of(defined), is_new
 
 
 def service_over(

@@ -10,7 +10,6 @@ larger pools are favoured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,7 +56,7 @@ class RouterChooser:
         self._min_coverage = min_coverage
         self._trunk = trunk_pool(moe_layers)
         self._temporary = temporary
-        self._trunk_hold: AbstractContextManager[None] | None = None
+        self._is_trunk_held = False
 
     async def choose(self, prompt: Prompt) -> ExpertPool:
         """Return the pool; raises RequestError if there is none, and what a lease raises."""
@@ -69,10 +68,10 @@ class RouterChooser:
         if base is not None and not pools:
             return base
         ids = await self._prefix.ids(prompt)
-        if base is None and self._trunk_hold is None:
-            # Never released: the end of a build with an equal first pool must not retire it.
-            self._trunk_hold = self._temporary.held(self._trunk)
-            self._trunk_hold.__enter__()
+        if base is None and not self._is_trunk_held:
+            # For good: the end of a build with an equal first pool must not retire it.
+            self._temporary.hold(self._trunk)
+            self._is_trunk_held = True
         mass = await self._probe.mass(base or self._trunk, ids[: self._probe.max_tokens])
         shares = coverages(mass, pools, self._moe_layers)
         share, best = min(

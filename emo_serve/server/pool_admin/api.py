@@ -145,8 +145,8 @@ def _add_definitions(
             body = await _read_body(request, MAX_DOCUMENT_BYTES)
             wanted = await asyncio.to_thread(_parse_definition, body)
             if isinstance(wanted, ExpertPool):
-                pool, is_new = await service.definitions.add(wanted, replace=options.replace)
-                card = card_of(service.statuses.of(pool))
+                status, is_new = await service.definitions.add(wanted, replace=options.replace)
+                card = card_of(status)
             elif builder is not None:
                 build = await builder.build(wanted, replace=options.replace)
                 card, is_new = built_of(build), build.is_new
@@ -181,31 +181,28 @@ def _add_residency(
         """Make a pool or union resident; waits in the same queue as requests."""
         with _answering(to_http_error):
             options = await _read_options(request, LoadOptions)
-            pool = await service.residency.load(name, pin=options.pin)
-            return card_of(service.statuses.of(pool))
+            return card_of(await service.residency.load(name, pin=options.pin))
 
     @action("evict", EvictOptions)
     async def evict_pool(name: str, request: Request) -> PoolCard:
         """Evict a pool: free the slots that no other resident pool needs."""
         with _answering(to_http_error):
             options = await _read_options(request, EvictOptions)
-            pool = await service.residency.evict(name, drain=options.drain)
-            return card_of(service.statuses.of(pool))
+            return card_of(await service.residency.evict(name, drain=options.drain))
 
     @action("pin", NoOptions)
     async def pin_pool(name: str, request: Request) -> PoolCard:
         """Make a pool or union resident, and keep it resident until it is unpinned."""
         with _answering(to_http_error):
             await _read_options(request, NoOptions)
-            pool = await service.residency.load(name, pin=True)
-            return card_of(service.statuses.of(pool))
+            return card_of(await service.residency.load(name, pin=True))
 
     @action("unpin", NoOptions)
     async def unpin_pool(name: str, request: Request) -> PoolCard:
         """Allow a pool to be evicted again."""
         with _answering(to_http_error):
             await _read_options(request, NoOptions)
-            return card_of(service.statuses.of(service.residency.unpin(name)))
+            return card_of(service.residency.unpin(name))
 
 
 def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -124,12 +124,11 @@ class PoolBuilder:
             found.pool(wanted.name, made_for, wanted.description),
             router_temperature=wanted.router_temperature,
         )
-        defined, is_new = await self._service.definitions.add(pool, replace=is_replacing)
+        status, is_new = await self._service.definitions.add(pool, replace=is_replacing)
         self._learn(wanted.name, wanted.documents)
         seconds = time.monotonic() - start
         logger.info("built pool %s in %.1f s", wanted.name, seconds)
         said = (*cut_notes(documents), *notes(found, self._checkpoint.config))
-        status = self._service.statuses.of(defined)
         return PoolBuild(status, is_new, found, documents, said, seconds)
 
     def _check(self, wanted: BuildRequest, is_replacing: bool) -> None:

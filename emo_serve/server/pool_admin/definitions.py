@@ -33,6 +33,7 @@ from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.pool_admin.residency import NamedResidency
+from emo_serve.server.pool_admin.status import PoolStatus, PoolStatuses
 from emo_serve.server.pool_admin.temporary import TemporaryPools
 
 __all__ = ["PoolDefinitions"]
@@ -50,16 +51,18 @@ class PoolDefinitions:
         lookup: PoolLookup,
         catalog: PoolCatalog,
         manager: ResidencyManager,
+        residency: NamedResidency,
         temporary: TemporaryPools,
+        statuses: PoolStatuses,
         metrics: PoolMetrics | None,
     ) -> None:
         self._lookup, self._catalog, self._manager = lookup, catalog, manager
-        self._residency = NamedResidency(lookup, manager)
-        self._temporary, self._metrics = temporary, metrics
+        self._residency = residency
+        self._temporary, self._statuses, self._metrics = temporary, statuses, metrics
         self._one_change = asyncio.Lock()
         self._changes: set[asyncio.Task[object]] = set()  # asyncio keeps weak references
 
-    async def add(self, pool: ExpertPool, *, replace: bool = False) -> tuple[ExpertPool, bool]:
+    async def add(self, pool: ExpertPool, *, replace: bool = False) -> tuple[PoolStatus, bool]:
         """Define a pool, or with `replace` redefine it; return it and whether it is new.
 
         Raises RequestError for a pool that does not fit the model, PoolExists, StateConflict and
@@ -97,7 +100,7 @@ class PoolDefinitions:
         task.add_done_callback(self._forget)
         return await asyncio.shield(task)
 
-    async def _add(self, pool: ExpertPool, replace: bool) -> tuple[ExpertPool, bool]:
+    async def _add(self, pool: ExpertPool, replace: bool) -> tuple[PoolStatus, bool]:
         async with self._one_change:
             change = self._plan_add(pool, replace=replace)
             assert change.pool is not None
@@ -105,7 +108,7 @@ class PoolDefinitions:
             is_new = pool.name not in self._catalog.pools
             for name in await self._apply(change):
                 await self._pin_again(name, pool.name)
-            return self._catalog.pools[pool.name], is_new
+            return self._statuses.of(self._catalog.pools[pool.name]), is_new
 
     async def _remove(self, name: str) -> None:
         async with self._one_change:

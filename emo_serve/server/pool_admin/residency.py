@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import Lease, ResidencyManager
 from emo_serve.server.pool_admin.lookup import PoolLookup
+from emo_serve.server.pool_admin.status import PoolStatus, PoolStatuses
 
 __all__ = ["NamedResidency"]
 
@@ -18,8 +19,10 @@ class NamedResidency:
     Raises the errors of PoolLookup.find and of the manager's methods.
     """
 
-    def __init__(self, lookup: PoolLookup, manager: ResidencyManager) -> None:
-        self._lookup, self._manager = lookup, manager
+    def __init__(
+        self, lookup: PoolLookup, manager: ResidencyManager, statuses: PoolStatuses
+    ) -> None:
+        self._lookup, self._manager, self._statuses = lookup, manager, statuses
 
     # -- requests --
 
@@ -33,23 +36,23 @@ class NamedResidency:
 
     # -- operators --
 
-    async def load(self, name: str, *, pin: bool = False) -> ExpertPool:
+    async def load(self, name: str, *, pin: bool = False) -> PoolStatus:
         """Make a pool or union resident; waits in the same queue as requests."""
         pool = self._admitted(self._lookup.find(name))
         await self._manager.load(pool, pin=pin)
-        return pool
+        return self._statuses.of(pool)
 
-    async def evict(self, name: str, *, drain: bool = False) -> ExpertPool:
+    async def evict(self, name: str, *, drain: bool = False) -> PoolStatus:
         """Free the slots that no other pool needs; raises PoolInUse."""
         pool = self._lookup.find(name)
         await self._manager.evict(pool, drain=drain)
-        return pool
+        return self._statuses.of(pool)
 
-    def unpin(self, name: str) -> ExpertPool:
+    def unpin(self, name: str) -> PoolStatus:
         """Allow a pinned pool to be evicted again."""
         pool = self._lookup.find(name)
         self._manager.unpin(pool)
-        return pool
+        return self._statuses.of(pool)
 
     def _admitted(self, pool: ExpertPool) -> ExpertPool:
         """Return a pool just found by name; raises if requests may not wait for it.

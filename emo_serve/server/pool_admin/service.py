@@ -51,10 +51,12 @@ class PoolService:
         """
         lookup = PoolLookup(names, base_pool, catalog)
         temporary = TemporaryPools(lookup, manager)
+        statuses = PoolStatuses(lookup, catalog, manager, usage_of)
+        residency = NamedResidency(lookup, manager, statuses)
         return cls(
             lookup,
-            NamedResidency(lookup, manager),
-            PoolDefinitions(lookup, catalog, manager, temporary, metrics),
-            PoolStatuses(lookup, catalog, manager, usage_of),
+            residency,
+            PoolDefinitions(lookup, catalog, manager, residency, temporary, statuses, metrics),
+            statuses,
             temporary,
         )

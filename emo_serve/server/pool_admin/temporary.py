@@ -29,11 +29,15 @@ class TemporaryPools:
         """Return the content hashes of the pools that are held."""
         return frozenset(self._held)
 
+    def hold(self, pool: ExpertPool) -> None:
+        """Let a pool be leased and loaded from now on, for as long as the server runs."""
+        self._held[pool.content_hash] += 1
+        self._manager.revive(pool)
+
     @contextmanager
     def held(self, pool: ExpertPool) -> Iterator[None]:
         """Allow a pool to be leased and loaded inside the block."""
-        self._held[pool.content_hash] += 1
-        self._manager.revive(pool)
+        self.hold(pool)
         try:
             yield
         finally:

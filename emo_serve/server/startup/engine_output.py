@@ -14,8 +14,9 @@ import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from typing import TextIO
 
 from emo_serve.server.startup.quiet import is_harmless
@@ -55,29 +56,20 @@ class EngineOutput:
     def captured(self) -> Iterator[None]:
         """Send the output of processes started inside the block to the pipe.
 
-        Output of this process goes there too, so only one thread may be inside at a time.
+        Output of this process goes there too, so only one thread may be inside at a time. A stream
+        that is closed here stays closed for those processes.
         """
-        sys.stdout.flush()
-        sys.stderr.flush()
-        saved = [(fd, os.dup(fd)) for fd in (1, 2)]
-        for fd, _ in saved:
-            os.dup2(self._write_fd, fd)
-        try:
+        _start_resource_tracker()
+        with _redirected((1, 2), self._write_fd):
             yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for fd, copy in saved:
-                os.dup2(copy, fd)
-                os.close(copy)
 
     def started(self) -> None:
         """Show the kept warnings and errors, and from now on each such line as it comes."""
         with self._lock:
             kept, self._kept = self._kept, None
-            for line in kept or ():
-                if (level := _level(line)) and _matters(level, line):
-                    self._show(line)
+        for line in kept or ():
+            if (level := _level(line)) and _matters(level, line):
+                self._show(line)
 
     def ending(self) -> None:
         """Show only warnings and errors from now on: libraries complain while they shut down."""
@@ -102,15 +94,20 @@ class EngineOutput:
     def _read(self) -> None:
         with self._lines:
             for raw in self._lines:
-                line = raw.rstrip("\n")
-                self._notice(line)
-                with self._lock:
-                    if self._kept is not None:
-                        self._kept.append(line)
-                        continue
-                level = _level(line)
-                if _matters(level, line) if level else not self._is_ending:
-                    self._show(line)
+                # Whatever becomes of our own stderr, the pipe must be read on: its writers would
+                # block, and once it is closed, fail.
+                with suppress(OSError, ValueError):
+                    self._take(raw.rstrip("\n"))
+
+    def _take(self, line: str) -> None:
+        with self._lock:
+            if self._kept is not None:
+                self._kept.append(line)
+        self._notice(line)
+        if self._kept is None:
+            level = _level(line)
+            if _matters(level, line) if level else not self._is_ending:
+                self._show(line)
 
 
 def find_cause(lines: Iterable[str]) -> str | None:
@@ -136,5 +133,44 @@ def _matters(level: str, line: str) -> bool:
 
 
 def _to_stderr(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
+# -- file descriptors --
+
+
+@contextmanager
+def _redirected(fds: Sequence[int], target: int) -> Iterator[None]:
+    """Make each of these descriptors that is open a copy of `target` inside the block."""
+    saved: list[tuple[int, int]] = []
+    for fd in fds:
+        with suppress(OSError):  # closed: `emo-serve serve >&-`
+            saved.append((fd, os.dup(fd)))
+    _flush()
+    for fd, _ in saved:
+        os.dup2(target, fd)
+    try:
+        yield
+    finally:
+        _flush()
+        for fd, copy in saved:
+            os.dup2(copy, fd)
+            os.close(copy)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
+def _start_resource_tracker() -> None:
+    """Start multiprocessing's helper outside the pipe.
+
+    It inherits our stderr and outlives the engine's processes, so the pipe would stay open; what it
+    says of leaks at our exit needs no action by an operator.
+    """
+    with open(os.devnull, "w") as nothing, _redirected((2,), nothing.fileno()):
+        resource_tracker.ensure_running()

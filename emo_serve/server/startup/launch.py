@@ -17,6 +17,7 @@ from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.server.auto.choice import read_auto_examples
 from emo_serve.server.startup.checkpoint import resolve_checkpoint
 from emo_serve.server.startup.plan import StartPlan, make_plan
+from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.unsupported_flags import refuse_unsupported
 from emo_serve.server.vllm_adapter.flags import (
     dtype_bytes,
@@ -76,9 +77,10 @@ class Launch:
     auto_examples: Mapping[str, Sequence[str]]
 
 
-def prepare(argv: Sequence[str], default_model: DefaultModel) -> Launch:
+def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartProgress) -> Launch:
     """Make all decisions from the arguments after `emo-serve serve`; raises ConfigError."""
     args = parse_serve_args(argv, default_model.flag_defaults)
+    progress.stage("reading the checkpoint")
     settings = ServeSettings.from_args(args)
     refuse_unsupported(args)
     persists = settings.pools_dir is not None  # the shipped pools are not ours to change

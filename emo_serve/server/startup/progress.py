@@ -1,13 +1,18 @@
-"""Start-up progress on stderr: one line per stage, and a bar while experts are loaded."""
+"""Start-up progress on stderr: one line per stage, and how far long loads are."""
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TextIO
 
 from tqdm import tqdm
 
 __all__ = ["StartProgress"]
 
+logger = logging.getLogger(__name__)
+
+_LOG_SECONDS = 5.0
 _STAGES = (
     ("Starting to load model", "reading the trunk and allocating expert slots"),
     ("GiB for KV cache", "allocating the KV cache"),
@@ -27,6 +32,7 @@ class StartProgress:
         self._reported: set[str] = set()
         self._bar: tqdm[None] | None = None
         self._is_over = False
+        self._logged_at = time.monotonic()
 
     def stage(self, text: str) -> None:
         """Report that a stage begins; each is reported once."""
@@ -41,9 +47,19 @@ class StartProgress:
                 self.stage(text)
 
     def copied(self, done: int, total: int) -> None:
-        """Show how many of a load's experts are in their slots, as a bar if this is a terminal."""
+        """Report how many of a load's experts are in their slots.
+
+        During start-up in a terminal that is a bar, else a log line every few seconds, so short
+        loads are not reported.
+        """
         if self._is_over or not self._stream.isatty():
+            if time.monotonic() - self._logged_at >= _LOG_SECONDS:
+                self._logged_at = time.monotonic()
+                share = 100 * done / total
+                logger.info("loading experts: %d of %d (%.0f %%)", done, total, share)
             return
+        if self._bar is not None and self._bar.total != total:  # of a load that failed
+            self._close_bar()
         if self._bar is None:
             form = "emo-serve: loading experts {percentage:3.0f}% {bar:30} {n}/{total} {elapsed}"
             options = {"total": total, "initial": done, "bar_format": form, "leave": False}

@@ -13,15 +13,17 @@ import logging
 import multiprocessing
 import os
 import warnings
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["QuietFilter", "be_quiet", "is_harmless", "is_quiet"]
 
 _CONFIG = Path(__file__).with_name("quiet_logging.json")
 _CONFIG_VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
-_VARIABLES = (_CONFIG_VARIABLE, "VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING")
-_FLAGS = ("--log-level", "--log-config-file", "--logging-config")
+_VARIABLES = ("VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_")
+_OPTIONS = ("log-level", "log-config-file", "logging-config", "enable-log-requests")
+"""vLLM's flags, and keys of its --config file, that ask for what it logs."""
 
 _HARMLESS = (
     # consequences of serving on a CPU or of --enforce-eager, as intended
@@ -41,11 +43,25 @@ _HARMLESS = (
 """Parts of vLLM's warnings (0.32.0) that need no action by an operator."""
 
 
-def is_quiet(argv: Sequence[str], environ: MutableMapping[str, str] | None = None) -> bool:
+def is_quiet(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> bool:
     """Tell whether no flag and no environment variable asks for vLLM's own logging."""
     known = os.environ if environ is None else environ
-    has_flag = any(argument.startswith(_FLAGS) for argument in argv)
-    return not has_flag and not any(known.get(variable) for variable in _VARIABLES)
+    if any(name.startswith(_VARIABLES) and value for name, value in known.items()):
+        return False
+    names = [argument.lstrip("-") for argument in argv if argument.startswith("--")]
+    names += [line.strip() for line in _config_lines(argv)]
+    return not any(name.replace("_", "-").startswith(_OPTIONS) for name in names)
+
+
+def _config_lines(argv: Sequence[str]) -> list[str]:
+    """Return the lines of vLLM's --config FILE; none if there is no such file to read."""
+    for place, argument in enumerate(argv):
+        flag, _, value = argument.partition("=")
+        if flag == "--config":
+            path = Path(value or "".join(argv[place + 1 : place + 2]))
+            with suppress(OSError, UnicodeDecodeError):
+                return path.read_text().splitlines()
+    return []
 
 
 def be_quiet() -> None:

@@ -41,7 +41,8 @@ def start_engine(args: argparse.Namespace) -> AsyncLLM:
     flags, usage = engine_args(args), UsageContext.OPENAI_API_SERVER
     flags.scheduling_policy = "priority"  # builds of pools run behind all other requests
     config = resolved(lambda: flags.create_engine_config(usage_context=usage))
-    try:
+
+    def start() -> AsyncLLM:
         return AsyncLLM.from_vllm_config(
             vllm_config=config,
             usage_context=usage,
@@ -49,6 +50,9 @@ def start_engine(args: argparse.Namespace) -> AsyncLLM:
             aggregate_engine_logging=flags.aggregate_engine_logging,
             disable_log_stats=flags.disable_log_stats,
         )
+
+    try:
+        return resolved(start)  # its tokenizer is opened in this process, as a flag names it
     except RuntimeError as error:  # its processes have printed the cause
         raise EngineDead("the engine did not start") from error
 

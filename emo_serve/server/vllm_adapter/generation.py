@@ -203,6 +203,10 @@ class PooledLLM:
             covered.set_result(found)
 
 
+# For the one route that asks for the class: vLLM's /abort_requests, in its development mode.
+AsyncLLM.register(PooledLLM)
+
+
 async def _collected(
     collector: RequestOutputCollector, pump: asyncio.Task[None]
 ) -> AsyncGenerator[RequestOutput, None]:

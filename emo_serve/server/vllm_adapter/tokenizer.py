@@ -8,14 +8,15 @@ in its own threads.
 from __future__ import annotations
 
 import argparse
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
+from vllm.exceptions import VLLMError
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.renderers.params import ChatParams, TokenizeParams
+from vllm.utils.mistral import is_mistral_tokenizer
 
 from emo_serve.errors import RequestError
 
@@ -30,6 +31,10 @@ class EngineTokenizer:
         self._template = load_chat_template(args.chat_template)
         self._content_format = args.chat_template_content_format
         self._template_kwargs = resolve_default_chat_template_kwargs(args) or {}
+        # As for a request (OnlineRenderer.preprocess_chat).
+        self._tokenizes = (
+            is_mistral_tokenizer(renderer.tokenizer) or renderer.model_config.enable_prompt_embeds
+        )
 
     async def encode(self, text: str) -> list[int]:
         """Return the ids of a text prompt, special tokens included."""
@@ -42,18 +47,19 @@ class EngineTokenizer:
         params = ChatParams(
             chat_template=self._template,
             chat_template_content_format=self._content_format,
-            chat_template_kwargs={**self._template_kwargs, **turn, "tokenize": False},
+            chat_template_kwargs={**self._template_kwargs, **turn, "tokenize": self._tokenizes},
         )
-        with _refusing("chat template", "these messages"):
+        # The template is a program of the model's, which raises what it likes.
+        with _refusing("chat template", "these messages", (Exception,)):
             _, prompt = await self._renderer.render_messages_async(list(messages), params)
         return await self._ids(prompt, adds_special_tokens=False)
 
     async def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
         with _refusing("tokenizer", "these ids"):
-            tokenizer = self._renderer.get_tokenizer()
-            text = await asyncio.to_thread(tokenizer.decode, list(ids), skip_special_tokens=True)
-        return str(text)
+            self._renderer.get_tokenizer()  # raises if the server has none
+            decode = self._renderer._async_tokenizer_decode  # in the thread that encodes
+            return str(await decode(list(ids), skip_special_tokens=True))
 
     async def _ids(self, prompt: Mapping[str, Any], *, adds_special_tokens: bool) -> list[int]:
         params = TokenizeParams(max_total_tokens=None, add_special_tokens=adds_special_tokens)
@@ -62,10 +68,15 @@ class EngineTokenizer:
         return list(encoded["prompt_token_ids"])
 
 
+_BAD_TEXT = (VLLMError, LookupError, OverflowError, TypeError, ValueError)
+
+
 @contextmanager
-def _refusing(part: str, what: str) -> Iterator[None]:
-    """Turn any error into RequestError: the model brings its own tokenizer and template code."""
+def _refusing(
+    part: str, what: str, kinds: tuple[type[Exception], ...] = _BAD_TEXT
+) -> Iterator[None]:
+    """Turn errors of these kinds into RequestError."""
     try:
         yield
-    except Exception as error:
+    except kinds as error:
         raise RequestError(f"the model's {part} refuses {what}: {error}") from error

@@ -148,8 +148,8 @@ def cli(served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_list_is_a_table_and_an_account_of_slots(served: Served, cli: Cli) -> None:
-    served.do(lambda service: service.load("math"))
-    served.do(lambda service: service.load("code", pin=True))
+    served.do(lambda service: service.residency.load("math"))
+    served.do(lambda service: service.residency.load("code", pin=True))
     status, out, err = cli("list")
     lines = out.splitlines()
     assert (status, err.count("\n")) == (0, 1)
@@ -173,7 +173,7 @@ def test_list_is_a_table_and_an_account_of_slots(served: Served, cli: Cli) -> No
 
 def test_the_map_shows_which_experts_are_resident_and_shared(served: Served, cli: Cli) -> None:
     for name in ("math", "code"):
-        served.do(lambda service, name=name: service.load(name))
+        served.do(lambda service, name=name: service.residency.load(name))
     status, out, _ = cli("list", "--map")
     assert status == 0
     assert out.splitlines()[-5:] == [
@@ -187,7 +187,7 @@ def test_the_map_shows_which_experts_are_resident_and_shared(served: Served, cli
 
 def test_show_draws_whom_a_pool_shares_with(served: Served, cli: Cli) -> None:
     for name in ("math", "code"):
-        served.do(lambda service, name=name: service.load(name))
+        served.do(lambda service, name=name: service.residency.load(name))
     _, out, _ = cli("show", "math")
     assert out.splitlines()[-2:] == ["layer 1  #2.....2", "layer 2  #2.....2"]
     assert "state        resident" in out

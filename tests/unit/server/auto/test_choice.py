@@ -72,7 +72,7 @@ def router(
 async def with_base() -> ServiceUnderTest:
     """Return a service whose base pool is resident."""
     service = service_of()
-    await service.load("base")
+    await service.residency.load("base")
     return service
 
 
@@ -137,9 +137,9 @@ async def test_too_little_coverage_means_the_base_pool_where_it_is_resident() ->
 
 async def test_equal_coverage_goes_to_the_smaller_pool_and_then_by_name() -> None:
     service, probe = service_of(), FakeProbe((1, 0, 0, 0, 0, 0, 0))
-    await service.add(pool("arith", 0, 1))
+    await service.definitions.add(pool("arith", 0, 1))
     assert (await router(service, probe).choose(Prompt("x"))).name == "arith"
-    await service.add(pool("sums", 0))
+    await service.definitions.add(pool("sums", 0))
     assert (await router(service, probe).choose(Prompt("x"))).name == "sums"
 
 
@@ -176,7 +176,7 @@ async def test_one_pool_and_nothing_else_needs_no_question() -> None:
     await service.definitions.remove("math")
     with pytest.raises(RequestError, match="'auto' has no pool to choose: the slab can hold none"):
         await router(service, probe).choose(Prompt("x"))
-    await service.load("base")
+    await service.residency.load("base")
     assert (await router(service, probe).choose(Prompt("x"))).name == "base"
     assert probe.asked == []
 
@@ -257,7 +257,7 @@ async def test_examples_wait_for_their_pool_and_a_removed_one_is_not_chosen() ->
     chooser = await taught(service, *TEXTS)
     prompt = Prompt(TEXTS["law"][0])
     assert (await chooser.choose(prompt)).name != "law"
-    await service.add(pool("law", 4, 5))
+    await service.definitions.add(pool("law", 4, 5))
     assert (await chooser.choose(prompt)).name == "law"
 
 

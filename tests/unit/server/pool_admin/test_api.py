@@ -68,8 +68,8 @@ async def client(service: ServiceUnderTest) -> AsyncIterator[httpx.AsyncClient]:
 async def test_the_list_shows_pools_and_slots(
     service: ServiceUnderTest, client: httpx.AsyncClient
 ) -> None:
-    await service.load("law")
-    await service.load("math", pin=True)
+    await service.residency.load("law")
+    await service.residency.load("math", pin=True)
     async with service.residency.lease(service.lookup.find("math")):
         answer = (await client.get("/v1/pools")).json()
     assert [card["name"] for card in answer["data"]] == ["base", "code", "hot", "law", "math"]
@@ -115,8 +115,8 @@ async def test_the_list_shows_pools_and_slots(
 async def test_the_list_with_experts_is_a_map_of_the_slab(
     service: ServiceUnderTest, client: httpx.AsyncClient
 ) -> None:
-    await service.load("law")
-    await service.load("hot")
+    await service.residency.load("law")
+    await service.residency.load("hot")
     answer = (await client.get("/v1/pools", params={"experts": True})).json()
     experts = {card["name"]: card["experts"] for card in answer["data"]}
     assert experts["math"] == [[], [0, 1, 7], [0, 1, 7]]
@@ -129,7 +129,7 @@ async def test_the_list_with_experts_is_a_map_of_the_slab(
 async def test_one_pool_shows_its_experts_and_a_union_is_a_pool(
     service: ServiceUnderTest, client: httpx.AsyncClient
 ) -> None:
-    await service.load("math")
+    await service.residency.load("math")
     async with service.residency.lease(service.lookup.find("math")):
         card = (await client.get("/v1/pools/math")).json()
     assert card["experts"] == [[], [0, 1, 7], [0, 1, 7]]
@@ -214,7 +214,7 @@ async def test_statuses_follow_the_table_of_errors() -> None:
         ("load", "[]", "body: the body is []; expected an object"),
         ("load", '{"pin"', "body: is not UTF-8 JSON"),
         ("evict", '{"pin": true}', "a key of the body is 'pin'; expected one of drain"),
-        ("pin", '{"pin": true}', "a key of the body is 'pin'; expected one of none"),
+        ("pin", '{"pin": true}', "a key of the body is 'pin'; expected no key at all"),
         ("unpin", "null", "body: the body is None; expected an object"),
     ],
 )

@@ -274,10 +274,10 @@ async def test_a_defined_pool_of_the_same_experts_stays(directories: dict[str, P
     """The first temporary pool is the implied experts alone; a defined pool may equal it."""
     implied = ExpertPool("implied", tuple(LayerExperts(()) for _ in range(3)))
     world = World(directories["shared1"], pools=[implied])
-    await world.service.load("implied", pin=True)
+    await world.service.residency.load("implied", pin=True)
     await world.build()
     assert world.manager.is_pinned(world.service.lookup.find("implied"))
-    world.service.unpin("implied")
+    world.service.residency.unpin("implied")
     await world.build("again")
     assert world.manager.is_resident(world.service.lookup.find("implied"))
     trunk = world.service.lookup.find("implied")

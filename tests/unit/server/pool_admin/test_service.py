@@ -87,7 +87,7 @@ async def test_admitting_refuses_now_what_could_not_be_waited_for() -> None:
     assert service.residency.admit("math").name == "math"
     with pytest.raises(PoolTooLarge, match="'base' can never be resident.*GiB"):
         service.residency.admit("emo")
-    await service.load("math", pin=True)
+    await service.residency.load("math", pin=True)
     assert service.residency.admit("math").name == "math"
     with pytest.raises(PoolBlocked, match="code"):
         service.residency.admit("code")
@@ -100,7 +100,7 @@ async def test_status_and_snapshot_follow_loads_and_leases() -> None:
     math = service.lookup.find("math")
     status = service.statuses.of(math)
     assert (status.state, status.row, status.is_resident) == ("absent", None, False)
-    assert (await service.load("math")).state == "resident"
+    assert (await service.residency.load("math")).state == "resident"
     async with service.residency.lease(math) as lease:
         status = service.statuses.of(math)
         assert (status.row, status.running_requests, status.is_default) == (lease.row, 1, True)
@@ -137,7 +137,7 @@ async def test_a_request_that_waits_shows_in_status_and_snapshot() -> None:
 
 async def test_a_union_is_listed_while_it_is_in_use() -> None:
     service = service_of()
-    await service.load("math+code")
+    await service.residency.load("math+code")
     async with service.residency.lease(service.lookup.find("math+code")):
         snapshot = {p.name: p for p in service.statuses.snapshot().pools}
         assert snapshot["code+math"].running_requests == 1
@@ -147,7 +147,7 @@ async def test_a_union_is_listed_while_it_is_in_use() -> None:
     union = overview["code+math"]
     assert (union.kind, union.version, union.state) == ("union", None, "resident")
     assert [overview[name].kind for name in ("base", "math")] == ["base", "pool"]
-    await service.evict("code+math")
+    await service.residency.evict("code+math")
     assert [p.pool.name for p in service.statuses.overview().pools] == [
         "base",
         "code",
@@ -159,8 +159,8 @@ async def test_a_union_is_listed_while_it_is_in_use() -> None:
 
 async def test_experts_are_counted_by_who_holds_them() -> None:
     service = service_of()
-    await service.load("law")  # 4 5 6 and the shared 7, in two layers
-    await service.load("hot")  # 6 7
+    await service.residency.load("law")  # 4 5 6 and the shared 7, in two layers
+    await service.residency.load("hot")  # 6 7
     shares = {status.pool.name: status.shares for status in service.statuses.overview().pools}
     assert shares["law"] == Shares(alone=4, shared=4, missing=0)
     assert shares["hot"] == Shares(alone=0, shared=4, missing=0)
@@ -172,16 +172,16 @@ async def test_experts_are_counted_by_who_holds_them() -> None:
 
 async def test_pinning_evicting_and_unpinning() -> None:
     service = service_of()
-    assert (await service.load("math", pin=True)).is_pinned
+    assert (await service.residency.load("math", pin=True)).is_pinned
     with pytest.raises(PoolInUse, match="unpin"):
-        await service.evict("math")
-    assert not service.unpin("math").is_pinned
-    assert (await service.evict("math")).state == "absent"
-    assert (await service.evict("math")).state == "absent"
-    assert (await service.load("math", pin=True)).is_pinned
+        await service.residency.evict("math")
+    assert not service.residency.unpin("math").is_pinned
+    assert (await service.residency.evict("math")).state == "absent"
+    assert (await service.residency.evict("math")).state == "absent"
+    assert (await service.residency.load("math", pin=True)).is_pinned
     async with service.residency.lease(service.lookup.find("code")):
         with pytest.raises(PoolInUse, match="drain"):
-            await service.evict("code")
+            await service.residency.evict("code")
 
 
 # -- definitions --
@@ -197,7 +197,7 @@ async def answer_of(service: ServiceUnderTest, name: str, engine: FakeEngine) ->
 async def test_an_added_pool_is_completed_and_served() -> None:
     engine = FakeEngine()
     service = service_of(engine)
-    status, is_new = await service.add(bare("poems", 1, 2))
+    status, is_new = await service.definitions.add(bare("poems", 1, 2))
     assert (is_new, status.version, status.state) == (True, 1, "absent")
     assert service.lookup.find("poems").expert_ids == ((), (1, 2, 7), (1, 2, 7))
     assert await answer_of(service, "poems", engine)
@@ -208,10 +208,10 @@ async def test_a_redefinition_leaves_nothing_of_the_old_one() -> None:
     engine = FakeEngine()
     service = service_of(engine)
     for name in ("math", "code+math", "math+law"):
-        await service.load(name)
+        await service.residency.load(name)
     with pytest.raises(PoolExists):
-        await service.add(bare("math", 5))
-    status, is_new = await service.add(bare("math", 5), replace=True)
+        await service.definitions.add(bare("math", 5))
+    status, is_new = await service.definitions.add(bare("math", 5), replace=True)
     assert (is_new, status.version, status.state) == (False, 2, "absent")
     assert [entry.name for entry in service.manager.statistics().pools] == []
     for name in ("math", "code+math", "law+math"):
@@ -224,7 +224,7 @@ async def test_a_running_request_keeps_the_definition_it_was_admitted_with() -> 
     service = service_of(engine)
     old = service.lookup.find("math")
     async with service.residency.lease(old) as lease:
-        await service.add(bare("math", 5), replace=True)
+        await service.definitions.add(bare("math", 5), replace=True)
         assert await answer_of(service, "math", engine)
         assert engine.serves(lease.row, old)
         snapshot = [p for p in service.statuses.snapshot().pools if p.name == "math"]
@@ -235,10 +235,10 @@ async def test_a_running_request_keeps_the_definition_it_was_admitted_with() -> 
 
 async def test_a_pinned_pool_stays_pinned_when_it_is_redefined() -> None:
     service = service_of()
-    await service.load("math", pin=True)
-    await service.load("math+code", pin=True)
+    await service.residency.load("math", pin=True)
+    await service.residency.load("math+code", pin=True)
     old = service.lookup.find("math"), service.lookup.find("math+code")
-    status, _ = await service.add(bare("math", 5), replace=True)
+    status, _ = await service.definitions.add(bare("math", 5), replace=True)
     assert (status.state, status.is_pinned) == ("resident", True)
     assert service.statuses.of(service.lookup.find("math+code")).is_pinned
     assert not any(map(service.manager.is_pinned, old))
@@ -248,46 +248,46 @@ async def test_a_pinned_pool_stays_pinned_when_it_is_redefined() -> None:
 async def test_a_pin_that_cannot_be_kept_is_reported() -> None:
     engine = FakeEngine()
     service = service_of(engine)
-    await service.load("math", pin=True)
+    await service.residency.load("math", pin=True)
     engine.unreadable = {(1, 5)}
     with pytest.raises(PoolLoadFailed, match="'math' is redefined, but 'math' is no longer pinned"):
-        await service.add(bare("math", 5), replace=True)
+        await service.definitions.add(bare("math", 5), replace=True)
     assert service.statuses.of(service.lookup.find("math")).version == 2
     assert service.manager.statistics().pools == ()
 
 
 async def test_a_pin_is_not_given_up_for_what_can_never_be_resident() -> None:
     service = service_of(slots=4)
-    await service.load("math", pin=True)
+    await service.residency.load("math", pin=True)
     with pytest.raises(PoolTooLarge):
-        await service.add(bare("math", 0, 1, 2, 3, 4), replace=True)
+        await service.definitions.add(bare("math", 0, 1, 2, 3, 4), replace=True)
     assert service.statuses.of(service.lookup.find("math")).is_pinned
     assert service.catalog.version("math") == 1
 
 
 async def test_the_same_content_under_another_name_stays() -> None:
     service = service_of()
-    await service.add(bare("numbers", 0, 1))  # as math
-    await service.load("math", pin=True)
+    await service.definitions.add(bare("numbers", 0, 1))  # as math
+    await service.residency.load("math", pin=True)
     row = service.statuses.of(service.lookup.find("numbers")).row
     await service.definitions.remove("math")
     status = service.statuses.of(service.lookup.find("numbers"))
     assert (status.state, status.row) == ("resident", row)
-    await service.add(bare("numbers", 1, 0), replace=True)  # no change of content
+    await service.definitions.add(bare("numbers", 1, 0), replace=True)  # no change of content
     assert service.statuses.of(service.lookup.find("numbers")).row == row
 
 
 async def test_a_removed_pool_is_gone_and_may_come_back() -> None:
     engine = FakeEngine()
     service = service_of(engine)
-    await service.load("math", pin=True)
-    await service.load("math+code")
+    await service.residency.load("math", pin=True)
+    await service.residency.load("math+code")
     await service.definitions.remove("math")
     assert service.manager.statistics().pools == ()
     for name in ("math", "math+code"):
         with pytest.raises(UnknownPool, match="the pools are: code, hot, law; the model itself"):
             service.lookup.find(name)
-    status, is_new = await service.add(bare("math", 4))
+    status, is_new = await service.definitions.add(bare("math", 4))
     assert (is_new, status.version, status.is_pinned) == (True, 2, False)
     assert await answer_of(service, "math", engine)
 
@@ -299,7 +299,7 @@ async def test_a_removed_pool_that_is_defined_again_stays_where_it_is(is_asked_f
     service = service_of(engine)
     async with service.residency.lease(service.lookup.find("math")):
         await service.definitions.remove("math")
-        await service.add(bare("numbers", 0, 1))  # as math
+        await service.definitions.add(bare("numbers", 0, 1))  # as math
         if is_asked_for:
             service.residency.admit("numbers")
         assert service.statuses.of(service.lookup.find("numbers")).state == "resident"
@@ -311,9 +311,9 @@ async def test_a_removed_pool_that_is_defined_again_stays_where_it_is(is_asked_f
 async def test_a_union_whose_parts_are_defined_again_stays_once_it_is_asked_for() -> None:
     """Nothing held or awaited it when they were: it is the new request that revives it."""
     service = service_of()
-    await service.load("math+code")
+    await service.residency.load("math+code")
     await service.definitions.remove("math")
-    await service.add(bare("math", 0, 1))
+    await service.definitions.add(bare("math", 0, 1))
     assert service.manager.statistics().pools == ()
     union = service.residency.admit("math+code")
     async with service.residency.lease(union):
@@ -329,10 +329,10 @@ async def test_a_straggler_of_a_definition_that_is_gone_leaves_nothing(
     """Admitted before the change, it takes its lease after it; later requests change nothing."""
     engine = FakeEngine()
     service = service_of(engine)
-    await service.load("math")
+    await service.residency.load("math")
     straggler = service.residency.admit("math")
     if is_defined_otherwise:
-        await service.add(bare("math", 5), replace=True)
+        await service.definitions.add(bare("math", 5), replace=True)
         service.residency.admit("math")
     else:
         await service.definitions.remove("math")
@@ -348,11 +348,11 @@ async def test_a_definition_that_is_refused_revives_nothing(
     """Only what is written is defined again; the old content goes with its last request."""
     service = stored_service(tmp_path)
     async with service.residency.lease(service.lookup.find("math")):
-        await service.add(bare("math", 5), replace=True)
-        await service.load("math", pin=True)
+        await service.definitions.add(bare("math", 5), replace=True)
+        await service.residency.load("math", pin=True)
         with monkeypatch.context() as patch, pytest.raises(PoolStoreError):
             patch.setattr("os.fsync", _no_space)
-            await service.add(bare("math", 0, 1), replace=True)
+            await service.definitions.add(bare("math", 0, 1), replace=True)
     assert [entry.content_hash for entry in service.manager.statistics().pools] == [
         service.lookup.find("math").content_hash
     ]
@@ -376,8 +376,8 @@ async def test_the_default_and_the_base_pool_cannot_be_removed(default: str) -> 
 async def test_a_default_union_can_still_be_formed() -> None:
     service = service_of(default_pool="math+code")
     with pytest.raises(RequestError, match="router_temperature"):
-        await service.add(bare("math", 1, temperature=2.0), replace=True)
-    await service.add(bare("math", 5), replace=True)
+        await service.definitions.add(bare("math", 1, temperature=2.0), replace=True)
+    await service.definitions.add(bare("math", 5), replace=True)
     assert service.lookup.find(None).expert_ids == ((), (2, 3, 5, 7), (2, 3, 5, 7))
 
 
@@ -394,7 +394,7 @@ async def test_a_default_union_can_still_be_formed() -> None:
 async def test_what_clients_give_is_checked(bad: tuple[str, int], message: str) -> None:
     service = service_of()
     with pytest.raises(RequestError, match=message):
-        await service.add(bare(*bad), replace=True)
+        await service.definitions.add(bare(*bad), replace=True)
     assert len(service.lookup.pools) == 5
 
 
@@ -402,7 +402,7 @@ async def test_a_pool_that_cannot_be_stored_is_not_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = stored_service(tmp_path)
-    await service.load("math", pin=True)
+    await service.residency.load("math", pin=True)
 
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -410,7 +410,7 @@ async def test_a_pool_that_cannot_be_stored_is_not_served(
     monkeypatch.setattr("os.fsync", fail)
     for name in ("math", "poems"):
         with pytest.raises(PoolStoreError, match="No space left"):
-            await service.add(bare(name, 5), replace=True)
+            await service.definitions.add(bare(name, 5), replace=True)
     assert service.statuses.of(service.lookup.find("math")).is_pinned
     assert service.lookup.find("math").expert_ids == ((), (0, 1, 7), (0, 1, 7))
     with pytest.raises(UnknownPool):
@@ -420,10 +420,10 @@ async def test_a_pool_that_cannot_be_stored_is_not_served(
 async def test_a_client_that_leaves_does_not_stop_a_change_half_way(tmp_path: Path) -> None:
     engine = FakeEngine(is_holding=True)
     service = stored_service(tmp_path, engine)
-    pinning = asyncio.create_task(service.load("math", pin=True))
+    pinning = asyncio.create_task(service.residency.load("math", pin=True))
     (await engine.next_held()).release()
     await pinning
-    adding = asyncio.create_task(service.add(bare("math", 5), replace=True))
+    adding = asyncio.create_task(service.definitions.add(bare("math", 5), replace=True))
     load = await engine.next_held()
     adding.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -10,11 +10,11 @@ import queue
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
-from emo_serve.errors import EngineDead
-from emo_serve.server.serve import _explained
+from emo_serve.server.startup import progress as progress_module
 from emo_serve.server.startup.engine_output import EngineOutput, find_cause
 from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.quiet import QuietFilter, is_quiet
@@ -41,6 +41,10 @@ RuntimeError: Engine core initialization failed. See root cause above.
         (["M", "--log-level", "info"], {}, False),
         (["M", "--log-level=DEBUG"], {}, False),
         (["M", "--logging-config.formatter", "json"], {}, False),
+        (["M", "--log_level", "info"], {}, False),
+        (["M", "--enable-log-requests"], {}, False),
+        (["M", "--served-model-name", "log-level"], {}, True),
+        (["M"], {"VLLM_LOGGING_STREAM": "ext://sys.stderr"}, False),
         (["M"], {"VLLM_LOGGING_LEVEL": "INFO"}, False),
         (["M"], {"VLLM_CONFIGURE_LOGGING": "0"}, False),
         (["M"], {"VLLM_LOGGING_CONFIG_PATH": "/x.json"}, False),
@@ -51,6 +55,16 @@ def test_vllms_own_flags_and_variables_end_the_quiet(
     argv: list[str], environ: dict[str, str], expected: bool
 ) -> None:
     assert is_quiet(argv, environ) is expected
+
+
+def test_so_does_vllms_configuration_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 1\n")
+    assert is_quiet(["--config", str(file)], {})
+    file.write_text("port: 1\nlog_level: INFO\n")
+    assert not is_quiet(["--config", str(file)], {})
+    assert not is_quiet([f"--config={file}"], {})
+    assert is_quiet(["--config", "absent.yaml"], {})  # whose refusal is vLLM's
 
 
 @pytest.mark.parametrize(
@@ -75,9 +89,11 @@ def test_the_logging_file_is_one_that_dict_config_takes() -> None:
         f"logging.config.dictConfig(json.loads({text!r}))\n"
         "logging.getLogger('vllm.x').info('unseen')\n"
         "logging.getLogger('vllm.x').warning('Triton is not installed')\n"
+        "logging.getLogger('vllm.x').warning('the cache is small')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "unseen" not in done.stderr and "Triton is not" not in done.stderr
+    assert "the cache is small" in done.stderr
 
 
 # -- the engine's output --
@@ -125,15 +141,42 @@ def test_the_cause_of_a_failed_start_is_the_first_exception_and_nothing_was_show
     output = EngineOutput(shown.append)
     with output.captured():
         print_in_child(FAILED)
-    cause = output.cause()
-    assert (cause, shown) == ("ValueError: No memory on node 0.", [])
-    text = _explained(EngineDead("the engine did not start"), cause)
-    assert text.startswith("the engine did not start: ValueError: No memory on node 0. (--log-le")
+    assert (output.cause(), shown) == ("ValueError: No memory on node 0.", [])
 
 
 def test_a_process_that_was_killed_has_no_cause() -> None:
     assert find_cause(FAILED.splitlines()[:2]) is None
-    assert "it printed no error" in _explained(EngineDead("the engine did not start"), None)
+
+
+def test_a_stderr_that_fails_does_not_stop_the_reading() -> None:
+    def fail(line: str) -> None:
+        raise BrokenPipeError
+
+    noticed: queue.Queue[str] = queue.Queue()
+    output = EngineOutput(fail, noticed.put)
+    output.started()
+    with output.captured():
+        for text in ("one", "two"):
+            print_in_child(text)
+    output.close()
+    assert [noticed.get(timeout=60), noticed.get(timeout=60)] == ["one", "two"]
+
+
+def test_streams_may_be_closed() -> None:
+    code = (
+        "import os, subprocess, sys\n"
+        "from emo_serve.server.startup.engine_output import EngineOutput\n"
+        "lines = []\n"
+        "output = EngineOutput(lines.append)\n"
+        "output.started()\n"
+        "with output.captured():\n"
+        "    subprocess.run([sys.executable, '-c', 'import os; os.write(2, b\"x\\\\n\")'])\n"
+        "output.close()\n"
+        "os._exit(0 if lines == ['x'] else 1)\n"
+    )
+    command = f'exec {sys.executable} -c "$CODE" >&-'
+    done = subprocess.run(["sh", "-c", command], env={**os.environ, "CODE": code})
+    assert done.returncode == 0
 
 
 # -- progress --
@@ -164,6 +207,25 @@ def test_a_terminal_gets_a_bar() -> None:
     progress.copied(1, 4)
     assert "loading experts  25%" in stream.getvalue()
     progress.copied(4, 4)
-    progress.copied(1, 2)
+    progress.copied(1, 2)  # of a load that fails
+    progress.copied(1, 3)
     progress.finished()
-    assert "1/2" in stream.getvalue()
+    assert "1/2" in stream.getvalue() and "1/3" in stream.getvalue()
+
+
+def test_without_a_terminal_long_loads_are_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+    progress = StartProgress(io.StringIO())
+    with caplog.at_level(logging.INFO, logger=progress_module.__name__):
+        for now in (1.0, 6.0, 7.0):
+            progress.copied(int(now), 12)
+        progress.finished()
+        now = 12.0
+        progress.copied(12, 12)
+    assert [record.getMessage() for record in caplog.records] == [
+        "loading experts: 6 of 12 (50 %)",
+        "loading experts: 12 of 12 (100 %)",
+    ]
