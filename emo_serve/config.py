@@ -10,12 +10,22 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from emo_serve.errors import ConfigError
+from emo_serve.flags import (
+    flag,
+    flags_of,
+    read_int,
+    read_list,
+    read_path,
+    read_seconds,
+    read_share,
+    read_text,
+)
 from emo_serve.names import AUTO_POOL, NAME_RULE, UNION, is_pool_or_union
 from emo_serve.residency.policy import POLICIES
 from emo_serve.vllm_plugin.contract import EXPERT_DTYPES, MOE_BACKENDS, check_expert_dtype
@@ -63,99 +73,6 @@ def format_gib(num_bytes: int) -> str:
     return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib:.4f} GiB"
 
 
-# -- flags --
-
-
-@dataclass(frozen=True)
-class _Flag:
-    """How to set a field on the command line; `read` turns (flag, text) into its value."""
-
-    name: str
-    metavar: str
-    read: Callable[[str, str], object]
-    help: str
-    dest: str
-    is_repeatable: bool
-
-    def add_to(self, group: argparse._ArgumentGroup, default: object) -> None:
-        options: dict[str, Any] = {"action": "append"} if self.is_repeatable else {}
-        text = _as_text(default)
-        group.add_argument(
-            self.name,
-            dest=self.dest,
-            metavar=self.metavar,
-            default=text,
-            help=self.help if text is None else f"{self.help} (default: %(default)s)",
-            **options,
-        )
-
-    def value(self, args: argparse.Namespace, default: object) -> object:
-        """Return the value given on the command line, or else the default."""
-        given = getattr(args, self.dest)
-        if given is None:
-            return default
-        if self.is_repeatable:
-            return tuple(self.read(self.name, text) for text in given)
-        return self.read(self.name, given)
-
-
-def _flag(
-    name: str,
-    read: Callable[[str, str], object],
-    *,
-    default: Any,
-    metavar: str,
-    help: str,
-    dest: str | None = None,
-    is_repeatable: bool = False,
-) -> Any:
-    dest = dest or name.removeprefix("--").replace("-", "_")
-    flag = _Flag(name, metavar, read, help, dest, is_repeatable)
-    return field(default=default, metadata={"flag": flag})
-
-
-def _as_text(default: object) -> str | None:
-    """Return a default as written on the command line; None if there is none."""
-    if not default:
-        return None
-    if isinstance(default, tuple):
-        return ",".join(default)
-    return f"{default:g}" if isinstance(default, float) else str(default)
-
-
-def _read_text(flag: str, text: str) -> str:
-    return text
-
-
-def _read_path(flag: str, text: str) -> Path:
-    return Path(text)
-
-
-def _read_list(flag: str, text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
-def _read_int(flag: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"{flag} is {text!r}; give a whole number") from None
-
-
-def _read_seconds(flag: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{flag} is {text!r}; give a number of seconds") from None
-
-
-def _read_share(flag: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{flag} is {text!r}; give a number from 0 to 1") from None
-
-
 # -- settings --
 
 
@@ -171,21 +88,21 @@ class ServeSettings:
     """
 
     model: str | None = None
-    pools_dir: Path | None = _flag(
+    pools_dir: Path | None = flag(
         "--pools",
-        _read_path,
+        read_path,
         default=None,
         metavar="DIR",
         help="directory of pool files, one JSON file per pool",
     )
-    default_pool: str | None = _flag(
+    default_pool: str | None = flag(
         "--default-pool",
-        _read_text,
+        read_text,
         default=None,
         metavar="NAME",
         help="pool for requests that name only the model (default: base, all experts)",
     )
-    expert_memory_bytes: int | None = _flag(
+    expert_memory_bytes: int | None = flag(
         "--expert-memory",
         parse_size,
         default=None,
@@ -193,29 +110,29 @@ class ServeSettings:
         help="device memory for experts, e.g. 8GiB, per device under tensor parallelism;"
         " without it the slab holds all experts, and the base pool is served too",
     )
-    expert_slots: int | None = _flag(
+    expert_slots: int | None = flag(
         "--expert-slots",
-        _read_int,
+        read_int,
         default=None,
         metavar="N",
         help="the same limit, given as a number of slots per layer",
     )
-    preload: tuple[str, ...] | None = _flag(
+    preload: tuple[str, ...] | None = flag(
         "--preload",
-        _read_list,
+        read_list,
         default=None,
         metavar="NAME,...",
         help="pools to make resident at start, in this order, as long as they fit"
         " (default: all, in order of name)",
     )
-    pin: tuple[str, ...] = _flag(
+    pin: tuple[str, ...] = flag(
         "--pin",
-        _read_list,
+        read_list,
         default=(),
         metavar="NAME,...",
         help="pools to make resident first, and to keep resident until they are unpinned",
     )
-    host_expert_bytes: int = _flag(
+    host_expert_bytes: int = flag(
         "--host-expert-memory",
         parse_size,
         default=0,
@@ -223,31 +140,31 @@ class ServeSettings:
         help="host memory per device that keeps experts for later loads once they have been read"
         " (default: none, every load reads the checkpoint's files)",
     )
-    eviction_policy: str = _flag(
+    eviction_policy: str = flag(
         "--eviction-policy",
-        _read_text,
+        read_text,
         default=POLICIES[0],
         metavar="|".join(POLICIES),
         help="which pool to evict when another needs its slots: the least frequently used of late,"
         " the least recently used, or first those that --preload does not name",
     )
-    max_waiting: int = _flag(
+    max_waiting: int = flag(
         "--max-waiting",
-        _read_int,
+        read_int,
         default=256,
         metavar="N",
         help="how many requests may wait for pools to be loaded; further ones get 503",
     )
-    load_deadline_seconds: float = _flag(
+    load_deadline_seconds: float = flag(
         "--load-deadline",
-        _read_seconds,
+        read_seconds,
         default=60.0,
         metavar="SECONDS",
         help="how long a request waits for its pool before it gets 503",
     )
-    moe_backend: str = _flag(
+    moe_backend: str = flag(
         "--moe-backend",
-        _read_text,
+        read_text,
         default="auto",
         metavar="|".join(MOE_BACKENDS),
         dest="emo_moe_backend",  # vLLM has a flag of this name, which EMO's layers do not read
@@ -255,31 +172,31 @@ class ServeSettings:
         " plain torch on any device (reference); auto picks the fastest that can run; replaces"
         " vLLM's flag of this name",
     )
-    expert_dtype: str = _flag(
+    expert_dtype: str = flag(
         "--expert-dtype",
-        _read_text,
+        read_text,
         default=EXPERT_DTYPES[0],
         metavar="|".join(EXPERT_DTYPES),
         help="dtype of experts in their slots: auto is --dtype; fp8_e4m3, with one scale per output"
         " channel, takes half the memory of a 16-bit dtype and needs --moe-backend triton",
     )
-    max_pools: int = _flag(
+    max_pools: int = flag(
         "--max-pools",
-        _read_int,
+        read_int,
         default=64,
         metavar="N",
         help="rows of the pool table: pools and unions that can be in use at once",
     )
-    drain_timeout_seconds: float = _flag(
+    drain_timeout_seconds: float = flag(
         "--drain-timeout",
-        _read_seconds,
+        read_seconds,
         default=30.0,
         metavar="SECONDS",
         help="how long the server waits for running and waiting requests after SIGTERM",
     )
-    admin_api_keys: tuple[str, ...] = _flag(
+    admin_api_keys: tuple[str, ...] = flag(
         "--admin-api-key",
-        _read_text,
+        read_text,
         default=(),
         metavar="KEY",
         is_repeatable=True,
@@ -287,46 +204,46 @@ class ServeSettings:
         " key of --api-key may; can be given several times. Without it, a key of --api-key may"
         " change pools; without either, anyone may",
     )
-    open_paths: tuple[str, ...] = _flag(
+    open_paths: tuple[str, ...] = flag(
         "--open-paths",
-        _read_list,
+        read_list,
         default=_OPEN_PATHS,
         metavar="PATH,...",
         help="paths that need no key when --api-key is set",
     )
-    request_log: Path | None = _flag(
+    request_log: Path | None = flag(
         "--request-log",
-        _read_path,
+        read_path,
         default=None,
         metavar="FILE",
         help="append one JSON line per request: pool, waiting time, duration, tokens; no text",
     )
-    auto_method: str | None = _flag(
+    auto_method: str | None = flag(
         "--auto-method",
-        _read_text,
+        read_text,
         default=None,
         metavar="|".join(AUTO_METHODS),
         help=f"how to choose the pool for model {AUTO_POOL!r}: with a classifier that learns from"
         " examples (tfidf), or with the model's router, which needs none but costs an engine step"
         " (default: the classifier while all pools have examples, else the router)",
     )
-    auto_examples: Path | None = _flag(
+    auto_examples: Path | None = flag(
         "--auto-examples",
-        _read_path,
+        read_path,
         default=None,
         metavar="DIR",
         help="examples for the classifier: NAME.jsonl or NAME.txt has texts of pool NAME's domain",
     )
-    auto_tokens: int = _flag(
+    auto_tokens: int = flag(
         "--auto-tokens",
-        _read_int,
+        read_int,
         default=256,
         metavar="N",
         help="how many tokens at the start of a prompt are read to choose its pool",
     )
-    auto_min_coverage: float = _flag(
+    auto_min_coverage: float = flag(
         "--auto-min-coverage",
-        _read_share,
+        read_share,
         default=0.4,
         metavar="SHARE",
         help="share of the router's mass that the best pool must cover; below it the base pool is"
@@ -401,7 +318,7 @@ class ServeSettings:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ServeSettings:
         """Build the settings from parsed flags of `add_serve_flags`; raises ConfigError."""
-        values = {name: flag.value(args, default) for name, flag, default in _flags()}
+        values = {name: entry.value(args, default) for name, entry, default in flags_of(cls)}
         return cls(model=args.model_tag, **cast(dict[str, Any], values))
 
 
@@ -411,17 +328,8 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     Values stay text here. ServeSettings reads them, so that every invalid value is reported alike.
     """
     group = parser.add_argument_group("emo-serve", "what emo-serve adds to `vllm serve`")
-    for _, flag, default in _flags():
-        flag.add_to(group, default)
-
-
-def _flags() -> list[tuple[str, _Flag, object]]:
-    """Return name, flag and default of every field that is a flag, in order."""
-    return [
-        (entry.name, entry.metadata["flag"], entry.default)
-        for entry in fields(ServeSettings)
-        if "flag" in entry.metadata
-    ]
+    for _, entry, default in flags_of(ServeSettings):
+        entry.add_to(group, default)
 
 
 def _check_pool_name(flag: str, name: str) -> None:
