@@ -254,13 +254,13 @@ class ServeSettings:
         self._check_memory()
         if self.pools_dir is not None and not self.pools_dir.is_dir():
             raise ConfigError(f"--pools {self.pools_dir} is not a directory")
-        for flag, value, known in (
+        for name, value, known in (
             ("--moe-backend", self.moe_backend, MOE_BACKENDS),
             ("--expert-dtype", self.expert_dtype, EXPERT_DTYPES),
             ("--eviction-policy", self.eviction_policy, POLICIES),
         ):
             if value not in known:
-                raise ConfigError(f"{flag} is {value!r}; give one of {', '.join(known)}")
+                raise ConfigError(f"{name} is {value!r}; give one of {', '.join(known)}")
         check_expert_dtype(self.expert_dtype, self.moe_backend)
         if self.max_pools < 2:
             raise ConfigError(
@@ -309,11 +309,11 @@ class ServeSettings:
     def _check_names(self) -> None:
         if self.default_pool is not None:
             _check_pool_name("--default-pool", self.default_pool)
-        for flag, names in (("--preload", self.preload or ()), ("--pin", self.pin)):
+        for option, names in (("--preload", self.preload or ()), ("--pin", self.pin)):
             for name in names:
-                _check_pool_name(flag, name)
+                _check_pool_name(option, name)
             if len(set(names)) != len(names):
-                raise ConfigError(f"{flag} {','.join(names)} names a pool twice; name it once")
+                raise ConfigError(f"{option} {','.join(names)} names a pool twice; name it once")
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ServeSettings:
