@@ -32,6 +32,7 @@ class StartProgress:
         self._reported: set[str] = set()
         self._bar: tqdm[None] | None = None
         self._is_over = False
+        self._copied = (0, 0)
         self._logged_at = time.monotonic()
 
     def stage(self, text: str) -> None:
@@ -53,10 +54,7 @@ class StartProgress:
         loads are not reported.
         """
         if self._is_over or not self._stream.isatty():
-            if time.monotonic() - self._logged_at >= _LOG_SECONDS:
-                self._logged_at = time.monotonic()
-                share = 100 * done / total
-                logger.info("loading experts: %d of %d (%.0f %%)", done, total, share)
+            self._log(done, total)
             return
         if self._bar is not None and self._bar.total != total:  # of a load that failed
             self._close_bar()
@@ -67,6 +65,15 @@ class StartProgress:
         self._bar.update(done - self._bar.n)
         if done == total:
             self._close_bar()
+
+    def _log(self, done: int, total: int) -> None:
+        now, before = time.monotonic(), self._copied
+        self._copied = (done, total)
+        if total != before[1] or done < before[0]:  # another load
+            self._logged_at = now
+        elif now - self._logged_at >= _LOG_SECONDS:
+            self._logged_at = now
+            logger.info("loading experts: %d of %d (%.0f %%)", done, total, 100 * done / total)
 
     def finished(self) -> None:
         """Report nothing more."""
