@@ -211,6 +211,14 @@ class ServeSettings:
         metavar="PATH,...",
         help="paths that need no key when --api-key is set",
     )
+    max_body_bytes: int = flag(
+        "--max-body-size",
+        parse_size,
+        default=8 * 2**20,
+        default_text="8MiB",
+        metavar="SIZE",
+        help="largest body of a request; larger ones get 413",
+    )
     request_log: Path | None = flag(
         "--request-log",
         read_path,
@@ -265,6 +273,10 @@ class ServeSettings:
         if self.max_pools < 2:
             raise ConfigError(
                 f"--max-pools is {self.max_pools}; the base pool takes one row, so give at least 2"
+            )
+        if self.max_body_bytes < 1024:
+            raise ConfigError(
+                f"--max-body-size is {self.max_body_bytes} bytes; give at least 1KiB, e.g. 8MiB"
             )
         if self.max_waiting < 0:
             raise ConfigError(f"--max-waiting is {self.max_waiting}; give 0 or more")

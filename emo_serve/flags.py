@@ -39,12 +39,13 @@ class Flag:
     read: Callable[[str, str], object]
     help: str
     dest: str
+    default_text: str | None
     is_repeatable: bool
 
     def add_to(self, group: argparse._ArgumentGroup, default: object) -> None:
         """Add the flag to a parser's group; the help ends with the default, if there is one."""
         options: dict[str, Any] = {"action": "append"} if self.is_repeatable else {}
-        text = _as_text(default)
+        text = self.default_text or _as_text(default)
         group.add_argument(
             self.name,
             dest=self.dest,
@@ -72,14 +73,16 @@ def flag(
     metavar: str,
     help: str,
     dest: str | None = None,
+    default_text: str | None = None,
     is_repeatable: bool = False,
 ) -> Any:
     """Return a dataclass field that is also a flag.
 
-    `dest` is its name in argparse's namespace; a repeatable flag makes a tuple.
+    `dest` is its name in argparse's namespace, and `default_text` how one would write the default;
+    a repeatable flag makes a tuple.
     """
     dest = dest or name.removeprefix("--").replace("-", "_")
-    metadata = {"flag": Flag(name, metavar, read, help, dest, is_repeatable)}
+    metadata = {"flag": Flag(name, metavar, read, help, dest, default_text, is_repeatable)}
     return field(default=default, metadata=metadata)
 
 

@@ -19,6 +19,7 @@ from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.policy import make_policy
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server.asgi.admission import Admission
+from emo_serve.server.asgi.bodies import BodyLimit
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.auto.candidates import Candidates
@@ -39,7 +40,9 @@ from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
 from emo_serve.server.vllm_adapter.openai import (
     build_http_app,
     create_http_server,
+    innermost,
     metrics_registry,
+    replace_innermost,
 )
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 from emo_serve.server.vllm_adapter.tokenizer import EngineTokenizer
@@ -100,7 +103,7 @@ async def build_server(
     await _warm_up(own, manager, service.lookup)
     admission = await _wrap_app(app, llm, own, engine, launch, pools)
     guarded = KeyGuard(
-        admission,
+        app,
         launch.keys.api,
         launch.keys.admin,
         launch.settings.open_paths,
@@ -161,8 +164,9 @@ async def _wrap_app(
         checkpoint.config,
         launch.auto_examples,
     )
-    auto = AutoPool(app, launch.plan.names, chooser, pools.metrics, root_path=args.root_path)
+    auto = AutoPool(innermost(app), launch.plan.names, chooser, pools.metrics)
     admission = Admission(auto)
+    replace_innermost(app, BodyLimit(admission, launch.settings.max_body_bytes))
     builder = PoolBuilder(
         probe,
         checkpoint,

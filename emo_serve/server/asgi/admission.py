@@ -25,14 +25,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emo_serve.errors import Draining, EmoServeError, RequestError
 from emo_serve.names import POOL_HEADER
+from emo_serve.server.asgi.bodies import READING_METHODS
 from emo_serve.server.asgi.context import RequestContext, entered
 from emo_serve.server.asgi.coverage import COVERAGE_HEADER, EventTail, body_with, wants_coverage
 from emo_serve.server.asgi.errors import refusal
 
-__all__ = ["READING_METHODS", "Admission"]
-
-READING_METHODS = ("GET", "HEAD", "OPTIONS")
-"""HTTP methods that change nothing."""
+__all__ = ["Admission"]
 
 
 class Admission:
@@ -69,13 +67,13 @@ class Admission:
             error = Draining(
                 "the server is shutting down; send the request to another server, or retry later"
             )
-            await refusal(error, {"connection": "close"})(scope, receive, send)
+            await refusal(scope, error, {"connection": "close"})(scope, receive, send)
             return
         headers = Headers(scope=scope)
         try:
             wants = wants_coverage(headers.getlist(COVERAGE_HEADER))
         except RequestError as bad_header:
-            await refusal(bad_header)(scope, receive, send)
+            await refusal(scope, bad_header)(scope, receive, send)
             return
         context = RequestContext(tuple(headers.getlist(POOL_HEADER)), wants)
         self._enter(is_counted)
@@ -146,7 +144,9 @@ class _Answer:
         await self._send(message)
 
     async def _refuse(self, error: EmoServeError) -> None:
-        await refusal(error, self._pool_header())(self._scope, self._receive, self._send)
+        await refusal(self._scope, error, self._pool_header())(
+            self._scope, self._receive, self._send
+        )
 
     async def _send_held(self, start: Message) -> None:
         report, body = await self._context.report(), self._body

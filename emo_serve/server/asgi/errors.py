@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 
 from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 from emo_serve.errors import (
     Draining,
@@ -33,8 +34,13 @@ __all__ = [
     "reason_of",
     "refusal",
     "retry_after_of",
+    "route_path",
     "status_of",
 ]
+
+_MESSAGES = "/v1/messages"
+_KINDS = {HTTPStatus.BAD_REQUEST: "BadRequestError", HTTPStatus.NOT_FOUND: "NotFoundError"}
+"""vLLM's words for these statuses; elsewhere it uses the status's phrase."""
 
 _TABLE: tuple[tuple[type[EmoServeError], HTTPStatus, str], ...] = (
     (UnknownPool, HTTPStatus.NOT_FOUND, "unknown_pool"),
@@ -76,16 +82,33 @@ def retry_after_of(error: EmoServeError) -> int | None:
     return error.retry_after_seconds if isinstance(error, Unavailable) else None
 
 
-def refusal(error: EmoServeError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def refusal(
+    scope: Scope, error: EmoServeError, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     """Return the complete response to a request that one of our errors refuses."""
     seconds = retry_after_of(error)
     retry_after = {} if seconds is None else {"retry-after": str(seconds)}
-    return error_response(status_of(error), str(error), {**(headers or {}), **retry_after})
+    all_headers = {**(headers or {}), **retry_after}
+    return error_response(scope, status_of(error), str(error), all_headers)
 
 
 def error_response(
-    status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None
+    scope: Scope, status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """Return an error response in OpenAI's shape, as vLLM's own handlers write it."""
-    error = {"message": message, "type": status.phrase, "param": None, "code": status.value}
-    return JSONResponse({"error": error}, status, headers)
+    """Return an error in the shape of the request's route, as vLLM's own handlers write it.
+
+    That is Anthropic's for /v1/messages and below it, OpenAI's elsewhere.
+    """
+    kind = _KINDS.get(status, status.phrase)
+    if route_path(scope).startswith(_MESSAGES):
+        anthropic = {"type": "error", "error": {"type": kind, "message": message}}
+        return JSONResponse(anthropic, status, headers)
+    openai = {"message": message, "type": kind, "param": None, "code": status.value}
+    return JSONResponse({"error": openai}, status, headers)
+
+
+def route_path(scope: Scope) -> str:
+    """Return the path that Starlette's router compares with its routes."""
+    path, root_path = scope["path"], scope.get("root_path", "")
+    rest: str = path.removeprefix(root_path)
+    return rest if path.startswith(root_path) and (not rest or rest[0] == "/") else path

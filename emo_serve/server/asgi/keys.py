@@ -24,10 +24,10 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from emo_serve.server.asgi.admission import READING_METHODS
-from emo_serve.server.asgi.errors import error_response
+from emo_serve.server.asgi.bodies import READING_METHODS
+from emo_serve.server.asgi.errors import error_response, route_path
 
-__all__ = ["KeyGuard", "route_path"]
+__all__ = ["KeyGuard"]
 
 _POOLS = "/v1/pools"
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
@@ -73,14 +73,14 @@ class KeyGuard:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
         else:
-            await _refused(key)(scope, receive, send)
+            await _refused(scope, key)(scope, receive, send)
 
     def _opened_by(self, scope: Scope) -> tuple[_Key, ...]:
         """Return the kinds of keys that open a connection; empty if it needs no key."""
         method = scope.get("method")  # a websocket has none
         if scope["type"] not in ("http", "websocket") or method == "OPTIONS":
             return ()  # OPTIONS: a browser's preflight carries no key
-        path = route_path(scope["path"], self._root_path or scope.get("root_path", ""))
+        path = route_path({**scope, "root_path": self._root_path or scope.get("root_path", "")})
         changes_pools = path.startswith(_POOLS) and method not in READING_METHODS
         if changes_pools and self._admin_hashes:
             return (_Key.ADMIN,)
@@ -102,20 +102,14 @@ class KeyGuard:
         return _Key.ADMIN if is_admin else _Key.API if is_api else _Key.UNKNOWN
 
 
-def route_path(path: str, root_path: str) -> str:
-    """Return the path that Starlette's router compares with its routes."""
-    rest = path.removeprefix(root_path)
-    return rest if path.startswith(root_path) and (not rest or rest[0] == "/") else path
-
-
 def _hashes(keys: Collection[str]) -> tuple[bytes, ...]:
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys if key)
 
 
-def _refused(key: _Key) -> JSONResponse:
+def _refused(scope: Scope, key: _Key) -> JSONResponse:
     """Return 403 for an API key that is not enough, 401 for a missing or unknown key."""
     if key is _Key.API:
         message = "this key may not change pools; use a key given by --admin-api-key"
-        return error_response(HTTPStatus.FORBIDDEN, message)
+        return error_response(scope, HTTPStatus.FORBIDDEN, message)
     message = f"{key.value} was sent; send 'Authorization: Bearer KEY' with a key of this server"
-    return error_response(HTTPStatus.UNAUTHORIZED, message, {"www-authenticate": "Bearer"})
+    return error_response(scope, HTTPStatus.UNAUTHORIZED, message, {"www-authenticate": "Bearer"})

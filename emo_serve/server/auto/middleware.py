@@ -26,8 +26,7 @@ from emo_serve.errors import EmoServeError, RequestError
 from emo_serve.names import AUTO_POOL, BASE_POOL, ModelNames
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.asgi.context import current_request
-from emo_serve.server.asgi.errors import reason_of, refusal
-from emo_serve.server.asgi.keys import route_path
+from emo_serve.server.asgi.errors import reason_of, refusal, route_path
 from emo_serve.server.auto.choice import PoolChooser
 from emo_serve.server.auto.prompt_text import READERS
 
@@ -58,12 +57,9 @@ class AutoPool:
         names: ModelNames,
         chooser: PoolChooser,
         observer: AutoObserver,
-        *,
-        root_path: str | None = None,
     ) -> None:
         self.app = app
         self._names, self._chooser, self._observer = names, chooser, observer
-        self._root_path = root_path or ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -82,7 +78,7 @@ class AutoPool:
             pool = await _unless_disconnected(receive, self._chooser.choose(prompt))
         except EmoServeError as error:
             self._observer.count_refusal(reason_of(error))
-            await refusal(error)(scope, receive, send)
+            await refusal(scope, error)(scope, receive, send)
             return
         if pool is None:  # the client has disconnected
             return
@@ -97,7 +93,7 @@ class AutoPool:
         """Return the path of a POST request, and "" for anything else."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return ""
-        return route_path(scope["path"], self._root_path or scope.get("root_path", ""))
+        return route_path(scope)
 
     def _document(self, received: Sequence[Message]) -> dict[str, Any] | None:
         """Return the request's JSON if it is complete and asks for `auto`, else None."""

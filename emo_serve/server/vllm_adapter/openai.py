@@ -38,6 +38,7 @@ from emo_serve.metrics import PoolMetrics
 from emo_serve.names import AUTO_POOL
 from emo_serve.server.asgi.context import current_request
 from emo_serve.server.asgi.errors import reason_of
+from emo_serve.server.asgi.protocol import BoundedHttpProtocol
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
 
@@ -45,7 +46,9 @@ __all__ = [
     "bind_socket",
     "build_http_app",
     "create_http_server",
+    "innermost",
     "metrics_registry",
+    "replace_innermost",
     "run_beside_server",
 ]
 
@@ -112,6 +115,21 @@ async def build_http_app(
     return app
 
 
+def innermost(app: FastAPI) -> ASGIApp:
+    """Return what vLLM's middleware passes requests to: the router of all routes."""
+    inner: ASGIApp = app.router.middleware_stack
+    return inner
+
+
+def replace_innermost(app: FastAPI, layers: ASGIApp) -> None:
+    """Put ASGI layers, around what `innermost` returned, between vLLM's middleware and the routes.
+
+    What they answer themselves passes vLLM's middleware like any other answer: a browser may read
+    it, it has a request id, and it is counted.
+    """
+    app.router.middleware_stack = layers  # type: ignore[assignment]
+
+
 def metrics_registry() -> Any:
     """Return the registry that vLLM's /metrics shows."""
     return get_prometheus_registry()
@@ -149,6 +167,7 @@ def create_http_server(wrapped: ASGIApp, app: FastAPI, args: argparse.Namespace)
         "ssl_ca_certs": args.ssl_ca_certs,
         "ssl_cert_reqs": args.ssl_cert_reqs,
         "h11_max_incomplete_event_size": args.h11_max_incomplete_event_size,
+        "http": BoundedHttpProtocol,
     }
     if args.ssl_ciphers:
         options["ssl_ciphers"] = args.ssl_ciphers

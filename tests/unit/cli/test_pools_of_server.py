@@ -105,7 +105,7 @@ def to_http_error(error: EmoServeError) -> Exception:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return error_response(HTTPStatus(error.status_code), error.detail)
+    return error_response(request.scope, HTTPStatus(error.status_code), error.detail)
 
 
 Cli = Callable[..., tuple[int, str, str]]

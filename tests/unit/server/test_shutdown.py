@@ -43,7 +43,9 @@ async def post(gate: Admission) -> int:
     async def receive() -> Message:
         return {"type": "http.disconnect"}
 
-    await gate({"type": "http", "method": "POST", "headers": []}, receive, send)
+    await gate(
+        {"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}, receive, send
+    )
     return statuses[0]
 
 

@@ -47,7 +47,12 @@ class Client:
         async def send(message: Message) -> None:
             self.sent.append(message)
 
-        scope = {"type": "http", "method": method, "headers": list(headers)}
+        scope = {
+            "type": "http",
+            "path": "/v1/completions",
+            "method": method,
+            "headers": list(headers),
+        }
         await self.admission(scope, receive, send)
 
     @property
@@ -381,7 +386,7 @@ async def test_a_wish_that_cannot_be_read_is_a_400_and_runs_nothing(values: list
     await client.request(headers=[(b"x-emo-coverage", value) for value in values])
     assert (client.status, app.headers_seen, admission.num_running) == (400, [], 0)
     error = json.loads(client.sent[1]["body"])["error"]
-    assert (error["code"], error["type"]) == (400, "Bad Request")
+    assert (error["code"], error["type"]) == (400, "BadRequestError")
     assert error["message"].startswith("x-emo-coverage is ")
 
 

@@ -12,7 +12,8 @@ from fastapi import FastAPI
 from starlette._utils import get_route_path
 from starlette.types import Message, Scope
 
-from emo_serve.server.asgi.keys import KeyGuard, route_path
+from emo_serve.server.asgi.errors import route_path
+from emo_serve.server.asgi.keys import KeyGuard
 
 OPEN = ("/health", "/metrics")
 API, ADMIN, UNKNOWN = "Clients1", "Operators1", "Clients1-"
@@ -236,7 +237,8 @@ async def test_an_open_path_never_opens_a_change_of_pools() -> None:
     "path", ["/v1/pools", "/emo/v1/pools", "/emo", "/emo/", "/emov1/pools", "//v1", "/v", "/", ""]
 )
 def test_the_path_is_the_routers(path: str, root_path: str) -> None:
-    assert route_path(path, root_path) == get_route_path({"path": path, "root_path": root_path})
+    scope = {"path": path, "root_path": root_path}
+    assert route_path(scope) == get_route_path(scope)
 
 
 async def test_a_path_below_the_root_path_is_guarded_as_without() -> None:

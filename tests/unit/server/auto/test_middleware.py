@@ -99,8 +99,8 @@ class World:
         self, answer: ExpertPool | EmoServeError = MATH, names: ModelNames = NAMES, root: str = ""
     ) -> None:
         self.app, self.chooser, self.metrics = FakeApp(), FakeChooser(answer), FakeMetrics()
-        auto = AutoPool(self.app, names, self.chooser, self.metrics, root_path=root)
-        self.admission = Admission(auto)
+        auto = AutoPool(self.app, names, self.chooser, self.metrics)
+        self.admission, self.root = Admission(auto), root
         self.sent: list[Message] = []
         self.left = asyncio.Event()
 
@@ -131,7 +131,8 @@ class World:
             self.sent.append(message)
 
         length = (b"content-length", str(len(text)).encode())
-        scope = {"type": "http", "method": method, "path": path, "headers": [length, *headers]}
+        scope = {"type": "http", "method": method, "path": path, "root_path": self.root}
+        scope["headers"] = [length, *headers]
         await self.admission(scope, receive, send)
 
     @property

@@ -17,8 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Router
 from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.anthropic.api_router import translate_error_response
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -58,7 +63,7 @@ from emo_serve.errors import (
 )
 from emo_serve.server.asgi.errors import refusal, status_of
 from emo_serve.server.startup.unsupported_flags import _UNSUPPORTED
-from emo_serve.server.vllm_adapter import flags, generation
+from emo_serve.server.vllm_adapter import flags, generation, openai
 from emo_serve.vllm_plugin.contract import PluginSettings
 from emo_serve.vllm_plugin.settings import has_front_end, read_settings
 from tests.unit.vllm_plugin.test_settings import vllm_config
@@ -234,9 +239,37 @@ def test_the_table_gives_each_of_our_errors_its_status(error: EmoServeError, sta
 
 
 def test_our_own_refusals_look_like_vllms() -> None:
-    for error in (Draining("x"), LoadDeadlineExceeded("x"), EngineDead("x")):
-        theirs = create_error_response(generation.to_http_error(error)).model_dump()
-        assert json.loads(bytes(refusal(error).body)) == theirs
+    errors = (Draining("x"), LoadDeadlineExceeded("x"), EngineDead("x"), UnknownPool("x"))
+    for error in (*errors, RequestError("x"), PoolExists("x")):
+        answer = create_error_response(generation.to_http_error(error, param=None))
+        ours = refusal({"path": "/v1/completions"}, error)
+        assert json.loads(bytes(ours.body)) == answer.model_dump()
+        theirs = translate_error_response(answer)
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            ours = refusal({"path": path}, error)
+            assert (ours.status_code, ours.body) == (theirs.status_code, theirs.body)
+
+
+def test_our_layers_stand_where_the_router_calls_them() -> None:
+    assert "self.middleware_stack(scope, receive, send)" in source(Router.__call__)
+    app = FastAPI()
+    called: list[str] = []
+
+    @app.get("/x")
+    async def route() -> str:
+        return "x"
+
+    inner = openai.innermost(app)
+
+    async def layer(scope: Any, receive: Any, send: Any) -> None:
+        called.append(scope["type"])
+        await inner(scope, receive, send)
+
+    app.add_middleware(CORSMiddleware, allow_origins=["*"])
+    openai.replace_innermost(app, layer)
+    response = TestClient(app).get("/x", headers={"origin": "http://a"})
+    assert (response.json(), called) == ("x", ["http"])
+    assert response.headers["access-control-allow-origin"] == "*"
 
 
 def test_only_requests_for_a_model_have_the_parameter_model() -> None:
