@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,36 @@ import httpx
 import openai
 import psutil
 
-START_SECONDS = 300.0
+from tests.support.progress import PATIENCE_SECONDS, START_SECONDS, Activity, wait_for
 
 
 class RunningServer:
-    """One server process; `output` and `log` are its stdout and stderr so far."""
+    """One server process; `output` and `log` are its stdout and stderr so far.
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, directory: Path) -> None:
+    Clients have the server's key, an operator's if there is one, unless a test names another; the
+    key "" stands for none.
+    """
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        port: int,
+        directory: Path,
+        arguments: tuple[str, ...],
+    ) -> None:
         self.process = process
         self.port = port
+        self.arguments = arguments
         self.url = f"http://127.0.0.1:{port}"
+        self.activity = Activity(process.pid, [directory / "out", directory / "err"])
+        keys = [self.value(flag) for flag in ("--admin-api-key", "--api-key")]
+        self.key = next((key for key in keys if key is not None), "")
         self._directory = directory
+
+    def value(self, flag: str) -> str | None:
+        """Return the value of a flag the server was started with."""
+        pairs = zip(self.arguments, self.arguments[1:], strict=False)
+        return next((value for name, value in pairs if name == flag), None)
 
     @property
     def has_ended(self) -> bool:
@@ -48,16 +66,28 @@ class RunningServer:
         start = self.output.index("emo-serve: ")
         return self.output[start:]
 
-    def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=120, **options)
+    def http(self, key: str | None = None) -> httpx.Client:
+        return httpx.Client(**self._options(key))
 
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+    def async_http(self, key: str | None = None) -> httpx.AsyncClient:
+        return httpx.AsyncClient(**self._options(key))
 
-    def async_client(self, key: str = "none") -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120
-        )
+    def client(self, key: str | None = None) -> openai.OpenAI:
+        return openai.OpenAI(**self._openai_options(key))
+
+    def async_client(self, key: str | None = None) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(**self._openai_options(key))
+
+    def _options(self, key: str | None) -> dict[str, Any]:
+        """Return an httpx client's arguments."""
+        key = self.key if key is None else key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return {"base_url": self.url, "headers": headers, "timeout": PATIENCE_SECONDS}
+
+    def _openai_options(self, key: str | None) -> dict[str, Any]:
+        url = f"{self.url}/v1"
+        options = {"base_url": url, "api_key": key or self.key or "none", "max_retries": 0}
+        return {**options, "timeout": PATIENCE_SECONDS}
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -80,12 +110,12 @@ def start(directory: Path, *arguments: str) -> Iterator[RunningServer]:
             start_new_session=True,
         )
     try:
-        yield RunningServer(process, port, directory)
+        yield RunningServer(process, port, directory, arguments)
     finally:
         if process.poll() is None:
             process.terminate()
         try:
-            process.wait(60)
+            process.wait(PATIENCE_SECONDS)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -93,10 +123,12 @@ def start(directory: Path, *arguments: str) -> Iterator[RunningServer]:
 
 @contextmanager
 def serve(directory: Path, *arguments: str) -> Iterator[RunningServer]:
-    """Start `emo-serve serve` and wait for its summary."""
+    """Start `emo-serve serve` and wait for its summary, as long as the start gets on."""
     with start(directory, *arguments) as server:
-        wait_for(lambda: "  try " in server.output or server.has_ended, START_SECONDS)
-        assert not server.has_ended, f"{server.output[-4000:]}\n{server.log[-4000:]}"
+        wait_for(
+            lambda: "  try " in server.output or server.has_ended, server.activity, START_SECONDS
+        )
+        assert not server.has_ended, server.activity.last_words()
         yield server
 
 
@@ -120,7 +152,8 @@ def stopped_engine(server: RunningServer) -> Iterator[None]:
 class RawRequest:
     """A completion request over a bare socket, whose reader does what the test says."""
 
-    def __init__(self, server: RunningServer, key: str = "none", **body: Any) -> None:
+    def __init__(self, server: RunningServer, key: str | None = None, **body: Any) -> None:
+        key = key or server.key or "none"
         text = json.dumps({"stream": True, "max_tokens": 480, "ignore_eos": True, **body}).encode()
         self.socket = socket.create_connection(("127.0.0.1", server.port))
         self.received = b""
@@ -148,15 +181,6 @@ class RawRequest:
 
     def __exit__(self, *_: object) -> None:
         self.socket.close()
-
-
-def wait_for(claim: Callable[[], bool], seconds: float = 60.0) -> float:
-    """Return how long it took for the claim to hold; fail if it takes longer than that."""
-    start = time.monotonic()
-    while not claim():
-        assert time.monotonic() - start < seconds, f"not within {seconds} s"
-        time.sleep(0.01)  # another process; nothing here can be awaited
-    return time.monotonic() - start
 
 
 def error_of(error: openai.APIStatusError) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.auto.by_router import coverages, trunk_pool
 from emo_serve.vllm_plugin.contract import RouterMass
 from tests.engine.server.conftest import POOLS
-from tests.support.server_process import RunningServer, error_of, serve
+from tests.support.server_process import error_of
 from tests.unit.emo.test_model import masks
 
 pytestmark = pytest.mark.vllm
@@ -37,27 +36,6 @@ def reference(golden_checkpoint: Path) -> EmoForCausalLM:
 def pools(golden_pools: Path, reference: EmoForCausalLM) -> list[ExpertPool]:
     layers = reference.config.moe_layers
     return [read_pool(golden_pools / f"{name}.json").complete(layers) for name in POOLS]
-
-
-@pytest.fixture(scope="module")
-def small(
-    golden_checkpoint: Path, golden_pools: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    """A server whose slab holds each pool and not the base pool; others than `tiny` are loaded."""
-    with serve(
-        tmp_path_factory.mktemp("auto"),
-        str(golden_checkpoint),
-        *("--pools", str(golden_pools)),
-        *("--served-model-name", "emo"),
-        *("--dtype", "float32"),
-        *("--max-model-len", "512"),
-        *("--expert-slots", "16"),
-        *("--default-pool", "tiny"),
-        *("--preload", "tiny"),
-        *("--auto-tokens", "32"),
-        "--enforce-eager",
-    ) as running:
-        yield running
 
 
 @torch.no_grad()
@@ -176,20 +154,20 @@ def test_no_pool_may_be_called_auto(http: httpx.Client, golden_pools: Path) -> N
 # -- it is not --
 
 
+@pytest.mark.server("tight")
 def test_without_the_base_pool_the_trunks_router_chooses_and_the_pool_is_loaded(
-    small: RunningServer, reference: EmoForCausalLM, pools: list[ExpertPool]
+    http: httpx.Client, reference: EmoForCausalLM, pools: list[ExpertPool]
 ) -> None:
     layers = reference.config.moe_layers
     trunk, chosen = trunk_pool(layers).complete(layers), set()
-    with small.http() as http:
-        for ids in prompts():
-            body = {"model": "auto", "prompt": ids, "max_tokens": 1}
-            response = http.post("/v1/completions", json=body)
-            shares = covered(reference, ids[:32], pools, trunk)
-            expected = max(shares, key=shares.__getitem__)
-            assert response.status_code == 200, response.text
-            assert response.json()["model"] == expected, shares
-            chosen.add(expected)
-        listed = {card["name"] for card in http.get("/v1/pools").json()["data"]}
+    for ids in prompts():
+        body = {"model": "auto", "prompt": ids, "max_tokens": 1}
+        response = http.post("/v1/completions", json=body)
+        shares = covered(reference, ids[:32], pools, trunk)
+        expected = max(shares, key=shares.__getitem__)
+        assert response.status_code == 200, response.text
+        assert response.json()["model"] == expected, shares
+        chosen.add(expected)
+    listed = {card["name"] for card in http.get("/v1/pools").json()["data"]}
     assert len(chosen) > 1
     assert listed == {"base", *POOLS}

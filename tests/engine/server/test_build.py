@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +16,23 @@ from emo_serve.pools.calibration.build import calibrate
 from emo_serve.pools.calibration.examples import Example, encode_examples
 from emo_serve.pools.calibration.findings import Calibration
 from emo_serve.pools.document import read_pool
-from tests.support.server_process import RunningServer, serve, stopped_engine, wait_for
+from tests.engine.server.conftest import TIGHT_SLOTS
+from tests.support.progress import wait_for
+from tests.support.server_process import RunningServer, stopped_engine
 
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.server("tight"),
+    pytest.mark.usefixtures("restored"),
+]
 
 K = 8
-SLOTS = 20  # two of the golden pools, or one and what a build needs
-
-
-@pytest.fixture(scope="module")
-def own_pools(golden_pools: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the golden pools: what is built here is stored there."""
-    return Path(shutil.copytree(golden_pools, tmp_path_factory.mktemp("build-pools") / "pools"))
-
-
-@pytest.fixture(scope="module")
-def server(
-    golden_checkpoint: Path, own_pools: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    with serve(
-        tmp_path_factory.mktemp("build"),
-        str(golden_checkpoint),
-        *("--pools", str(own_pools), "--expert-slots", str(SLOTS), "--default-pool", "math"),
-        *("--served-model-name", "emo", "--dtype", "float32", "--max-model-len", "256"),
-        "--enforce-eager",
-    ) as running:
-        yield running
 
 
 def texts(seed: int, count: int = 12) -> list[str]:
     """Return texts of different lengths, one of them longer than the server takes."""
     rng = random.Random(seed)
-    lengths = [300, *(rng.randint(5, 200) for _ in range(count - 1))]
+    lengths = [600, *(rng.randint(5, 200) for _ in range(count - 1))]
     return ["".join(rng.choices("abcdefgh (=)", k=length)) for length in lengths]
 
 
@@ -58,7 +40,7 @@ def offline(directory: Path, documents: list[str], k: int = K) -> Calibration:
     checkpoint = Checkpoint.open(directory)
     examples = [Example("text", text) for text in documents]
     tokenizer = ModelTokenizer(directory)
-    ids = encode_examples(examples, tokenizer, checkpoint.config, max_tokens=255).ids
+    ids = encode_examples(examples, tokenizer, checkpoint.config, max_tokens=511).ids
     return calibrate(checkpoint, ids, k)
 
 
@@ -75,12 +57,12 @@ async def post(http: httpx.AsyncClient, name: str, documents: list[str], **more:
 
 
 async def test_a_build_beside_requests_finds_the_offline_builds_pool(
-    server: RunningServer, golden_checkpoint: Path, own_pools: Path
+    server: RunningServer, golden_checkpoint: Path, tight_pools: Path
 ) -> None:
     """Others ask for more pools than fit, and neither they nor the build come out any different."""
     expected = [offline(golden_checkpoint, texts(seed)) for seed in (0, 1)]
     async with (
-        httpx.AsyncClient(base_url=server.url, timeout=300) as http,
+        server.async_http() as http,
         server.async_client() as client,
     ):
 
@@ -115,7 +97,7 @@ async def test_a_build_beside_requests_finds_the_offline_builds_pool(
             card = (await http.get(f"/v1/pools/built-{seed}")).json()
             assert card["experts"] == [list(layer.experts) for layer in found.layers if layer]
             for scores, layer in zip(
-                scores_of(own_pools, f"built-{seed}"), found.layers, strict=True
+                scores_of(tight_pools, f"built-{seed}"), found.layers, strict=True
             ):
                 assert layer is not None
                 assert scores == pytest.approx(layer.scores, rel=1e-3, abs=1e-6)
@@ -125,7 +107,7 @@ async def test_a_build_beside_requests_finds_the_offline_builds_pool(
 async def test_the_same_build_gives_the_same_pool_and_leaves_only_that(
     server: RunningServer,
 ) -> None:
-    async with httpx.AsyncClient(base_url=server.url, timeout=300) as http:
+    async with server.async_http() as http:
         hashes = [(await post(http, "again", texts(3)))["content_hash"] for _ in range(2)]
         listed = (await http.get("/v1/pools", params={"experts": True})).json()
         metrics = (await http.get("/metrics")).text
@@ -138,48 +120,38 @@ async def test_the_same_build_gives_the_same_pool_and_leaves_only_that(
     assert 'emo_serve_pool_resident{pool="(build)"}' not in metrics
 
 
-@pytest.fixture
-def http(server: RunningServer) -> Iterator[httpx.Client]:
-    with server.http() as http:
-        yield http
-
-
-def is_under_way(http: httpx.Client) -> bool:
-    listed = http.get("/v1/pools").json()
-    return bool(listed["running_requests"] + listed["waiting_requests"])
-
-
-def test_a_client_that_leaves_gets_its_pool_and_a_second_is_told_to_wait(
-    server: RunningServer, http: httpx.Client
+async def test_a_client_that_leaves_gets_its_pool_and_a_second_is_told_to_wait(
+    server: RunningServer,
 ) -> None:
     body = {"name": "left", "examples": texts(4), "experts": K}
     other = {"name": "other", "examples": ["a"], "experts": K}
-    with stopped_engine(server):
-        with pytest.raises(httpx.ReadTimeout):
-            http.post("/v1/pools", json=body, timeout=1)
-        assert is_under_way(http)
-        refused = http.post("/v1/pools", json=other)
-        assert refused.status_code == 409
-        assert "pool 'left' is being built, and a server builds one pool at a time" in refused.text
-    wait_for(lambda: http.get("/v1/pools/left").is_success)
-    assert http.post("/v1/pools", json=other).status_code == 201
+    async with server.async_http() as http:
+
+        async def is_under_way() -> bool:
+            listed = (await http.get("/v1/pools")).json()
+            return bool(listed["running_requests"] + listed["waiting_requests"])
+
+        with stopped_engine(server):
+            leaving = asyncio.create_task(http.post("/v1/pools", json=body))
+            while not await is_under_way():
+                await asyncio.sleep(0.01)
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            assert await is_under_way()
+            refused = await http.post("/v1/pools", json=other)
+            assert refused.status_code == 409
+            assert (
+                "pool 'left' is being built, and a server builds one pool at a time" in refused.text
+            )
+    with server.http() as after:
+        wait_for(lambda: after.get("/v1/pools/left").is_success, server.activity)
+        assert after.post("/v1/pools", json=other).status_code == 201
 
 
 def test_a_pool_that_the_slab_cannot_hold_is_refused(http: httpx.Client) -> None:
-    answer = http.post("/v1/pools", json={"name": "big", "examples": ["a"], "experts": SLOTS + 1})
+    too_many = TIGHT_SLOTS + 1
+    body = {"name": "big", "examples": ["a"], "experts": too_many}
+    answer = http.post("/v1/pools", json=body)
     assert answer.status_code == 400
-    assert f"needs {SLOTS + 1} slots and has {SLOTS}" in answer.json()["error"]["message"]
-
-
-def test_a_drain_waits_for_a_build(server: RunningServer, http: httpx.Client) -> None:
-    """Ends the server, so it is the last."""
-    body = {"name": "late", "examples": texts(5), "experts": K}
-    with ThreadPoolExecutor() as threads:
-        with stopped_engine(server):
-            building = threads.submit(http.post, "/v1/pools", json=body)
-            with server.http() as others:
-                wait_for(lambda: is_under_way(others))
-                server.terminate()
-                wait_for(lambda: others.get("/ready").status_code == 503)
-        assert building.result().status_code == 201
-    assert server.process.wait(60) == 0
+    assert f"needs {too_many} slots and has {TIGHT_SLOTS}" in answer.json()["error"]["message"]

@@ -17,7 +17,8 @@ from emo_serve.emo.config import EmoConfig
 from emo_serve.emo.model import EmoForCausalLM, RouterRecord
 from emo_serve.emo.routing import router_probabilities
 from tests.support.golden.checkpoints import config_of, golden, pools_of
-from tests.support.server_process import RunningServer, error_of, wait_for
+from tests.support.progress import wait_for
+from tests.support.server_process import RunningServer, error_of
 from tests.unit.cli.test_pools import run
 from tests.unit.emo.test_model import masks
 

@@ -16,7 +16,6 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,42 +26,20 @@ import torch
 
 from emo_serve.emo.checkpoint import load_model
 from emo_serve.emo.model import EmoForCausalLM, RouterRecord
-from emo_serve.pools.document import write_pool
-from emo_serve.pools.pool import ExpertPool, LayerExperts
 from tests.support.golden.checkpoints import golden
-from tests.support.server_process import RunningServer, serve, wait_for
+from tests.support.server_process import RunningServer
 from tests.unit.emo.test_model import logprobs, masks
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.server("tight")]
 
 OPERATIONS = int(os.environ.get("EMO_SERVE_STRESS_OPERATIONS", "300"))
 TOLERANCE = 1e-3  # nats per token, float32; another pool is hundreds of times as far
 TIE_TOLERANCE = 2e-2  # where two experts are as good for one token, and rounding chooses
 NUM_EXPERTS, NUM_LAYERS, SHARED = 32, 3, 31
-SLOTS = 24
 NAMES = ("a", "b", "c", "d", "e")
 NUM_CLIENTS, NUM_OPERATORS = 8, 2
 # Long enough to fill several KV blocks, so that a stale prefix would be found and used.
 PROMPTS = [(golden().prompts[i] * 8)[:length] for i, length in ((0, 40), (1, 100), (2, 160))]
-
-
-@pytest.fixture(scope="module")
-def server(
-    golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    pools = tmp_path_factory.mktemp("pools")
-    chance = random.Random(0)
-    for name in NAMES:
-        write_pool(a_definition(chance).named(name), pools / f"{name}.json")
-    with serve(
-        tmp_path_factory.mktemp("stale"),
-        str(golden_checkpoint),
-        *("--pools", str(pools), "--expert-slots", str(SLOTS), "--default-pool", "a"),
-        *("--host-expert-memory", "4MiB", "--load-deadline", "120", "--max-pools", "6"),
-        *("--served-model-name", "emo", "--dtype", "float32", "--max-model-len", "512"),
-        *("--block-size", "32", "--enforce-eager"),
-    ) as running:
-        yield running
 
 
 @dataclass(frozen=True)
@@ -72,8 +49,9 @@ class Definition:
     experts: tuple[tuple[int, ...], ...]
     temperature: float
 
-    def named(self, name: str) -> ExpertPool:
-        return ExpertPool(name, tuple(map(LayerExperts, self.experts)), self.temperature)
+    def document(self, name: str) -> dict[str, Any]:
+        layers = [{"experts": ids} for ids in self.experts]
+        return {"format": "emo-pool/1", "name": name, "layers": layers}
 
     def union(self, other: Definition) -> Definition:
         both = zip(self.experts, other.experts, strict=True)
@@ -207,11 +185,7 @@ class Stress:
         lives = self.lives[name]
         if lives and self.chance.random() < 0.2:
             definition = lives[0].definition  # one it had before: the same content comes back
-        document = {
-            "format": "emo-pool/1",
-            "name": name,
-            "layers": [{"experts": ids} for ids in definition.experts],
-        }
+        document = definition.document(name)
         life = Life(definition, since=time.monotonic())
         before = [old for old in lives if old.until == float("inf")]
         lives.append(life)
@@ -273,12 +247,14 @@ def is_tied(reference: EmoForCausalLM, answer: Answer, definition: Definition) -
 
 
 async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
-    server: RunningServer, reference: EmoForCausalLM
+    server: RunningServer, reference: EmoForCausalLM, restored: None
 ) -> None:
     chance = random.Random(OPERATIONS)
-    async with httpx.AsyncClient(base_url=server.url, timeout=180) as http:
-        names = random.Random(0)
-        lives = {name: [Life(a_definition(names), 0.0)] for name in NAMES}
+    async with server.async_http() as http:
+        lives = {name: [Life(a_definition(chance), 0.0)] for name in NAMES}
+        for name, (life,) in lives.items():
+            body = life.definition.document(name)
+            (await http.post("/v1/pools", json=body)).raise_for_status()
         before = (await http.get("/v1/pools")).json()["slots"]
         stress = Stress(http, chance, lives)
         start = time.monotonic()
@@ -293,8 +269,6 @@ async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
         after = (await http.get("/v1/pools")).json()["slots"]
     print(f"\n{OPERATIONS} operations, {len(stress.answers)} answers in {seconds:.0f} s")
     print(dict(stress.seen))
-    server.terminate()  # it would share the cores with the reference
-    wait_for(lambda: server.has_ended)
     worst, num_ties = 0.0, 0
     for answer in stress.answers:
         nearest, definition = min(

@@ -1,12 +1,13 @@
-"""Operators at work on a real server: every route and command, keys, and a restart at the end.
+"""Operators at work on a real server: every route and command, and keys.
 
-The slab has room for two of three pools. The last test ends the server and starts it again.
+The slab has room for two of three pools; test_ends.py has what survives a restart.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +17,19 @@ import pytest
 
 from emo_serve.cli.client import KEY_VARIABLES
 from emo_serve.cli.main import main
-from emo_serve.pools.document import read_pool, write_pool
-from emo_serve.pools.pool import ExpertPool, LayerExperts
+from emo_serve.pools.document import read_pool
+from tests.engine.server.conftest import ADMIN, API, TIGHT_SLOTS, document
 from tests.support.golden.checkpoints import pools_of
-from tests.support.server_process import RawRequest, RunningServer, serve, wait_for
+from tests.support.progress import wait_for
+from tests.support.server_process import RawRequest, RunningServer, stopped_engine
 
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.server("tight"),
+    pytest.mark.usefixtures("restored"),
+]
 
-API, ADMIN = "clients-Ke9", "operators-Wa4"
-SLOTS = 24  # math and code take up to 20 per layer together, all three 27
-FIRST = ("math", "code", "law")
-
-
-def document(name: str, content: str = "", **fields: Any) -> dict[str, Any]:
-    """Return the document of a pool with the experts of a golden one."""
-    layers = [{"experts": ids} for ids in pools_of("shared1")[content or name]]
-    return {"format": "emo-pool/1", "name": name, "layers": layers, **fields}
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("operated-pools")
-    for name in FIRST:
-        layers = tuple(LayerExperts(tuple(ids)) for ids in pools_of("shared1")[name])
-        write_pool(ExpertPool(name, layers), directory / f"{name}.json")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def start(
-    directory: Path, golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[], Any]:
-    """Start a server on the directory."""
-    return lambda: serve(
-        tmp_path_factory.mktemp("operated"),
-        str(golden_checkpoint),
-        *("--pools", str(directory), "--default-pool", "math"),
-        *("--preload", "math,code", "--expert-slots", str(SLOTS)),
-        *("--api-key", API, "--admin-api-key", ADMIN),
-        *("--served-model-name", "emo", "--dtype", "float32"),
-        *("--max-model-len", "512", "--enforce-eager"),
-    )
-
-
-@pytest.fixture(scope="module")
-def server(start: Callable[[], Any]) -> Iterator[RunningServer]:
-    with start() as running:
-        yield running
-
-
-def headers_of(key: str | None) -> dict[str, str]:
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
-
-
-@pytest.fixture
-def http(server: RunningServer) -> Iterator[httpx.Client]:
-    """The operator's client; pools are as they were at the start, and nothing is pinned."""
-    with server.http(headers=headers_of(ADMIN)) as http:
-        yield http
-        for card in http.get("/v1/pools").json()["data"]:
-            if card["pinned"]:
-                http.post(f"/v1/pools/{card['name']}/unpin").raise_for_status()
-            if card["kind"] == "pool" and card["name"] not in FIRST:
-                http.delete(f"/v1/pools/{card['name']}").raise_for_status()
+GOLDEN = ("math", "code", "law")
 
 
 @pytest.fixture
@@ -114,9 +65,11 @@ def test_the_list_and_its_map_agree_with_the_slots(http: httpx.Client) -> None:
     for name in ("math", "code"):
         http.post(f"/v1/pools/{name}/load").raise_for_status()
     answer = http.get("/v1/pools", params={"experts": True}).json()
-    assert [card["name"] for card in answer["data"][:4]] == ["base", "code", "law", "math"]
+    assert [card["name"] for card in answer["data"][:5]] == [
+        *("base", "code", "law", "math", "tiny")
+    ]
     assert answer["experts_per_layer"] == [32, 32, 32]
-    assert answer["slots"]["total"] == 3 * SLOTS
+    assert answer["slots"]["total"] == 3 * TIGHT_SLOTS
     held = sum(count > 0 for layer in answer["holders"] for count in layer)
     assert held == answer["slots"]["used"]
     cards = {card["name"]: card for card in answer["data"]}
@@ -138,7 +91,7 @@ def test_load_pin_unpin_and_evict(http: httpx.Client) -> None:
     for name in cards_of(http):
         http.post(f"/v1/pools/{name}/evict").raise_for_status()
     slots = http.get("/v1/pools").json()["slots"]
-    assert (slots["used"], slots["free"], slots["leased"]) == (0, 3 * SLOTS, 0)
+    assert (slots["used"], slots["free"], slots["leased"]) == (0, 3 * TIGHT_SLOTS, 0)
     assert http.post("/v1/pools/base/load").status_code == 400
     assert http.post("/v1/pools/math+code/load").json()["experts_per_layer"] == [
         len({*a, *b})
@@ -149,11 +102,16 @@ def test_load_pin_unpin_and_evict(http: httpx.Client) -> None:
 def test_a_pool_in_use_is_evicted_when_its_requests_have_ended(
     server: RunningServer, http: httpx.Client
 ) -> None:
-    with RawRequest(server, API, model="math", prompt="hello", max_tokens=200) as request:
-        request.read_events(1)
-        assert http.get("/v1/pools").json()["slots"]["leased"] > 0
-        busy = http.post("/v1/pools/math/evict")
-        if busy.status_code == 409:  # unless the request has ended already
+    http.post("/v1/pools/math/load").raise_for_status()
+    with ExitStack() as stack:
+        with stopped_engine(server):
+            request = stack.enter_context(
+                RawRequest(server, model="math", prompt="hello", max_tokens=200)
+            )
+            wait_for(lambda: http.get("/v1/pools/math").json()["running_requests"] == 1)
+            assert http.get("/v1/pools").json()["slots"]["leased"] > 0
+            busy = http.post("/v1/pools/math/evict")
+            assert busy.status_code == 409
             assert "drain=true" in error_of(busy)
         drained = http.post("/v1/pools/math/evict", json={"drain": True})
         assert (drained.status_code, drained.json()["state"]) == (200, "absent")
@@ -165,13 +123,13 @@ def test_a_pool_in_use_is_evicted_when_its_requests_have_ended(
 
 
 def test_a_pool_is_defined_redefined_and_removed_under_requests(
-    http: httpx.Client, client: openai.OpenAI, directory: Path
+    http: httpx.Client, client: openai.OpenAI, tight_pools: Path
 ) -> None:
-    texts = {name: text_of(client, name) for name in FIRST}
+    texts = {name: text_of(client, name) for name in GOLDEN}
     assert len(set(texts.values())) == 3
     made = http.post("/v1/pools", json=document("poems", "law", description="verse"))
     assert (made.status_code, made.json()["version"]) == (201, 1)
-    assert read_pool(directory / "poems.json").description == "verse"
+    assert read_pool(tight_pools / "poems.json").description == "verse"
     assert text_of(client, "poems") == texts["law"]
     assert "poems" in {model.id for model in client.models.list().data}
     for turn, content in enumerate(("math", "code", "law", "math"), start=2):
@@ -181,8 +139,8 @@ def test_a_pool_is_defined_redefined_and_removed_under_requests(
     again = http.post("/v1/pools", json=document("poems", "law"))
     assert (again.status_code, "replace=true" in error_of(again)) == (409, True)
     assert http.delete("/v1/pools/poems").json()["deleted"] is True
-    assert not (directory / "poems.json").exists()
-    with pytest.raises(openai.NotFoundError, match="the pools are: code, law, math"):
+    assert not (tight_pools / "poems.json").exists()
+    with pytest.raises(openai.NotFoundError, match="the pools are: code, law, math, tiny"):
         text_of(client, "poems")
 
 
@@ -201,8 +159,8 @@ def test_running_requests_end_with_the_experts_they_began_with(
 ) -> None:
     http.post("/v1/pools", json=document("songs", "math")).raise_for_status()
     with (
-        RawRequest(server, API, model="songs", prompt="hello", temperature=0) as old,
-        RawRequest(server, API, model="math", prompt="hello", temperature=0) as same,
+        RawRequest(server, model="songs", prompt="hello", temperature=0) as old,
+        RawRequest(server, model="math", prompt="hello", temperature=0) as same,
     ):
         old.read_events(1)
         http.post("/v1/pools?replace=true", json=document("songs", "code")).raise_for_status()
@@ -232,11 +190,11 @@ def written(request: RawRequest) -> str:
         ("POST", "/v1/pools?replace=maybe", b"{}", 400, "replace"),
         ("POST", "/v1/pools?replcae=true", b"{}", 400, "replcae"),
         ("POST", "/v1/pools", b" " * (9 * 2**20), 413, "larger than"),
-        ("GET", "/v1/pools/nope", b"", 404, "the pools are: code, law, math"),
-        ("DELETE", "/v1/pools/nope", b"", 404, "the pools are: code, law, math"),
+        ("GET", "/v1/pools/nope", b"", 404, "the pools are: code, law, math, tiny"),
+        ("DELETE", "/v1/pools/nope", b"", 404, "the pools are: code, law, math, tiny"),
         ("DELETE", "/v1/pools/math", b"", 409, "--default-pool"),
         ("DELETE", "/v1/pools/base", b"", 409, "cannot be removed"),
-        ("POST", "/v1/pools/nope/load", b"", 404, "the pools are: code, law, math"),
+        ("POST", "/v1/pools/nope/load", b"", 404, "the pools are: code, law, math, tiny"),
         ("POST", "/v1/pools/math/load", b'{"pni": true}', 400, "pni"),
         ("POST", "/v1/pools/math/evict", b'{"drain": 1}', 400, "drain"),
     ],
@@ -292,11 +250,11 @@ def test_which_key_opens_what(
     server: RunningServer, method: str, path: str, no_key: int, api: int
 ) -> None:
     json_body = {"json": {}} if method == "POST" else {}
-    for key, status in ((None, no_key), ("wrong", no_key), (API, api)):
-        with server.http(headers=headers_of(key)) as http:
+    for key, status in (("", no_key), ("wrong", no_key), (API, api)):
+        with server.http(key) as http:
             answer = http.request(method, path, **json_body)
         assert answer.status_code == status, (key, answer.text)
-    with server.http(headers=headers_of(ADMIN)) as http:
+    with server.http(ADMIN) as http:
         if method == "GET":
             assert http.get(path).status_code == 200
 
@@ -331,8 +289,8 @@ def test_every_command(
     assert cli("pin", "tales")[1].startswith("tales: resident, pinned")
     status, out, err = cli("list", "--map")
     assert (status, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()[1:6]] == [
-        *("base", "code", "law", "math", "tales")
+    assert [line.split()[0] for line in out.splitlines()[1:7]] == [
+        *("base", "code", "law", "math", "tales", "tiny")
     ]
     marks = [line.split(maxsplit=2)[2] for line in out.splitlines()[-3:]]
     assert {len(row) for row in marks} == {32}
@@ -346,31 +304,6 @@ def test_every_command(
     assert cli("evict", "tales", "--drain")[0] == 0
     assert cli("remove", "tales") == (0, "pool tales is removed\n", "")
     status, _, err = cli("load", "tales")
-    assert (status, err.count("\n"), "the pools are: code, law, math" in err) == (2, 1, True)
+    assert (status, err.count("\n"), "the pools are: code, law, math, tiny" in err) == (2, 1, True)
     status, _, err = cli("load", "math", "--api-key", API)
     assert (status, "set EMO_SERVE_ADMIN_API_KEY" in err) == (2, True)
-
-
-# -- a restart; this ends the server, so it is the last --
-
-
-def test_pools_survive_a_restart(
-    server: RunningServer, start: Callable[[], Any], directory: Path, client: openai.OpenAI
-) -> None:
-    text = text_of(client, "law")
-    with server.http(headers=headers_of(ADMIN)) as http:
-        http.post("/v1/pools", json=document("poems", "law")).raise_for_status()
-        http.post("/v1/pools?replace=true", json=document("math", "code")).raise_for_status()
-        http.delete("/v1/pools/law").raise_for_status()
-        before = cards_of(http)
-    server.terminate()
-    wait_for(lambda: server.has_ended)
-    with start() as again, again.http(headers=headers_of(API)) as http:
-        after = cards_of(http)
-        assert sorted(after) == ["base", "code", "math", "poems"]
-        kept = ("content_hash", "experts_per_layer", "persisted", "default", "description")
-        for name, card in after.items():
-            assert [card[key] for key in kept] == [before[name][key] for key in kept]
-        with again.client(API) as client:
-            assert text_of(client, "poems") == text
-            assert text_of(client, "emo") == text_of(client, "code")  # math was redefined

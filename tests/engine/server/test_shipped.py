@@ -1,10 +1,9 @@
-"""The shipped model, a slab that holds one of its pools, an API key; the last test ends it."""
+"""The shipped model, a slab that holds one of its pools, an API key."""
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -12,38 +11,10 @@ import openai
 import pytest
 
 from emo_serve import demo
-from tests.support.server_process import RawRequest, RunningServer, error_of, serve, wait_for
+from tests.engine.server.conftest import API
+from tests.support.server_process import RunningServer, error_of
 
-pytestmark = pytest.mark.vllm
-
-KEY = "correct-horse"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server without MODEL: pools of 8 experts per layer, and room for 9."""
-    with serve(
-        tmp_path_factory.mktemp("small"),
-        *("--expert-slots", "9"),
-        *("--preload", "python,math"),
-        *("--default-pool", "python"),
-        *("--api-key", KEY),
-        *("--drain-timeout", "120"),
-        "--enforce-eager",
-    ) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with server.client(KEY) as client:
-        yield client
-
-
-@pytest.fixture
-def http(server: RunningServer) -> Iterator[httpx.Client]:
-    with server.http(headers={"Authorization": f"Bearer {KEY}"}) as http:
-        yield http
+pytestmark = [pytest.mark.vllm, pytest.mark.server("shipped")]
 
 
 def ask(client: openai.OpenAI, model: str, **options: Any) -> Any:
@@ -143,7 +114,7 @@ def test_the_shipped_model_writes_and_chats(client: openai.OpenAI) -> None:
 
 
 def test_the_key_guards_everything_but_what_monitors_ask(server: RunningServer) -> None:
-    with server.http() as no_key:
+    with server.http(key="") as no_key:
         for path in ("/v1/models", "/v1/pools", "/v1/pools/python", "/openapi.json"):
             assert no_key.get(path).status_code == 401, path
         for path in ("/v1/completions", "/v1/pools/python/evict", "/tokenize"):
@@ -156,32 +127,12 @@ def test_the_curl_line_works_when_pasted(server: RunningServer) -> None:
     (line,) = [line for line in server.summary.splitlines() if line.startswith("  try ")]
     command = line.removeprefix("  try").strip()
     assert "$EMO_SERVE_API_KEY" in command
-    assert KEY not in server.summary
+    assert API not in server.summary
     answer = subprocess.run(
         ["bash", "-c", command],
-        env={"PATH": "/usr/bin:/bin", "EMO_SERVE_API_KEY": KEY},
+        env={"PATH": "/usr/bin:/bin", "EMO_SERVE_API_KEY": API},
         capture_output=True,
         text=True,
         check=True,
     )
     assert '"object":"text_completion"' in answer.stdout
-
-
-def test_sigterm_drains(server: RunningServer, http: httpx.Client) -> None:
-    """Running requests finish, new ones get 503, then the process ends with status 0."""
-    prompts = ["a"] * 64
-    with RawRequest(server, KEY, model="python", prompt=prompts, max_tokens=450) as request:
-        request.read_events(1)
-        server.terminate()
-        wait_for(lambda: http.get("/ready").status_code == 503)
-        assert http.get("/health").status_code == 200
-        refused = http.post("/v1/completions", json={"model": "python", "prompt": "a"})
-        assert refused.status_code == 503
-        assert refused.headers["retry-after"] == "1"
-        assert "shutting down" in refused.json()["error"]["message"]
-        assert http.get("/v1/pools/python").json()["running_requests"] > 0
-        request.read_to_end()
-    assert request.received.count(b'"finish_reason":"length"') == len(prompts)
-    assert b"data: [DONE]" in request.received
-    wait_for(lambda: server.has_ended, 60)
-    assert server.process.returncode == 0
