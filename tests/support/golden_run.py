@@ -1,6 +1,6 @@
-"""Run as a program: one engine on the golden checkpoint, pools mixed; prints JSON on its last line.
+"""Run as a program: engines on the golden checkpoint, pools mixed; prints JSON on its last line.
 
-    python -m tests.support.golden_run CHECKPOINT '{"tensor_parallel_size": 2}' [--short]
+    python -m tests.support.golden_run CHECKPOINT '[{"moe_backend": "triton"}]' [--short]
 
 A process of its own, because vLLM reads the environment (model runner, thread binding) on import.
 With `--short` it asks for the first tokens of one prompt at a time, which is enough to check one
@@ -19,14 +19,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from emo_kernels import quantize
 from emo_serve.emo.checkpoint import load_model
+from emo_serve.emo.model import EmoForCausalLM
 from tests.support.golden.checkpoints import golden
 from tests.support.offline_engine import PooledEngine, pooled_engine
 from tests.unit.emo.test_model import logprobs, masks
 
 SHORT: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 4}
 """Engine arguments for 16 tokens of each of four pools, in one step; vLLM profiles 64 tokens."""
+
+TOLERANCE = 1e-3  # nats per token in float32, as asked; a few 1e-6 are met
 
 Logprobs = dict[str, list[list[float]]]
 """For each pool, of each golden prompt, the log-probability of every token after the first."""
@@ -56,6 +61,22 @@ def golden_pools() -> dict[str, list[list[int]]]:
     return {"full": [list(range(32))] * 3, **golden().pools}
 
 
+def assert_greedy(
+    model: EmoForCausalLM, pool: str, prompt: list[int], tokens: Sequence[int]
+) -> list[float]:
+    """Assert that the reference would have chosen each of these tokens; return their logprobs.
+
+    A tie within the tolerance counts: two implementations may break it differently.
+    """
+    ids = torch.tensor([[*prompt, *tokens]])
+    with torch.no_grad():
+        logits = model(ids, pool=masks(golden_pools()[pool], "shared1"))
+    scores = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    chosen = scores.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+    assert (scores.max(-1).values - chosen).max() < TOLERANCE, (pool, list(tokens))
+    return chosen.tolist()  # type: ignore[no-any-return]
+
+
 def quantised_logprobs(directory: Path) -> Logprobs:
     """Return the reference model's log-probabilities with its experts rounded to fp8."""
     model = load_model(directory)
@@ -81,22 +102,27 @@ def move_every_expert(engine: PooledEngine) -> None:
     engine.load(copies, engine.rows["full"], golden_pools()["full"])
 
 
-def main(directory: str, engine_args: str, *flags: str) -> None:
+def run(directory: Path, args: dict[str, Any], *, is_short: bool) -> dict[str, Any]:
     """Start, compare, load every expert again, compare, describe."""
-    is_short, args = "--short" in flags, json.loads(engine_args)
     is_fp8 = args.get("expert_dtype", "auto") != "auto"
-    expected = quantised_logprobs(Path(directory)) if is_fp8 else golden().prompt_logprobs
+    expected = quantised_logprobs(directory) if is_fp8 else golden().prompt_logprobs
     every: tuple[tuple[int, ...], int] = ((0, 1, 2), 40)
     before, after = (((0,), 16), ((1,), 16)) if is_short else (every, every)
     args = {**(SHORT if is_short else {}), **args}
-    with pooled_engine(Path(directory), golden_pools(), **args) as engine:
+    with pooled_engine(directory, golden_pools(), **args) as engine:
         worst = worst_difference(engine, expected, *before)
         move_every_expert(engine)
         worst_moved = worst_difference(engine, expected, *after)
         ranks = engine.call("emo_describe")
         usage = {pool: engine.call("emo_usage", kept, 1.0) for pool, kept in golden_pools().items()}
-        result = {"worst": worst, "worst_moved": worst_moved, "ranks": ranks, "usage": usage}
-        print(json.dumps(result))
+    return {"worst": worst, "worst_moved": worst_moved, "ranks": ranks, "usage": usage}
+
+
+def main(directory: str, runs: str, *flags: str) -> None:
+    """Do all runs, one after the other, in this process."""
+    is_short = "--short" in flags
+    results = [run(Path(directory), args, is_short=is_short) for args in json.loads(runs)]
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

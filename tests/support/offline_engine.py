@@ -1,7 +1,12 @@
-"""Real vLLM engines for the tests, fed with pools the way the front end feeds them."""
+"""Real vLLM engines for the tests, fed with pools the way the front end feeds them.
+
+An engine runs in the test's own process, which starts it in a few seconds, one at a time. With
+`own_processes` it has vLLM's usual ones, a core and a worker per rank, as under the server.
+"""
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -9,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from vllm import LLM, SamplingParams
 
 from emo_serve.emo.config import load_config
@@ -75,6 +82,24 @@ def chosen_logprobs(entries: Sequence[Any], tokens: Sequence[int]) -> list[float
 
 
 @contextmanager
+def started_engine(
+    directory: Path, *, own_processes: bool = False, **engine_args: Any
+) -> Iterator[LLM]:
+    """Start a small engine; shut it down on exit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(own_processes)))
+        patch.setenv("VLLM_DIST_IDENT", "")  # a worker sets it,
+        patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # and replaces this
+        if not own_processes:  # vLLM collects four times, each time all that pytest has imported
+            patch.setattr(gc, "collect", lambda generation=2: 0)
+        llm = LLM(str(directory), **{**SMALL, **engine_args})
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
 def pooled_engine(
     directory: Path,
     pools: dict[str, list[list[int]]],
@@ -96,15 +121,14 @@ def pooled_engine(
     wanted = [sorted({e for p in pools.values() for e in p[i]}) for i in range(len(layers))]
     num_slots = num_slots or max(len(experts) for experts in wanted)
     settings = PluginSettings(num_slots, len(pools), moe_backend, expert_dtype, host_expert_bytes)
-    llm = LLM(
-        str(directory),
+    with started_engine(
+        directory,
         load_format=LOAD_FORMAT,
         worker_cls=worker_cls_for("cpu"),
         worker_extension_cls=WORKER_EXTENSION_CLS,
         additional_config=settings.to_config(),
-        **{**SMALL, **engine_args},
-    )
-    try:
+        **engine_args,
+    ) as llm:
         engine = PooledEngine(llm, pools)
         if is_empty:
             yield engine
@@ -119,8 +143,6 @@ def pooled_engine(
         for name, experts_kept in pools.items():
             engine.call("emo_publish_pool", engine.rows[name], experts_kept, 1.0)
         yield engine
-    finally:
-        llm.llm_engine.engine_core.shutdown()
 
 
 SMALL: dict[str, Any] = {

@@ -1,81 +1,32 @@
-"""The plugin in real vLLM engines: each request computes inside its own pool, however it is run."""
+"""The plugin in a compiled vLLM engine: each request computes inside its own pool."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 
-from emo_serve.emo.checkpoint import Checkpoint, load_model
 from emo_serve.emo.model import EmoForCausalLM
 from emo_serve.emo.routing import router_probabilities
 from emo_serve.vllm_plugin.contract import ACCOUNT_ARG, MASS_SLOT_ARG
-from tests.support.golden.checkpoints import CASES, golden, pools_of, prompts_of, write_checkpoint
-from tests.support.golden_run import golden_pools, worst_difference
-from tests.support.offline_engine import SMALL, PooledEngine, chosen_logprobs, pooled_engine
+from tests.support.golden.checkpoints import golden
+from tests.support.golden_run import TOLERANCE, assert_greedy, golden_pools, worst_difference
+from tests.support.offline_engine import PooledEngine, chosen_logprobs, pooled_engine
 from tests.unit.emo.test_model import logprobs, masks
 
 pytestmark = pytest.mark.vllm
-TOLERANCE = 1e-3  # nats per token in float32, as asked; a few 1e-6 are met
-
-
-@pytest.fixture(scope="module")
-def shared1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint("shared1", tmp_path_factory.mktemp("shared1"))
-
-
-@pytest.fixture(scope="module")
-def reference(shared1: Path) -> EmoForCausalLM:
-    return load_model(shared1)
 
 
 @pytest.fixture(scope="module")
 def compiled(shared1: Path) -> Iterator[PooledEngine]:
-    """An engine with vLLM's default compilation."""
-    with pooled_engine(shared1, golden_pools(), enforce_eager=False) as engine:
+    """An engine as users run it: vLLM's default compilation, core and worker in own processes."""
+    with pooled_engine(shared1, golden_pools(), own_processes=True, enforce_eager=False) as engine:
         yield engine
     gc.collect()
-
-
-@pytest.fixture(scope="module")
-def tight(shared1: Path) -> Iterator[PooledEngine]:
-    """An engine that must chunk prompts, reuse prefixes and preempt: few tokens, few blocks."""
-    with pooled_engine(
-        shared1,
-        golden_pools(),
-        max_num_batched_tokens=24,
-        block_size=32,
-        num_gpu_blocks_override=14,
-        max_model_len=256,
-        enable_prefix_caching=True,
-        disable_log_stats=False,
-    ) as engine:
-        yield engine
-    gc.collect()
-
-
-def assert_greedy(
-    model: EmoForCausalLM, pool: str, prompt: list[int], tokens: Sequence[int]
-) -> list[float]:
-    """Assert that the reference would have chosen each of these tokens; return their logprobs.
-
-    A tie within the tolerance counts: two implementations may break it differently.
-    """
-    ids = torch.tensor([[*prompt, *tokens]])
-    with torch.no_grad():
-        logits = model(ids, pool=masks(golden_pools()[pool], "shared1"))
-    scores = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    chosen = scores.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-    assert (scores.max(-1).values - chosen).max() < TOLERANCE, (pool, list(tokens))
-    return chosen.tolist()  # type: ignore[no-any-return]
-
-
-def metric(engine: PooledEngine, name: str) -> float:
-    return sum(m.value for m in engine.llm.get_metrics() if m.name == name)
 
 
 # -- golden values --
@@ -83,49 +34,6 @@ def metric(engine: PooledEngine, name: str) -> float:
 
 def test_golden_values_compiled(compiled: PooledEngine) -> None:
     assert worst_difference(compiled) < TOLERANCE
-
-
-def test_golden_values_chunked(tight: PooledEngine) -> None:
-    assert worst_difference(tight) < TOLERANCE  # 40-token prompts, 24 tokens a step
-
-
-def test_golden_values_in_plain_vllm(shared1: Path) -> None:
-    llm = LLM(str(shared1), **SMALL)
-    try:
-        engine = PooledEngine(llm, {"full": golden_pools()["full"]})
-        assert worst_difference(engine) < TOLERANCE
-        for row in (1, 99, -1, -2, 2**40, "math", None, [0]):  # a client may send anything
-            engine.rows["full"] = row  # type: ignore[assignment]
-            assert worst_difference(engine, prompts=[0]) < TOLERANCE, row
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-
-
-def test_bfloat16_stays_in_its_pool(shared1: Path) -> None:
-    with pooled_engine(shared1, golden_pools(), dtype="bfloat16") as engine:
-        requests = [(pool, ids) for pool in engine.rows for ids in golden().prompts]
-        got = torch.tensor(engine.prompt_logprobs(requests)).view(4, 3, 39)
-    names = list(golden_pools())
-    expected = torch.tensor([golden().prompt_logprobs[name] for name in names])
-    distance = (got[:, None] - expected[None]).abs().mean((2, 3))  # [served as, golden of]
-    assert distance.diagonal().max() < 0.05
-    others = distance + torch.eye(4) * 9
-    assert others.min() > 4 * distance.diagonal().max()
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case != "shared1"])
-def test_corners_of_the_config_space(case: str, tmp_path: Path) -> None:
-    model = load_model(write_checkpoint(case, tmp_path))
-    pools, prompts = pools_of(case), prompts_of(case)
-    backend = "reference" if case == "shared2-gqa" else "auto"
-    with pooled_engine(tmp_path, pools, moe_backend=backend) as engine:
-        requests = [(pool, ids) for ids in prompts for pool in pools]
-        got = engine.prompt_logprobs(requests)
-        name = engine.call("emo_describe")[0]["moe_backend"]
-    assert name == ("reference" if backend == "reference" else "cpu")
-    for (pool, ids), mine in zip(requests, got, strict=True):
-        theirs = logprobs(model, [ids], pool=masks(pools[pool], case))[0]
-        torch.testing.assert_close(torch.tensor(mine), theirs, atol=TOLERANCE, rtol=0)
 
 
 # -- what requests do --
@@ -158,36 +66,6 @@ def test_several_samples_of_one_request(compiled: PooledEngine, reference: EmoFo
         assert got == pytest.approx(theirs.tolist(), abs=TOLERANCE)
 
 
-def test_preempted_requests_keep_their_pools(
-    tight: PooledEngine, reference: EmoForCausalLM
-) -> None:
-    before = metric(tight, "vllm:num_preemptions")
-    requests = [(pool, ids) for ids in golden().prompts for pool in tight.rows]
-    params = [tight.params(pool, max_tokens=40, ignore_eos=True) for pool, _ in requests]
-    prompts = [{"prompt_token_ids": ids, "cache_salt": pool} for pool, ids in requests]
-    outputs = tight.llm.generate(prompts, params, use_tqdm=False)
-    assert metric(tight, "vllm:num_preemptions") > before, "the test no longer preempts"
-    for (pool, ids), output in zip(requests, outputs, strict=True):
-        assert len(output.outputs[0].token_ids) == 40
-        assert_greedy(reference, pool, ids, output.outputs[0].token_ids)
-
-
-def test_prefixes_are_reused_within_a_salt_only(
-    tight: PooledEngine, reference: EmoForCausalLM
-) -> None:
-    prompt = (golden().prompts[0] + golden().prompts[1])[:64]
-
-    def run(pool: str) -> int:
-        request = {"prompt_token_ids": prompt, "cache_salt": pool}
-        params = tight.params(pool, max_tokens=4)
-        (output,) = tight.llm.generate(request, params, use_tqdm=False)
-        assert_greedy(reference, pool, prompt, output.outputs[0].token_ids)
-        return int(output.num_cached_tokens)
-
-    tight.llm.reset_prefix_cache()
-    assert [run("math"), run("math"), run("code"), run("math")] == [0, 32, 0, 32]
-
-
 def test_a_request_without_a_pool_uses_row_0(compiled: PooledEngine) -> None:
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     ids = golden().prompts[0]
@@ -209,24 +87,6 @@ def test_a_failing_call_is_answered_and_harms_no_request(compiled: PooledEngine)
     (answer,) = compiled.llm.collective_rpc("emo_publish_pool", args=(42, 99, [[0]] * 3, 1.0))
     assert not answer["ok"]
     assert worst_difference(compiled) < TOLERANCE
-
-
-def test_only_wanted_experts_are_read(shared1: Path) -> None:
-    pools = {name: golden().pools[name] for name in ("math", "code")}
-    wanted = [len({e for pool in pools.values() for e in pool[layer]}) for layer in range(3)]
-    with pooled_engine(shared1, pools) as engine:
-        (described,) = engine.call("emo_describe")
-        requests = [(pool, ids) for pool in pools for ids in golden().prompts]
-        got = engine.prompt_logprobs(requests)
-    assert described["num_slots"] == [max(wanted)] * 3 and max(wanted) < 32
-    expert_bytes = 3 * 64 * 128 * 2
-    checkpoint = Checkpoint.open(shared1)
-    trunk = sum(checkpoint.tensor(name).nbytes for name in checkpoint.trunk_names())
-    assert described["bytes_read"] == trunk + sum(wanted) * expert_bytes
-    assert (described["disk_reads"], described["host_hits"]) == (sum(wanted), 0)
-    for (pool, ids), mine in zip(requests, got, strict=True):
-        row = golden().prompts.index(ids)
-        assert mine == pytest.approx(golden().prompt_logprobs[pool][row], abs=TOLERANCE)
 
 
 def test_router_temperature_is_the_pools(compiled: PooledEngine, reference: EmoForCausalLM) -> None:

@@ -14,8 +14,8 @@ import pytest
 from emo_serve.emo.checkpoint import load_model
 from emo_serve.emo.model import EmoForCausalLM
 from emo_serve.residency.slots import SlotTable
-from tests.engine.plugin.test_engine import TOLERANCE, assert_greedy
 from tests.support.golden.checkpoints import golden, write_checkpoint
+from tests.support.golden_run import TOLERANCE, assert_greedy
 from tests.support.offline_engine import PooledEngine, pooled_engine
 
 pytestmark = pytest.mark.vllm

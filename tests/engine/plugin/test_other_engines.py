@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from tests.support.golden.checkpoints import write_checkpoint
-from tests.support.golden_run import golden_pools
+from tests.support.golden_run import TOLERANCE, golden_pools
+from tests.support.progress import START_SECONDS, Activity, wait_for
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).resolve().parents[3]
-TOLERANCE = 1e-3
 V2 = {
     "PYTHONPATH": str(Path(__file__).parent / "v2_on_cpu"),
     "TRITON_INTERPRET": "1",
@@ -28,22 +28,27 @@ V2 = {
 
 
 def run_golden(
-    directory: Path, engine_args: dict[str, Any], env: dict[str, str], *flags: str
-) -> dict[str, Any]:
+    directory: Path, runs: list[dict[str, Any]], env: dict[str, str], *flags: str
+) -> list[dict[str, Any]]:
+    """Return the result of each run; all in one process of their own, one after the other."""
     write_checkpoint("shared1", directory)
+    out, err = directory / "out", directory / "err"
     command = [sys.executable, "-m", "tests.support.golden_run", str(directory)]
-    run = subprocess.run(
-        [*command, json.dumps(engine_args), *flags],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    answers = [line for line in run.stdout.splitlines() if line.startswith('{"worst"')]
-    result: dict[str, Any] = json.loads(answers[-1])
-    return result
+    command += [json.dumps(runs), *flags]
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **env}, stdout=stdout, stderr=stderr
+        )
+    activity = Activity(process.pid, [out, err])
+    try:
+        wait_for(lambda: process.poll() is not None, activity, START_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, activity.last_words()
+    answers = [line for line in out.read_text().splitlines() if line.startswith('[{"worst"')]
+    results: list[dict[str, Any]] = json.loads(answers[-1])
+    return results
 
 
 def check_usage(result: dict[str, Any], num_tokens: int) -> None:
@@ -59,9 +64,20 @@ def check_usage(result: dict[str, Any], num_tokens: int) -> None:
         assert not any(rank["tokens"] for rank in others)
 
 
+@pytest.fixture(scope="module")
+def v2_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The V2 runner's results by backend."""
+    backends = ("cpu", "triton")
+    runs = [{"moe_backend": backend} for backend in backends]
+    results = run_golden(tmp_path_factory.mktemp("v2"), runs, V2, "--short")
+    return dict(zip(backends, results, strict=True))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_v2_model_runner_under_the_interpreter(tmp_path: Path, backend: str) -> None:
-    result = run_golden(tmp_path, {"moe_backend": backend}, V2, "--short")
+def test_v2_model_runner_under_the_interpreter(
+    v2_runs: dict[str, dict[str, Any]], backend: str
+) -> None:
+    result = v2_runs[backend]
     (rank,) = result["ranks"]
     assert (rank["model_runner"], rank["moe_backend"]) == ("v2", backend)
     assert rank["routes_by_pool"]
@@ -69,22 +85,31 @@ def test_v2_model_runner_under_the_interpreter(tmp_path: Path, backend: str) -> 
     check_usage(result, num_tokens=2 * 16)
 
 
+SLOT_BYTES = {
+    "auto": 3 * 64 * 128 * 4,
+    "fp8_e4m3": 3 * 64 * 128 + 4 * (2 * 64 + 128),
+}
+
+
+@pytest.fixture(scope="module")
+def triton_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The results of our kernels by the dtype of experts."""
+    runs = [
+        {"moe_backend": "triton", "expert_dtype": dtype, "host_expert_bytes": 50 * slot_bytes}
+        for dtype, slot_bytes in SLOT_BYTES.items()
+    ]
+    env = {"TRITON_INTERPRET": "1"}
+    results = run_golden(tmp_path_factory.mktemp("triton"), runs, env, "--short")
+    return dict(zip(SLOT_BYTES, results, strict=True))
+
+
 @pytest.mark.parametrize(
-    ("expert_dtype", "held_in", "slot_bytes"),
-    [
-        ("auto", "float32", 3 * 64 * 128 * 4),
-        ("fp8_e4m3", "float8_e4m3fn", 3 * 64 * 128 + 4 * (2 * 64 + 128)),
-    ],
+    ("expert_dtype", "held_in"), [("auto", "float32"), ("fp8_e4m3", "float8_e4m3fn")]
 )
 def test_triton_kernels_under_the_interpreter(
-    tmp_path: Path, expert_dtype: str, held_in: str, slot_bytes: int
+    triton_runs: dict[str, dict[str, Any]], expert_dtype: str, held_in: str
 ) -> None:
-    settings = {
-        "moe_backend": "triton",
-        "expert_dtype": expert_dtype,
-        "host_expert_bytes": 50 * slot_bytes,
-    }
-    result = run_golden(tmp_path, settings, {"TRITON_INTERPRET": "1"}, "--short")
+    result, slot_bytes = triton_runs[expert_dtype], SLOT_BYTES[expert_dtype]
     (rank,) = result["ranks"]
     assert (rank["model_runner"], rank["moe_backend"]) == ("v1", "triton")
     assert (rank["dtype"], rank["expert_dtype"]) == ("float32", held_in)
@@ -96,7 +121,8 @@ def test_triton_kernels_under_the_interpreter(
 def test_tensor_parallel_over_two_processes(tmp_path: Path) -> None:
     cores = sorted(os.sched_getaffinity(0))
     env = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
-    result = run_golden(tmp_path, {"tensor_parallel_size": 2}, env)
+    run = {"tensor_parallel_size": 2, "own_processes": True}
+    (result,) = run_golden(tmp_path, [run], env)
     assert [rank["rank"] for rank in result["ranks"]] == [0, 1]
     assert {rank["model_runner"] for rank in result["ranks"]} == {"v1"}
     slot_bytes = 3 * 64 * 128 * 4 // 2  # float32, half the width on each rank
