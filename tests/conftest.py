@@ -1,4 +1,4 @@
-"""What every test shares: no network, no vLLM usage report, Triton interpreted without a GPU."""
+"""What every test shares: no network, no usage report, threads that sleep, Triton interpreted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+
+# Before anything imports torch. Threads that spin while they wait take each other's cores, and on a
+# busy machine a forward pass of milliseconds takes seconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Before anything imports triton, which decides at each kernel's definition. Without a GPU driver
 # nothing else could run a kernel.
