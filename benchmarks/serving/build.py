@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 
 from benchmarks.harness.results import ROOT, append_result
 from emo_serve import demo
-from emo_serve.emo.checkpoint import Checkpoint, expert_tensor_name
+from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.emo.tensor_names import expert_tensor_name
 from emo_serve.pools.calibration import METHODS
 
 EXAMPLES = 20

@@ -11,34 +11,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import math
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from emo_serve.emo.config import EmoConfig, MoeLayer, load_config
+from emo_serve.emo.companions import check_companions
+from emo_serve.emo.config import EmoConfig, load_config
+from emo_serve.emo.json_file import shown
 from emo_serve.emo.model import EmoForCausalLM, EmoMoe, inverse_frequencies
 from emo_serve.emo.tensor_file import TensorFile
-from emo_serve.errors import CheckpointError
+from emo_serve.emo.tensor_names import (
+    MATRICES,
+    expected_names,
+    expert_tensor_name,
+    gate_name,
+    parse_expert_name,
+    trunk_shapes,
+)
+from emo_serve.emo.weight_files import find_tensors, open_weights
+from emo_serve.errors import CheckpointError, ConfigError
 
 __all__ = [
     "Checkpoint",
     "ExpertWeights",
-    "expert_tensor_name",
-    "gate_name",
     "load_model",
-    "parse_expert_name",
     "save_checkpoint",
 ]
 
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
-_INDEX = "model.safetensors.index.json"
-_MATRICES = ("gate", "up", "down")
+_MOST_COUNTED = 100_000
 
 
 @dataclass(frozen=True)
@@ -53,22 +60,6 @@ class ExpertWeights:
     def num_bytes(self) -> int:
         """Return the bytes these matrices hold."""
         return sum(w.numel() * w.element_size() for w in (self.gate_FD, self.up_FD, self.down_DF))
-
-
-def expert_tensor_name(layer: int, expert: int, matrix: str) -> str:
-    """Return the name of an expert's matrix: 'gate', 'up' or 'down'."""
-    return f"model.layers.{layer}.mlp.experts.{expert}.{matrix}_proj.weight"
-
-
-def parse_expert_name(name: str) -> tuple[int, int, str] | None:
-    """Return (layer, expert, matrix) of an expert's tensor, None for the trunk's."""
-    match = _EXPERT.fullmatch(name)
-    return None if match is None else (int(match[1]), int(match[2]), match[3])
-
-
-def gate_name(layer: int) -> str:
-    """Return the name of a MoE layer's gate."""
-    return f"model.layers.{layer}.mlp.gate.weight"
 
 
 class Checkpoint:
@@ -90,16 +81,50 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path | str) -> Checkpoint:
-        """Read the config and the index; check that every tensor the config needs is listed."""
+        """Read the config, the index and the trunk's headers, and check them against each other.
+
+        Every tensor that the config needs must be listed, and the trunk's must be there in the
+        shapes that the config says; of the experts, one is looked at. The files beside the weights
+        must have the shape that their readers expect.
+        """
         directory = Path(directory)
         config = load_config(directory)
-        checkpoint = cls(directory, config, *_tensor_files(directory))
-        missing = sorted(set(_expected_names(config)) - set(checkpoint._files))
-        if missing:
-            raise CheckpointError(
-                f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}"
-            )
+        check_companions(directory)
+        checkpoint = cls(directory, config, *find_tensors(directory))
+        checkpoint._check_names()
+        checkpoint._check_trunk()
+        checkpoint._check_width()
+        _check_rope(directory, config)
         return checkpoint
+
+    def _check_names(self) -> None:
+        absent = (name for name in expected_names(self.config) if name not in self._files)
+        missing = list(islice(absent, _MOST_COUNTED + 1))  # a wrong config can ask for millions
+        if missing:
+            counted = len(missing) <= _MOST_COUNTED
+            number = str(len(missing)) if counted else f"more than {_MOST_COUNTED}"
+            raise CheckpointError(
+                f"{self.directory}: {number} tensors are missing, the first is {min(missing)}"
+            )
+
+    def _check_trunk(self) -> None:
+        for name, expected in trunk_shapes(self.config):
+            _check_shape(self.file_of(name), name, expected)
+
+    def _check_width(self) -> None:
+        """Refuse a config whose width no expert has; a single damaged expert fails when read."""
+        layers = enumerate(self.config.moe_layers)
+        index, moe = next(((i, moe) for i, moe in layers if moe is not None), (0, None))
+        first: CheckpointError | None = None
+        for expert in range(moe.num_experts if moe else 0):
+            try:
+                self._checked_file(index, expert, "gate")
+            except CheckpointError as error:
+                first = first or error
+            else:
+                return
+        if first is not None:
+            raise first
 
     @property
     def expert_bytes(self) -> int:
@@ -120,7 +145,7 @@ class Checkpoint:
     def expert(self, layer: int, expert: int) -> ExpertWeights:
         """Read one whole expert."""
         self.check_expert(layer, expert)
-        names = [expert_tensor_name(layer, expert, matrix) for matrix in _MATRICES]
+        names = [expert_tensor_name(layer, expert, matrix) for matrix in MATRICES]
         return ExpertWeights(*(self.tensor(name) for name in names))
 
     def check_expert(self, layer: int, expert: int) -> None:
@@ -129,7 +154,7 @@ class Checkpoint:
 
     def check_experts(self, experts: Iterable[tuple[int, int]]) -> None:
         """Check each (layer, expert) as `check_expert` does, but each file only once."""
-        files = {self._checked_file(*place, matrix) for place in experts for matrix in _MATRICES}
+        files = {self._checked_file(*place, matrix) for place in experts for matrix in MATRICES}
         for file in files:
             file.check()
 
@@ -138,13 +163,7 @@ class Checkpoint:
         width, hidden = self.config.intermediate_size, self.config.hidden_size
         name = expert_tensor_name(layer, expert, matrix)
         file = self.file_of(name)
-        expected = (hidden, width) if matrix == "down" else (width, hidden)
-        shape = file.info(name).shape
-        if shape != expected:
-            raise CheckpointError(
-                f"{file.path}: {name} has shape {shape}, the config says {expected}"
-            )
-        file.dtype(name)
+        _check_shape(file, name, (hidden, width) if matrix == "down" else (width, hidden))
         return file
 
     def fingerprint(self) -> str:
@@ -168,54 +187,30 @@ class Checkpoint:
         path = self._files[name]
         with self._opening:
             if path not in self._open:
-                self._open[path] = TensorFile(path)
+                self._open[path] = open_weights(path)
             return self._open[path]
 
 
-def _tensor_files(directory: Path) -> tuple[dict[str, Path], list[TensorFile]]:
-    """Map each tensor to its file: by the index, or by opening the safetensors files."""
-    index = directory / _INDEX
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error}") from error
-        files = {name: directory / file for name, file in weight_map.items()}
-        absent = sorted({path for path in files.values() if not path.exists()})
-        if absent:
-            raise CheckpointError(f"{index} names {absent[0].name}, which is not in {directory}")
-        return files, []
-    opened = [TensorFile(path) for path in sorted(directory.glob("*.safetensors"))]
-    files = {name: file.path for file in opened for name in file.names}
-    if not files:
-        raise CheckpointError(f"{directory} has no *.safetensors files")
-    return files, opened
+def _check_shape(file: TensorFile, name: str, expected: tuple[int, ...]) -> None:
+    """Raise unless a tensor has this shape, and a dtype that weights may have."""
+    shape = file.info(name).shape
+    if shape != expected:
+        raise CheckpointError(f"{file.path}: {name} has shape {shape}, the config says {expected}")
+    file.dtype(name)
 
 
-def _expected_names(config: EmoConfig) -> Iterator[str]:
-    yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    for index, moe in enumerate(config.moe_layers):
-        prefix = f"model.layers.{index}."
-        for norm in ("pre_attention_layernorm", "pre_feedforward_layernorm"):
-            yield f"{prefix}{norm}.weight"
-        for projection in "qkvo":
-            yield f"{prefix}self_attn.{projection}_proj.weight"
-            if config.attention_bias:
-                yield f"{prefix}self_attn.{projection}_proj.bias"
-        if moe is None:
-            for matrix in ("gate", "up", "down"):
-                yield f"{prefix}mlp.{matrix}_proj.weight"
-                if config.dense_mlp_bias:
-                    yield f"{prefix}mlp.{matrix}_proj.bias"
-            continue
-        yield gate_name(index)
-        yield from _expert_names(index, moe)
-
-
-def _expert_names(index: int, moe: MoeLayer) -> Iterator[str]:
-    for expert in range(moe.num_experts):
-        for matrix in _MATRICES:
-            yield expert_tensor_name(index, expert, matrix)
+def _check_rope(directory: Path, config: EmoConfig) -> None:
+    """Raise unless the parameters give frequencies to rotate by."""
+    try:
+        frequencies, scale = inverse_frequencies(config)
+        is_usable = bool(torch.isfinite(frequencies).all()) and math.isfinite(scale)
+    except Exception:  # transformers' formulas divide and take logarithms
+        is_usable = False
+    if not is_usable:
+        raise ConfigError(
+            f"{directory / 'config.json'}: rope_parameters is {shown(config.rope_parameters)};"
+            " expected numbers that give finite frequencies"
+        )
 
 
 # -- the reference model --

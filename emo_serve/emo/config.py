@@ -10,13 +10,16 @@ Released fields: https://github.com/allenai/EMO (src/hf_trust_remote_code/emo).
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from emo_serve.emo.config_fields import check_fields
+from emo_serve.emo.json_file import read_object, shown
 from emo_serve.errors import ConfigError
 
 __all__ = ["ROPE_TYPES", "EmoConfig", "MoeLayer", "load_config"]
@@ -97,10 +100,15 @@ class EmoConfig(PreTrainedConfig):
     router_aux_loss_coef: float = 0.01
 
     def __post_init__(self, **kwargs: Any) -> None:
+        head_dim = kwargs.pop("head_dim", None)
+        _check_names(kwargs)
+        check_fields({**vars(self), **kwargs})
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
         _check(self)
+        if head_dim not in (None, self.head_dim):
+            _refuse("head_dim", head_dim, f"EMO's is hidden_size / heads, {self.head_dim}")
 
     @property
     def moe_layers(self) -> tuple[MoeLayer | None, ...]:
@@ -126,20 +134,19 @@ def load_config(directory: Path) -> EmoConfig:
     """
     path = Path(directory) / "config.json"
     try:
-        fields = json.loads(path.read_text())
+        known = read_object(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; expected an EMO checkpoint directory") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.get("model_type") != "emo":
-        found = fields.get("model_type") if isinstance(fields, dict) else type(fields).__name__
-        raise ConfigError(f"{path}: model_type is {found!r}; only 'emo' checkpoints are served")
+    if known.get("model_type") != "emo":
+        found = shown(known.get("model_type"))
+        raise ConfigError(f"{path}: model_type is {found}; only 'emo' checkpoints are served")
     try:
-        return EmoConfig(**fields)
+        return EmoConfig(**known)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (TypeError, ValueError) as error:  # transformers checks types and tokens itself
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # transformers computes with fields, and each way to fail is its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{path}: transformers cannot read it: {reason}") from error
 
 
 # -- derived view --
@@ -169,7 +176,20 @@ def _moe_layer(config: EmoConfig, index: int) -> MoeLayer | None:
 
 
 def _refuse(field: str, value: object, reason: str) -> None:
-    raise ConfigError(f"{field} is {value!r}: {reason}")
+    raise ConfigError(f"{field} is {shown(value)}: {reason}")
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Refuse fields that would hide the class's own methods, properties and constants."""
+    known = {field.name for field in fields(EmoConfig)} | {"model_type"}
+    for name in names:
+        attribute = inspect.getattr_static(EmoConfig, name, None)
+        can_be_set = isinstance(attribute, property) and attribute.fset is not None
+        if name not in known and attribute is not None and not can_be_set:
+            raise ConfigError(
+                f"{shown(name)} is a field of the file; expected none of that name, which the"
+                " configuration has for itself; remove it"
+            )
 
 
 def _check_integer(field: str, value: object, at_least: int) -> None:
@@ -223,6 +243,10 @@ def _check_rope(config: EmoConfig) -> None:
         _refuse("rope_theta", rope.get("rope_theta"), "must be positive")
     if rope_type != "default" and not rope.get("factor", 0) >= 1:
         _refuse("rope_scaling", rope, f"rope_type {rope_type!r} needs a factor of at least 1")
+    if rope_type == "llama3":
+        low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+        if low is None or high is None or not low < high:
+            _refuse("rope_scaling", rope, "llama3 needs low_freq_factor < high_freq_factor")
 
 
 def _check_lists(config: EmoConfig) -> None:

@@ -69,4 +69,11 @@ class ModelTokenizer:
         from transformers import AutoTokenizer
 
         # given the config, transformers does not warn about an unknown model type
-        return AutoTokenizer.from_pretrained(self.directory, config=load_config(self.directory))
+        config = load_config(self.directory)
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, config=config)
+        except Exception as error:  # it reads several files, and each way to fail is its own
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(
+                f"{self.directory}: transformers cannot read the tokenizer's files: {reason}"
+            ) from error

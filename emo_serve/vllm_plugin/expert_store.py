@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emo_serve.emo.checkpoint import Checkpoint, expert_tensor_name
+from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.tensor_file import TensorFile
+from emo_serve.emo.tensor_names import expert_tensor_name
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert, PackedMatrix
 

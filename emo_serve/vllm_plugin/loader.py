@@ -15,7 +15,8 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from emo_serve.emo.checkpoint import Checkpoint, expert_tensor_name
+from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.emo.tensor_names import expert_tensor_name
 from emo_serve.errors import ConfigError
 from emo_serve.vllm_plugin.contract import LOAD_FORMAT
 from emo_serve.vllm_plugin.expert_store import ExpertStore

@@ -75,8 +75,11 @@ def emo_config(vllm_config: VllmConfig) -> EmoConfig:
 
 
 def rope_for_vllm(config: EmoConfig) -> dict[str, Any]:
-    """Return RoPE's parameters for vLLM; `dynamic` has no effect within the context length."""
-    rope = dict(config.rope_parameters or {})
+    """Return RoPE's parameters for vLLM; `dynamic` has no effect within the context length.
+
+    A null means the same as no entry to transformers, and would be computed with by vLLM.
+    """
+    rope = {key: v for key, v in (config.rope_parameters or {}).items() if v is not None}
     if rope["rope_type"] == "dynamic":
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return rope

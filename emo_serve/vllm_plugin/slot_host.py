@@ -17,7 +17,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from emo_serve.emo.checkpoint import Checkpoint, parse_expert_name
+from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.emo.tensor_names import parse_expert_name
 from emo_serve.errors import CheckpointError, EmoServeError
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.contract import (

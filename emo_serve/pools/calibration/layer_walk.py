@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emo_serve.emo.checkpoint import Checkpoint, parse_expert_name
+from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.model import DecoderLayer, EmoMoe, inverse_frequencies, rotation
 from emo_serve.emo.routing import Routing
+from emo_serve.emo.tensor_names import parse_expert_name
 from emo_serve.errors import CheckpointError
 
 __all__ = ["LayerWalk", "Mixture"]

@@ -28,10 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emo_serve.emo.checkpoint import Checkpoint, expert_tensor_name, gate_name
+from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.pruning import kept_tensors, scaled_gate_dtype
 from emo_serve.emo.shards import write_shards
 from emo_serve.emo.tensor_file import TensorFile
+from emo_serve.emo.tensor_names import expert_tensor_name, gate_name
 from emo_serve.errors import ConfigError, PoolStoreError
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.pruned.metadata import METADATA_FILE, pruning_metadata

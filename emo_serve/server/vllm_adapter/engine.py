@@ -55,6 +55,9 @@ def start_engine(args: argparse.Namespace) -> AsyncLLM:
         return resolved(start)  # its tokenizer is opened in this process, as a flag names it
     except RuntimeError as error:  # its processes have printed the cause
         raise EngineDead("the engine did not start") from error
+    except Exception as error:  # the tokenizer's files are read here too
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise EngineDead(f"the engine did not start: {reason}") from error
 
 
 class OwnRequests:

@@ -9,12 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from emo_serve.emo.checkpoint import (
-    Checkpoint,
-    expert_tensor_name,
-    load_model,
-    parse_expert_name,
-)
+from emo_serve.emo.checkpoint import Checkpoint, load_model
+from emo_serve.emo.tensor_names import expert_tensor_name, parse_expert_name
 from emo_serve.errors import CheckpointError
 from tests.support.golden.checkpoints import write_checkpoint
 
