@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import threading
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,7 @@ from emo_serve.emo.tensor_names import (
     expected_names,
     expert_tensor_name,
     gate_name,
+    is_left_over,
     parse_expert_name,
     trunk_shapes,
 )
@@ -45,7 +47,10 @@ __all__ = [
     "save_checkpoint",
 ]
 
+logger = logging.getLogger(__name__)
+
 _MOST_COUNTED = 100_000
+_MOST_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -83,21 +88,23 @@ class Checkpoint:
     def open(cls, directory: Path | str) -> Checkpoint:
         """Read the config, the index and the trunk's headers, and check them against each other.
 
-        Every tensor that the config needs must be listed, and the trunk's must be there in the
-        shapes that the config says; of the experts, one is looked at. The files beside the weights
+        Every tensor that the config needs must be listed, and no other except for buffers of other
+        software, which are skipped. The trunk's must be there in the shapes that the config says;
+        of the experts, one is looked at. The files beside the weights
         must have the shape that their readers expect.
         """
         directory = Path(directory)
         config = load_config(directory)
         check_companions(directory)
         checkpoint = cls(directory, config, *find_tensors(directory))
-        checkpoint._check_names()
+        checkpoint._check_complete()
         checkpoint._check_trunk()
+        checkpoint._skip_left_over()
         checkpoint._check_width()
         _check_rope(directory, config)
         return checkpoint
 
-    def _check_names(self) -> None:
+    def _check_complete(self) -> None:
         absent = (name for name in expected_names(self.config) if name not in self._files)
         missing = list(islice(absent, _MOST_COUNTED + 1))  # a wrong config can ask for millions
         if missing:
@@ -105,6 +112,28 @@ class Checkpoint:
             number = str(len(missing)) if counted else f"more than {_MOST_COUNTED}"
             raise CheckpointError(
                 f"{self.directory}: {number} tensors are missing, the first is {min(missing)}"
+            )
+
+    def _skip_left_over(self) -> None:
+        """Forget tensors that only other software uses; refuse any other that has no place."""
+        known = set(expected_names(self.config))
+        extra = sorted(name for name in self._files if name not in known)
+        unknown = [name for name in extra if not is_left_over(name)]
+        if unknown:
+            raise CheckpointError(
+                f"{self.directory}: {len(unknown)} tensors have no place in an EMO model of this"
+                f" config: {', '.join(map(shown, unknown[:_MOST_NAMED]))}"
+                f"{', ...' if len(unknown) > _MOST_NAMED else ''}; expected the config that the"
+                " weights were saved with, or no such tensors"
+            )
+        for name in extra:
+            del self._files[name]
+        if extra:
+            logger.info(
+                "%s: skipped %d tensors that only other software uses, such as %s",
+                self.directory,
+                len(extra),
+                extra[0],
             )
 
     def _check_trunk(self) -> None:

@@ -37,6 +37,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
 from emo_serve.emo.config import EmoConfig, MoeLayer
+from emo_serve.emo.tensor_names import is_left_over
 from emo_serve.errors import CheckpointError
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.batch_pools import EmoModelState
@@ -296,7 +297,12 @@ class _TrunkWeights:
         self.names: set[str] = set()
 
     def load(self, name: str, weight: Tensor) -> None:
-        """Load one tensor of the checkpoint; raises CheckpointError if it has no place."""
+        """Load one tensor of the checkpoint; raises CheckpointError if it has no place.
+
+        Buffers of other software are skipped: under plain `vllm serve`, vLLM's loader yields them.
+        """
+        if is_left_over(name):
+            return
         shard: tuple[Any, ...] = ()
         for part, (whole, shard_id) in _MERGED.items():
             if part in name:

@@ -110,7 +110,7 @@ class SlotHost:
     def take_experts(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Put whole experts into the slots of their own numbers; yield all other tensors.
 
-        Raises CheckpointError for a matrix of another shape than the config says.
+        Raises CheckpointError for a matrix of another shape, layer or expert than the config says.
         """
         experts: dict[tuple[int, int], dict[str, Tensor]] = {}
         for name, weight in weights:
@@ -119,6 +119,8 @@ class SlotHost:
                 yield name, weight
                 continue
             layer, expert, matrix = expert_name
+            if layer not in self.layers or expert >= self.layers[layer].moe.num_experts:
+                raise CheckpointError(f"tensor {name} has no place in an EMO model of this config")
             parts = experts.setdefault((layer, expert), {})
             parts[matrix] = weight
             if len(parts) == 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,71 @@ def test_fingerprint_follows_gates_and_rules_only(directory: Path) -> None:
     tensors["model.layers.1.mlp.gate.weight"][0, 0] += 1
     save_file(tensors, directory / "model.safetensors")
     assert Checkpoint.open(directory).fingerprint() != original
+
+
+# -- tensors of other software --
+
+LEFT_OVER = (
+    "model.layers.0.self_attn.rotary_emb.inv_freq",
+    "model.layers.0.self_attn.rotary_emb.original_inv_freq",
+    "model.layers.0.self_attn.rotary_emb.cos_cached",
+    "model.layers.0.self_attn.rotary_emb.sin_cached",
+    "model.rotary_emb.inv_freq",
+    "rotary_emb.inv_freq",
+    "model.layers.2.attn.masked_bias",
+    "model.layers.2.attn.bias",
+    "model.layers.2.self_attn.bias",
+    "model.layers.2.attention.masked_bias",
+    "model.embed_tokens.position_ids",
+    "position_ids",
+    "model.norm.num_batches_tracked",
+    "model.layers.1.self_attn.q_proj._extra_state",
+)
+UNKNOWN = (
+    "model.layers.0.self_attn.q_norm.weight",
+    "model.layers.0.self_attn.q_proj.bias",
+    "model.layers.1.mlp.shared_expert.up_proj.weight",
+    "model.layers.1.mlp.experts.24.gate_proj.weight",
+    "model.layers.1.mlp.gate.e_score_correction_bias",
+    "model.layers.3.self_attn.q_proj.weight",
+    "lm_head.bias",
+    "inv_freq_of_mine",
+    "rotary_emb.inv_freq.weight",
+    "transformer.wte.weight",
+)
+
+
+def add_tensors(directory: Path, *names: str) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    extra = {name: torch.zeros(2, dtype=torch.bool) for name in names}
+    save_file(tensors | extra, directory / "model.safetensors")
+
+
+def test_buffers_of_other_software_are_skipped_and_counted(
+    directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = set(Checkpoint.open(directory).trunk_names())
+    add_tensors(directory, *LEFT_OVER)
+    monkeypatch.setattr(logging.getLogger("emo_serve"), "propagate", True)
+    with caplog.at_level(logging.INFO, "emo_serve"):
+        checkpoint = Checkpoint.open(directory)
+    assert set(checkpoint.trunk_names()) == expected
+    (line,) = [text for text in caplog.messages if "skipped" in text]
+    assert f"skipped {len(LEFT_OVER)} tensors" in line and min(LEFT_OVER) in line
+    load_model(directory)
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_tensor_without_a_place_is_named(directory: Path, name: str) -> None:
+    add_tensors(directory, name, LEFT_OVER[0])
+    with pytest.raises(CheckpointError, match="1 tensors have no place") as caught:
+        Checkpoint.open(directory)
+    assert f"'{name}'" in str(caught.value) and "inv_freq'" not in str(caught.value)
+
+
+def test_of_many_tensors_without_a_place_a_few_are_named(directory: Path) -> None:
+    add_tensors(directory, *(f"x{number}\n" for number in range(9)))
+    with pytest.raises(CheckpointError, match=r"9 tensors have no place") as caught:
+        Checkpoint.open(directory)
+    text = str(caught.value)
+    assert text.count("'x") == 4 and ", ...;" in text and "\n" not in text

@@ -17,10 +17,12 @@ from torch import nn
 
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.config import load_config
+from emo_serve.emo.tensor_names import expert_tensor_name
 from emo_serve.errors import CheckpointError, EmoServeError
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.slots import Copy
-from emo_serve.server.coverage import CoverageSum, WorkerCalls
+from emo_serve.server.coverage import CoverageSum
+from emo_serve.server.vllm_adapter.worker_calls import WorkerCalls
 from emo_serve.vllm_plugin.backends import ReferenceBackend
 from emo_serve.vllm_plugin.batch_pools import PoolRows
 from emo_serve.vllm_plugin.contract import LoadProgress, PluginSettings, RequestTag
@@ -95,6 +97,19 @@ def is_untouched(host: SlotHost) -> bool:
     return not any(
         layer.pool_table.any() or layer.slot_of_expert.any() for layer in host.layers.values()
     )
+
+
+# -- start-up --
+
+
+@pytest.mark.parametrize("place", [(0, 99), (9, 0)])
+def test_an_expert_that_the_model_does_not_have_is_named(
+    directory: Path, place: tuple[int, int]
+) -> None:
+    name = expert_tensor_name(*place, "gate")
+    host = make_host(directory, holds_all=True)
+    with pytest.raises(CheckpointError, match=f"tensor {name} has no place"):
+        list(host.take_experts([(name, torch.zeros(WIDTH, HIDDEN))]))
 
 
 # -- loads --
