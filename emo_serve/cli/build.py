@@ -28,6 +28,7 @@ from emo_serve.errors import ConfigError
 from emo_serve.names import check_pool_name
 from emo_serve.pools.calibration import DEFAULT_METHOD, METHODS
 from emo_serve.pools.document import read_pool, write_pool
+from emo_serve.pools.limits import check_text
 from emo_serve.pools.pool import ExpertPool
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     out: Path = arguments.out or Path(f"{arguments.name}.json")
     check_pool_name("pools build", arguments.name)
+    check_text("pools build", "description", arguments.description)
     _check_place(out)
     if arguments.model is None:
         raise ConfigError("pools build: give --model DIR, the pool's checkpoint")

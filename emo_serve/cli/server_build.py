@@ -17,6 +17,7 @@ from emo_serve.errors import ConfigError
 from emo_serve.names import check_pool_name
 from emo_serve.pools.calibration import DEFAULT_METHOD
 from emo_serve.pools.calibration.examples import read_examples
+from emo_serve.pools.limits import check_text
 
 __all__ = ["run_server_build"]
 
@@ -54,6 +55,7 @@ def run_server_build(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse flags that do not go with --server, and an invalid name."""
     check_pool_name("pools build", arguments.name)
+    check_text("pools build", "description", arguments.description)
     if arguments.method != DEFAULT_METHOD:
         raise ConfigError(
             f"pools build: a server builds only by {DEFAULT_METHOD}; for --method"

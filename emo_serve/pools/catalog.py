@@ -40,6 +40,7 @@ from emo_serve.errors import (
 from emo_serve.names import canonical_name, check_pool_name, split_name
 from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.strict_json import place_of
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
@@ -129,7 +130,8 @@ class PoolCatalog:
         read: dict[Path, ExpertPool] = {}
         for file in _pool_files(path):
             try:
-                read[file] = catalog._fitted(read_pool(file), str(file))
+                _check_readable(file)
+                read[file] = catalog._fitted(read_pool(file), place_of(file))
             except PoolFileError as error:
                 catalog._refused[file] = error
         files_of: dict[str, list[Path]] = {}
@@ -249,9 +251,10 @@ class PoolCatalog:
     def _contest(self, name: str, files: Sequence[Path]) -> None:
         self._contested[name] = list(files)
         for file in files:
-            others = ", ".join(str(other) for other in files if other != file)
+            others = ", ".join(place_of(other) for other in files if other != file)
             self._refused[file] = PoolFileError(
-                f"{file}: name is {name!r}; expected a name that no other file has: {others}"
+                f"{place_of(file)}: name is {name!r}; expected a name that no other file has:"
+                f" {others}"
             )
 
     def _persist_in(self, directory: Path) -> None:
@@ -293,6 +296,12 @@ class PoolCatalog:
     def _unknown(self, name: str) -> UnknownPool:
         there_are = ", ".join(self.pools) or "none"
         return UnknownPool(f"there is no pool {name[:80]!r}; the pools are: {there_are}")
+
+
+def _check_readable(file: Path) -> None:
+    """Refuse pipes and devices, which a read could wait for without end."""
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise PoolFileError(f"{place_of(file)}: is a pipe or a device; expected a file")
 
 
 def _pool_files(path: Path) -> list[Path]:

@@ -36,15 +36,25 @@ from emo_serve.errors import PoolFileError, RequestError
 from emo_serve.names import FILE_NAME_RULE, NAME_PATTERN, check_pool_name
 from emo_serve.pools.calibration import DEFAULT_METHOD
 from emo_serve.pools.calibration.examples import Example, WrittenExample, example_of
+from emo_serve.pools.limits import (
+    HIGHEST_TEMPERATURE,
+    LOWEST_TEMPERATURE,
+    MOST_COUNT,
+    MOST_LAYERS,
+    TEMPERATURE_RULE,
+    check_text,
+)
 from emo_serve.pools.pool import (
     FORMAT,
     ExpertPool,
     LayerExperts,
     PoolCalibration,
     PoolModel,
+    check_implied,
     check_layer,
+    check_texts,
 )
-from emo_serve.pools.strict_json import read_json, refusal
+from emo_serve.pools.strict_json import place_of, read_json, refusal
 from emo_serve.pools.strict_model import Expected, StrictModel, validated
 
 __all__ = [
@@ -70,10 +80,12 @@ def _each_once(ids: list[int]) -> list[int]:
 _Name = Annotated[str, Field(pattern=NAME_PATTERN), Expected(FILE_NAME_RULE)]
 _Id = Annotated[int, Field(ge=0)]
 _Temperature = Annotated[
-    float, Field(gt=0, allow_inf_nan=False), Expected("a finite number above 0")
+    float,
+    Field(gt=0, ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE, allow_inf_nan=False),
+    Expected(TEMPERATURE_RULE),
 ]
 _Score = Annotated[float, Field(allow_inf_nan=False), Expected("a finite number")]
-_Count = Annotated[int, Field(ge=0), Expected("a count of 0 or more")]
+_Count = Annotated[int, Field(ge=0, le=MOST_COUNT), Expected("a count of 0 or more, below 2**63")]
 _ImpliedIds = Annotated[
     list[_Id],
     Field(fail_fast=True),
@@ -134,7 +146,7 @@ class PoolDocument(StrictModel):
 
 def read_pool(path: Path) -> ExpertPool:
     """Read one pool file; PoolFileError names file, layer, value and what was expected."""
-    return parse_pool(str(path), read_json(path))
+    return parse_pool(place_of(path), read_json(path))
 
 
 def parse_pool(source: str, value: object) -> ExpertPool:
@@ -143,17 +155,26 @@ def parse_pool(source: str, value: object) -> ExpertPool:
         # A later format may have other keys, which are not to blame.
         raise refusal(source, "format", value["format"], repr(FORMAT))
     document = validated(PoolDocument, source, value, "the file")
+    if len(document.layers) > MOST_LAYERS:
+        raise refusal(
+            source, "the number of layers", len(document.layers), f"at most {MOST_LAYERS}"
+        )
     for index, layer in enumerate(document.layers):
         if layer is not None:  # checked in the order of the file, which the pool does not keep
             check_layer(source, index, layer.experts, layer.scores)
     made = document.calibration
+    model = _model_of(document.model)
+    calibration = made if made is None else PoolCalibration(**made.model_dump())
+    check_texts(source, document.description, model, calibration)
+    layers = tuple(map(_experts_of, document.layers))
+    check_implied(source, model, layers)
     return ExpertPool(
         name=document.name,
-        layers=tuple(map(_experts_of, document.layers)),
+        layers=layers,
         router_temperature=document.router_temperature,
         description=document.description,
-        model=_model_of(document.model),
-        calibration=made if made is None else PoolCalibration(**made.model_dump()),
+        model=model,
+        calibration=calibration,
     )
 
 
@@ -256,4 +277,9 @@ def is_build(value: object) -> bool:
 
 def parse_build(value: object) -> BuildRequest:
     """Read a body; RequestError names field and value, and the example by its place."""
-    return validated(BuildRequest, "body", value, "the build", RequestError)
+    request = validated(BuildRequest, "body", value, "the build", RequestError)
+    try:
+        check_text("body", "description", request.description)
+    except PoolFileError as error:
+        raise RequestError(str(error)) from error
+    return request

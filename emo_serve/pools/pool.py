@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from emo_serve.errors import ConfigError, RequestError
 from emo_serve.names import BASE_POOL, join_names, split_name
+from emo_serve.pools.limits import MOST_EXPERTS, MOST_LAYERS, check_temperature, check_text
 from emo_serve.pools.strict_json import refusal, required_real
 
 if TYPE_CHECKING:  # emo.config imports transformers; reading a pool must not
@@ -28,8 +29,9 @@ __all__ = [
     "LayerExperts",
     "PoolCalibration",
     "PoolModel",
+    "check_implied",
     "check_layer",
-    "check_temperature",
+    "check_texts",
     "keep_best",
 ]
 
@@ -94,12 +96,16 @@ class ExpertPool:
     def __post_init__(self) -> None:
         source = f"pool {self.name!r}"
         object.__setattr__(self, "layers", tuple(self.layers))
+        if len(self.layers) > MOST_LAYERS:
+            expected = f"at most {MOST_LAYERS}"
+            raise refusal(source, "the number of layers", len(self.layers), expected)
         for index, layer in enumerate(self.layers):
             if layer is not None:
                 check_layer(source, index, layer.experts, layer.scores)
-        _check_implied(source, self.model, self.layers)
+        check_implied(source, self.model, self.layers)
         temperature = check_temperature(source, self.router_temperature)
         object.__setattr__(self, "router_temperature", temperature)
+        check_texts(source, self.description, self.model, self.calibration)
 
     # -- views --
 
@@ -245,23 +251,21 @@ def keep_best(scores: Sequence[float], k: int, implied: Collection[int]) -> tupl
 # -- checks --
 
 
-def check_temperature(source: str, value: object) -> float:
-    """Return the number that divides the gate's logits, or raise PoolFileError."""
-    expected = "a finite number above 0"
-    temperature = required_real(source, "router_temperature", value, expected)
-    if temperature <= 0:
-        raise refusal(source, "router_temperature", value, expected)
-    return temperature
-
-
 def check_layer(
     source: str, index: int, experts: Sequence[object], scores: Sequence[object] | None
 ) -> None:
     """Raise PoolFileError for expert ids and scores that no model could have."""
+    for field, found in (("experts", experts), ("scores", scores or ())):
+        if len(found) > MOST_EXPERTS:
+            expected = f"at most {MOST_EXPERTS}"
+            raise refusal(source, f"the number of {field}", len(found), expected, index)
     seen: set[int] = set()
     for place, expert in enumerate(experts):
         if type(expert) is not int or expert < 0:  # a bool is an int to isinstance
             raise refusal(source, f"experts[{place}]", expert, "an id of 0 or more", index)
+        if expert >= MOST_EXPERTS:
+            expected = f"an id of at most {MOST_EXPERTS - 1}"
+            raise refusal(source, f"experts[{place}]", expert, expected, index)
         if expert in seen:
             raise refusal(source, f"experts[{place}]", expert, "each id once", index)
         seen.add(expert)
@@ -274,7 +278,19 @@ def check_layer(
         raise refusal(source, "the number of scores", len(scores), expected, index)
 
 
-def _check_implied(
+def check_texts(
+    source: str, description: str, model: PoolModel | None, calibration: PoolCalibration | None
+) -> None:
+    """Raise PoolFileError for a text that a file, an answer or a terminal cannot hold."""
+    check_text(source, "description", description)
+    if model is not None:
+        check_text(source, "model.name", model.name)
+        check_text(source, "model.fingerprint", model.fingerprint)
+    if calibration is not None:
+        check_text(source, "calibration.method", calibration.method)
+
+
+def check_implied(
     source: str, model: PoolModel | None, layers: Sequence[LayerExperts | None]
 ) -> None:
     """Raise PoolFileError if the record of implied experts contradicts the layers."""
@@ -285,8 +301,8 @@ def _check_implied(
         raise refusal(source, "the number of lists in model.implied", len(model.implied), expected)
     for index, (layer, implied) in enumerate(zip(layers, model.implied, strict=True)):
         scores = None if layer is None else layer.scores
-        limit = 0 if layer is None else None if scores is None else len(scores)
-        if implied and limit is not None and max(implied) >= limit:
+        limit = 0 if layer is None else MOST_EXPERTS if scores is None else len(scores)
+        if implied and max(implied) >= limit:
             expected = f"ids below {limit}" if limit else "[]: the layer is dense"
             raise refusal(source, "model.implied", list(implied), expected, index)
 

@@ -15,6 +15,8 @@ from emo_serve.errors import PoolFileError
 
 __all__ = ["missing_text", "parse_json", "read_json", "refusal", "refusal_text", "required_real"]
 
+_MOST_BYTES = 64 * 2**20  # 8 MiB is a pool of 64 layers with 4096 experts each
+
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = _shown.maxlong = 80
 _shown.maxlist = _shown.maxdict = 4
@@ -41,11 +43,23 @@ def missing_text(source: str, key: str, field: str, layer: int | None = None) ->
 
 def read_json(path: Path) -> object:
     """Parse one UTF-8 JSON file; raises PoolFileError for anything short of that."""
+    place = place_of(path)
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise PoolFileError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return parse_json(str(path), text)
+        raise PoolFileError(f"{place}: cannot be read: {error.strerror or error}") from error
+    if len(text) > _MOST_BYTES:
+        raise PoolFileError(f"{place}: is larger than {_MOST_BYTES // 2**20} MiB")
+    return parse_json(place, text)
+
+
+def place_of(path: Path) -> str:
+    """Return a path as it stands in errors, which are shown in JSON and on terminals."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in str(path)
+    )
 
 
 def parse_json(source: str, text: bytes) -> object:
@@ -56,7 +70,7 @@ def parse_json(source: str, text: bytes) -> object:
         if len(fields) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise PoolFileError(f"{source}: key {twice!r} is given twice in one object")
+            raise PoolFileError(f"{source}: key {_shown.repr(twice)} is given twice in one object")
         return fields
 
     try:

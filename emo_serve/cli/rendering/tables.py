@@ -110,11 +110,13 @@ def describe_pool(
     described = facts(
         {
             "pool": pool.name,
-            "description": pool.description,
+            "description": printable(" ".join(pool.description.split())),
             "experts": f"{_per_layer(pool)} per layer, {total} in all{size}",
             "scores": "of all experts; can be cut to any size" if has_scores else "none",
             "temperature": f"{pool.router_temperature:g}",
-            "made for": pool.model.name or pool.model.fingerprint if pool.model else None,
+            "made for": printable(pool.model.name or pool.model.fingerprint or "")
+            if pool.model
+            else None,
             "calibration": _calibration(pool),
             "hash": pool.content_hash,
         }
@@ -142,4 +144,6 @@ def _calibration(pool: ExpertPool) -> str:
     if made is None:
         return "-"
     counts = (("documents", made.documents), ("tokens", made.tokens))
-    return ", ".join([made.method, *(f"{n} {unit}" for unit, n in counts if n is not None)])
+    return ", ".join(
+        [printable(made.method), *(f"{n} {unit}" for unit, n in counts if n is not None)]
+    )

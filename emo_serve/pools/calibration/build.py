@@ -40,6 +40,7 @@ from emo_serve.pools.calibration import DEFAULT_METHOD, METHODS
 from emo_serve.pools.calibration.advice import passages
 from emo_serve.pools.calibration.findings import Calibration, LayerFindings
 from emo_serve.pools.calibration.layer_walk import LayerWalk, Mixture
+from emo_serve.pools.limits import MOST_COUNT, storable
 from emo_serve.pools.pool import PoolModel, keep_best
 
 __all__ = [
@@ -58,8 +59,8 @@ def check_request(config: EmoConfig, method: str, k: int, seed: int = 0) -> None
     """Raise ConfigError for an unknown method, or a size or seed that this model cannot have."""
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; give one of {', '.join(METHODS)}")
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}; give 0 or more")
+    if not 0 <= seed <= MOST_COUNT:
+        raise ConfigError(f"seed is {seed}; give 0 or more, below 2**63")
     sizes = [(moe.num_experts, index) for index, moe in enumerate(config.moe_layers) if moe]
     if not sizes:
         raise ConfigError("the model has no MoE layer, so it has no pools")
@@ -81,7 +82,7 @@ def model_record(checkpoint: Checkpoint) -> PoolModel:
     implied = (
         () if moe is None else tuple(sorted(moe.implied)) for moe in checkpoint.config.moe_layers
     )
-    name = checkpoint.directory.resolve().name
+    name = storable(checkpoint.directory.resolve().name)
     return PoolModel(name, checkpoint.fingerprint(), tuple(implied))
 
 

@@ -25,6 +25,7 @@ from pydantic import (
     TypeAdapter,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -60,7 +61,14 @@ _TEXT = (".txt",)
 def _some_text(text: str) -> str:
     if not text.strip():
         raise ValueError("the text is blank")
+    _encoded(text)
     return text
+
+
+def _encoded(text: str) -> None:
+    """Raise ValueError for lone surrogates, which no tokenizer takes."""
+    if not text.isascii():
+        text.encode("utf-8")
 
 
 class _Written(BaseModel):
@@ -70,7 +78,12 @@ class _Written(BaseModel):
 class ExampleText(_Written):
     """One document; other keys are ignored."""
 
-    text: Annotated[str, Field(min_length=1), AfterValidator(_some_text), Expected("some text")]
+    text: Annotated[
+        str,
+        Field(min_length=1),
+        AfterValidator(_some_text),
+        Expected("some text, without lone surrogates"),
+    ]
 
 
 class ExampleMessage(_Written):
@@ -80,6 +93,12 @@ class ExampleMessage(_Written):
 
     role: str
     content: str
+
+    @model_validator(mode="after")
+    def _check_text(self) -> ExampleMessage:
+        """Refuse lone surrogates anywhere, since the template may use any key."""
+        _encoded(json.dumps(self.model_dump(), ensure_ascii=False))
+        return self
 
 
 _Message = Annotated[ExampleMessage, Expected('an object with the strings "role" and "content"')]

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from emo_serve.errors import PoolFileError
 from emo_serve.names import check_pool_name
+from emo_serve.pools.limits import MOST_COUNT, MOST_LAYERS, check_temperature, storable
 from emo_serve.pools.pool import (
     ExpertPool,
     LayerExperts,
     PoolCalibration,
     PoolModel,
     check_layer,
-    check_temperature,
+    check_texts,
 )
 from emo_serve.pools.strict_json import missing_text, read_json, refusal
 
@@ -68,13 +69,17 @@ def read_pruning_metadata(
             raise refusal(source, _KEPT, experts, "a list of ids, or null if dense", index)
         check_layer(source, index, experts, None)
         layers.append(LayerExperts(tuple(experts)))
+    if len(layers) > MOST_LAYERS:
+        raise refusal(source, f"the length of {_KEPT}", len(layers), f"at most {MOST_LAYERS}")
+    texts = _description(metadata), _model(metadata), _calibration(metadata)
+    check_texts(source, *texts)
     pool = ExpertPool(
         name=name,
         layers=tuple(layers),
         router_temperature=check_temperature(source, metadata.get("router_temperature", 1.0)),
-        description=_description(metadata),
-        model=_model(metadata),
-        calibration=_calibration(metadata),
+        description=texts[0],
+        model=texts[1],
+        calibration=texts[2],
     )
     if moe_layers is not None:
         pool.check_fits(moe_layers, None, source)
@@ -90,7 +95,7 @@ def pruning_metadata(
     """Return the file's content for a pool that was completed for the model."""
     made_for = pool.model.name if pool.model else None
     metadata: dict[str, object] = {
-        "original_model": made_for or model_name,
+        "original_model": made_for or storable(model_name),
         "original_fingerprint": fingerprint,
         "num_shared_experts": max((moe.num_shared_experts for moe in moe_layers if moe), default=0),
     }
@@ -126,6 +131,10 @@ def _calibration(metadata: Mapping[str, object]) -> PoolCalibration | None:
     method, documents = metadata.get("pruning_method"), metadata.get("num_calibration")
     if not isinstance(method, str):
         return None
-    if not isinstance(documents, int) or isinstance(documents, bool) or documents < 0:
+    if (
+        not isinstance(documents, int)
+        or isinstance(documents, bool)
+        or not (0 <= documents <= MOST_COUNT)
+    ):
         documents = None
     return PoolCalibration(method, documents)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from emo_serve.cli.rendering.tables import describe_pool, pool_table
 from emo_serve.emo.config import MoeLayer
-from emo_serve.errors import PoolFileError
-from emo_serve.pools.document import PoolDocument, parse_pool, read_pool, write_pool
+from emo_serve.errors import PoolFileError, RequestError
+from emo_serve.pools.catalog import PoolCatalog
+from emo_serve.pools.document import PoolDocument, parse_build, parse_pool, read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration, PoolModel
 
 MODEL = (
@@ -83,6 +89,32 @@ REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"router_temperature": 0}, "router_temperature is 0; expected a finite number above 0"),
     ({"router_temperature": -1.5}, "router_temperature is -1.5"),
     ({"router_temperature": float("inf")}, "router_temperature is inf"),
+    ({"router_temperature": 1e39}, "router_temperature is 1e+39; expected a finite number above 0"),
+    ({"router_temperature": 1e31}, "router_temperature is 1e+31; expected a finite number above 0"),
+    ({"router_temperature": 1e-40}, "router_temperature is 1e-40; expected a finite number"),
+    ({"router_temperature": 1e-31}, "from 1e-30 to 1e+30"),
+    ({"router_temperature": 10**40}, "router_temperature is 1000000000000000"),
+    ({"router_temperature": 5e-324}, "router_temperature is 5e-324"),
+    ({"router_temperature": "1"}, "router_temperature is '1'"),
+    ({"router_temperature": float("nan")}, "router_temperature is nan"),
+    ({"layers": [{"experts": [2**16]}]}, "experts[0] is 65536; expected an id of at most 65535"),
+    ({"layers": [{"experts": [10**30]}]}, "layer 0: experts[0] is 10000000"),
+    ({"layers": [{"experts": [0], "scores": [0] * 65537}]}, "the number of scores is 65537"),
+    ({"layers": [None] * 4097}, "the number of layers is 4097; expected at most 4096"),
+    ({"model": {"implied": [[10**30]]}}, "layer 0: model.implied is [1000000"),
+    ({"calibration": {"method": "router", "tokens": 2**63}}, "tokens is 9223372036854775808"),
+    ({"calibration": {"method": "router", "seed": 10**30}}, "calibration.seed is 1000"),
+    ({"calibration": {"method": "x" * 1001}}, "expected at most 1000 characters, not 1001"),
+    ({"calibration": {"method": "a\nb"}}, r"calibration.method is 'a\nb'; expected text without"),
+    ({"description": "a\x00b"}, r"description is 'a\x00b'; expected text without control"),
+    ({"description": "\x1b[31m"}, r"description is '\x1b[31m'; expected text without control"),
+    ({"description": "\x9b1m"}, r"description is '\x9b1m'"),
+    ({"description": "\ud800"}, r"description is '\ud800'; expected text without"),
+    ({"description": "x" * 10001}, "expected at most 10000 characters, not 10001"),
+    ({"model": {"name": "\udcff"}}, r"model.name is '\udcff'; expected text without"),
+    ({"model": {"name": "x" * 1001}}, "expected at most 1000 characters"),
+    ({"model": {"fingerprint": "a\x7f"}}, r"model.fingerprint is 'a\x7f'; expected"),
+    ({"model": {"fingerprint": "f" * 1001}}, "expected at most 1000 characters"),
     ({"router_temperature": True}, "router_temperature is True"),
     ({"router_temperature": None}, "router_temperature is None"),
     ({"description": 5}, "description is 5"),
@@ -182,6 +214,115 @@ def test_a_union_has_no_name_a_file_may_carry(tmp_path: Path) -> None:
     with pytest.raises(PoolFileError, match="reserved for unions"):
         write_pool(union, tmp_path / "u.json")
     write_pool(replace(union, name="ab"), tmp_path / "u.json")
+
+
+LETTERS = st.characters() | st.sampled_from(["\ud800", "\x00", "\n", "\x1b", "\u202e"])
+TEXTS = st.text(LETTERS, max_size=20)
+INTEGERS = st.integers(0, 2**70)
+DOCUMENTS = st.fixed_dictionaries(
+    {
+        "format": st.just("emo-pool/1"),
+        "name": st.from_regex(r"[a-z0-9._-]{1,8}", fullmatch=True),
+        "layers": st.lists(
+            st.none()
+            | st.fixed_dictionaries(
+                {"experts": st.lists(st.integers(0, 9) | INTEGERS, max_size=3, unique=True)}
+            ),
+            min_size=1,
+            max_size=2,
+        ),
+    },
+    optional={
+        "description": TEXTS,
+        "router_temperature": st.floats() | INTEGERS | st.floats(0, 1e-29) | st.floats(1e29, 1e40),
+        "model": st.fixed_dictionaries({}, optional={"name": TEXTS, "fingerprint": TEXTS}),
+        "calibration": st.fixed_dictionaries(
+            {"method": TEXTS}, optional={"tokens": INTEGERS, "seed": INTEGERS}
+        ),
+    },
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(DOCUMENTS)
+def test_what_is_taken_can_be_held_stored_and_shown_and_the_rest_is_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, document: dict[str, Any]
+) -> None:
+    try:
+        pool = parse_pool("p.json", document)
+    except PoolFileError as error:
+        assert str(error).startswith("p.json: ")
+        assert str(error).isprintable() and len(str(error)) < 500
+        return
+    temperature = np.float32(pool.router_temperature)
+    smallest = np.finfo(np.float32).tiny
+    logits = np.array([1e8, -1e8, 0.01], np.float32)
+    assert smallest <= temperature < np.inf and smallest <= np.float32(1) / temperature < np.inf
+    assert np.isfinite(logits / temperature).all()
+    path = tmp_path_factory.mktemp("pool") / "p.json"
+    write_pool(pool, path)
+    assert read_pool(path) == pool
+    shown = describe_pool(pool) + pool_table([pool])
+    assert "\x1b" not in shown and "\x00" not in shown
+    json.dumps(pool.description, ensure_ascii=False).encode()
+    shown.encode()
+
+
+def test_a_description_may_have_lines_and_any_script() -> None:
+    text = "Zahlen\tund \u6570\u5b66\nsecond line \U0001f468\u200d\U0001f469"
+    layers = [{"experts": [65535]}]
+    document = {"format": "emo-pool/1", "name": "p", "layers": layers, "description": text}
+    assert parse_pool("p", document).description == text
+
+
+def test_a_file_too_large_to_be_a_pool_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    with path.open("wb") as file:
+        file.truncate(2**36)  # a hole
+    with pytest.raises(PoolFileError, match="p.json: is larger than 64 MiB"):
+        read_pool(path)
+
+
+@pytest.mark.parametrize("name", ["a\nb.json", "a\x1bb.json", "a\udcffb.json"])
+def test_a_file_name_that_cannot_be_shown_is_escaped(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    (error,) = PoolCatalog.read(tmp_path).refused
+    assert str(error).isprintable() and str(error).encode()
+    assert name.encode("unicode_escape").decode() in str(error)
+
+
+def test_a_pipe_is_no_pool_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.json")
+    (error,) = PoolCatalog.read(tmp_path).refused
+    assert str(error) == f"{tmp_path / 'p.json'}: is a pipe or a device; expected a file"
+
+
+BUILD = {"name": "p", "examples": ["a text"], "experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"router_temperature": 1e39}, "router_temperature is 1e+39; expected a finite number"),
+        ({"router_temperature": 1e-40}, "router_temperature is 1e-40; expected a finite number"),
+        ({"description": "a\x00"}, r"description is 'a\x00'; expected text without"),
+        ({"description": "x" * 10001}, "at most 10000 characters"),
+        ({"examples": ["a\ud800"]}, r"examples[0].text is 'a\ud800'; expected some text"),
+        ({"examples": [{"text": "\udfff."}]}, "expected some text, without lone surrogates"),
+        ({"examples": [{"messages": [{"role": "user", "content": "\ud800"}]}]}, "messages[0] is"),
+        ({"examples": [{"messages": [{"role": "\ud800", "content": "a"}]}]}, "messages[0] is"),
+        (
+            {"examples": [{"messages": [{"role": "user", "content": "a", "x": ["\ud800"]}]}]},
+            "messages[0] is",
+        ),
+    ],
+)
+def test_a_build_of_what_cannot_be_held_is_refused(fields: dict[str, Any], words: str) -> None:
+    parse_build(BUILD)
+    with pytest.raises(RequestError) as caught:
+        parse_build(BUILD | fields)
+    assert str(caught.value).startswith("body: ") and words in str(caught.value)
+    assert str(caught.value).isascii()
 
 
 def test_a_place_is_that_of_the_file_not_of_the_sorted_pool() -> None:

@@ -47,6 +47,7 @@ def models(draw: st.DrawFn) -> tuple[MoeLayer | None, ...]:
 
 names = st.from_regex(r"[a-z0-9._-]{1,64}", fullmatch=True)
 temperatures = st.floats(0.01, 100)
+texts = st.text(st.characters(exclude_categories=("Cc", "Cs")))
 
 
 @st.composite
@@ -68,18 +69,16 @@ def pools_of(
         has_scores = draw(st.booleans()) if scored is None else scored
         layers.append(LayerExperts(tuple(experts), tuple(draw(scores)) if has_scores else None))
     implied = tuple(() if layer is None else tuple(sorted(layer.implied)) for layer in model)
-    text = st.none() | st.text()
+    text = st.none() | texts
     made_for = st.none() | st.builds(PoolModel, text, text, st.sampled_from([None, implied]))
     count = st.none() | st.integers(0, 10**12)
     return ExpertPool(
         name=draw(names),
         layers=tuple(layers),
         router_temperature=draw(temperature),
-        description=draw(st.text()),
+        description=draw(texts),
         model=draw(made_for),
-        calibration=draw(
-            st.none() | st.builds(PoolCalibration, st.text(), count, count, count, count)
-        ),
+        calibration=draw(st.none() | st.builds(PoolCalibration, texts, count, count, count, count)),
     )
 
 

@@ -468,3 +468,23 @@ def test_every_route_is_documented(service: ServiceUnderTest) -> None:
     assert {"200", "201", "400", "401", "403", "409", "413"} <= set(
         routes["POST /v1/pools"]["responses"]
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"router_temperature": 1e39}, "body: router_temperature is 1e+39; expected a finite"),
+        ({"router_temperature": 1e-40}, "body: router_temperature is 1e-40; expected a finite"),
+        ({"description": "\x00"}, "body: description is '\\x00'; expected text without control"),
+        ({"description": "\ud800"}, "body: description is '\\ud800'; expected text without"),
+        ({"model": {"name": "x" * 2000}}, "expected at most 1000 characters, not 2000"),
+        ({"layers": [None, {"experts": [10**20]}, None]}, "layer 1: experts[0] is 1000000000"),
+    ],
+)
+async def test_what_cannot_be_held_and_shown_again_is_not_defined(
+    client: httpx.AsyncClient, fields: dict[str, Any], words: str
+) -> None:
+    before = (await client.get("/v1/pools")).json()["data"]
+    answer = await client.post("/v1/pools", content=json.dumps(POEMS | fields))
+    assert answer.status_code == 400 and words in answer.json()["detail"]
+    assert (await client.get("/v1/pools")).json()["data"] == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,18 @@ def test_a_bad_pool_file_costs_only_its_own_pool(
 def test_the_golden_checkpoint_is_what_the_tests_assume(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     assert 3 * config.hidden_size * config.intermediate_size * 4 == SLOT_BYTES
+
+
+@pytest.mark.parametrize("temperature", ["1e39", "1e-40", "1e400", "NaN"])
+def test_a_pool_that_cannot_be_held_costs_one_pool_and_not_the_server(
+    checkpoint: Checkpoint, settings: ServeSettings, tmp_path: Path, temperature: str
+) -> None:
+    assert settings.pools_dir is not None
+    shutil.copytree(settings.pools_dir, tmp_path / "pools")
+    text = (settings.pools_dir / "math.json").read_text().replace('"math"', '"hot"', 1)
+    hot = tmp_path / "pools" / "hot.json"
+    hot.write_text(text.replace("{", f'{{ "router_temperature": {temperature},', 1))
+    plan = plan_of(checkpoint, replace(settings, pools_dir=tmp_path / "pools"))
+    assert list(plan.catalog.pools) == ["code", "law", "math"]
+    (refused,) = plan.catalog.refused
+    assert str(refused).startswith(f"{hot}: router_temperature is")
