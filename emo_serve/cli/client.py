@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import httpx
 
+from emo_serve.cli.environment import route_to
 from emo_serve.cli.rendering.tables import printable
 from emo_serve.errors import ConfigError, RequestError, Unavailable
 from emo_serve.names import UNION
@@ -58,9 +59,24 @@ class PoolServer:
         base = url if "://" in url else f"http://{url}"
         self.url = base.rstrip("/").removesuffix("/v1")
         self._timeout_seconds = timeout_seconds
-        headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
-        timeout = httpx.Timeout(timeout_seconds, connect=min(timeout_seconds, _CONNECT_SECONDS))
-        self._client = httpx.Client(headers=headers, timeout=timeout, transport=transport)
+        value = f"Bearer {key}".encode("utf-8", "surrogateescape")  # a variable may hold any bytes
+        headers = [] if key is None else [(b"authorization", value)]
+        try:
+            address = httpx.URL(self.url)
+            if not 0 < (address.port or 1) < 2**16:
+                raise ValueError(f"there is no port {address.port}")
+            route = route_to(address)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise self._bad_url(error) from error
+        self._via = route.via
+        self._client = httpx.Client(
+            headers=headers,
+            timeout=httpx.Timeout(timeout_seconds, connect=min(timeout_seconds, _CONNECT_SECONDS)),
+            transport=transport,
+            verify=route.verify,
+            proxy=None if transport else route.proxy,
+            trust_env=False,  # the route has what the environment says
+        )
 
     def __enter__(self) -> PoolServer:
         return self
@@ -127,11 +143,14 @@ class PoolServer:
             response = self._client.request(
                 method, f"{self.url}/v1/pools{path}", params=params, content=body, headers=headers
             )
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
-            raise ConfigError(f"--server is {self.url!r}: {error}") from error
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, OverflowError, ValueError) as error:
+            raise self._bad_url(error) from error
+        except httpx.ProxyError as error:
+            raise Unavailable(f"{self.url} cannot be asked{self._via}: {error}") from error
         except httpx.ConnectError as error:
             raise Unavailable(
-                f"no server answers at {self.url} ({error}); is `emo-serve serve` running there?"
+                f"no server answers at {self.url}{self._via} ({error}); is `emo-serve serve`"
+                " running there?"
             ) from error
         except httpx.TimeoutException as error:
             raise Unavailable(
@@ -147,6 +166,9 @@ class PoolServer:
         if not isinstance(answer, dict) or answer.get("object") not in _OBJECTS:
             raise ConfigError(f"{self.url} answers, {_NOT_OURS}")
         return answer
+
+    def _bad_url(self, error: Exception) -> ConfigError:
+        return ConfigError(f"--server is {self.url!r}: {error}; give http://HOST:PORT")
 
     def _refusal(self, response: httpx.Response) -> Exception:
         status, message = response.status_code, _message(response)

@@ -28,7 +28,6 @@ def resolve_checkpoint(
     if model.startswith(("/", "./", "../", "~")):
         raise ConfigError(f"MODEL {model!r} is not a directory")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         snapshot = snapshot_download(
@@ -38,7 +37,7 @@ def resolve_checkpoint(
             token=token,
             allow_patterns=list(_PATTERNS),
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the Hub's own, and what proxies and certificates make of a call
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"MODEL {model!r} is neither a directory nor a model that can be downloaded: {reason}"
