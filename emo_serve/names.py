@@ -1,7 +1,7 @@
 """The grammar of model names, and which pool a request asks for.
 
     base                a name of the base model, e.g. `emo` or `allenai/Emo_1b14b_1T`
-    pool                a pool: 1 to 64 of a-z 0-9 . _ -
+    pool                a pool: 1 to 64 of a-z 0-9 . _ -, the first no dot
     a+b                 the union of pools
     base:pool, base:a+b the same, for clients that expect the model's name first
     auto                the server chooses the pool
@@ -49,10 +49,13 @@ AUTO_POOL = "auto"
 UNION = "+"
 POOL_HEADER = "x-emo-pool"
 
-NAME_PATTERN = r"^[a-z0-9._-]{1,64}$"
-"""The name of one pool, as a regular expression for Python and for JSON schemas."""
+NAME_PATTERN = r"^[a-z0-9_-][a-z0-9._-]{0,63}$"
+"""The name of one pool, as a regular expression for Python and for JSON schemas.
 
-NAME_RULE = "1 to 64 of a-z 0-9 . _ -"
+None begins with a dot: clients take `/v1/pools/..` for another path, and its file would be hidden.
+"""
+
+NAME_RULE = "1 to 64 of a-z 0-9 . _ -, the first no dot"
 """`NAME_PATTERN` in words."""
 
 FILE_NAME_RULE = f"{NAME_RULE} ({UNION!r} is reserved for unions, ':' for base:pool)"

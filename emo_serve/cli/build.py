@@ -25,7 +25,7 @@ from emo_serve.cli.rendering.outcome import coverage_line, found_by, size_line
 from emo_serve.cli.rendering.tables import facts, size_range
 from emo_serve.cli.server_flags import BUILD_SECONDS, add_server_flags
 from emo_serve.errors import ConfigError
-from emo_serve.names import check_pool_name
+from emo_serve.names import NAME_RULE, check_pool_name
 from emo_serve.pools.calibration import DEFAULT_METHOD, METHODS
 from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.limits import check_text
@@ -54,7 +54,7 @@ def add_build_commands(add: AddCommand, default_model: Path | None) -> None:
     build = add("build", _run_build, _BUILD)
     build.epilog = _BUILD_EPILOG
     build.formatter_class = argparse.RawDescriptionHelpFormatter
-    build.add_argument("name", metavar="NAME", help="name of the pool: a-z 0-9 . _ -")
+    build.add_argument("name", metavar="NAME", help=f"name of the pool: {NAME_RULE}")
     shipped = " (default: the small shipped model)" if default_model else ""
     build.set_defaults(default_model=default_model)  # so that a given --model is recognized
     add_model_flag(build, f"checkpoint directory{shipped}")

@@ -11,6 +11,8 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 
+from emo_serve.cli.output import drop_output
+from emo_serve.cli.rendering.tables import printable
 from emo_serve.errors import EmoServeError, Unavailable
 
 __all__ = ["FAILED", "REFUSED", "AddCommand", "Command", "adder", "refuse", "report_refused"]
@@ -37,7 +39,7 @@ def adder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> AddC
 
 def refuse(error: EmoServeError, status: int) -> int:
     """Print an error as one line and return the status."""
-    print(f"emo-serve: {error}", file=sys.stderr)
+    _complain(f"emo-serve: {error}")
     return status
 
 
@@ -45,9 +47,18 @@ def report_refused(reasons: Iterable[object]) -> int:
     """Print one line per refused pool file, and return REFUSED if there is any, else 0."""
     status = 0
     for reason in reasons:
-        print(f"emo-serve: refused {reason}", file=sys.stderr)
+        _complain(f"emo-serve: refused {reason}")
         status = REFUSED
     return status
+
+
+def _complain(text: str) -> None:
+    """Print one line to stderr; what it cannot take, no one can be told."""
+    line = " ".join(text.splitlines())
+    try:
+        print(printable(line), file=sys.stderr, flush=True)
+    except OSError:
+        drop_output(2)
 
 
 def _reporting(run: Command) -> Command:

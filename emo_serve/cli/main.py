@@ -13,6 +13,13 @@ from collections.abc import Sequence
 
 from emo_serve import __version__
 from emo_serve.cli.commands import FAILED, REFUSED, refuse
+from emo_serve.cli.output import (
+    CUT_OFF,
+    announce,
+    drop_output,
+    open_standard_streams,
+    run_to_the_last_byte,
+)
 from emo_serve.config import ServeSettings, add_serve_flags
 from emo_serve.errors import ConfigError, EmoServeError
 
@@ -40,15 +47,28 @@ Any flag of `vllm serve` may follow, with its name and default: --port, --host, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; 2 for anything the user must change."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    is_server = arguments[:1] == ["serve"] and not _asks_short_help(arguments[1:])
+    open_standard_streams()
     try:
-        if arguments[:1] == ["serve"] and not _asks_short_help(arguments[1:]):
+        if is_server:
             return _serve(arguments[1:])
-        args = _parser().parse_args(arguments)
-        return int(args.run(args) or 0)
+        return run_to_the_last_byte(lambda: _run(arguments))
     except EmoServeError as error:
         return refuse(error, REFUSED if isinstance(error, ConfigError) else FAILED)
     except KeyboardInterrupt:
         return _INTERRUPTED_STATUS
+    except OSError as error:
+        if is_server or error.filename is not None:  # not an error of writing to a stream
+            raise
+        drop_output()
+        if isinstance(error, BrokenPipeError):
+            return CUT_OFF
+        return refuse(EmoServeError(f"standard output: {error.strerror or error}"), FAILED)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    args = _parser().parse_args(arguments)
+    return int(args.run(args) or 0)
 
 
 def _asks_short_help(arguments: Sequence[str]) -> bool:
@@ -99,7 +119,7 @@ def _serve(arguments: list[str]) -> int:
 
     defaults = {**_DEMO_FLAG_DEFAULTS, "auto_examples": str(demo.heldout_dir())}
     default_model = DefaultModel(demo.DEMO_MODEL, demo.model_dir(), demo.pools_dir(), defaults)
-    return run(arguments, lambda text: print(text, flush=True), default_model, is_quiet=quiet)
+    return run(arguments, announce, default_model, is_quiet=quiet)
 
 
 def _check_early(arguments: list[str]) -> None:

@@ -11,6 +11,7 @@ from emo_serve.cli.model_flag import ModelFacts, add_model_flag
 from emo_serve.cli.rendering.comparison import describe_comparison
 from emo_serve.cli.rendering.tables import size_range
 from emo_serve.errors import ConfigError
+from emo_serve.names import NAME_RULE
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.comparison import PoolComparison
 from emo_serve.pools.document import read_pool, write_pool
@@ -37,7 +38,7 @@ def add_file_commands(add: AddCommand) -> None:
     """Add the three commands."""
     imported = add("import", _run_import, _IMPORT)
     imported.add_argument("path", type=Path, metavar="FILE", help="its pruning_metadata.json")
-    imported.add_argument("--name", required=True, help="name of the pool: a-z 0-9 . _ -")
+    imported.add_argument("--name", required=True, help=f"name of the pool: {NAME_RULE}")
     imported.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
     add_model_flag(imported, "checkpoint directory of the pool's model; checks that the pool fits")
 

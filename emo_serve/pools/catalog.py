@@ -1,9 +1,9 @@
 """The pools of a directory, by name. A bad file is left out; the other pools are served.
 
 The catalog knows which pools there are, which files were refused and why, and what a name such as
-"math" or "math+code" stands for. A file may be called anything that ends in .json; only the name
-inside it counts. Two files with the same name inside are both refused: which one is served must not
-depend on the order of a directory.
+"math" or "math+code" stands for. A file may be called anything that ends in .json, in small letters
+or capitals; only the name inside it counts. Two files with the same name inside are both refused:
+which one is served must not depend on the order of a directory.
 
 It changes at run time in three steps, so that files can be written beside an event loop:
 
@@ -33,7 +33,6 @@ from emo_serve.errors import (
     PoolExists,
     PoolFileError,
     PoolStoreError,
-    RequestError,
     StateConflict,
     UnknownPool,
 )
@@ -119,7 +118,7 @@ class PoolCatalog:
         *,
         persists: bool = False,
     ) -> PoolCatalog:
-        """Read every *.json of a directory, or the one file that `path` is.
+        """Read every *.json of a directory, in small letters or capitals, or the file `path`.
 
         With `moe_layers` each pool is checked against the model and completed with the experts the
         model implies; without, it is only checked against itself. Refused files are reported, never
@@ -276,10 +275,6 @@ class PoolCatalog:
                 f"pool {name!r} cannot be stored: {', '.join(contested)} have its name inside"
                 " and are refused; remove them first"
             )
-        if name.startswith("."):
-            raise RequestError(
-                f"pool name {name!r} begins with a dot, so its file would not be read"
-            )
         file = self._directory / f"{name}.json"
         owner = next((owner for owner, theirs in self._files.items() if theirs == file), None)
         if owner is not None:
@@ -309,4 +304,10 @@ def _pool_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ConfigError(f"{path} does not exist; expected a directory of pool files")
-    return sorted(file for file in path.glob("*.json") if not file.name.startswith("."))
+    try:
+        found = list(path.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    return sorted(
+        file for file in found if file.suffix.lower() == ".json" and not file.name.startswith(".")
+    )

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -194,22 +195,27 @@ def _model_of(model: DocumentModel | None) -> PoolModel | None:
 def write_pool(pool: ExpertPool, path: Path) -> None:
     """Write the pool as one file; readers see the old file or the new one, never a part.
 
+    A link stays one: the file it leads to is replaced. Permissions stay those of the old file.
     Raises PoolFileError for a name no file may carry and for a place that cannot be written.
     """
     check_pool_name(str(path), pool.name)
-    # The catalog reads *.json; this name is not one, and two processes do not share it.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        target = path.resolve() if path.is_symlink() else path
+        # The catalog reads *.json; this name is not one, and two processes do not share it.
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             with partial.open("w", encoding="utf-8") as file:
+                if target.exists():
+                    os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
                 file.write(_format(pool))
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
+            partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise PoolFileError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
+        reason = getattr(error, "strerror", None) or error
+        raise PoolFileError(f"{path}: cannot be written: {reason}") from error
 
 
 def _format(pool: ExpertPool) -> str:

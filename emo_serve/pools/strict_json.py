@@ -63,7 +63,10 @@ def place_of(path: Path) -> str:
 
 
 def parse_json(source: str, text: bytes) -> object:
-    """Parse UTF-8 JSON that came from `source`; raises PoolFileError."""
+    """Parse UTF-8 JSON that came from `source`, after a byte order mark if it has one.
+
+    Raises PoolFileError.
+    """
 
     def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         fields = dict(pairs)
@@ -74,7 +77,7 @@ def parse_json(source: str, text: bytes) -> object:
         return fields
 
     try:
-        document: object = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
+        document: object = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise PoolFileError(f"{source}: is not UTF-8 JSON: {error}") from error
     return document

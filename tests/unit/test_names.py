@@ -123,14 +123,14 @@ def test_a_union_has_one_spelling() -> None:
     assert canonical_name("a") == "a"
 
 
-@pytest.mark.parametrize("name", ["a", "math", "a-b_c.9", "m" * 64, "auto", "base"])
+@pytest.mark.parametrize("name", ["a", "math", "a-b_c.9", "m" * 64, "auto", "a..", "-", "_."])
 def test_a_pools_name_is_taken(name: str) -> None:
     assert is_pool_name(name) and is_pool_or_union(name) and not is_union(name)
     assert check_pool_name("file.json", name) == name
 
 
 @pytest.mark.parametrize(
-    "name", ["", "Math", "a b", "math\n", "m" * 65, "base:math", "\xe9", "a/b"]
+    "name", ["", "Math", "a b", "math\n", "m" * 65, "base:math", "\xe9", "a/b", ".", "..", ".a"]
 )
 def test_what_is_no_pools_name_is_refused_alone_and_in_a_union(name: str) -> None:
     assert not is_pool_name(name)
@@ -150,6 +150,6 @@ def test_a_name_no_file_may_carry_is_refused_with_value_and_rule(name: object) -
     with pytest.raises(PoolFileError) as caught:
         check_pool_name("file.json", name)
     assert str(caught.value) == (
-        f"file.json: name is {name!r}; expected 1 to 64 of a-z 0-9 . _ -"
+        f"file.json: name is {name!r}; expected 1 to 64 of a-z 0-9 . _ -, the first no dot"
         " ('+' is reserved for unions, ':' for base:pool)"
     )

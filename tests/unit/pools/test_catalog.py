@@ -267,14 +267,50 @@ def test_no_name_leads_out_of_the_directory(
     assert files_in(directory) == before
 
 
-@pytest.mark.parametrize("name", [".", "..", ".hidden"])
-def test_a_file_that_would_not_be_read_again_is_not_written(
-    stored: PoolCatalog, directory: Path, name: str
+@pytest.mark.parametrize("name", [".", "..", ".hidden", "...", ".json"])
+@pytest.mark.parametrize("persists", [True, False])
+def test_a_name_that_begins_with_a_dot_is_no_pools(
+    directory: Path, name: str, persists: bool
 ) -> None:
+    catalog = PoolCatalog.read(directory, MODEL, "fed", persists=persists)
     before = files_in(directory)
-    with pytest.raises(RequestError, match="begins with a dot"):
-        stored.add(a_pool(name, 1))
+    with pytest.raises(PoolFileError, match="name is .* the first no dot"):
+        catalog.add(a_pool(name, 1))
     assert files_in(directory) == before
+
+
+def test_a_file_whose_pool_begins_with_a_dot_is_reported(directory: Path) -> None:
+    text = (directory / "zzz.json").read_text().replace('"math"', '".."')
+    (directory / "dots.json").write_text(text)
+    (error,) = reread(directory).refused
+    assert str(error).startswith(f"{directory / 'dots.json'}: name is '..'; expected")
+
+
+def test_an_ending_in_capitals_is_read_too(directory: Path) -> None:
+    write_pool(a_pool("upper", 1), directory / "UPPER.JSON")
+    (directory / "Broken.Json").write_text("{")
+    (directory / "x.json5").write_text("{")
+    catalog = reread(directory)
+    assert "upper" in catalog.pools
+    (error,) = catalog.refused
+    assert str(error).startswith(f"{directory / 'Broken.Json'}: is not UTF-8 JSON")
+    catalog.add(a_pool("upper", 2), replace=True)
+    assert read_pool(directory / "UPPER.JSON") == a_pool("upper", 2)
+    catalog.remove("upper")
+    assert not (directory / "UPPER.JSON").exists()
+
+
+def test_redefining_a_linked_pool_keeps_the_link(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    target = tmp_path_factory.mktemp("elsewhere") / "law.json"
+    write_pool(a_pool("law", 4), target)
+    (directory / "law.json").symlink_to(target)
+    catalog = reread(directory)
+    catalog.add(a_pool("law", 5), replace=True)
+    assert (directory / "law.json").is_symlink() and read_pool(target) == a_pool("law", 5)
+    catalog.remove("law")
+    assert not (directory / "law.json").is_symlink() and target.exists()
 
 
 def test_a_refused_file_is_overwritten_only_when_told_to(directory: Path) -> None:

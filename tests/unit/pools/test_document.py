@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"name": "math\n"}, "name is"),
     ({"name": "a" * 65}, "1 to 64 of"),
     ({"name": 3}, "name is 3"),
+    *(({"name": name}, f"name is {name!r}; expected 1") for name in (".", "..", ".a", "...json")),
     ({"layers": []}, "layers is []"),
     ({"layers": {"0": {"experts": [1]}}}, "layers is"),
     ({"layers": [[1, 2]]}, "layer 0: the entry is [1, 2]; expected an object"),
@@ -209,6 +211,49 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
 
 
+def test_a_link_stays_one_and_its_target_is_replaced_whole(tmp_path: Path) -> None:
+    target, path = tmp_path / "elsewhere" / "real.txt", tmp_path / "p.json"
+    target.parent.mkdir()
+    write_pool(a_pool(description="old"), target)
+    old = target.stat().st_ino
+    path.symlink_to("middle.json")
+    (tmp_path / "middle.json").symlink_to(target)
+    write_pool(a_pool(description="new"), path)
+    assert path.is_symlink() and (tmp_path / "middle.json").is_symlink()
+    assert read_pool(target).description == read_pool(path).description == "new"
+    assert target.stat().st_ino != old, "readers of the old file keep it"
+    assert [file.name for file in target.parent.iterdir()] == ["real.txt"]
+
+
+def test_a_link_to_nothing_is_filled_and_a_loop_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.json").symlink_to("new.json")
+    write_pool(a_pool(), tmp_path / "p.json")
+    assert (tmp_path / "p.json").is_symlink() and read_pool(tmp_path / "new.json") == a_pool()
+    for link, target in (("a.json", "b.json"), ("b.json", "a.json"), ("c.json", "no/d.json")):
+        (tmp_path / link).symlink_to(target)
+    for link in ("a.json", "c.json"):
+        with pytest.raises(PoolFileError, match=rf"{link}: cannot be written: "):
+            write_pool(a_pool(), tmp_path / link)
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    write_pool(a_pool(), path)
+    path.chmod(0o640)
+    write_pool(a_pool(description="new"), path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    write_pool(a_pool(), path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_pool(path) == a_pool()
+    path.write_bytes(b"\xef\xbb\xbf" * 2 + b"{}")
+    with pytest.raises(PoolFileError, match="is not UTF-8 JSON"):
+        read_pool(path)
+
+
 def test_a_union_has_no_name_a_file_may_carry(tmp_path: Path) -> None:
     union = a_pool("a").union(a_pool("b"))
     with pytest.raises(PoolFileError, match="reserved for unions"):
@@ -337,5 +382,5 @@ def test_the_schema_says_what_ids_scores_and_temperatures_are() -> None:
     assert layer["experts"]["items"] == {"minimum": 0, "type": "integer"}
     assert layer["scores"]["anyOf"][0]["items"] == {"type": "number"}
     assert schema["properties"]["router_temperature"]["exclusiveMinimum"] == 0
-    assert schema["properties"]["name"]["pattern"] == "^[a-z0-9._-]{1,64}$"
+    assert schema["properties"]["name"]["pattern"] == "^[a-z0-9_-][a-z0-9._-]{0,63}$"
     assert schema["properties"]["layers"]["minItems"] == 1

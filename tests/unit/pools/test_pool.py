@@ -45,7 +45,7 @@ def models(draw: st.DrawFn) -> tuple[MoeLayer | None, ...]:
     return tuple(layers)
 
 
-names = st.from_regex(r"[a-z0-9._-]{1,64}", fullmatch=True)
+names = st.from_regex(r"[a-z0-9_-][a-z0-9._-]{0,63}", fullmatch=True)
 temperatures = st.floats(0.01, 100)
 texts = st.text(st.characters(exclude_categories=("Cc", "Cs")))
 
