@@ -13,7 +13,15 @@ from pathlib import Path
 
 from emo_serve.errors import PoolFileError
 
-__all__ = ["missing_text", "parse_json", "read_json", "refusal", "refusal_text", "required_real"]
+__all__ = [
+    "missing_text",
+    "parse_json",
+    "place_of",
+    "read_json",
+    "refusal",
+    "refusal_text",
+    "required_real",
+]
 
 _MOST_BYTES = 64 * 2**20  # 8 MiB is a pool of 64 layers with 4096 experts each
 
