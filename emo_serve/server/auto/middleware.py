@@ -4,8 +4,8 @@ Pure ASGI inside admission and around vLLM's app. Only a generating POST that as
 its model or in the x-emo-pool header, is changed: its body gets the chosen pool's name as the
 model. So everything behind this layer, including metrics and the answer's `model`, sees a request
 for that pool. Other requests to these paths pass unchanged, and bodies for other paths are not read
-at all. A body without a readable prompt passes too, because vLLM reports best what is wrong with
-it.
+at all. Where there is nothing to choose by, the default pool serves: an empty prompt, one that
+cannot be read, which vLLM refuses best, or tokens that are only counted.
 
 Each HTTP request gets one choice, however many prompts it has. The choice is cancelled if the
 client disconnects.
@@ -34,6 +34,9 @@ __all__ = ["AutoObserver", "AutoPool"]
 
 _T = TypeVar("_T")
 
+_SIGNS = (AUTO_POOL.encode(), b"\\u00", b"\0")
+"""A body that asks for `auto` has the word, its letters as JSON escapes, or zeros: it is UTF-16."""
+
 
 class AutoObserver(Protocol):
     """What counts choices; PoolMetrics implements it."""
@@ -46,10 +49,7 @@ class AutoObserver(Protocol):
 
 
 class AutoPool:
-    """Wrap an ASGI app; requests for `auto` reach it with a pool's name.
-
-    `root_path` is the wrapped app's own (--root-path), which that app sets only later.
-    """
+    """Wrap an ASGI app; requests for `auto` reach it with a pool's name."""
 
     def __init__(
         self,
@@ -69,21 +69,22 @@ class AutoPool:
             return
         received = await _read_body(receive)
         document = self._document(received)
-        prompt = None if document is None else READERS[path](document)
-        if document is None or not prompt:
+        if document is None:
             await self.app(scope, _replay(received, receive), send)
             return
-        start = time.monotonic()
-        try:
-            pool = await _unless_disconnected(receive, self._chooser.choose(prompt))
-        except EmoServeError as error:
-            self._observer.count_refusal(reason_of(error))
-            await refusal(scope, error)(scope, receive, send)
-            return
-        if pool is None:  # the client has disconnected
-            return
-        self._observer.count_auto(pool.name, time.monotonic() - start)
-        document["model"] = self._model_of(pool)
+        document["model"] = self._names.base[0]
+        if prompt := READERS[path](document):
+            start = time.monotonic()
+            try:
+                pool = await _unless_disconnected(receive, self._chooser.choose(prompt))
+            except EmoServeError as error:
+                self._observer.count_refusal(reason_of(error))
+                await refusal(scope, error)(scope, receive, send)
+                return
+            if pool is None:  # the client has disconnected
+                return
+            self._observer.count_auto(pool.name, time.monotonic() - start)
+            document["model"] = self._model_of(pool)
         current_request().pool_headers = ()
         body = json.dumps(document).encode()
         request = {"type": "http.request", "body": body, "more_body": False}
@@ -99,7 +100,9 @@ class AutoPool:
         """Return the request's JSON if it is complete and asks for `auto`, else None."""
         headers = current_request().pool_headers
         body = b"".join(message.get("body", b"") for message in received)
-        if received[-1]["type"] != "http.request" or not (headers or AUTO_POOL.encode() in body):
+        if received[-1]["type"] != "http.request" or not (
+            headers or any(sign in body for sign in _SIGNS)
+        ):
             return None
         try:
             document = json.loads(body)

@@ -53,11 +53,16 @@ def _of_message(body: Mapping[str, Any]) -> Prompt:
     return _conversation(body.get("messages"), body.get("system"))
 
 
+def _of_count(_: Mapping[str, Any]) -> Prompt:
+    return Prompt()  # all pools count alike
+
+
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Prompt]] = {
     "/v1/completions": _of_completion,
     "/v1/chat/completions": _of_chat,
     "/v1/responses": _of_response,
     "/v1/messages": _of_message,
+    "/v1/messages/count_tokens": _of_count,
 }
 """Prompt readers by path; each returns an empty prompt for a body that it cannot read."""
 

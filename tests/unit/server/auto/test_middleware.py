@@ -196,6 +196,45 @@ async def test_the_base_pool_is_named_as_it_can_be(default_pool: str, model: str
 
 
 @pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps(chat()).replace("auto", "\\u0061ut\\u006F").encode(),
+        json.dumps(chat()).encode("utf-16"),
+        json.dumps(chat()).encode("utf-32-le"),
+        json.dumps(chat()).encode("utf-8-sig"),
+    ],
+)
+async def test_auto_is_read_however_json_spells_it(body: bytes) -> None:
+    world = World()
+    await world.request(body)
+    assert world.document == chat("math")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, chat(text="")),
+        (CHAT, chat(text=" \n")),
+        (CHAT, {"model": "auto", "messages": []}),
+        (CHAT, {"model": "auto"}),
+        (CHAT, {"model": "auto", "messages": 5}),
+        ("/v1/completions", {"model": "auto", "prompt": ""}),
+        ("/v1/completions", {"model": "auto", "prompt": [[]]}),
+        ("/v1/responses", {"model": "auto", "input": []}),
+        ("/v1/messages/count_tokens", chat()),
+    ],
+)
+async def test_the_default_pool_serves_where_there_is_nothing_to_choose_by(
+    path: str, body: dict[str, object]
+) -> None:
+    world = World(names=ModelNames(("emo",), "math"))
+    await world.request(body, path, headers=[(b"x-emo-pool", b"auto")])
+    assert world.document == body | {"model": "emo"}
+    assert world.app.pool_headers == [()]
+    assert (world.chooser.prompts, world.metrics.choices) == ([], [])
+
+
+@pytest.mark.parametrize(
     ("body", "headers"),
     [
         (chat("math"), []),
@@ -205,8 +244,6 @@ async def test_the_base_pool_is_named_as_it_can_be(default_pool: str, model: str
         (chat("math"), [(b"x-emo-pool", b"auto")]),
         (chat("emo"), [(b"x-emo-pool", b"AUTO")]),
         (chat(["auto"]), []),
-        (chat("auto", text=""), []),
-        ({"model": "auto"}, []),
         (["auto"], []),
         (b'{"model": "auto", ', []),
         (b"\xff auto", []),
@@ -226,8 +263,8 @@ async def test_everything_else_arrives_as_it_came(
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/v1/pools"), ("POST", "/tokenize"), ("POST", "/v1/messages/count_tokens")]
-    + [("GET", "/v1/responses"), ("POST", "/v2/completions")],
+    [("POST", "/v1/pools"), ("POST", "/tokenize"), ("GET", "/v1/responses")]
+    + [("POST", "/v2/completions")],
 )
 async def test_other_routes_are_not_even_read(method: str, path: str) -> None:
     world = World()
