@@ -3,7 +3,8 @@
 #   docker build -t emo-serve .
 #   docker build -t emo-serve:cpu --target cpu .
 # and run (CUDA: add --gpus all --ipc=host), here with the model that ships:
-#   docker run --rm -p 8000:8000 emo-serve
+#   docker run --rm -p 127.0.0.1:8000:8000 emo-serve
+# It listens on every interface of the container, so changing pools needs --admin-api-key KEY.
 
 ARG VLLM_VERSION=0.32.0
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm

@@ -201,8 +201,9 @@ class ServeSettings:
         metavar="KEY",
         is_repeatable=True,
         help="key that may add, remove, load, evict and pin pools, and may do everything that a"
-        " key of --api-key may; can be given several times. Without it, a key of --api-key may"
-        " change pools; without either, anyone may",
+        " key of --api-key may; can be given several times. Without it, pools can be changed only"
+        " on a server that listens on a loopback --host or a Unix socket: by a key of --api-key,"
+        " and without either key by anyone on this machine",
     )
     open_paths: tuple[str, ...] = flag(
         "--open-paths",

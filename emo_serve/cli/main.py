@@ -36,8 +36,9 @@ _DEMO_FLAG_DEFAULTS = {
 """Defaults of vLLM's flags for the shipped model, which must start on any machine."""
 
 _SERVE_EPILOG = """\
-Any flag of `vllm serve` may follow, with its name and default: --port, --host, --dtype, --api-key,
---max-model-len, --served-model-name, --tensor-parallel-size, ...
+Any flag of `vllm serve` may follow, with its name and default: --port, --dtype, --api-key,
+--max-model-len, --served-model-name, --tensor-parallel-size, ... Only --host differs: without it
+the server listens on 127.0.0.1, not on every interface.
 
   emo-serve serve --help=all          list them all
   emo-serve serve --help=max-model-len  explain one

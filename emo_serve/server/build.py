@@ -108,6 +108,7 @@ async def build_server(
         launch.keys.admin,
         launch.settings.open_paths,
         root_path=args.root_path,
+        is_local=ServerAddress.of(args, launch.keys.variable).is_local,
     )
     http = create_http_server(guarded, app, args)
     summary = _summarise(launch, pools.facts, manager, service)

@@ -2,7 +2,8 @@
 
 vLLM's own check covers only paths that begin with /v1, and has one kind of key. This check comes
 before it and covers every path. An admin key opens everything. An API key does too, except that it
-may not change pools once admin keys are set. A path is judged as the router will see it: decoded
+may not change pools once admin keys are set. A server that other machines can reach changes pools
+only for an admin key; without one it refuses. A path is judged as the router will see it: decoded
 once, without the root path, and by its beginning, so that every spelling a route accepts counts.
 
     keys set            pools, changing      open_paths     everything else
@@ -10,6 +11,7 @@ once, without the root path, and by its beginning, so that every spelling a rout
     api                 api                  open           api
     admin               admin                open           open
     api and admin       admin                open           api or admin
+    no admin, network   refused              as above       as above
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ __all__ = ["KeyGuard"]
 
 _POOLS = "/v1/pools"
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
+_NO_ADMIN_KEY = (
+    "pools cannot be changed: other machines can reach this server, and it has no admin key; start"
+    " it with --admin-api-key KEY, or with --host 127.0.0.1"
+)
 
 
 class _Key(Enum):
@@ -45,7 +51,8 @@ class _Key(Enum):
 class KeyGuard:
     """Wrap an ASGI app; pass only requests that the key in `Authorization: Bearer` opens.
 
-    `open_paths` are exact paths that need no key. `root_path` is the wrapped app's own
+    `open_paths` are exact paths that need no key. `is_local` says that only this machine can
+    connect, so that pools may be changed without an admin key. `root_path` is the wrapped app's own
     (--root-path), which that app sets only later; without one, the scope's is used.
     """
 
@@ -57,8 +64,10 @@ class KeyGuard:
         open_paths: Collection[str],
         *,
         root_path: str | None,
+        is_local: bool,
     ) -> None:
         self.app = app
+        self._is_local = is_local
         self._api_hashes = _hashes(api_keys)
         self._admin_hashes = _hashes(admin_keys)
         self._open_paths = frozenset(open_paths)
@@ -73,7 +82,7 @@ class KeyGuard:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
         else:
-            await _refused(scope, key)(scope, receive, send)
+            await self._refused(scope, key, opened_by)(scope, receive, send)
 
     def _opened_by(self, scope: Scope) -> tuple[_Key, ...]:
         """Return the kinds of keys that open a connection; empty if it needs no key."""
@@ -82,7 +91,7 @@ class KeyGuard:
             return ()  # OPTIONS: a browser's preflight carries no key
         path = route_path({**scope, "root_path": self._root_path or scope.get("root_path", "")})
         changes_pools = path.startswith(_POOLS) and method not in READING_METHODS
-        if changes_pools and self._admin_hashes:
+        if changes_pools and (self._admin_hashes or not self._is_local):
             return (_Key.ADMIN,)
         if not self._api_hashes or (path in self._open_paths and not changes_pools):
             return ()
@@ -101,15 +110,20 @@ class KeyGuard:
         )
         return _Key.ADMIN if is_admin else _Key.API if is_api else _Key.UNKNOWN
 
+    def _refused(
+        self, scope: Scope, key: _Key, opened_by: tuple[_Key, ...]
+    ) -> JSONResponse:
+        """Return 403 if no key or a better key would do, 401 for a missing or unknown key."""
+        if opened_by == (_Key.ADMIN,) and not self._admin_hashes:
+            return error_response(scope, HTTPStatus.FORBIDDEN, _NO_ADMIN_KEY)
+        if key is _Key.API:
+            message = "this key may not change pools; use a key given by --admin-api-key"
+            return error_response(scope, HTTPStatus.FORBIDDEN, message)
+        message = (
+            f"{key.value} was sent; send 'Authorization: Bearer KEY' with a key of this server"
+        )
+        return error_response(scope, HTTPStatus.UNAUTHORIZED, message, {"www-authenticate": "Bearer"})
+
 
 def _hashes(keys: Collection[str]) -> tuple[bytes, ...]:
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys if key)
-
-
-def _refused(scope: Scope, key: _Key) -> JSONResponse:
-    """Return 403 for an API key that is not enough, 401 for a missing or unknown key."""
-    if key is _Key.API:
-        message = "this key may not change pools; use a key given by --admin-api-key"
-        return error_response(scope, HTTPStatus.FORBIDDEN, message)
-    message = f"{key.value} was sent; send 'Authorization: Bearer KEY' with a key of this server"
-    return error_response(scope, HTTPStatus.UNAUTHORIZED, message, {"www-authenticate": "Bearer"})

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 from emo_serve.config import format_gib
@@ -38,6 +39,16 @@ class ServerAddress:
             is_tls=bool(args.ssl_keyfile and args.ssl_certfile),
             key_variable=key_variable,
         )
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether only this machine can connect; a host name other than localhost says no."""
+        if self.uds or self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host or "").is_loopback
+        except ValueError:
+            return False
 
     @property
     def url(self) -> str:

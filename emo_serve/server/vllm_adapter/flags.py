@@ -38,6 +38,8 @@ __all__ = [
 
 _RECORD_VARIABLE = "EMO_SERVE_RECORD_ROUTING"  # for benchmarks: 0 shows what recording costs
 
+_LOOPBACK = "127.0.0.1"  # vLLM's default is every interface
+
 _T = TypeVar("_T")
 
 
@@ -46,6 +48,8 @@ def parse_serve_args(
 ) -> argparse.Namespace:
     """Parse the flags of `vllm serve` and ours; raises ConfigError if vLLM's quick checks fail.
 
+    Without `--host`, only this machine can connect.
+
     A positional MODEL and `--model` mean the same; the result has it in `model_tag`. With neither,
     `defaults_without_model`, by the names in the namespace, replaces vLLM's defaults.
     """
@@ -53,6 +57,7 @@ def parse_serve_args(
     parser = FlexibleArgumentParser(prog="emo-serve serve", conflict_handler="resolve")
     make_arg_parser(parser)
     _accept_lower_case(parser, "--log-level")
+    parser.set_defaults(host=_LOOPBACK)
     default_model = parser.get_default("model")
     add_serve_flags(parser)
     args: argparse.Namespace = parser.parse_args(list(argv))

@@ -37,13 +37,16 @@ def app_of(root_path: str = "") -> FastAPI:
     return app
 
 
-def guard_of(*, api: bool, admin: bool, app: Any = None, root_path: str = "") -> KeyGuard:
+def guard_of(
+    *, api: bool, admin: bool, app: Any = None, root_path: str = "", is_local: bool = True
+) -> KeyGuard:
     return KeyGuard(
         app or app_of(root_path),
         [API, "Clients2"] if api else [],
         [ADMIN, "Operators2"] if admin else [],
         OPEN,
         root_path=root_path,
+        is_local=is_local,
     )
 
 
@@ -123,11 +126,37 @@ async def test_without_keys_everything_is_open() -> None:
         assert (await ask(guard, method, path))[0] == 200
 
 
+@pytest.mark.parametrize("api", [False, True])
+@pytest.mark.parametrize(("method", "path", "opens"), TABLE)
+async def test_on_a_network_pools_change_only_for_an_admin_key(
+    method: str, path: str, opens: dict[str, str], api: bool
+) -> None:
+    with_admin = guard_of(api=api, admin=True, is_local=False)
+    without = guard_of(api=api, admin=False, is_local=False)
+    changes_pools = "-" in opens["admin"]
+    assert (await ask(with_admin, method, path, ADMIN))[0] == 200
+    for key in (None, UNKNOWN, API, ADMIN):
+        status, _, body = await ask(without, method, path, key)
+        if changes_pools:
+            assert status == 403
+            assert "--admin-api-key" in body["error"]["message"]
+            assert "\n" not in body["error"]["message"]
+        else:
+            local = await ask(guard_of(api=api, admin=False), method, path, key)
+            assert (status, body) == (local[0], local[2])
+
+
+@pytest.mark.parametrize("target", ["/v1/pools%0A", "/v1/%70ools", "/v1%2Fpools"])
+async def test_on_a_network_no_spelling_changes_pools(target: str) -> None:
+    guard = guard_of(api=False, admin=False, is_local=False)
+    assert (await ask(guard, "POST", target))[0] == 403
+
+
 async def test_every_key_of_a_list_opens_and_an_empty_one_is_none() -> None:
     guard = guard_of(api=True, admin=True)
     assert (await ask(guard, "GET", "/v1/models", "Clients2"))[0] == 200
     assert (await ask(guard, "POST", "/v1/pools", "Operators2"))[0] == 200
-    empty = KeyGuard(app_of(), ["", API], [""], OPEN, root_path=None)
+    empty = KeyGuard(app_of(), ["", API], [""], OPEN, root_path=None, is_local=True)
     assert (await ask(empty, "GET", "/v1/models", ""))[0] == 401
     assert (await ask(empty, "POST", "/v1/pools", API))[0] == 200  # no admin key is set
 
@@ -161,7 +190,7 @@ async def test_the_header(header: str, status: int) -> None:
 
 
 async def test_a_key_may_hold_any_letters() -> None:
-    guard = KeyGuard(app_of(), ["schl\u00fcssel"], [], OPEN, root_path="")
+    guard = KeyGuard(app_of(), ["schl\u00fcssel"], [], OPEN, root_path="", is_local=True)
     assert (await ask(guard, "GET", "/v1/models", "schl\u00fcssel"))[0] == 200
 
 
@@ -227,7 +256,7 @@ async def test_open_paths_are_exact(target: str) -> None:
 
 
 async def test_an_open_path_never_opens_a_change_of_pools() -> None:
-    guard = KeyGuard(app_of(), [API], [], ["/v1/pools"], root_path="")
+    guard = KeyGuard(app_of(), [API], [], ["/v1/pools"], root_path="", is_local=True)
     assert (await ask(guard, "GET", "/v1/pools"))[0] == 200
     assert (await ask(guard, "POST", "/v1/pools"))[0] == 401
 

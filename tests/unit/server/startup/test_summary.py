@@ -79,6 +79,29 @@ def test_the_url_works_on_this_machine(address: ServerAddress, url: str) -> None
     assert address.url == url
 
 
+@pytest.mark.parametrize(
+    ("host", "is_local"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.10", True),
+        ("::1", True),
+        ("localhost", True),
+        (None, False),
+        ("", False),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.7", False),
+        ("gpu7", False),
+        ("localhost.example.org", False),
+    ],
+)
+def test_only_a_loopback_address_or_a_unix_socket_is_local(
+    host: str | None, is_local: bool
+) -> None:
+    assert ServerAddress(host, 80).is_local is is_local
+    assert ServerAddress(host, 80, uds="/run/emo.sock").is_local
+
+
 def test_the_curl_line_is_one_command() -> None:
     words = shlex.split(ServerAddress("127.0.0.1", 8000).curl("math"))
     assert words[0] == "curl"

@@ -363,6 +363,11 @@ def test_our_flags_take_no_other_of_vllms_names() -> None:
     assert not vllm & (ours | {"--max-pools", "--drain-timeout"})
 
 
+def test_without_a_host_only_this_machine_can_connect() -> None:
+    assert flags.parse_serve_args(["M"], {}).host == "127.0.0.1"
+    assert flags.parse_serve_args(["M", "--host", "0.0.0.0"], {}).host == "0.0.0.0"
+
+
 def test_the_model_may_be_given_as_a_flag() -> None:
     assert flags.parse_serve_args(["--model", "M"], {}).model_tag == "M"
     assert flags.parse_serve_args([], {}).model_tag is None
