@@ -1,9 +1,10 @@
 """The server's life: start the engine, build the server on it, answer requests, drain, stop.
 
-One process answers HTTP and decides about pools; the engine's processes are vLLM's. SIGTERM starts
-the drain: readiness turns 503, new work is refused, running and waiting requests finish, and the
-process ends with status 0. A second signal cuts the drain short. (Ctrl-C in a terminal reaches the
-engine's processes too, and they end their requests at once.)
+One process answers HTTP and decides about pools; the engine's processes are vLLM's, and end when it
+does, however it ends. SIGTERM starts the drain: readiness turns 503, new work is refused, running
+and waiting requests finish, and the process ends with status 0. SIGHUP does the same unless it is
+ignored (nohup). A second signal cuts the drain short. (Ctrl-C in a terminal reaches the engine's
+processes too, and they end their requests at once.)
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
+from pathlib import Path
 from typing import Any
 
 from emo_serve.errors import EngineDead
 from emo_serve.server.build import Server, build_server
-from emo_serve.server.shutdown import StopSignals, drain
+from emo_serve.server.shutdown import StopSignals, drain, stop_signals
 from emo_serve.server.startup.engine_output import EngineOutput
 from emo_serve.server.startup.launch import DefaultModel, Launch, prepare
 from emo_serve.server.startup.progress import StartProgress
+from emo_serve.server.startup.run_directory import RunDirectory, opened_run_directory
 from emo_serve.server.startup.summary import format_summary
 from emo_serve.server.vllm_adapter.engine import start_engine
 from emo_serve.server.vllm_adapter.openai import bind_socket, run_beside_server
@@ -67,7 +70,8 @@ def run(
         if (path := launch.settings.request_log) is not None:
             # Closed after the event loop: requests that it cancels at its end have a line, too.
             request_log = stack.enter_context(closing(RequestLog(path)))
-        return uvloop.run(_serve(launch, announce, request_log, progress, output))
+        directory = stack.enter_context(opened_run_directory())
+        return uvloop.run(_serve(launch, announce, request_log, progress, output, directory))
 
 
 async def _serve(
@@ -76,12 +80,18 @@ async def _serve(
     request_log: RequestLog | None,
     progress: StartProgress,
     output: EngineOutput | None,
+    directory: RunDirectory,
 ) -> int:
-    signal.signal(signal.SIGTERM, _abandon_start)  # until the drain takes over
+    for number in stop_signals():  # until the drain takes over
+        if number != signal.SIGINT:
+            signal.signal(number, _abandon_start)
     with ExitStack() as stack:
         sock = stack.enter_context(closing(bind_socket(launch.args)))
+        if launch.args.uds:
+            stack.callback(Path(launch.args.uds).unlink, missing_ok=True)
         engine = _started_engine(launch, progress, output)
         stack.callback(engine.shutdown, timeout=_SHUTDOWN_SECONDS)
+        directory.note_shared_memory(_pids_below(os.getpid()))
         signals = StopSignals(asyncio.get_running_loop())
         try:
             server = await build_server(launch, engine, request_log, progress)
@@ -104,6 +114,13 @@ def _started_engine(launch: Launch, progress: StartProgress, output: EngineOutpu
             return start_engine(launch.args)
     except EngineDead as error:
         raise _explained(error, output) from error
+
+
+def _pids_below(pid: int) -> Iterator[int]:
+    import psutil  # type: ignore[import-untyped]  # one of vLLM's requirements
+
+    for child in psutil.Process(pid).children(recursive=True):
+        yield child.pid
 
 
 def _explained(error: EngineDead, output: EngineOutput | None) -> EngineDead:

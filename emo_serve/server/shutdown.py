@@ -9,7 +9,7 @@ import time
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.server.asgi.admission import Admission
 
-__all__ = ["StopSignals", "drain"]
+__all__ = ["StopSignals", "drain", "stop_signals"]
 
 
 async def drain(admission: Admission, manager: ResidencyManager, timeout_seconds: float) -> bool:
@@ -25,13 +25,20 @@ async def drain(admission: Admission, manager: ResidencyManager, timeout_seconds
     return await manager.drained(max(0.0, deadline - time.monotonic())) and is_idle
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that stop the server; SIGHUP only if it is not ignored, as by nohup."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    hangup = () if is_ignored else (signal.SIGHUP,)
+    return (signal.SIGTERM, signal.SIGINT, *hangup)
+
+
 class StopSignals:
-    """Set `first` on the first SIGTERM or SIGINT, and `second` on the second."""
+    """Set `first` on the first of `stop_signals`, and `second` on the second."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             loop.add_signal_handler(number, self._note)
 
     def _note(self) -> None:

@@ -20,13 +20,18 @@ _MODELS = {"EmoForCausalLM": "emo_serve.vllm_plugin.model:EmoForCausalLM"}
 
 
 def register() -> None:
-    """Teach this process's vLLM the config, the model and the load format `emo`."""
+    """Teach this process's vLLM the config, the model and the load format `emo`.
+
+    The processes of our own front end's engine are also made to end with it.
+    """
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
     from emo_serve.emo.config import EmoConfig
     from emo_serve.vllm_plugin.loader import register_loader
+    from emo_serve.vllm_plugin.orphans import end_with_parent
 
+    end_with_parent()
     AutoConfig.register("emo", EmoConfig, exist_ok=True)
     for architecture, path in _MODELS.items():
         if architecture not in ModelRegistry.get_supported_archs():

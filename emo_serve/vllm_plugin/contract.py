@@ -23,6 +23,7 @@ __all__ = [
     "ACCOUNT_ARG",
     "ADDITIONAL_CONFIG_KEY",
     "BASE_POOL_ROW",
+    "END_WITH_PARENT_VARIABLE",
     "EXPERT_DTYPES",
     "LOAD_FORMAT",
     "MASS_SLOTS",
@@ -111,6 +112,9 @@ ACCOUNT_ARG = "emo_account"
 
 MASS_SLOT_ARG = "emo_mass_slot"
 """Likewise: which of MASS_SLOTS sums receives the router's mass of each expert."""
+
+END_WITH_PARENT_VARIABLE = "EMO_SERVE_END_WITH_PARENT"
+"""The environment variable that makes the engine's processes end with those that started them."""
 
 BASE_POOL_ROW = 0
 """The base pool's row; requests that name no row get it."""

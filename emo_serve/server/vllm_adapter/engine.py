@@ -23,6 +23,7 @@ from emo_serve.errors import EngineDead
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.vllm_adapter.flags import engine_args, resolved
 from emo_serve.server.vllm_adapter.generation import place_in_row, salt_prompt
+from emo_serve.vllm_plugin.contract import END_WITH_PARENT_VARIABLE
 
 __all__ = ["OwnRequests", "start_engine"]
 
@@ -32,6 +33,7 @@ def start_engine(args: argparse.Namespace) -> AsyncLLM:
 
     Raises ConfigError for flags that vLLM refuses, and EngineDead if the engine does not start.
     """
+    os.environ[END_WITH_PARENT_VARIABLE] = "1"
     # How long workers wait before they are stopped; a drained server need not wait.
     os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
     if args.enforce_eager and current_platform.is_cpu():

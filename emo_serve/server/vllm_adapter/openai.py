@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import socket
+import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -141,9 +144,11 @@ def metrics_registry() -> Any:
 def bind_socket(args: argparse.Namespace) -> socket.socket:
     """Bind the port before the engine starts, as vLLM does, without answering requests yet.
 
-    Raises ConfigError if it cannot be bound.
+    A Unix socket that a dead server left is replaced. Raises ConfigError if it cannot be bound.
     """
     try:
+        if args.uds:
+            _remove_dead_socket(args.uds)
         _, sock = setup_server(args, reuse_port=False)
     except OSError as error:
         where = args.uds or f"{args.host or ''}:{args.port}"
@@ -151,6 +156,29 @@ def bind_socket(args: argparse.Namespace) -> socket.socket:
     except (KeyError, ValueError) as error:
         raise ConfigError(str(error.args[0] if error.args else error)) from error
     return sock  # type: ignore[no-any-return]
+
+
+def _remove_dead_socket(path: str) -> None:
+    """Remove a Unix socket that no process has bound any more; leave any other file alone."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)
+            probe.connect(path)
+    except ConnectionRefusedError:
+        # A server that is starting has bound its socket but does not listen yet.
+        with suppress(OSError):
+            if any(line.endswith(f" {path}") for line in _bound_sockets()):
+                return
+        os.unlink(path)
+    except OSError:  # there is none, it is busy, or it is not ours to reach: bind says so
+        return
+
+
+def _bound_sockets() -> list[str]:
+    with open("/proc/net/unix") as table:
+        return table.read().splitlines()[1:]
 
 
 def create_http_server(wrapped: ASGIApp, app: FastAPI, args: argparse.Namespace) -> uvicorn.Server:

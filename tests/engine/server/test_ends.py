@@ -1,4 +1,4 @@
-"""Ends of servers: a drain, a restart, a dead engine, a start given up.
+"""Ends of servers: a drain, a restart, a dead engine, a killed server, a start given up.
 
 These tests run last, as they end servers that other tests share. What comes after the restart is
 told to the server that was started again.
@@ -6,6 +6,8 @@ told to the server that was started again.
 
 from __future__ import annotations
 
+import re
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ import openai
 import psutil
 import pytest
 
+from emo_serve.server.serve import CUT_STATUS
 from tests.engine.server.conftest import POOLS, document, hold_only
 from tests.engine.server.test_operators import cards_of, text_of
 from tests.engine.server.test_requests import running
@@ -168,6 +171,51 @@ def test_sigterm_drains(server: RunningServer, http: httpx.Client) -> None:
     assert b"data: [DONE]" in request.received
     wait_for(lambda: server.has_ended, server.activity)
     assert server.process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def eager(golden_checkpoint: Path) -> tuple[str, ...]:
+    """Arguments of a server that starts fast."""
+    return (str(golden_checkpoint), "--max-model-len", "512", "--enforce-eager")
+
+
+def test_a_stream_that_outlasts_the_drain_ends_with_an_error_and_a_status(
+    eager: tuple[str, ...], tmp_path: Path
+) -> None:
+    with serve(tmp_path, *eager, "--drain-timeout", "0") as server:
+        with RawRequest(server, prompt=["a"] * 100, max_tokens=450) as request:
+            request.read_events(1)
+            server.terminate()
+            request.read_to_end()
+        assert b'"code": 503' in request.received
+        assert request.received.endswith(b"0\r\n\r\n")
+        wait_for(lambda: server.has_ended, server.activity)
+        assert server.process.returncode == CUT_STATUS
+
+
+def test_a_killed_server_leaves_neither_processes_nor_sockets_nor_shared_memory(
+    eager: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as base:  # a socket's path has at most 107 characters
+        monkeypatch.setenv("VLLM_RPC_BASE_PATH", base)
+        with serve(tmp_path, *eager) as server:
+            family = psutil.Process(server.process.pid).children(recursive=True)
+            (engine,) = engines_of(server)
+            maps = Path(f"/proc/{engine.pid}/maps").read_text()
+            segments = {Path(name) for name in re.findall(r"/dev/shm/psm_\w+", maps)}
+            sockets = [path for path in Path(base).rglob("*") if path.is_socket()]
+            assert segments and sockets
+            server.process.kill()
+            wait_for(lambda: not any(map(is_alive, family)))
+            wait_for(lambda: not list(Path(base).iterdir()))
+            assert not any(segment.exists() for segment in segments)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_sigterm_gives_up_a_start_and_leaves_no_engine(

@@ -14,6 +14,7 @@ import pytest
 from emo_serve.config import ServeSettings
 from emo_serve.errors import ConfigError, EngineDead
 from emo_serve.server import serve
+from emo_serve.server.shutdown import stop_signals
 from emo_serve.server.vllm_adapter.request_log import RequestLog, RequestRecord
 
 
@@ -23,7 +24,7 @@ class Life:
     def __init__(self, tmp_path: Path) -> None:
         self.events: list[str] = []
         self.log = tmp_path / "requests.jsonl"
-        args = SimpleNamespace(uvicorn_log_level="info")
+        args = SimpleNamespace(uvicorn_log_level="info", uds=None)
         self.launch: Any = SimpleNamespace(args=args, settings=ServeSettings(request_log=self.log))
         self.request_log: Any = None
 
@@ -40,10 +41,10 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Life]:
     monkeypatch.setattr(serve, "prepare", lambda *_: life.launch)
     monkeypatch.setattr(serve, "bind_socket", lambda _: life)
     monkeypatch.setattr(serve, "start_engine", lambda _: life)
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in stop_signals()}
     yield life
-    signal.signal(signal.SIGTERM, before[0])
-    signal.signal(signal.SIGINT, before[1])
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run() -> int:
@@ -86,6 +87,22 @@ def test_what_fails_after_the_engine_started_stops_it(
     with pytest.raises(type(error), match=str(error)):
         run()
     assert life.events == ["engine stopped", "socket closed"]
+
+
+def test_the_unix_socket_is_removed_at_the_end(
+    life: Life, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def answer(*_: object) -> int:
+        return 0
+
+    async def build(*_: object) -> None: ...
+
+    monkeypatch.setattr(serve, "build_server", build)
+    monkeypatch.setattr(serve, "_answer", answer)
+    life.launch.args.uds = str(tmp_path / "socket")
+    (tmp_path / "socket").touch()
+    assert run() == 0
+    assert not (tmp_path / "socket").exists()
 
 
 def test_an_engine_that_does_not_start_says_where_to_look(

@@ -11,7 +11,7 @@ from starlette.types import Message, Scope, Send
 
 from emo_serve.errors import Draining
 from emo_serve.server.asgi.admission import Admission
-from emo_serve.server.shutdown import StopSignals, drain
+from emo_serve.server.shutdown import StopSignals, drain, stop_signals
 from tests.support.fake_engine import settle
 from tests.support.pool_services import ServiceUnderTest, service_of
 
@@ -107,3 +107,16 @@ async def test_the_first_and_the_second_signal_are_told_apart() -> None:
     assert not signals.second.is_set()
     os.kill(os.getpid(), signal.SIGINT)
     await signals.second.wait()
+
+
+async def test_a_hangup_stops_too_unless_it_is_ignored() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        assert stop_signals() == (signal.SIGTERM, signal.SIGINT)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signals = StopSignals(asyncio.get_running_loop())
+        os.kill(os.getpid(), signal.SIGHUP)
+        await signals.first.wait()
+    finally:
+        signal.signal(signal.SIGHUP, before)
