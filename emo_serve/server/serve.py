@@ -2,9 +2,9 @@
 
 One process answers HTTP and decides about pools; the engine's processes are vLLM's, and end when it
 does, however it ends. SIGTERM starts the drain: readiness turns 503, new work is refused, running
-and waiting requests finish, and the process ends with status 0. SIGHUP does the same unless it is
-ignored (nohup). A second signal cuts the drain short. (Ctrl-C in a terminal reaches the engine's
-processes too, and they end their requests at once.)
+and waiting requests finish, and the process ends with status 0, or with 3 if it cut some. SIGHUP
+does the same unless it is ignored (nohup). A second signal cuts the drain short. (Ctrl-C in a
+terminal reaches the engine's processes too, and they end their requests at once.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from emo_serve.errors import EngineDead
+from emo_serve.errors import Draining, EngineDead
 from emo_serve.server.build import Server, build_server
 from emo_serve.server.shutdown import StopSignals, drain, stop_signals
 from emo_serve.server.startup.engine_output import EngineOutput
@@ -30,15 +30,18 @@ from emo_serve.server.startup.launch import DefaultModel, Launch, prepare
 from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.run_directory import RunDirectory, opened_run_directory
 from emo_serve.server.startup.summary import format_summary
-from emo_serve.server.vllm_adapter.engine import start_engine
+from emo_serve.server.vllm_adapter.engine import start_engine, stop_engine
 from emo_serve.server.vllm_adapter.openai import bind_socket, run_beside_server
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 
-__all__ = ["run"]
+__all__ = ["CUT_STATUS", "run"]
 
 logger = logging.getLogger(__name__)
 
-_SHUTDOWN_SECONDS = 10.0  # then the engine's processes are killed
+CUT_STATUS = 3
+"""The exit status of a server that ended requests before they were finished."""
+
+_CUT_SECONDS = 1.0  # for the last events of requests that are cut
 
 
 def run(
@@ -90,7 +93,7 @@ async def _serve(
         if launch.args.uds:
             stack.callback(Path(launch.args.uds).unlink, missing_ok=True)
         engine = _started_engine(launch, progress, output)
-        stack.callback(engine.shutdown, timeout=_SHUTDOWN_SECONDS)
+        stack.callback(stop_engine, engine)
         directory.note_shared_memory(_pids_below(os.getpid()))
         signals = StopSignals(asyncio.get_running_loop())
         try:
@@ -164,6 +167,7 @@ async def _answer(
     ]
     serving = asyncio.create_task(server.http.serve(sockets=[sock]))
     stopping = asyncio.create_task(signals.first.wait())
+    is_drained = True
     try:
         while not server.http.started and not serving.done():
             await asyncio.sleep(0.02)
@@ -171,16 +175,21 @@ async def _answer(
             announce(format_summary(server.summary))
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
-            await _drain_until_second(server, signals, launch.settings.drain_timeout_seconds)
+            is_drained = await _drain_until_second(
+                server, signals, launch.settings.drain_timeout_seconds
+            )
         server.http.should_exit = True
         await serving
     finally:
         for task in (*beside, stopping):
             task.cancel()
-    return 0 if signals.first.is_set() else 1
+    if not signals.first.is_set():
+        return 1
+    return 0 if is_drained else CUT_STATUS
 
 
-async def _drain_until_second(server: Server, signals: StopSignals, timeout_seconds: float) -> None:
+async def _drain_until_second(server: Server, signals: StopSignals, timeout_seconds: float) -> bool:
+    """Finish the running requests; cut them at the timeout or second signal, and return False."""
     admission = server.admission
     logger.info(
         "draining: waiting up to %.0f s for %d running requests; a second signal stops now",
@@ -190,7 +199,13 @@ async def _drain_until_second(server: Server, signals: StopSignals, timeout_seco
     draining = asyncio.create_task(drain(admission, server.manager, timeout_seconds))
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
-    if not (draining.done() and draining.result()):
-        logger.warning("stopping with %d requests still running", admission.num_running)
+    is_drained = draining.done() and draining.result()
     for task in (draining, second):
         task.cancel()
+    if not is_drained:
+        logger.warning("stopping with %d requests still running", admission.num_running)
+        server.llm.cut(
+            Draining("the server stopped before this request was finished; send it again")
+        )
+        await admission.idle(_CUT_SECONDS)
+    return is_drained

@@ -15,7 +15,7 @@ import sys
 
 from emo_serve.vllm_plugin.contract import END_WITH_PARENT_VARIABLE
 
-__all__ = ["end_with_parent"]
+__all__ = ["end_with_parent", "in_run_directory"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -31,3 +31,16 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent.pid:  # it ended before the line above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_run_directory(init_method: str) -> str:
+    """Return where ranks meet: a file:// in the run directory of our front end, if there is one.
+
+    vLLM's own path is in the temporary directory, where a killed worker would leave the file. The
+    file's name stays, because vLLM also names shared memory after it.
+    """
+    directory = os.environ.get("VLLM_RPC_BASE_PATH")
+    is_file = init_method.startswith("file://")
+    if END_WITH_PARENT_VARIABLE not in os.environ or directory is None or not is_file:
+        return init_method
+    return f"file://{directory}/{os.path.basename(init_method)}"

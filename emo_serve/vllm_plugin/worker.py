@@ -23,6 +23,7 @@ from emo_serve.vllm_plugin.contract import (
     RouterMass,
 )
 from emo_serve.vllm_plugin.expert_store import StoreCounts
+from emo_serve.vllm_plugin.orphans import in_run_directory
 from emo_serve.vllm_plugin.settings import read_settings
 from emo_serve.vllm_plugin.slot_host import SlotHost, slot_host_of
 
@@ -127,12 +128,14 @@ class PoolRowsWorker:
     The V2 runner needs nothing from here: it asks the model for its state class.
     """
 
+    distributed_init_method: str
     model_runner: Any
     use_v2_model_runner: bool
     vllm_config: VllmConfig
 
     def init_device(self) -> None:
         """Initialise the device as upstream does, then attach to a V1 runner."""
+        self.distributed_init_method = in_run_directory(self.distributed_init_method)
         super().init_device()  # type: ignore[misc]
         if not self.use_v2_model_runner:
             num_rows = read_settings(self.vllm_config).num_pools

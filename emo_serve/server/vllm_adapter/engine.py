@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -25,7 +26,7 @@ from emo_serve.server.vllm_adapter.flags import engine_args, resolved
 from emo_serve.server.vllm_adapter.generation import place_in_row, salt_prompt
 from emo_serve.vllm_plugin.contract import END_WITH_PARENT_VARIABLE
 
-__all__ = ["OwnRequests", "start_engine"]
+__all__ = ["OwnRequests", "start_engine", "stop_engine"]
 
 
 def start_engine(args: argparse.Namespace) -> AsyncLLM:
@@ -60,6 +61,16 @@ def start_engine(args: argparse.Namespace) -> AsyncLLM:
     except Exception as error:  # the tokenizer's files are read here too
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise EngineDead(f"the engine did not start: {reason}") from error
+
+
+def stop_engine(engine: AsyncLLM) -> None:
+    """Kill the engine's processes: by now nobody waits for a result, and the kernel cleans up.
+
+    Asked to end, they take seconds. vLLM warns of each process that it kills; that is not shown.
+    """
+    for name in ("vllm.v1.utils", "vllm.utils.system_utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    engine.shutdown(timeout=0.0)
 
 
 class OwnRequests:

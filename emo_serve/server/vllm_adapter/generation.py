@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
 from vllm.lora.request import LoRARequest
@@ -56,6 +56,13 @@ def to_http_error(error: EmoServeError, param: str | None = "model") -> Exceptio
     return GracefulHTTPError(str(error), status)  # type: ignore[no-any-return]
 
 
+class _Reader(NamedTuple):
+    """What the reader of a request's outputs waits for."""
+
+    collector: RequestOutputCollector
+    admission: asyncio.Future[EmoServeError | None]
+
+
 class PooledLLM:
     """The engine client that vLLM's serving layer calls; it places every request in a pool.
 
@@ -77,6 +84,7 @@ class PooledLLM:
         self._residency, self._metrics, self._request_log = residency, metrics, request_log
         self._coverage, self._honours_priority = coverage, honours_priority
         self._tasks: set[asyncio.Task[Any]] = set()  # asyncio keeps weak references
+        self._running: dict[asyncio.Task[None], _Reader] = {}
 
     def __getattr__(self, name: str) -> Any:
         """Return the engine's attribute: configuration, renderer, state, abort, statistics."""
@@ -120,11 +128,20 @@ class PooledLLM:
         request = (salted, sampling_params, request_id, options)
         pump = asyncio.create_task(self._pump(collector, admission, account, pool, *request))
         self._tasks.add(pump)
+        self._running[pump] = _Reader(collector, admission)
         pump.add_done_callback(partial(self._settle, admission, account, covered))
         stream = _collected(collector, pump)
         # A generator never iterated runs no `finally`: its client left while it waited.
         weakref.finalize(stream, pump.cancel).atexit = False
         return stream
+
+    def cut(self, error: EmoServeError) -> None:
+        """End every request now: a waiting one with the error's status, a stream with its event."""
+        for pump, reader in list(self._running.items()):
+            reader.collector.put(to_http_error(error))
+            if not reader.admission.done():
+                reader.admission.set_result(error)
+            pump.cancel()
 
     def encode(self, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
         """Refuse pooling requests, which would not be placed in a pool."""
@@ -185,6 +202,7 @@ class PooledLLM:
     ) -> None:
         """Resolve the futures of a request that has ended, even if it was never started."""
         self._tasks.discard(pump)
+        self._running.pop(pump, None)
         if not admission.done():
             admission.set_result(None)
         if covered is not None:

@@ -189,7 +189,7 @@ def create_http_server(wrapped: ASGIApp, app: FastAPI, args: argparse.Namespace)
         "log_level": args.uvicorn_log_level,
         "access_log": not args.disable_uvicorn_access_log,
         "timeout_keep_alive": envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-        "timeout_graceful_shutdown": 2,  # requests still running have had the whole drain time
+        "timeout_graceful_shutdown": 1,  # requests still running have had the whole drain time
         "ssl_keyfile": args.ssl_keyfile,
         "ssl_certfile": args.ssl_certfile,
         "ssl_ca_certs": args.ssl_ca_certs,

@@ -31,7 +31,7 @@ class Life:
     def close(self) -> None:
         self.events.append("socket closed")
 
-    def shutdown(self, timeout: float) -> None:
+    def stop(self) -> None:
         self.events.append("engine stopped")
 
 
@@ -41,6 +41,7 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Life]:
     monkeypatch.setattr(serve, "prepare", lambda *_: life.launch)
     monkeypatch.setattr(serve, "bind_socket", lambda _: life)
     monkeypatch.setattr(serve, "start_engine", lambda _: life)
+    monkeypatch.setattr(serve, "stop_engine", lambda engine: engine.stop())
     before = {number: signal.getsignal(number) for number in stop_signals()}
     yield life
     for number, handler in before.items():
