@@ -15,7 +15,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineGenerateError
 
-from emo_serve.errors import EngineDead, LoadDeadlineExceeded
+from emo_serve.errors import Draining, EngineDead, LoadDeadlineExceeded
 from emo_serve.metrics import PoolMetrics
 from emo_serve.server.asgi.context import RequestContext
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
@@ -317,6 +317,26 @@ async def test_a_wait_that_is_too_long_is_told_to_the_gate_and_to_the_reader(
     assert isinstance(await context.refusal(), LoadDeadlineExceeded)
     assert context.retry_after_seconds == 1
     assert bench.sample("refused_requests_total", reason="load_deadline") == 1
+
+
+async def test_a_cut_ends_running_and_waiting_requests_with_the_error(
+    bench: Bench, engine: FakeEngine, context: RequestContext
+) -> None:
+    running = bench.generate("math")
+    bench.script.feed(output("a", [1]))
+    await anext(running)
+    engine.is_holding = True
+    waiting = bench.generate("law")
+    await settle()
+    bench.llm.cut(Draining("stopped"))
+    for stream in (running, waiting):
+        with pytest.raises(GracefulHTTPError, match="stopped") as error:
+            await read(stream)
+        assert error.value.http_status == 503
+    await settle()
+    assert isinstance(await context.refusal(), Draining)
+    assert bench.running("math") == 0
+    assert not bench.llm._running
 
 
 async def test_requests_and_tokens_are_counted_by_pool(bench: Bench) -> None:
