@@ -110,9 +110,7 @@ class KeyGuard:
         )
         return _Key.ADMIN if is_admin else _Key.API if is_api else _Key.UNKNOWN
 
-    def _refused(
-        self, scope: Scope, key: _Key, opened_by: tuple[_Key, ...]
-    ) -> JSONResponse:
+    def _refused(self, scope: Scope, key: _Key, opened_by: tuple[_Key, ...]) -> JSONResponse:
         """Return 403 if no key or a better key would do, 401 for a missing or unknown key."""
         if opened_by == (_Key.ADMIN,) and not self._admin_hashes:
             return error_response(scope, HTTPStatus.FORBIDDEN, _NO_ADMIN_KEY)
@@ -122,7 +120,9 @@ class KeyGuard:
         message = (
             f"{key.value} was sent; send 'Authorization: Bearer KEY' with a key of this server"
         )
-        return error_response(scope, HTTPStatus.UNAUTHORIZED, message, {"www-authenticate": "Bearer"})
+        return error_response(
+            scope, HTTPStatus.UNAUTHORIZED, message, {"www-authenticate": "Bearer"}
+        )
 
 
 def _hashes(keys: Collection[str]) -> tuple[bytes, ...]:

@@ -4,7 +4,8 @@ vLLM's sockets lie in the directory that VLLM_RPC_BASE_PATH names, and stay ther
 directory of the server's own. A server that ends by itself removes it. For one that is killed, a
 shell does: it waits for the end of a pipe that only the server holds, and also removes the engine's
 shared memory, whose names are listed in the directory. What both left, say after a machine lost
-power, the next start removes: a directory is in use while its server holds a lock on it.
+power, the next start removes: a directory is in use while its server holds a lock on it. Only a
+directory with such a name and such a list is ever removed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 __all__ = ["RunDirectory", "opened_run_directory"]
 
 _BASE_VARIABLE = "VLLM_RPC_BASE_PATH"
-_PREFIX = "emo-serve-"
+_PREFIX = "emo-serve-run-"
+_NAME = re.compile(rf"{_PREFIX}\d+-\w{{8}}")
 _SEGMENTS_FILE = "shared-memory"
 _SHARED_MEMORY = Path("/dev/shm")
 _SEGMENT = re.compile(rf"{_SHARED_MEMORY}/((?:psm_|vllm_dist_)[^/\s]*)$", re.MULTILINE)
@@ -60,6 +62,7 @@ def opened_run_directory() -> Iterator[RunDirectory]:
     path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
     lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(lock, fcntl.LOCK_EX)
+    (path / _SEGMENTS_FILE).touch()
     cleaner = _start_cleaner(path)
     if len(os.fsencode(path)) + _SOCKET_NAME_LENGTH <= _MAX_SOCKET_PATH:
         os.environ[_BASE_VARIABLE] = str(path)  # else its sockets stay where vLLM puts them
@@ -94,6 +97,8 @@ def _start_cleaner(path: Path) -> subprocess.Popen[bytes] | None:
 
 def _remove_dead(base: Path) -> None:
     for path in base.glob(f"{_PREFIX}*"):
+        if not (_NAME.fullmatch(path.name) and (path / _SEGMENTS_FILE).is_file()):
+            continue  # somebody else's, or this young
         try:
             if time.time() - path.stat().st_mtime < _UNLOCKED_SECONDS:
                 continue

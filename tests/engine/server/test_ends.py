@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from emo_serve.server.serve import CUT_STATUS
-from tests.engine.server.conftest import POOLS, document, hold_only
+from tests.engine.server.conftest import GOLDEN, POOLS, document, hold_only
 from tests.engine.server.test_operators import cards_of, text_of
 from tests.engine.server.test_requests import running
 from tests.support.progress import wait_for
@@ -176,7 +176,7 @@ def test_sigterm_drains(server: RunningServer, http: httpx.Client) -> None:
 @pytest.fixture(scope="module")
 def eager(golden_checkpoint: Path) -> tuple[str, ...]:
     """Arguments of a server that starts fast."""
-    return (str(golden_checkpoint), "--max-model-len", "512", "--enforce-eager")
+    return (str(golden_checkpoint), *GOLDEN, "--enforce-eager")
 
 
 def test_a_stream_that_outlasts_the_drain_ends_with_an_error_and_a_status(
@@ -219,9 +219,9 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def test_sigterm_gives_up_a_start_and_leaves_no_engine(
-    golden_checkpoint: Path, tmp_path: Path
+    eager: tuple[str, ...], tmp_path: Path
 ) -> None:
-    with start(tmp_path, str(golden_checkpoint), "--enforce-eager") as server:
+    with start(tmp_path, *eager) as server:
         wait_for(lambda: bool(engines_of(server)), server.activity)
         (engine,) = engines_of(server)
         server.terminate()

@@ -100,17 +100,23 @@ def test_the_next_start_removes_what_is_left_of_dead_servers_only(base: Path) ->
     segment.touch()
     outside = base / "outside"
     outside.touch()
-    dead, young = base / "emo-serve-1-dead", base / "emo-serve-2-young"
-    for path in (dead, young):
+    dead, young = base / "emo-serve-run-1-deaddead", base / "emo-serve-run-2-young_12"
+    others = [base / "emo-serve-run-1-longer_name", base / "emo-serve-run-3-unlisted"]
+    others.append(base / "emo-serve-0.1")
+    for path in (dead, young, *others):
         path.mkdir()
-    (dead / "shared-memory").write_text(f"{segment.name}\n../../{outside}\n/etc/passwd\n")
-    grow_old(dead)
+    listed = f"{segment.name}\n../../{outside}\n/etc/passwd\n"
+    for path in (dead, young, others[0], others[2]):
+        (path / "shared-memory").write_text(listed)
+    for path in (dead, *others):
+        grow_old(path)
     with opened_run_directory() as living:
         grow_old(living.path)
         with opened_run_directory():
             assert living.path.exists()
         assert not dead.exists() and not segment.exists()
         assert young.exists() and outside.exists()
+        assert all(path.exists() for path in others)
 
 
 def test_only_shared_memory_of_vllm_is_noted(base: Path) -> None:
