@@ -155,6 +155,15 @@ class ServeSettings:
         metavar="N",
         help="how many requests may wait for pools to be loaded; further ones get 503",
     )
+    max_queued: int | None = flag(
+        "--max-queued",
+        read_int,
+        default=None,
+        metavar="N",
+        help="how many completions may be admitted beyond those that the engine can run at once;"
+        " further ones get 503, except the first request of a pool that has none (default: four"
+        " times what the engine can run at once, at least 256)",
+    )
     load_deadline_seconds: float = flag(
         "--load-deadline",
         read_seconds,
@@ -281,6 +290,8 @@ class ServeSettings:
             )
         if self.max_waiting < 0:
             raise ConfigError(f"--max-waiting is {self.max_waiting}; give 0 or more")
+        if self.max_queued is not None and self.max_queued < 0:
+            raise ConfigError(f"--max-queued is {self.max_queued}; give 0 or more")
         if not (0 < self.load_deadline_seconds < math.inf):
             raise ConfigError(
                 f"--load-deadline is {self.load_deadline_seconds}; give a finite number above 0"

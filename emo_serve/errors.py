@@ -14,6 +14,7 @@
       Unavailable               the same request may succeed later (HTTP 503)
         PoolBlocked             pinned pools leave too few slots or rows
         TooManyWaiting          the queue of requests waiting for loads is full
+        TooManyQueued           too many requests run or wait, of this pool or of all
         LoadDeadlineExceeded    the pool was not loaded in time
         Draining                the server is shutting down
       PoolLoadFailed            one pool's experts could not be read (HTTP 500); the server goes on
@@ -43,6 +44,7 @@ __all__ = [
     "PoolTooLarge",
     "RequestError",
     "StateConflict",
+    "TooManyQueued",
     "TooManyWaiting",
     "Unavailable",
     "UnknownPool",
@@ -107,6 +109,10 @@ class PoolBlocked(Unavailable):
 
 class TooManyWaiting(Unavailable):
     """Refuse a request that would make the line of waiting requests too long."""
+
+
+class TooManyQueued(Unavailable):
+    """Refuse a request beyond what the engine can run and queue, or beyond its pool's share."""
 
 
 class LoadDeadlineExceeded(Unavailable):

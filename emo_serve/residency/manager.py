@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from emo_serve.errors import Draining, PoolInUse
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.backlog import Backlog, BacklogLimits, Place
 from emo_serve.residency.policy import EvictionPolicy, LruPolicy
 from emo_serve.residency.ports import NullObserver, PoolEngine, ResidencyObserver
 from emo_serve.residency.queue import LoadQueue
@@ -50,7 +51,7 @@ class ResidencyManager:
 
     `num_rows` counts the rows of the engine's pool table, including the base pool's; `slot_bytes`
     is the size of one expert in one layer, over all ranks. Pools must be complete and match the
-    model.
+    model. Without `limits`, any number of requests is admitted for resident pools.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class ResidencyManager:
         slot_bytes: int,
         policy: EvictionPolicy | None = None,
         max_waiting: int = 256,
+        limits: BacklogLimits | None = None,
         load_deadline_seconds: float = 60.0,
         observer: ResidencyObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -81,6 +83,7 @@ class ResidencyManager:
             max_waiting,
             load_deadline_seconds,
         )
+        self._backlog = Backlog(limits, clock)
         self._is_draining = False
 
     # -- questions --
@@ -114,7 +117,22 @@ class ResidencyManager:
         """Raise PoolTooLarge for a pool that even the empty slab could not hold."""
         self._room.check_can_ever_fit(pool)
 
+    @property
+    def limits(self) -> BacklogLimits | None:
+        """Return the bound on admitted sequences; None if there is none."""
+        return self._backlog.limits
+
     # -- leases --
+
+    def enter(
+        self, pool: ExpertPool, num_sequences: int = 1, *, is_continued: bool = False
+    ) -> Place:
+        """Count a request that was found admissible, from now until its place is released.
+
+        Raises TooManyQueued if too many sequences are admitted, unless the request is the next step
+        of one that was admitted before.
+        """
+        return self._backlog.enter(pool, num_sequences, is_continued=is_continued)
 
     @asynccontextmanager
     async def lease(self, pool: ExpertPool) -> AsyncIterator[Lease]:
@@ -240,6 +258,7 @@ class ResidencyManager:
 
     def check_integrity(self) -> None:
         """Assert that slots, rows, leases and the queue agree."""
+        self._backlog.check_integrity()
         self._queue.check_integrity()
 
     def _status(self, resident: ResidentPool | None, pending: PendingPool | None) -> PoolResidency:

@@ -15,6 +15,7 @@ from emo_serve.errors import EngineDead, PoolLoadFailed, PoolTooLarge, Unavailab
 from emo_serve.metrics import PoolMetrics, register_gauges
 from emo_serve.names import BASE_POOL
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.backlog import BacklogLimits
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.policy import make_policy
 from emo_serve.residency.slots import SlotTable
@@ -34,6 +35,7 @@ from emo_serve.server.startup.launch import Launch
 from emo_serve.server.startup.plan import StartPlan
 from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.summary import PoolLine, ServerAddress, Summary
+from emo_serve.server.vllm_adapter.capacity import backlog_limits, max_sequences
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.engine import OwnRequests
 from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
@@ -96,6 +98,7 @@ async def build_server(
         coverage,
         request_log,
         honours_priority=args.scheduling_policy == "priority",
+        max_sequences=max_sequences(engine),
     )
     app = await build_http_app(llm, args, service.lookup, pools.metrics)
     own = OwnRequests(engine)
@@ -128,7 +131,13 @@ async def _start_pools(launch: Launch, engine: Any, progress: StartProgress) -> 
     _check_facts(facts, plan)
     registry = metrics_registry()
     metrics = PoolMetrics(registry, [BASE_POOL, *plan.catalog.pools], REFUSAL_REASONS)
-    manager = _manager(launch, calls, facts, metrics)
+    limits = backlog_limits(engine, launch.settings.max_queued)
+    logger.info(
+        "the engine runs %d completions at once; %d more may be queued",
+        limits.max_running,
+        limits.max_queued,
+    )
+    manager = _manager(launch, calls, facts, limits, metrics)
     service = PoolService.over(
         plan.names,
         plan.base_pool,
@@ -195,7 +204,11 @@ def _check_facts(facts: EngineFacts, plan: StartPlan) -> None:
 
 
 def _manager(
-    launch: Launch, calls: WorkerCalls, facts: EngineFacts, metrics: PoolMetrics
+    launch: Launch,
+    calls: WorkerCalls,
+    facts: EngineFacts,
+    limits: BacklogLimits,
+    metrics: PoolMetrics,
 ) -> ResidencyManager:
     settings, plan = launch.settings, launch.plan
     return ResidencyManager(
@@ -205,6 +218,7 @@ def _manager(
         slot_bytes=facts.slot_bytes_all_ranks,
         policy=make_policy(settings.eviction_policy, plan.preferred),
         max_waiting=settings.max_waiting,
+        limits=limits,
         load_deadline_seconds=settings.load_deadline_seconds,
         observer=metrics,
     )

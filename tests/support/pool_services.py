@@ -9,6 +9,7 @@ from emo_serve.emo.config import MoeLayer
 from emo_serve.names import ModelNames
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool, LayerExperts
+from emo_serve.residency.backlog import BacklogLimits
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server.pool_admin.service import PoolService
@@ -60,10 +61,15 @@ def service_of(
     slots: int = NUM_EXPERTS,
     rows: int = 6,
     default_pool: str = "base",
+    limits: BacklogLimits | None = None,
 ) -> ServiceUnderTest:
     """Return a service of the model `emo` with four pools, none loaded yet."""
     manager = ResidencyManager(
-        SlotTable(EXPERTS_PER_LAYER, slots), rows, engine or FakeEngine(), slot_bytes=SLOT_BYTES
+        SlotTable(EXPERTS_PER_LAYER, slots),
+        rows,
+        engine or FakeEngine(),
+        slot_bytes=SLOT_BYTES,
+        limits=limits,
     )
     names = ModelNames(("emo",), default_pool)
     base = ExpertPool.base(MOE_LAYERS)

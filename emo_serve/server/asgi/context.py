@@ -12,7 +12,15 @@ from emo_serve.errors import EmoServeError
 from emo_serve.server.asgi.coverage import CoverageReport
 from emo_serve.server.coverage import CoverageSum
 
-__all__ = ["RequestContext", "current_request", "entered"]
+__all__ = ["EngineRequest", "RequestContext", "current_request", "entered"]
+
+
+@dataclass(eq=False)
+class EngineRequest:
+    """One running engine request: its task, and how many completions it generates."""
+
+    task: asyncio.Task[None]
+    num_sequences: int
 
 
 @dataclass
@@ -23,6 +31,9 @@ class RequestContext:
     leased, or the error that refuses it. `pool_names` are the pools they run in. `coverages`, used
     only if `wants_coverage`, are futures of their coverage (None if no token was routed), which
     must be resolved however the request ends. `retry_after_seconds` is set with a 503.
+
+    `running` are the engine requests that have not ended; `is_under_way` once one has finished, so
+    that further ones are steps of an admitted request.
     """
 
     pool_headers: tuple[str, ...] = ()
@@ -31,6 +42,13 @@ class RequestContext:
     admissions: list[asyncio.Future[EmoServeError | None]] = field(default_factory=list)
     pool_names: list[str] = field(default_factory=list)
     coverages: list[asyncio.Future[CoverageSum | None]] = field(default_factory=list)
+    running: set[EngineRequest] = field(default_factory=set)
+    is_under_way: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        """Return how many completions the running engine requests generate."""
+        return sum(request.num_sequences for request in self.running)
 
     @property
     def pools(self) -> str:

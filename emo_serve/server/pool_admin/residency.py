@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.backlog import BacklogLimits, Place
 from emo_serve.residency.manager import Lease, ResidencyManager
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.pool_admin.status import PoolStatus, PoolStatuses
@@ -29,6 +30,15 @@ class NamedResidency:
     def admit(self, model: str | None, headers: Sequence[str] = ()) -> ExpertPool:
         """Return the pool a request asks for; raises if the request may not wait for it."""
         return self._admitted(self._lookup.find(model, headers))
+
+    @property
+    def limits(self) -> BacklogLimits | None:
+        """Return the bound on admitted sequences; None if there is none."""
+        return self._manager.limits
+
+    def enter(self, pool: ExpertPool, num_sequences: int, *, is_continued: bool = False) -> Place:
+        """Count a request just admitted until its place is released; raises TooManyQueued."""
+        return self._manager.enter(pool, num_sequences, is_continued=is_continued)
 
     def lease(self, pool: ExpertPool) -> AbstractAsyncContextManager[Lease]:
         """Hold a pool resident for one engine request; waits for it if it must be loaded."""

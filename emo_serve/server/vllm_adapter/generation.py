@@ -26,10 +26,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from emo_serve.errors import EmoServeError
+from emo_serve.errors import EmoServeError, RequestError, TooManyQueued
 from emo_serve.metrics import PoolMetrics
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.server.asgi.context import current_request
+from emo_serve.residency.backlog import Place
+from emo_serve.server.asgi.context import EngineRequest, RequestContext, current_request
 from emo_serve.server.asgi.errors import reason_of, retry_after_of, status_of
 from emo_serve.server.coverage import CoverageSum
 from emo_serve.server.pool_admin.residency import NamedResidency
@@ -68,6 +69,7 @@ class PooledLLM:
 
     It wraps a running engine: `generate` and `encode` are ours, everything else is the engine's.
     With `honours_priority`, the client's priority counts; otherwise all requests have the same.
+    `max_sequences` bounds the `n` of one request: the engine's batch.
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class PooledLLM:
         request_log: RequestLog | None = None,
         *,
         honours_priority: bool = False,
+        max_sequences: int | None = None,
     ) -> None:
-        self._engine = engine
+        self._engine, self._max_sequences = engine, max_sequences
         self._residency, self._metrics, self._request_log = residency, metrics, request_log
         self._coverage, self._honours_priority = coverage, honours_priority
         self._tasks: set[asyncio.Task[Any]] = set()  # asyncio keeps weak references
@@ -106,16 +109,16 @@ class PooledLLM:
         iterating, the generator raises later errors.
         """
         model = None if lora_request is None else lora_request.lora_name
-        metrics = self._metrics
+        context = current_request()
+        pool, place = self._admit(model, sampling_params.n, context)
         try:
-            pool = self._residency.admit(model, current_request().pool_headers)
-        except EmoServeError as error:
-            metrics.count_refusal(reason_of(error))
-            raise to_http_error(error) from error
-        salted = salt_prompt(prompt, pool.content_hash)
+            salted = salt_prompt(prompt, pool.content_hash)
+        except BaseException:
+            place.release()
+            raise
         if not self._honours_priority:
             options["priority"] = 0
-        loop, context = asyncio.get_running_loop(), current_request()
+        loop = asyncio.get_running_loop()
         context.pool_names.append(pool.name)
         admission: asyncio.Future[EmoServeError | None] = loop.create_future()
         context.admissions.append(admission)
@@ -126,9 +129,15 @@ class PooledLLM:
         account = NO_ACCOUNT if self._coverage is None else self._coverage.open(pool.name)
         collector = RequestOutputCollector(sampling_params.output_kind, request_id)
         request = (salted, sampling_params, request_id, options)
-        pump = asyncio.create_task(self._pump(collector, admission, account, pool, *request))
+        pump = asyncio.create_task(
+            self._pump(collector, context, admission, account, pool, *request)
+        )
         self._tasks.add(pump)
         self._running[pump] = _Reader(collector, admission)
+        running = EngineRequest(pump, sampling_params.n)
+        context.running.add(running)
+        pump.add_done_callback(lambda _: context.running.discard(running))
+        pump.add_done_callback(lambda _: place.release())
         pump.add_done_callback(partial(self._settle, admission, account, covered))
         stream = _collected(collector, pump)
         # A generator never iterated runs no `finally`: its client left while it waited.
@@ -149,9 +158,45 @@ class PooledLLM:
             "this server generates text only; it does not serve pooling requests"
         )
 
+    def _admit(
+        self, model: str | None, num_sequences: int, context: RequestContext
+    ) -> tuple[ExpertPool, Place]:
+        """Find the pool and count the request as admitted; raises vLLM's exceptions."""
+        param = "model"
+        try:
+            pool = self._residency.admit(model, context.pool_headers)
+            param = "n"
+            return pool, self._enter(pool, num_sequences, context)
+        except EmoServeError as error:
+            self._metrics.count_refusal(reason_of(error))
+            raise to_http_error(error, param) from error
+
+    def _enter(self, pool: ExpertPool, num_sequences: int, context: RequestContext) -> Place:
+        """Take a place among the admitted; raises RequestError for what could never be admitted."""
+        limit = self._max_sequences
+        if limit is not None and num_sequences > limit:
+            raise RequestError(
+                f"n is {num_sequences}, and the engine runs at most {limit} completions at once"
+                " (--max-num-seqs); send several requests with a smaller n"
+            )
+        together = context.num_sequences + num_sequences
+        is_continued = context.is_under_way and (limit is None or together <= limit)
+        try:
+            return self._residency.enter(pool, num_sequences, is_continued=is_continued)
+        except TooManyQueued as error:
+            limits = self._residency.limits
+            if limits is None or together <= limits.max_alone:
+                raise
+            raise RequestError(
+                f"the request asks for {together} completions or more at once (prompts times n),"
+                f" and a pool may have at most {limits.max_alone} running and queued; send several"
+                " requests, or raise --max-queued"
+            ) from error
+
     async def _pump(
         self,
         collector: RequestOutputCollector,
+        context: RequestContext,
         admission: asyncio.Future[EmoServeError | None],
         number: int,
         pool: ExpertPool,
@@ -174,7 +219,8 @@ class PooledLLM:
                     async for output in stream:
                         account.add(output)
                         collector.put(output)
-                        outcome = "finished" if output.finished else outcome
+                        if output.finished:
+                            outcome, context.is_under_way = "finished", True
             if outcome != "finished":
                 collector.put(EngineGenerateError("the engine ended the request without a result"))
         except asyncio.CancelledError:

@@ -58,6 +58,7 @@ from emo_serve.errors import (
     PoolTooLarge,
     RequestError,
     StateConflict,
+    TooManyQueued,
     TooManyWaiting,
     UnknownPool,
 )
@@ -223,6 +224,7 @@ def test_errors_have_the_statuses_the_table_counts_on(
         (PoolInUse("x"), 409),
         (StateConflict("x"), 409),
         (PoolBlocked("x"), 503),
+        (TooManyQueued("x"), 503),
         (TooManyWaiting("x"), 503),
         (LoadDeadlineExceeded("x"), 503),
         (PoolLoadFailed("x"), 500),

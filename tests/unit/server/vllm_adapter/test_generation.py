@@ -17,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 
 from emo_serve.errors import Draining, EngineDead, LoadDeadlineExceeded
 from emo_serve.metrics import PoolMetrics
+from emo_serve.residency.backlog import BacklogLimits
 from emo_serve.server.asgi.context import RequestContext
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.coverage import CoverageSum
@@ -72,7 +73,9 @@ class Bench:
         self.metrics = PoolMetrics(self.registry, names, REFUSAL_REASONS)
         self.llm = self.client()
 
-    def client(self, *, honours_priority: bool = False) -> PooledLLM:
+    def client(
+        self, *, honours_priority: bool = False, max_sequences: int | None = None
+    ) -> PooledLLM:
         engine: Any = self.script
         return PooledLLM(
             engine,
@@ -80,6 +83,7 @@ class Bench:
             self.metrics,
             self.coverage,
             honours_priority=honours_priority,
+            max_sequences=max_sequences,
         )
 
     async def _read(self) -> dict[int, CoverageSum]:
@@ -365,3 +369,95 @@ async def test_many_requests_of_many_pools_leave_no_lease_behind(bench: Bench) -
     await settle()
     assert [bench.running(model) for model in ("math", "code", "math+code")] == [0, 0, 0]
     bench.service.manager.check_integrity()
+
+
+# -- the bound on admitted work --
+
+
+@pytest.fixture
+async def bounded() -> Bench:
+    """Two run at once and five more are admitted, four of them of one pool alone."""
+    service = service_of(FakeEngine(), slots=6, rows=4, limits=BacklogLimits(2, 5))
+    for name in ("math", "code"):
+        await service.manager.load(service.lookup.find(name))
+    bench = Bench(service, Script())
+    bench.llm = bench.client(max_sequences=4)
+    return bench
+
+
+async def test_a_flood_is_refused_before_anything_is_returned_and_counted(bounded: Bench) -> None:
+    streams = [bounded.generate("math") for _ in range(6)]
+    with pytest.raises(GracefulHTTPError, match="too many requests are queued") as error:
+        bounded.generate("math")
+    assert error.value.http_status == 503
+    assert bounded.sample("refused_requests_total", reason="too_many_queued") == 1
+    first_of_another = bounded.generate("code")
+    await settle()
+    assert bounded.running("code") == 1
+    del first_of_another, streams[0]  # never read; their places are given back
+    await settle()
+    streams.append(bounded.generate("math"))
+
+
+@pytest.mark.parametrize("ending", ["finished", "failed", "left", "unread", "cancelled early"])
+async def test_a_place_is_given_back_however_the_request_ends(bounded: Bench, ending: str) -> None:
+    backlog = bounded.service.manager._backlog
+    stream = bounded.generate("math", params=SamplingParams(n=3))
+    assert backlog.num_admitted == 3
+    if ending == "cancelled early":
+        next(iter(bounded.llm._tasks)).cancel()
+    elif ending == "unread":
+        del stream
+    elif ending == "failed":
+        bounded.script.feed(RuntimeError("engine"))
+        with pytest.raises(RuntimeError):
+            await read(stream)
+    else:
+        bounded.script.feed(output("a", [1], finished=ending == "finished"))
+        await anext(stream)
+        await stream.aclose()
+    await settle()
+    assert backlog.num_admitted == 0
+
+
+async def test_a_prompt_that_cannot_be_placed_takes_no_place(bounded: Bench) -> None:
+    with pytest.raises(VLLMValidationError):
+        bounded.generate("math", "text")
+    assert bounded.service.manager._backlog.num_admitted == 0
+
+
+async def test_n_is_bounded_by_the_engines_batch(bounded: Bench) -> None:
+    with pytest.raises(VLLMValidationError, match="n is 5, .* at most 4 .*--max-num-seqs") as error:
+        bounded.generate("math", params=SamplingParams(n=5))
+    assert error.value.parameter == "n"
+    assert bounded.sample("refused_requests_total", reason="bad_request") == 1
+    bounded.generate("math", params=SamplingParams(n=4))
+
+
+async def test_a_request_that_could_never_be_admitted_is_told_so(
+    bounded: Bench, context: RequestContext
+) -> None:
+    streams = [bounded.generate("math") for _ in range(6)]  # prompts of one HTTP request
+    with pytest.raises(VLLMValidationError, match="7 completions or more .* at most 6 .*--max-que"):
+        bounded.generate("math")
+    assert len(streams) == context.num_sequences == 6
+
+
+async def test_the_next_step_of_an_admitted_request_is_not_refused(
+    bounded: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beam search makes one engine request per beam and step."""
+    mine, theirs = RequestContext(), RequestContext()
+    target = "emo_serve.server.vllm_adapter.generation.current_request"
+    monkeypatch.setattr(target, lambda: mine)
+    bounded.script.feed(output("a", [1], finished=True))
+    await read(bounded.generate("math"))
+    await settle()
+    monkeypatch.setattr(target, lambda: theirs)
+    flood = [bounded.generate("math") for _ in range(6)]
+    monkeypatch.setattr(target, lambda: mine)
+    await settle()
+    step = [bounded.generate("math") for _ in range(4)]
+    with pytest.raises(GracefulHTTPError):
+        bounded.generate("math")  # more than a batch of its own
+    assert len(flood) + len(step) == bounded.service.manager._backlog.num_admitted
