@@ -145,9 +145,13 @@ class ResidencyManager:
         is_hit = self._would_hit(pool)
         self._counts.count_ask(pool.name, is_hit=is_hit)
         resident = await self._queue.acquire(pool, Purpose.LEASE)
+        times, is_finished = self._queue.times, False
+        number = times.begin(resident.key)
         try:
             yield Lease(resident.row, pool, is_hit)
+            is_finished = True
         finally:
+            times.end(resident.key, number, is_finished=is_finished)
             self._queue.release(resident)
 
     # -- operators --

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.estimate import LeaseTimes, WaitEstimate
 from emo_serve.residency.loads import RunningLoads
 from emo_serve.residency.pending import PendingPools
 from emo_serve.residency.policy import EvictionPolicy
@@ -58,11 +59,18 @@ class LoadQueue:
         self._deadline_seconds = deadline_seconds
         self._pending = PendingPools(room)
         self._loads = RunningLoads(resident, engine, observer, self._end_wait, self.schedule)
-        self._refusals = Refusals(room, resident, self._pending, self._loads, max_waiting)
+        self._times = LeaseTimes(clock)
+        estimate = WaitEstimate(resident, self._pending, self._loads, self._times, clock)
+        self._refusals = Refusals(room, resident, self._pending, estimate, max_waiting)
         self._closing_for: PendingPool | None = None  # the pool that others are closed for
         self._idle = asyncio.Event()
 
     # -- questions --
+
+    @property
+    def times(self) -> LeaseTimes:
+        """Return the times of leases, which the manager notes."""
+        return self._times
 
     @property
     def num_waiting(self) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from emo_serve.errors import LoadDeadlineExceeded, PoolBlocked, TooManyWaiting
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.residency.loads import RunningLoads
+from emo_serve.residency.estimate import WaitEstimate
 from emo_serve.residency.pending import PendingPools
 from emo_serve.residency.resident import ResidentPools
 from emo_serve.residency.room import Room
@@ -25,13 +23,13 @@ class Refusals:
         room: Room,
         resident: ResidentPools,
         pending: PendingPools,
-        loads: RunningLoads,
+        estimate: WaitEstimate,
         max_waiting: int,
     ) -> None:
         self._room = room
         self._resident = resident
         self._pending = pending
-        self._loads = loads
+        self._estimate = estimate
         self._max_waiting = max_waiting
 
     def check_may_wait(self, pool: ExpertPool) -> None:
@@ -45,7 +43,7 @@ class Refusals:
                 f"the waiting queue is full: {waiting} requests wait for loads already"
                 f" (--max-waiting {self._max_waiting}), and pool {pool.name!r} is not resident;"
                 " retry later, or raise --max-waiting",
-                self._retry_after_seconds(),
+                self._estimate.until_place(),
             )
 
     def blocked(self, pool: ExpertPool) -> PoolBlocked:
@@ -58,7 +56,7 @@ class Refusals:
         return PoolBlocked(
             f"pool {pool.name!r} cannot be loaded: the pinned pools ({names}) leave too few {what}"
             f" for it; unpin one, or raise {flags}",
-            self._retry_after_seconds(),
+            self._estimate.until_served(pool.content_hash),
         )
 
     def too_late(self, pool: ExpertPool, deadline_seconds: float) -> LoadDeadlineExceeded:
@@ -69,9 +67,5 @@ class Refusals:
             f" (pools in the waiting queue: {len(self._pending)}; requests still running in pools"
             f" that must go first: {running}); retry later, raise --load-deadline, or give experts"
             " more room",
-            self._retry_after_seconds(),
+            self._estimate.until_served(pool.content_hash),
         )
-
-    def _retry_after_seconds(self) -> int:
-        """Estimate when the queue will be served, from its length and the last load."""
-        return max(1, math.ceil(self._loads.last_seconds * (len(self._pending) + 1)))
