@@ -81,6 +81,7 @@ class Admission:
             with entered(context):
                 await self.app(scope, receive, _Answer(scope, receive, send, context))
         finally:
+            context.end()  # a client that left before its stream began: nobody reads the generator
             self._leave(is_counted)
 
     def _enter(self, is_counted: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from emo_serve.errors import EmoServeError
 from emo_serve.server.asgi.coverage import CoverageReport
@@ -17,10 +18,20 @@ __all__ = ["EngineRequest", "RequestContext", "current_request", "entered"]
 
 @dataclass(eq=False)
 class EngineRequest:
-    """One running engine request: its task, and how many completions it generates."""
+    """One running engine request: its task, how many completions it generates, and its reader.
+
+    `reader` is the task that last asked for an output; None before the first.
+    """
 
     task: asyncio.Task[None]
     num_sequences: int
+    reader: asyncio.Task[Any] | None = None
+
+    @property
+    def is_read(self) -> bool:
+        """Tell whether a task other than the current one may still ask for outputs."""
+        reader = self.reader
+        return reader is not None and not reader.done() and reader is not asyncio.current_task()
 
 
 @dataclass
@@ -54,6 +65,15 @@ class RequestContext:
     def pools(self) -> str:
         """Return the names of the pools that serve the request, each once, joined by commas."""
         return ", ".join(dict.fromkeys(self.pool_names))
+
+    def end(self) -> None:
+        """Cancel the engine requests that are no longer read: the HTTP request has ended.
+
+        A background response is read by its own task, and goes on.
+        """
+        for request in list(self.running):
+            if not request.is_read:
+                request.task.cancel()
 
     async def refusal(self) -> EmoServeError | None:
         """Wait until every engine request has its pool, or one is refused; return that error."""

@@ -139,8 +139,9 @@ class PooledLLM:
         pump.add_done_callback(lambda _: context.running.discard(running))
         pump.add_done_callback(lambda _: place.release())
         pump.add_done_callback(partial(self._settle, admission, account, covered))
-        stream = _collected(collector, pump)
-        # A generator never iterated runs no `finally`: its client left while it waited.
+        stream = _collected(collector, running)
+        # A generator never iterated runs no `finally`. The end of the HTTP request cancels its
+        # pump; this does so where there is no such request.
         weakref.finalize(stream, pump.cancel).atexit = False
         return stream
 
@@ -272,17 +273,18 @@ AsyncLLM.register(PooledLLM)
 
 
 async def _collected(
-    collector: RequestOutputCollector, pump: asyncio.Task[None]
+    collector: RequestOutputCollector, request: EngineRequest
 ) -> AsyncGenerator[RequestOutput, None]:
     """Yield what the pump collects; for a slow reader outputs are merged, never dropped."""
     is_finished = False
     try:
         while not is_finished:
+            request.reader = asyncio.current_task()
             output = collector.get_nowait() or await collector.get()
             is_finished = output.finished
             yield output
     finally:
-        pump.cancel()
+        request.task.cancel()
 
 
 def salt_prompt(prompt: Any, content_hash: str) -> dict[str, Any]:
