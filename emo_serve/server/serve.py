@@ -120,7 +120,7 @@ def _started_engine(launch: Launch, progress: StartProgress, output: EngineOutpu
 
 
 def _pids_below(pid: int) -> Iterator[int]:
-    import psutil  # type: ignore[import-untyped]  # one of vLLM's requirements
+    import psutil  # type: ignore[import-untyped]
 
     for child in psutil.Process(pid).children(recursive=True):
         yield child.pid
