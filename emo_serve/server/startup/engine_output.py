@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import threading
 from collections import deque
@@ -27,6 +28,7 @@ _LINE = re.compile(r"(?:\([^)]* pid=\d+\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL) 
 _CONTINUED = re.compile(r"^(?:\([^)]* pid=\d+\) )?(?:ERROR \d\d-\d\d [\d:]+ \[[^]]*\] ?)?")
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit): .")
 _NO_CAUSE = re.compile(r"initialization failed|See (?:root cause|stack trace)|Engine core proc")
+_DEATH = re.compile(r"(Worker proc \S+) died unexpectedly \(exit code: -(\d+)\)")
 _MOST_LINES = 5000
 _SHOWN_LEVELS = ("WARNING", "ERROR", "CRITICAL")
 
@@ -113,13 +115,24 @@ class EngineOutput:
 def find_cause(lines: Iterable[str]) -> str | None:
     """Return the first exception in the output of a failed start, without vLLM's line prefixes.
 
-    vLLM reports it again as its own "initialization failed", which is skipped.
+    vLLM reports it again as its own "initialization failed", which is skipped. A process that a
+    signal has ended raises nothing: then vLLM's line of its death is the cause.
     """
     for line in lines:
         text = line[match.end() :] if (match := _CONTINUED.match(line)) else line
+        if death := _DEATH.search(text):
+            return f"{death[1]} was ended by {_signal_name(int(death[2]))}"
         if _EXCEPTION.match(text) and not _NO_CAUSE.search(text):
             return " ".join(text.split())
     return None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    return f"{name}, an instruction that this machine refuses" if name == "SIGILL" else name
 
 
 def _level(line: str) -> str | None:

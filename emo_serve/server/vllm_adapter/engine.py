@@ -84,13 +84,16 @@ class OwnRequests:
         """Generate one token with log-probabilities, which vLLM compiles at first use.
 
         Compiling takes one second, or 14 if nothing is cached, and blocks all requests meanwhile.
+        Raises EngineDead.
         """
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, detokenize=False)
         prompt = salt_prompt(tokens_input([0]), pool.content_hash)
-        async for _ in self._engine.generate(
-            prompt, place_in_row(params, row), "emo-serve-warm-up"
-        ):
-            pass
+        request = (prompt, place_in_row(params, row), "emo-serve-warm-up")
+        try:
+            async for _ in self._engine.generate(*request):
+                pass
+        except EngineDeadError as error:
+            raise EngineDead("the engine died in its first step") from error
 
     async def run_probe(
         self, pool: ExpertPool, row: int, token_ids: Sequence[int], mass_slot: int, priority: int

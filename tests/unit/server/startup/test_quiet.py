@@ -148,6 +148,17 @@ def test_a_process_that_was_killed_has_no_cause() -> None:
     assert find_cause(FAILED.splitlines()[:2]) is None
 
 
+def test_a_process_that_a_signal_ended_is_the_cause() -> None:
+    died = "(E pid=7) ERROR 11-29 09:16:33 [x.py:3] Worker proc VllmWorker-0 died unexpectedly"
+    lines = [f"{died} (exit code: -4), shutting down", "RuntimeError: cancelled"]
+    words = "Worker proc VllmWorker-0 was ended by SIGILL, an instruction that this machine refuses"
+    assert find_cause(lines) == words
+    assert (
+        find_cause([f"{died} (exit code: -9)"]) == "Worker proc VllmWorker-0 was ended by SIGKILL"
+    )
+    assert find_cause([f"{died} (exit code: 1)", "ValueError: this"]) == "ValueError: this"
+
+
 def test_a_stderr_that_fails_does_not_stop_the_reading() -> None:
     def fail(line: str) -> None:
         raise BrokenPipeError
