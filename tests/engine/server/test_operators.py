@@ -189,7 +189,7 @@ def written(request: RawRequest) -> str:
         ("POST", "/v1/pools", json.dumps(document("base", "math")).encode(), 400, "is kept for"),
         ("POST", "/v1/pools?replace=maybe", b"{}", 400, "replace"),
         ("POST", "/v1/pools?replcae=true", b"{}", 400, "replcae"),
-        ("POST", "/v1/pools", b" " * (9 * 2**20), 413, "larger than"),
+        ("POST", "/v1/pools", b" " * (9 * 2**20), 413, "--max-body-size"),
         ("GET", "/v1/pools/nope", b"", 404, "the pools are: code, law, math, tiny"),
         ("DELETE", "/v1/pools/nope", b"", 404, "the pools are: code, law, math, tiny"),
         ("DELETE", "/v1/pools/math", b"", 409, "--default-pool"),
