@@ -9,6 +9,7 @@ here may hold anything.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 
 from emo_serve.emo.json_file import shown
 from emo_serve.emo.kinds import (
@@ -71,6 +72,7 @@ _FRACTION = number("a number above 0 and at most 1", lambda value: 0 < value <= 
 _COUNTS_PER_LAYER = _EXPERTS.list(f"a list of integers of at least 0 and at most {_MOST_EXPERTS}")
 _IDS = COUNT.list("a list of expert ids")
 _DTYPE = Kind("the name of a torch dtype, such as 'bfloat16'", _is_dtype)
+_PLACE = TEXT.or_(Kind("a path", lambda value: isinstance(value, PathLike)))  # as a caller gave it
 _SCALAR = Kind("", lambda value: value is None or isinstance(value, str | int | float))
 _FLAT = Kind("a number or a string", _SCALAR.holds).or_(_SCALAR.list("a list of them"))
 
@@ -135,8 +137,8 @@ _FIELDS: dict[str, Kind] = {
     "text_config": OBJECT.or_null(),
     "sliding_window": COUNT.or_null(),
     "auto_map": OBJECT.or_null(),
-    "name_or_path": TEXT.or_null(),
-    "_name_or_path": TEXT.or_null(),
+    "name_or_path": _PLACE.or_null(),
+    "_name_or_path": _PLACE.or_null(),
     "attn_implementation": TEXT.or_null(),
     "_attn_implementation": TEXT.or_null(),
     "experts_implementation": TEXT.or_null(),

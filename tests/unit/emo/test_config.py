@@ -23,6 +23,11 @@ def test_defaults_are_the_released_model() -> None:
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 500000.0}
 
 
+def test_a_directory_may_be_given_as_a_path() -> None:
+    """As transformers passes it on from AutoTokenizer.from_pretrained(Path(...))."""
+    assert EmoConfig(name_or_path=Path("models/emo")).vocab_size == 100352
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_reads_every_corner(case: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of(case)))
