@@ -105,16 +105,17 @@ async def build_server(
     progress.stage("warming up")
     await _warm_up(own, manager, service.lookup)
     admission = await _wrap_app(app, llm, own, engine, launch, pools)
+    address = ServerAddress.of(args, launch.keys.variable)
     guarded = KeyGuard(
         app,
         launch.keys.api,
         launch.keys.admin,
         launch.settings.open_paths,
         root_path=args.root_path,
-        is_local=ServerAddress.of(args, launch.keys.variable).is_local,
+        is_local=address.is_local,
     )
     http = create_http_server(guarded, app, args)
-    summary = _summarise(launch, pools.facts, manager, service)
+    summary = _summarise(launch, pools.facts, manager, service, address)
     return Server(http, llm, admission, manager, coverage, summary)
 
 
@@ -269,7 +270,11 @@ def _add_routes(
 
 
 def _summarise(
-    launch: Launch, facts: EngineFacts, manager: ResidencyManager, service: PoolService
+    launch: Launch,
+    facts: EngineFacts,
+    manager: ResidencyManager,
+    service: PoolService,
+    address: ServerAddress,
 ) -> Summary:
     plan, lookup = launch.plan, service.lookup
     statuses = [service.statuses.of(pool) for pool in lookup.pools]
@@ -290,7 +295,7 @@ def _summarise(
         pools_source=launch.settings.pools_dir,
         pools=lines,
         refused=tuple(map(str, plan.catalog.refused)),
-        address=ServerAddress.of(launch.args, launch.keys.variable),
+        address=address,
         try_model=min(lookup.named, key=partial(_readiness, manager)).name
         if lookup.named
         else lookup.names.base[0],

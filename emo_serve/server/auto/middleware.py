@@ -1,6 +1,7 @@
 """`model: "auto"`: read the prompt, choose its pool, and write that pool's name into the request.
 
-Pure ASGI inside admission and around vLLM's app. Only a generating POST that asks for `auto`, in
+Pure ASGI inside admission and `BodyLimit`, which hands on bodies as one message, and around vLLM's
+app. Only a generating POST that asks for `auto`, in
 its model or in the x-emo-pool header, is changed: its body gets the chosen pool's name as the
 model. So everything behind this layer, including metrics and the answer's `model`, sees a request
 for that pool. Other requests to these paths pass unchanged, and bodies for other paths are not read
@@ -16,15 +17,16 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
 from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emo_serve.errors import EmoServeError, RequestError
 from emo_serve.names import AUTO_POOL, BASE_POOL, ModelNames
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.server.asgi.bodies import replay
 from emo_serve.server.asgi.context import current_request
 from emo_serve.server.asgi.errors import reason_of, refusal, route_path
 from emo_serve.server.auto.choice import PoolChooser
@@ -67,10 +69,10 @@ class AutoPool:
         if path not in READERS:
             await self.app(scope, receive, send)
             return
-        received = await _read_body(receive)
-        document = self._document(received)
+        body: bytes = (await receive())["body"]
+        document = self._document(body)
         if document is None:
-            await self.app(scope, _replay(received, receive), send)
+            await self.app(scope, replay(body, receive), send)
             return
         document["model"] = self._names.base[0]
         if prompt := READERS[path](document):
@@ -87,8 +89,7 @@ class AutoPool:
             document["model"] = self._model_of(pool)
         current_request().pool_headers = ()
         body = json.dumps(document).encode()
-        request = {"type": "http.request", "body": body, "more_body": False}
-        await self.app(_with_length(scope, len(body)), _replay([request], receive), send)
+        await self.app(_with_length(scope, len(body)), replay(body, receive), send)
 
     def _path(self, scope: Scope) -> str:
         """Return the path of a POST request, and "" for anything else."""
@@ -96,13 +97,10 @@ class AutoPool:
             return ""
         return route_path(scope)
 
-    def _document(self, received: Sequence[Message]) -> dict[str, Any] | None:
-        """Return the request's JSON if it is complete and asks for `auto`, else None."""
+    def _document(self, body: bytes) -> dict[str, Any] | None:
+        """Return the request's JSON if it asks for `auto`, else None."""
         headers = current_request().pool_headers
-        body = b"".join(message.get("body", b"") for message in received)
-        if received[-1]["type"] != "http.request" or not (
-            headers or any(sign in body for sign in _SIGNS)
-        ):
+        if not (headers or any(sign in body for sign in _SIGNS)):
             return None
         try:
             document = json.loads(body)
@@ -119,24 +117,6 @@ class AutoPool:
             return pool.name
         base = self._names.base[0]
         return base if self._names.default_pool == BASE_POOL else f"{base}:{BASE_POOL}"
-
-
-async def _read_body(receive: Receive) -> list[Message]:
-    """Receive until the body is complete or the client has disconnected."""
-    received = [await receive()]
-    while received[-1]["type"] == "http.request" and received[-1].get("more_body", False):
-        received.append(await receive())
-    return received
-
-
-def _replay(received: Sequence[Message], receive: Receive) -> Receive:
-    """Return a `receive` that returns the received messages again, and then new ones."""
-    left = list(received)
-
-    async def receive_again() -> Message:
-        return left.pop(0) if left else await receive()
-
-    return receive_again
 
 
 async def _unless_disconnected(receive: Receive, work: Coroutine[object, object, _T]) -> _T | None:

@@ -86,8 +86,8 @@ class PooledLLM:
         self._engine, self._max_sequences = engine, max_sequences
         self._residency, self._metrics, self._request_log = residency, metrics, request_log
         self._coverage, self._honours_priority = coverage, honours_priority
-        self._tasks: set[asyncio.Task[Any]] = set()  # asyncio keeps weak references
-        self._running: dict[asyncio.Task[None], _Reader] = {}
+        self._running: dict[asyncio.Task[None], _Reader] = {}  # asyncio keeps weak references
+        self._reports: set[asyncio.Task[None]] = set()
 
     def __getattr__(self, name: str) -> Any:
         """Return the engine's attribute: configuration, renderer, state, abort, statistics."""
@@ -132,13 +132,12 @@ class PooledLLM:
         pump = asyncio.create_task(
             self._pump(collector, context, admission, account, pool, *request)
         )
-        self._tasks.add(pump)
         self._running[pump] = _Reader(collector, admission)
         running = EngineRequest(pump, sampling_params.n)
         context.running.add(running)
         pump.add_done_callback(lambda _: context.running.discard(running))
         pump.add_done_callback(lambda _: place.release())
-        pump.add_done_callback(partial(self._settle, admission, account, covered))
+        pump.add_done_callback(partial(self._settle, account, covered))
         stream = _collected(collector, running)
         # A generator never iterated runs no `finally`. The end of the HTTP request cancels its
         # pump; this does so where there is no such request.
@@ -242,20 +241,18 @@ class PooledLLM:
 
     def _settle(
         self,
-        admission: asyncio.Future[EmoServeError | None],
         account: int,
         covered: asyncio.Future[CoverageSum | None] | None,
         pump: asyncio.Task[None],
     ) -> None:
         """Resolve the futures of a request that has ended, even if it was never started."""
-        self._tasks.discard(pump)
-        self._running.pop(pump, None)
+        admission = self._running.pop(pump).admission
         if not admission.done():
             admission.set_result(None)
         if covered is not None:
-            reading = asyncio.ensure_future(self._report(account, covered))
-            self._tasks.add(reading)
-            reading.add_done_callback(self._tasks.discard)
+            reading = asyncio.create_task(self._report(account, covered))
+            self._reports.add(reading)
+            reading.add_done_callback(self._reports.discard)
         elif self._coverage is not None:
             self._coverage.close(account)
 

@@ -14,6 +14,7 @@ from emo_serve.errors import EmoServeError, EngineDead, LoadDeadlineExceeded, Re
 from emo_serve.names import ModelNames
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.asgi.admission import Admission
+from emo_serve.server.asgi.bodies import BodyLimit
 from emo_serve.server.asgi.context import current_request
 from emo_serve.server.auto.middleware import AutoPool
 from emo_serve.server.auto.prompt_text import Prompt
@@ -93,7 +94,7 @@ class FakeApp:
 
 
 class World:
-    """Admission, inside it the layer under test, and inside that an app."""
+    """The limit of bodies, admission, inside it the layer under test, and inside that an app."""
 
     def __init__(
         self, answer: ExpertPool | EmoServeError = MATH, names: ModelNames = NAMES, root: str = ""
@@ -101,6 +102,7 @@ class World:
         self.app, self.chooser, self.metrics = FakeApp(), FakeChooser(answer), FakeMetrics()
         auto = AutoPool(self.app, names, self.chooser, self.metrics)
         self.admission, self.root = Admission(auto), root
+        self.server = BodyLimit(self.admission, 2**20)
         self.sent: list[Message] = []
         self.left = asyncio.Event()
 
@@ -133,7 +135,7 @@ class World:
         length = (b"content-length", str(len(text)).encode())
         scope = {"type": "http", "method": method, "path": path, "root_path": self.root}
         scope["headers"] = [length, *headers]
-        await self.admission(scope, receive, send)
+        await self.server(scope, receive, send)
 
     @property
     def document(self) -> Any:
@@ -360,7 +362,7 @@ async def test_a_client_that_leaves_inside_its_body_is_passed_on() -> None:
     async def send(message: Message) -> None:
         raise AssertionError("the client has disconnected")
 
-    await world.admission(
+    await world.server(
         {"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive, send
     )
     assert (world.chooser.prompts, world.app.bodies, messages) == ([], [], [])

@@ -405,7 +405,7 @@ async def test_a_place_is_given_back_however_the_request_ends(bounded: Bench, en
     stream = bounded.generate("math", params=SamplingParams(n=3))
     assert backlog.num_admitted == 3
     if ending == "cancelled early":
-        next(iter(bounded.llm._tasks)).cancel()
+        next(iter(bounded.llm._running)).cancel()
     elif ending == "unread":
         del stream
     elif ending == "failed":
