@@ -100,7 +100,9 @@ async def build_server(
         honours_priority=args.scheduling_policy == "priority",
         max_sequences=max_sequences(engine),
     )
-    app = await build_http_app(llm, args, service.lookup, pools.metrics)
+    limits = manager.limits
+    max_prompts = None if limits is None else limits.max_alone
+    app = await build_http_app(llm, args, service.lookup, pools.metrics, max_prompts)
     own = OwnRequests(engine)
     progress.stage("warming up")
     await _warm_up(own, manager, service.lookup)

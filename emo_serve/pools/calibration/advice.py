@@ -97,6 +97,6 @@ def cut_notes(documents: Documents) -> list[str]:
         return []
     return [
         f"{documents.num_cut} of {len(documents.ids)} documents are longer than the model's context"
-        f" of {documents.limit} tokens: {documents.tokens_cut} tokens beyond it were left out;"
+        f" of {documents.limit} tokens: at least {documents.tokens_cut} tokens were left out;"
         " split these documents to use them"
     ]

@@ -44,7 +44,8 @@ class RequestContext:
     must be resolved however the request ends. `retry_after_seconds` is set with a 503.
 
     `running` are the engine requests that have not ended; `is_under_way` once one has finished, so
-    that further ones are steps of an admitted request.
+    that further ones are steps of an admitted request. `text_size` is what it has had tokenized, in
+    characters, and detokenized, in tokens.
     """
 
     pool_headers: tuple[str, ...] = ()
@@ -55,6 +56,7 @@ class RequestContext:
     coverages: list[asyncio.Future[CoverageSum | None]] = field(default_factory=list)
     running: set[EngineRequest] = field(default_factory=set)
     is_under_way: bool = False
+    text_size: int = 0
 
     @property
     def num_sequences(self) -> int:

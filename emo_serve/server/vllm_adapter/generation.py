@@ -37,6 +37,7 @@ from emo_serve.server.pool_admin.residency import NamedResidency
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.request_account import RequestAccount
 from emo_serve.server.vllm_adapter.request_log import RequestLog
+from emo_serve.server.vllm_adapter.tokenization import check_bad_words
 from emo_serve.vllm_plugin.contract import NO_ACCOUNT, NO_MASS_SLOT, RequestTag
 
 __all__ = ["PooledLLM", "place_in_row", "salt_prompt", "to_http_error"]
@@ -108,6 +109,7 @@ class PooledLLM:
         Raises vLLM's exceptions for HTTP statuses at once if the pool cannot be had; while
         iterating, the generator raises later errors.
         """
+        check_bad_words(sampling_params)
         model = None if lora_request is None else lora_request.lora_name
         context = current_request()
         pool, place = self._admit(model, sampling_params.n, context)

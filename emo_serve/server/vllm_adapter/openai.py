@@ -1,6 +1,6 @@
 """vLLM's serving layer around our engine client: the app and the HTTP server.
 
-The OpenAI protocol is vLLM's own: `build_app` and `init_app_state` around an engine client. Three
+The OpenAI protocol is vLLM's own: `build_app` and `init_app_state` around an engine client. These
 things are replaced, each named in tests/unit/server/vllm_adapter/test_contract.py.
 
 - `generate` of the engine client, in `generation`.
@@ -9,6 +9,7 @@ things are replaced, each named in tests/unit/server/vllm_adapter/test_contract.
   further. Iterating over it gives nothing, because vLLM also searches it for names of message
   types.
 - `OpenAIServingModels.show_available_models`, which lists pools beside the model.
+- How the renderer tokenizes, in `tokenization`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from emo_serve.server.asgi.errors import reason_of
 from emo_serve.server.asgi.protocol import BoundedHttpProtocol
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
+from emo_serve.server.vllm_adapter.tokenization import BoundedTokenization
 
 __all__ = [
     "bind_socket",
@@ -106,12 +108,21 @@ async def _list_models(registry: Any, lookup: PoolLookup) -> ModelList:
 
 
 async def build_http_app(
-    llm: PooledLLM, args: argparse.Namespace, lookup: PoolLookup, metrics: PoolMetrics
+    llm: PooledLLM,
+    args: argparse.Namespace,
+    lookup: PoolLookup,
+    metrics: PoolMetrics,
+    max_prompts: int | None = None,
 ) -> FastAPI:
-    """Build vLLM's app around the engine client, with the pools' names as models."""
+    """Build vLLM's app around the engine client, with the pools' names as models.
+
+    `max_prompts` is the number of prompts that one request may have; None is no limit.
+    """
     tasks = await llm.get_supported_tasks()
     app: FastAPI = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
+    scoring = getattr(app.state, "serving_generative_scoring", None)
+    BoundedTokenization(llm.renderer, max_prompts).install(scoring)
     models = app.state.openai_serving_models
     models.lora_requests = _PoolNames(lookup, metrics)
     models.show_available_models = partial(_list_models, models.registry, lookup)

@@ -19,6 +19,7 @@ from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.utils.mistral import is_mistral_tokenizer
 
 from emo_serve.errors import RequestError
+from emo_serve.server.vllm_adapter.tokenization import longest_text
 
 __all__ = ["EngineTokenizer"]
 
@@ -63,6 +64,8 @@ class EngineTokenizer:
 
     async def _ids(self, prompt: Mapping[str, Any], *, adds_special_tokens: bool) -> list[int]:
         params = TokenizeParams(max_total_tokens=None, add_special_tokens=adds_special_tokens)
+        if isinstance(text := prompt.get("prompt"), str):  # what does not fit is cut off later
+            prompt = {**prompt, "prompt": text[: longest_text(self._renderer)]}
         with _refusing("tokenizer", "this text"):
             (encoded,) = await self._renderer.tokenize_prompts_async([prompt], params)
         return list(encoded["prompt_token_ids"])

@@ -214,3 +214,34 @@ def test_the_summary_tells_what_was_started(server: RunningServer, golden_pools:
     assert "refused: " in summary
     assert f"{server.url}/v1" in summary
     assert "16 experts per layer  resident" in summary
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        ("/tokenize", {"prompt": "word " * 200_000}, "has 1000000 characters"),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": "word " * 1_000}] * 200},
+            "characters",
+        ),
+        ("/detokenize", {"tokens": [5] * 100_000}, "100000 tokens"),
+        (
+            "/generative_scoring",
+            {"query": "word " * 200_000, "items": ["a"], "label_token_ids": [5]},
+            "has 1000000 characters",
+        ),
+        (
+            "/generative_scoring",
+            {"query": "a", "items": ["a"] * 5_000, "label_token_ids": [5]},
+            "5000 items",
+        ),
+        ("/v1/completions", {"prompt": "a", "bad_words": ["word " * 9_000]}, "45000 characters"),
+    ],
+)
+def test_what_would_take_long_to_tokenize_is_refused(
+    http: httpx.Client, path: str, fields: dict[str, Any], message: str
+) -> None:
+    answer = http.post(path, json={"model": "math", **fields})
+    assert answer.status_code == 400, answer.text[:500]
+    assert message in error_of(answer)

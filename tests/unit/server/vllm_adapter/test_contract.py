@@ -1,6 +1,6 @@
 """What the adapter relies on in vLLM, name by name: the first thing to run after an upgrade.
 
-Five modules of `vllm_adapter` import everything of vLLM that the front end uses. Here each of
+The modules of `vllm_adapter` import everything of vLLM that the front end uses. Here each of
 those names is checked for the shape the adapter takes for granted, so that a change is a failed
 line here and not a request served in the wrong pool.
 """
@@ -24,6 +24,8 @@ from starlette.routing import Router
 from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.anthropic.api_router import translate_error_response
+from vllm.entrypoints.generate.api_router import init_generate_state
+from vllm.entrypoints.generate.generative_scoring.serving import ServingGenerativeScoring
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -36,6 +38,8 @@ from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
 from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.renderers.base import BaseRenderer
+from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -291,6 +295,21 @@ def test_the_builders_take_what_they_are_given() -> None:
     assert isinstance(envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE, int)
     with NoSignalServer.capture_signals(object()):  # type: ignore[arg-type]
         pass  # leaves signals alone
+
+
+def test_the_renderer_tokenizes_where_ours_stands() -> None:
+    assert parameters(BaseRenderer._tokenize_prompt) == ["self", "prompt", "params"]
+    assert parameters(BaseRenderer.render_cmpl_async)[:3] == ["self", "prompts", "tok_params"]
+    text = source(BaseRenderer._tokenize_singleton_prompt_async)
+    assert "await self._tokenize_prompt_async(prompt, params)" in text
+    assert "await self._async_tokenizer_decode(" in source(BaseRenderer._detokenize_prompt_async)
+    for name in ("_tokenize_prompt_async", "_async_tokenizer_decode", "_resources"):
+        assert f"self.{name} = " in source(BaseRenderer.__init__)
+    assert "await renderer.render_cmpl_async(" in source(OnlineRenderer.preprocess_cmpl)
+    build = ServingGenerativeScoring._build_prompts
+    assert parameters(build) == ["self", "request", "tokenizer", "max_model_len"]
+    assert "state.serving_generative_scoring = " in source(init_generate_state)
+    assert 0 < envs.VLLM_MAX_STOP_STRINGS < 100  # vLLM bounds these lists itself
 
 
 def test_the_api_key_guards_our_listing() -> None:
