@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -135,24 +136,28 @@ class ResidencyManager:
         return self._backlog.enter(pool, num_sequences, is_continued=is_continued)
 
     @asynccontextmanager
-    async def lease(self, pool: ExpertPool) -> AsyncIterator[Lease]:
+    async def lease(self, pool: ExpertPool, *, is_own: bool = False) -> AsyncIterator[Lease]:
         """Wait until a pool is resident, and hold its row and slots until exit; exit never awaits.
+
+        A request of the server's own is no client's: it is not counted as a hit, a miss or a wait,
+        and clients' requests are not expected to last as long.
 
         Raises as `check_admissible` does, except Draining: a request admitted before is served to
         its end, even if that takes several leases (beam search). Also raises LoadDeadlineExceeded
         and whatever a load raised.
         """
         is_hit = self._would_hit(pool)
-        self._counts.count_ask(pool.name, is_hit=is_hit)
-        resident = await self._queue.acquire(pool, Purpose.LEASE)
+        if not is_own:
+            self._counts.count_ask(pool.name, is_hit=is_hit)
+        resident = await self._queue.acquire(pool, Purpose.LEASE, is_counted=not is_own)
         times, is_finished = self._queue.times, False
         number = times.begin(resident.key)
         try:
             yield Lease(resident.row, pool, is_hit)
-            is_finished = True
+            is_finished = not is_own
         finally:
             times.end(resident.key, number, is_finished=is_finished)
-            self._queue.release(resident)
+            self._queue.release(resident, pool.name)
 
     # -- operators --
 
@@ -279,8 +284,10 @@ class ResidencyManager:
             row=resident.row if resident is not None and resident.is_published else None,
             state=state,
             is_pinned=self._resident.is_pinned(known.key),
-            running_requests=resident.leases if resident is not None else 0,
-            waiting_requests=len(pending.waiters) if pending is not None else 0,
+            running_by_name=Counter(resident.leases_by_name if resident is not None else ()),
+            waiting_by_name=Counter(
+                ask.name for ask in (pending.waiters.values() if pending is not None else ())
+            ),
         )
 
     def _would_hit(self, pool: ExpertPool) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from emo_serve.errors import StateConflict
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.residency.records import PendingPool, Purpose, Waiter
+from emo_serve.residency.records import Ask, PendingPool, Purpose, Waiter
 from emo_serve.residency.room import Room
 
 __all__ = ["PendingPools"]
@@ -50,7 +50,7 @@ class PendingPools:
             pending = PendingPool(pool, self._room.demand(pool))
             self._pools[pending.key] = pending
         waiter: Waiter = asyncio.get_running_loop().create_future()
-        pending.waiters[waiter] = purpose
+        pending.waiters[waiter] = Ask(purpose, pool.name)
         return waiter
 
     def leave(self, key: str, waiter: Waiter) -> None:
@@ -62,8 +62,8 @@ class PendingPools:
         if not pending.waiters:
             del self._pools[key]
 
-    def remove(self, pending: PendingPool) -> list[tuple[Waiter, Purpose]]:
-        """Remove a pool's place, and return its remaining waiters, each with its purpose."""
+    def remove(self, pending: PendingPool) -> list[tuple[Waiter, Ask]]:
+        """Remove a pool's place, and return its remaining waiters, each with what it wants."""
         del self._pools[pending.key]
         waiting = [pair for pair in pending.waiters.items() if not pair[0].done()]
         pending.waiters.clear()
@@ -78,8 +78,8 @@ class PendingPools:
         """Give StateConflict to operators that wait for a retired pool; requests wait on."""
         if (pending := self._pools.get(key)) is None:
             return
-        for waiter, purpose in pending.waiters.items():
-            if purpose is not Purpose.LEASE and not waiter.done():
+        for waiter, ask in pending.waiters.items():
+            if ask.purpose is not Purpose.LEASE and not waiter.done():
                 name = pending.pool.name
                 text = f"pool {name!r} was redefined or removed before it was loaded"
                 waiter.set_exception(StateConflict(text))

@@ -62,11 +62,11 @@ class ResidencyObserver(Protocol):
     """Count what happens to pools, by name; called between two awaits, so it must be quick."""
 
     def count_ask(self, pool: str, *, is_hit: bool) -> None:
-        """Count a request; a hit needs neither a copy nor a wait in the queue."""
+        """Count a client's request; a hit needs neither a copy nor a wait in the queue."""
         ...
 
     def count_wait(self, pool: str, outcome: str, seconds: float) -> None:
-        """Count a wait that ended; `outcome` is granted, deadline, failed or left."""
+        """Count a client's wait that ended; `outcome` is granted, deadline, failed or left."""
         ...
 
     def count_load(self, pool: str, report: LoadReport) -> None:

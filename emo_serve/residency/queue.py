@@ -29,7 +29,7 @@ from emo_serve.residency.loads import RunningLoads
 from emo_serve.residency.pending import PendingPools
 from emo_serve.residency.policy import EvictionPolicy
 from emo_serve.residency.ports import PoolEngine, ResidencyObserver
-from emo_serve.residency.records import PendingPool, Purpose, ResidentPool, Waiter
+from emo_serve.residency.records import Ask, PendingPool, Purpose, ResidentPool, Waiter
 from emo_serve.residency.refusals import Refusals
 from emo_serve.residency.resident import ResidentPools
 from emo_serve.residency.room import Room
@@ -98,18 +98,20 @@ class LoadQueue:
 
     # -- waiting --
 
-    async def acquire(self, pool: ExpertPool, purpose: Purpose) -> ResidentPool:
+    async def acquire(
+        self, pool: ExpertPool, purpose: Purpose, *, is_counted: bool = False
+    ) -> ResidentPool:
         """Make a pool resident, lease or pin it as `purpose` says, and return it.
 
-        Waits in the queue if need be. Raises as `check_may_wait`, LoadDeadlineExceeded, and
-        whatever the load raised.
+        Waits in the queue if need be; with `is_counted`, the observer is told of the wait. Raises
+        as `check_may_wait`, LoadDeadlineExceeded, and whatever the load raised.
         """
-        key = pool.content_hash
+        key, ask = pool.content_hash, Ask(purpose, pool.name)
         self._policy.note_asked(key, self._clock())
         if purpose is Purpose.PIN:
             self._resident.reopen(key)
         if (resident := self._resident.get_open(key)) is not None:
-            self._grant(resident, purpose)
+            self._grant(resident, ask)
             if purpose is Purpose.PIN:  # which may leave too little room for waiting pools
                 self.schedule()
             return resident
@@ -133,20 +135,21 @@ class LoadQueue:
             raise
         finally:
             if outcome != "granted":
-                self._leave(key, waiter, purpose)
-            self._observer.count_wait(pool.name, outcome, self._clock() - start)
+                self._leave(key, waiter, ask)
+            if is_counted:
+                self._observer.count_wait(pool.name, outcome, self._clock() - start)
 
-    def _leave(self, key: str, waiter: Waiter, purpose: Purpose) -> None:
+    def _leave(self, key: str, waiter: Waiter, ask: Ask) -> None:
         """Give up a place in the queue, and any lease that was granted at the same moment."""
         is_granted = waiter.done() and not waiter.cancelled() and waiter.exception() is None
-        if is_granted and purpose is Purpose.LEASE:
-            self.release(waiter.result())
+        if is_granted and ask.purpose is Purpose.LEASE:
+            self.release(waiter.result(), ask.name)
         self._pending.leave(key, waiter)
         self.schedule()
 
-    def release(self, resident: ResidentPool) -> None:
-        """End a lease."""
-        self._resident.end_lease(resident)
+    def release(self, resident: ResidentPool, name: str) -> None:
+        """End a lease that was asked for by `name`."""
+        self._resident.end_lease(resident, name)
         if not resident.leases:
             self.schedule()
 
@@ -186,10 +189,10 @@ class LoadQueue:
             self._idle.clear()
             await self._idle.wait()
 
-    def _grant(self, resident: ResidentPool, purpose: Purpose) -> None:
-        if purpose is Purpose.LEASE:
-            self._resident.add_lease(resident)
-        elif purpose is Purpose.PIN and not resident.is_retired:
+    def _grant(self, resident: ResidentPool, ask: Ask) -> None:
+        if ask.purpose is Purpose.LEASE:
+            self._resident.add_lease(resident, ask.name)
+        elif ask.purpose is Purpose.PIN and not resident.is_retired:
             self._resident.pin(resident)
             self._turn_away_blocked()
 
@@ -201,8 +204,8 @@ class LoadQueue:
                 self._pending.turn_away(pending, self._refusals.blocked(pending.pool))
 
     def _let_in(self, pending: PendingPool, resident: ResidentPool) -> None:
-        for waiter, purpose in self._pending.remove(pending):
-            self._grant(resident, purpose)
+        for waiter, ask in self._pending.remove(pending):
+            self._grant(resident, ask)
             waiter.set_result(resident)
 
     def _end_wait(self, pool: ExpertPool, error: Exception | None) -> None:

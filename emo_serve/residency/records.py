@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.room import Demand
 
-__all__ = ["PendingPool", "Purpose", "ResidentPool", "Waiter"]
+__all__ = ["Ask", "PendingPool", "Purpose", "ResidentPool", "Waiter"]
 
 
 class Purpose(Enum):
@@ -23,11 +25,19 @@ class Purpose(Enum):
     LOAD = "load"
 
 
+class Ask(NamedTuple):
+    """What a waiter wants, and the name it asked for: pools of equal content are one pool here."""
+
+    purpose: Purpose
+    name: str
+
+
 @dataclass(eq=False)
 class ResidentPool:
     """One pool that was given slots and a row; until it is published, its load is running.
 
-    `drains` counts the operators who wait for its eviction; `gone` is set once it is evicted.
+    `leases_by_name` counts its leases by the name that was asked for, without zeros. `drains` counts
+    the operators who wait for its eviction; `gone` is set once it is evicted.
     """
 
     pool: ExpertPool
@@ -35,7 +45,7 @@ class ResidentPool:
     is_published: bool = False
     is_retired: bool = False
     is_closing: bool = False
-    leases: int = 0
+    leases_by_name: Counter[str] = field(default_factory=Counter)
     drains: int = 0
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -43,6 +53,11 @@ class ResidentPool:
     def key(self) -> str:
         """Return the content hash."""
         return self.pool.content_hash
+
+    @property
+    def leases(self) -> int:
+        """Return the leases held, whatever the name they asked for."""
+        return self.leases_by_name.total()
 
     @property
     def is_open(self) -> bool:
@@ -66,7 +81,7 @@ class PendingPool:
 
     pool: ExpertPool
     demand: Demand
-    waiters: dict[Waiter, Purpose] = field(default_factory=dict)
+    waiters: dict[Waiter, Ask] = field(default_factory=dict)
 
     @property
     def key(self) -> str:

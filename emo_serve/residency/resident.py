@@ -119,13 +119,15 @@ class ResidentPools:
 
     # -- leases, pins and drains --
 
-    def add_lease(self, resident: ResidentPool) -> None:
-        """Keep a pool in place for one more request."""
-        resident.leases += 1
+    def add_lease(self, resident: ResidentPool, name: str) -> None:
+        """Keep a pool in place for one more request, which asked for it by `name`."""
+        resident.leases_by_name[name] += 1
 
-    def end_lease(self, resident: ResidentPool) -> None:
+    def end_lease(self, resident: ResidentPool, name: str) -> None:
         """End a request's hold on a pool."""
-        resident.leases -= 1
+        resident.leases_by_name[name] -= 1
+        if not resident.leases_by_name[name]:
+            del resident.leases_by_name[name]
 
     def pin(self, resident: ResidentPool) -> None:
         """Have a pool stay, and open it if it is closing; retired pools cannot be pinned."""
@@ -191,7 +193,7 @@ class ResidentPools:
             is_pinned = key in self._pinned
             assert key == resident.key
             assert resident.row == self._room.row_of(key)
-            assert resident.leases >= 0 and resident.drains >= 0
+            assert min(resident.leases_by_name.values(), default=1) > 0 and resident.drains >= 0
             assert resident.is_published or not (resident.leases or is_pinned)
             assert not (is_pinned and (resident.is_retired or resident.is_closing))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,8 @@ PoolState = Literal["waiting", "loading", "resident", "closing"]
 class PoolResidency:
     """One pool that has a row in the engine's pool table, or requests that wait for one.
 
-    Pools of equal content share a row and show the name first used: look up by `content_hash`.
+    Pools of equal content share a row and show the name first used: look up by `content_hash`. The
+    requests are counted by the names that they asked for, without zeros.
     """
 
     name: str
@@ -26,8 +28,18 @@ class PoolResidency:
     row: int | None
     state: PoolState
     is_pinned: bool
-    running_requests: int
-    waiting_requests: int
+    running_by_name: Mapping[str, int]
+    waiting_by_name: Mapping[str, int]
+
+    @property
+    def running_requests(self) -> int:
+        """Return the running requests, whatever the name they asked for."""
+        return sum(self.running_by_name.values())
+
+    @property
+    def waiting_requests(self) -> int:
+        """Return the requests and operators that wait, whatever the name they asked for."""
+        return sum(self.waiting_by_name.values())
 
 
 @dataclass(frozen=True)

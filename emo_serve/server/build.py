@@ -245,7 +245,7 @@ async def _load_pools(manager: ResidencyManager, plan: StartPlan) -> None:
 
 async def _warm_up(own: OwnRequests, manager: ResidencyManager, lookup: PoolLookup) -> None:
     pool = min(lookup.pools, key=partial(_readiness, manager))
-    async with manager.lease(pool) as lease:
+    async with manager.lease(pool, is_own=True) as lease:
         await own.warm_up(pool, lease.row)
 
 

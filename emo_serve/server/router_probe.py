@@ -56,7 +56,7 @@ class RouterProbe:
                 if slot in self._dirty:  # its last probe was aborted, as the engine was told before
                     await self._read(slot)
                 self._dirty.add(slot)
-                async with self._manager.lease(pool) as lease:
+                async with self._manager.lease(pool, is_own=True) as lease:
                     await self._run(pool, lease.row, token_ids, slot, priority)
                 mass = await self._read(slot)
                 self._dirty.remove(slot)

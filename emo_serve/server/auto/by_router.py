@@ -10,6 +10,7 @@ larger pools are favoured.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,7 +73,9 @@ class RouterChooser:
             # For good: the end of a build with an equal first pool must not retire it.
             self._temporary.hold(self._trunk)
             self._is_trunk_held = True
-        mass = await self._probe.mass(base or self._trunk, ids[: self._probe.max_tokens])
+        # Under its own name, so that no probe is shown as a request for the base pool.
+        asked = replace(base, name=AUTO_PROBE_POOL) if base else self._trunk
+        mass = await self._probe.mass(asked, ids[: self._probe.max_tokens])
         shares = coverages(mass, pools, self._moe_layers)
         share, best = min(
             zip(shares, pools, strict=True),

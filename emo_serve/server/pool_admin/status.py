@@ -17,7 +17,7 @@ from emo_serve.names import BASE_POOL, canonical_name, is_union, split_name
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
-from emo_serve.residency.statistics import PoolState, ResidencyStats
+from emo_serve.residency.statistics import PoolResidency, PoolState, ResidencyStats
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.vllm_plugin.contract import PoolUsage
 
@@ -69,7 +69,8 @@ class PoolStatus:
     `state` is "absent" if the pool has no `row` in the pool table and is not waiting for one.
     `is_resident` tells whether all its experts are in slots, whichever pool loaded them. `version`
     counts definitions since the start, None for a union; `is_stored` tells whether this definition
-    survives a restart.
+    survives a restart. Requests are those that asked for this name: pools of equal content share
+    all else.
     """
 
     pool: ExpertPool
@@ -139,11 +140,9 @@ class PoolStatuses:
         """Return every pool's state now, and unions while they are in use."""
         stats = self._manager.statistics()
         sharing = self._sharing(stats)
-        unions = {entry.name: self._lookup.known(entry.name) for entry in stats.pools}
-        named = {
-            pool.content_hash: pool for pool in unions.values() if pool and is_union(pool.name)
-        }
-        pools = (*self._lookup.pools, *sorted(named.values(), key=lambda pool: pool.name))
+        names = {name for entry in stats.pools for name in (entry.name, *_asked(entry))}
+        unions = filter(None, map(self._lookup.known, sorted(filter(is_union, names))))
+        pools = (*self._lookup.pools, *unions)
         statuses = tuple(self._status(pool, stats, sharing) for pool in pools)
         return Overview(
             statuses,
@@ -182,8 +181,8 @@ class PoolStatuses:
             is_pinned=self._manager.is_pinned(pool),
             state=held.state if held else "absent",
             row=held.row if held else None,
-            running_requests=held.running_requests if held else 0,
-            waiting_requests=held.waiting_requests if held else 0,
+            running_requests=held.running_by_name.get(pool.name, 0) if held else 0,
+            waiting_requests=held.waiting_by_name.get(pool.name, 0) if held else 0,
             num_bytes=sum(map(len, pool.expert_ids)) * stats.slot_bytes,
             shares=sharing.shares(pool),
         )
@@ -197,21 +196,16 @@ def _metrics_snapshot(pools: Iterable[ExpertPool], manager: ResidencyManager) ->
     stats = manager.statistics()
     held = {entry.content_hash: entry for entry in stats.pools}
     shown: list[PoolSnapshot] = []
+    names: dict[str, set[str]] = {}  # by content hash
     for pool in pools:
-        entry = held.pop(pool.content_hash, None)
-        shown.append(
-            PoolSnapshot(
-                name=pool.name,
-                is_resident=manager.is_resident(pool),
-                is_pinned=manager.is_pinned(pool),
-                running_requests=entry.running_requests if entry else 0,
-                waiting_requests=entry.waiting_requests if entry else 0,
-            )
-        )
-    for entry in held.values():  # unions, and old definitions with running requests
-        is_resident = entry.state in ("resident", "closing")
-        requests = entry.running_requests, entry.waiting_requests
-        shown.append(PoolSnapshot(entry.name, is_resident, entry.is_pinned, *requests))
+        flags = manager.is_resident(pool), manager.is_pinned(pool)
+        shown.append(_snapshot(pool.name, flags, held.get(pool.content_hash)))
+        names.setdefault(pool.content_hash, set()).add(pool.name)
+    for key, entry in held.items():  # unions, and what is gone or redefined but still has requests
+        flags = entry.state in ("resident", "closing"), entry.is_pinned
+        known = names.get(key)
+        others = {entry.name, *_asked(entry)} if known is None else _asked(entry) - known
+        shown += [_snapshot(name, flags, entry) for name in sorted(others)]
     return MetricsSnapshot(
         pools=tuple(shown),
         slots=stats.total_slots,
@@ -220,6 +214,17 @@ def _metrics_snapshot(pools: Iterable[ExpertPool], manager: ResidencyManager) ->
         slots_leased=stats.leased_slots,
         slot_bytes=stats.slot_bytes,
     )
+
+
+def _asked(entry: PoolResidency) -> set[str]:
+    """Return the names that running and waiting requests have asked for."""
+    return {*entry.running_by_name, *entry.waiting_by_name}
+
+
+def _snapshot(name: str, flags: tuple[bool, bool], entry: PoolResidency | None) -> PoolSnapshot:
+    running = entry.running_by_name.get(name, 0) if entry else 0
+    waiting = entry.waiting_by_name.get(name, 0) if entry else 0
+    return PoolSnapshot(name, *flags, running, waiting)
 
 
 def _experts(pool: ExpertPool) -> list[tuple[int, int]]:

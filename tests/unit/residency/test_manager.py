@@ -534,6 +534,31 @@ async def test_a_union_of_resident_pools_is_a_hit_and_one_to_be_loaded_a_miss() 
     assert (stats.hits, stats.misses) == (1, 1)
 
 
+async def test_what_the_server_asks_for_itself_is_in_no_figure_of_its_clients() -> None:
+    asks: list[str] = []
+    waits: list[str] = []
+
+    class Recording(NullObserver):
+        def count_ask(self, pool: str, *, is_hit: bool) -> None:
+            asks.append(pool)
+
+        def count_wait(self, pool: str, outcome: str, seconds: float) -> None:
+            waits.append(pool)
+
+    now = 0.0
+    manager = a_manager(FakeEngine(), observer=Recording(), clock=lambda: now)
+    await manager.load(A)  # at the start, or for an operator
+    async with manager.lease(A, is_own=True), manager.lease(B, is_own=True):
+        assert manager.statistics().running_requests == 2
+        now = 14.0
+    times = manager._queue.times
+    assert (asks, waits, times.typical()) == ([], [], 0)
+    async with manager.lease(C):
+        now = 15.0
+    assert (asks, waits, times.typical()) == (["c"], ["c"], 1)
+    manager.check_integrity()
+
+
 async def test_fits_now_asks_for_room_without_evictions() -> None:
     manager = await loaded(FakeEngine(), A, rows=3)
     assert manager.fits_now(A) and manager.fits_now(B) and not manager.fits_now(BC)

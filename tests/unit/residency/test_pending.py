@@ -6,7 +6,7 @@ import pytest
 
 from emo_serve.errors import PoolLoadFailed, StateConflict
 from emo_serve.residency.pending import PendingPools
-from emo_serve.residency.records import Purpose, ResidentPool
+from emo_serve.residency.records import Ask, Purpose, ResidentPool
 from emo_serve.residency.room import Room
 from emo_serve.residency.slots import SlotTable
 from tests.support.fake_engine import SLOT_BYTES
@@ -43,7 +43,7 @@ async def test_a_waiter_that_was_served_does_not_leave_a_later_place(pending: Pe
     served = pending.join(A, Purpose.LEASE)
     place = pending.get(A.content_hash)
     assert place is not None
-    assert pending.remove(place) == [(served, Purpose.LEASE)]
+    assert pending.remove(place) == [(served, Ask(Purpose.LEASE, "a"))]
     pending.join(A, Purpose.PIN)
     pending.leave(A.content_hash, served)
     assert pending.num_waiters == 1

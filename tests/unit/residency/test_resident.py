@@ -101,13 +101,13 @@ def test_closing_others_tells_whether_any_opened(world: World) -> None:
 def test_what_must_go_goes_with_its_last_lease(world: World) -> None:
     retired, drained = world.add(A), world.add(B)
     for resident in (retired, drained):
-        world.pools.add_lease(resident)
+        world.pools.add_lease(resident, resident.pool.name)
     world.pools.retire(retired.key)
     world.pools.start_drain(drained)
     assert not world.pools.evict_leaving() and world.pools.num_leases == 2
     for resident in (retired, drained):
         assert world.pools.get_open(resident.key) is None
-        world.pools.end_lease(resident)
+        world.pools.end_lease(resident, resident.pool.name)
     assert world.pools.evict_leaving()
     assert world.evictions == [("a", "retired"), ("b", "operator")]
     assert not world.pools.evict_leaving()

@@ -15,6 +15,7 @@ from emo_serve import demo
 from emo_serve.config import ServeSettings, add_serve_flags
 from emo_serve.emo.config import MoeLayer, load_config
 from emo_serve.errors import ConfigError, LoadDeadlineExceeded, RequestError
+from emo_serve.metrics import AUTO_PROBE_POOL
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.auto import by_classifier, choice
 from emo_serve.server.auto.by_classifier import TfidfChooser
@@ -110,7 +111,8 @@ async def test_the_pool_that_covers_most_wins() -> None:
     chosen = await router(service, probe).choose(Prompt("x = 1"))
     assert chosen.name == "code"
     ((asked, ids),) = probe.asked
-    assert asked.name == "base"
+    assert asked.content_hash == service.lookup.base_pool.content_hash
+    assert asked.name == AUTO_PROBE_POOL, "it is no request for the base pool"
     assert ids == await prefix_of().ids(Prompt("x = 1"))
 
 

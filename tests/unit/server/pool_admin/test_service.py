@@ -135,6 +135,47 @@ async def test_a_request_that_waits_shows_in_status_and_snapshot() -> None:
     assert service.statuses.of(math).state == "resident"
 
 
+async def test_requests_show_under_the_name_they_asked_for() -> None:
+    engine = FakeEngine(is_holding=True)
+    service = service_of(engine)
+    for twin in ("adding", "numbers"):  # with the experts of math
+        await service.definitions.add(bare(twin, 0, 1))
+    pools = [service.lookup.find(name) for name in ("math", "math", "numbers")]
+    is_over = asyncio.Event()
+
+    async def request(wanted: ExpertPool) -> None:
+        async with service.residency.lease(wanted):
+            await is_over.wait()
+
+    async with asyncio.TaskGroup() as requests:
+        for wanted in pools:
+            requests.create_task(request(wanted))
+        load = await engine.next_held()
+        expected = {"math": 2, "numbers": 1}
+        assert shown(service, "waiting_requests") == expected
+        load.release()
+        while service.statuses.of(pools[0]).state != "resident":
+            await asyncio.sleep(0)
+        assert shown(service, "waiting_requests") == {}
+        assert shown(service, "running_requests") == expected
+        assert service.statuses.overview().stats.running_requests == 3
+        await service.definitions.remove("numbers")  # its request runs on, and so does its content
+        assert [p.name for p in service.statuses.snapshot().pools][-1] == "numbers"
+        is_over.set()
+    assert shown(service, "running_requests") == {}
+    names = [p.name for p in service.statuses.snapshot().pools]
+    assert names == ["base", "adding", "code", "hot", "law", "math"]
+    service.manager.check_integrity()
+
+
+def shown(service: ServiceUnderTest, field: str) -> dict[str, int]:
+    """Return the pools with such requests, as the listing and the gauges have them alike."""
+    listed = {s.pool.name: getattr(s, field) for s in service.statuses.overview().pools}
+    gauges = {p.name: getattr(p, field) for p in service.statuses.snapshot().pools}
+    assert listed == gauges
+    return {name: count for name, count in listed.items() if count}
+
+
 async def test_a_union_is_listed_while_it_is_in_use() -> None:
     service = service_of()
     await service.residency.load("math+code")
