@@ -1,7 +1,8 @@
 """vLLM's engine: started with empty expert slots; also the server's own requests to it.
 
 The server's own requests are the warm-up at start and the router probes of `auto` and of builds.
-They go to the engine directly, without the HTTP layers, under a lease that the caller holds.
+They go to the engine directly, without the HTTP layers, under a lease that the caller holds, and
+stand in none of vLLM's figures.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import itertools
 import logging
 import os
+import secrets
 from collections.abc import Sequence
 from contextlib import aclosing
 
@@ -24,6 +26,7 @@ from emo_serve.errors import EngineDead
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.vllm_adapter.flags import engine_args, resolved
 from emo_serve.server.vllm_adapter.generation import place_in_row, salt_prompt
+from emo_serve.server.vllm_adapter.own_figures import leave_out
 from emo_serve.vllm_plugin.contract import END_WITH_PARENT_VARIABLE
 
 __all__ = ["OwnRequests", "start_engine", "stop_engine"]
@@ -78,7 +81,10 @@ class OwnRequests:
 
     def __init__(self, engine: AsyncLLM) -> None:
         self._engine = engine
-        self._probe_ids = itertools.count(1)
+        self._numbers = itertools.count(1)
+        # No client can guess it, and so keep a request of its own out of the figures.
+        self._id_prefix = f"emo-serve-{secrets.token_hex(8)}-"
+        leave_out(engine, self._id_prefix)
 
     async def warm_up(self, pool: ExpertPool, row: int) -> None:
         """Generate one token with log-probabilities, which vLLM compiles at first use.
@@ -86,9 +92,15 @@ class OwnRequests:
         Compiling takes one second, or 14 if nothing is cached, and blocks all requests meanwhile.
         Raises EngineDead.
         """
-        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, detokenize=False)
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprobs=1,
+            detokenize=False,
+            skip_reading_prefix_cache=True,  # which would count the question
+        )
         prompt = salt_prompt(tokens_input([0]), pool.content_hash)
-        request = (prompt, place_in_row(params, row), "emo-serve-warm-up")
+        request = (prompt, place_in_row(params, row), f"{self._id_prefix}warm-up")
         try:
             async for _ in self._engine.generate(*request):
                 pass
@@ -107,7 +119,7 @@ class OwnRequests:
         )
         placed = place_in_row(params, row, mass_slot=mass_slot)
         prompt = salt_prompt(tokens_input(list(token_ids)), pool.content_hash)
-        request_id = f"emo-serve-probe-{next(self._probe_ids)}"
+        request_id = f"{self._id_prefix}probe-{next(self._numbers)}"
         stream = self._engine.generate(prompt, placed, request_id, priority=priority)
         try:
             async with aclosing(stream):

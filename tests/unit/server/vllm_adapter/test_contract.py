@@ -43,7 +43,14 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import (
+    OutputProcessor,
+    OutputProcessorOutput,
+    RequestOutputCollector,
+)
+from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.stats import IterationStats
 
 from emo_serve.config import ServeSettings
 from emo_serve.errors import (
@@ -167,6 +174,22 @@ def test_the_client_has_what_the_worker_calls_need() -> None:
     assert {"vllm_config", "usage_context", "enable_log_requests", "disable_log_stats"} <= set(
         parameters(AsyncLLM.from_vllm_config)
     )
+
+
+def test_requests_are_counted_where_ours_are_left_out() -> None:
+    handler = source(AsyncLLM._run_output_handler)
+    assert "output_processor.process_outputs(" in handler
+    assert "logger_ref[0].record(" in handler
+    assert "iteration_stats=iteration_stats" in handler
+    # every chunk of a step has the step's statistics, and no other call has any
+    assert handler.count("IterationStats()") == handler.count("process_outputs(") == 1
+    given = ["engine_core_outputs", "engine_core_timestamp", "iteration_stats", "weight_version"]
+    assert parameters(OutputProcessor.process_outputs) == ["self", *given]
+    assert parameters(StatLoggerManager.record)[:3] == ["self", "scheduler_stats", "iteration_stats"]
+    assert parameters(OutputProcessorOutput) == ["request_outputs", "reqs_to_abort"]
+    assert parameters(IterationStats) == []
+    # the id inside the engine begins with ours
+    assert "{request.external_req_id}-{random_uuid()" in source(InputProcessor.assign_request_id)
 
 
 # -- names of models --
