@@ -1,7 +1,9 @@
 """Every Prometheus metric of emo-serve, with its help and unit; shown beside vLLM's on /metrics.
 
 Counters and histograms are fed by explicit calls. Gauges are never set: a collector takes a frozen
-snapshot at each scrape, so that an idle server shows every pool and no gauge drifts.
+snapshot at each scrape, so that an idle server shows every pool and no gauge drifts. With
+PROMETHEUS_MULTIPROC_DIR, counters are in the files of that directory, which /metrics then shows
+alone; gauges are not, so they have a registry of their own and are added to the answer.
 
 Requests
     emo_serve_requests_total{pool,outcome}       engine requests: finished, aborted or failed
@@ -38,19 +40,22 @@ Loads
     emo_serve_pool_evictions_total{pool,reason}  pools that gave up their slots: to make room, by
                                                  the operator, or retired (the definition is gone)
 
-A pool added at run time is shown at once, with zeros; one that is removed disappears. All unions
-share the label `(union)`: clients, not the operator, decide how many there are. Requests still
-finishing in a removed pool count as `(removed)`. Requests by which the server builds a pool count
-as `(build)`; those by which it asks the router for `auto` while the base pool is not resident, as
-`(auto)`.
+A pool added at run time is shown at once, with zeros; one that is removed disappears, except from
+such files, where nothing can be removed. All unions share the label `(union)`: clients, not the
+operator, decide how many there are. Requests still finishing in a removed pool count as
+`(removed)`. What the server asks for itself is no request in any of these: only what it holds,
+loads and evicts is shown, under `(build)` while it builds a pool, and under `(auto)` while it asks
+the router for `auto`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -68,6 +73,7 @@ __all__ = [
     "MetricsSnapshot",
     "PoolMetrics",
     "PoolSnapshot",
+    "gauge_text",
     "pool_label",
     "register_gauges",
 ]
@@ -206,6 +212,8 @@ class PoolMetrics:
         if label == _UNION_LABEL or label not in self._known:
             return
         self._known.remove(label)
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # prometheus_client would only warn
+            return
         for family, values in self._by_pool:
             for child in ((label, value) for value in values) if values else ((label,),):
                 family.remove(*child)
@@ -276,6 +284,13 @@ class PoolMetrics:
 def register_gauges(registry: CollectorRegistry, snapshot: Callable[[], MetricsSnapshot]) -> None:
     """Show the gauges of a snapshot, which is asked for at each scrape."""
     registry.register(_GaugeCollector(snapshot))
+
+
+def gauge_text(snapshot: Callable[[], MetricsSnapshot]) -> Callable[[], bytes]:
+    """Return a function that asks for a snapshot and returns its gauges in Prometheus's format."""
+    registry = CollectorRegistry()
+    register_gauges(registry, snapshot)
+    return partial(generate_latest, registry)
 
 
 class _GaugeCollector(Collector):

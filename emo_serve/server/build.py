@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 
 from emo_serve.errors import EngineDead, PoolLoadFailed, PoolTooLarge, Unavailable
-from emo_serve.metrics import PoolMetrics, register_gauges
+from emo_serve.metrics import PoolMetrics, gauge_text
 from emo_serve.names import BASE_POOL
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.backlog import BacklogLimits
@@ -40,6 +40,7 @@ from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.engine import OwnRequests
 from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
 from emo_serve.server.vllm_adapter.openai import (
+    add_to_metrics,
     build_http_app,
     create_http_server,
     innermost,
@@ -103,6 +104,7 @@ async def build_server(
     limits = manager.limits
     max_prompts = None if limits is None else limits.max_alone
     app = await build_http_app(llm, args, service.lookup, pools.metrics, max_prompts)
+    add_to_metrics(app, gauge_text(service.statuses.snapshot))
     own = OwnRequests(engine)
     progress.stage("warming up")
     await _warm_up(own, manager, service.lookup)
@@ -149,7 +151,6 @@ async def _start_pools(launch: Launch, engine: Any, progress: StartProgress) -> 
         metrics,
         calls.usage_of if facts.records_routing else None,
     )
-    register_gauges(registry, service.statuses.snapshot)
     progress.stage("loading experts")
     await _load_pools(manager, plan)
     return _PoolParts(calls, facts, metrics, manager, service)
