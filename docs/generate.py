@@ -87,7 +87,7 @@ def render_metrics() -> str:
     pool = PoolSnapshot("math", True, True, 1, 1)
     registry = CollectorRegistry()
     PoolMetrics(registry, ["math"], REFUSAL_REASONS)
-    register_gauges(registry, lambda: MetricsSnapshot((pool,), 1, 1, 0, 1, 1))
+    register_gauges(registry, lambda: MetricsSnapshot((pool,), 1, 1, 0, 1, 1), lambda: 1.0)
     return _table(("metric", "type", "meaning", "labels"), map(_metric_row, registry.collect()))
 
 

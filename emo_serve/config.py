@@ -203,6 +203,15 @@ class ServeSettings:
         metavar="SECONDS",
         help="how long the server waits for running and waiting requests after SIGTERM",
     )
+    step_deadline_seconds: float = flag(
+        "--step-deadline",
+        read_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long the engine may go without a step while it has work before /ready answers"
+        " 503; give more than the longest step takes: a prefill of --max-num-batched-tokens, or"
+        " compiling",
+    )
     admin_api_keys: tuple[str, ...] = flag(
         "--admin-api-key",
         read_text,
@@ -299,6 +308,10 @@ class ServeSettings:
         if not (0 <= self.drain_timeout_seconds < math.inf):
             raise ConfigError(
                 f"--drain-timeout is {self.drain_timeout_seconds}; give a finite number, 0 or more"
+            )
+        if not (0 < self.step_deadline_seconds < math.inf):
+            raise ConfigError(
+                f"--step-deadline is {self.step_deadline_seconds}; give a finite number above 0"
             )
         self._check_names()
         if not all(self.admin_api_keys):

@@ -39,6 +39,11 @@ Loads
                                                  found: slab (nothing to copy), host or disk
     emo_serve_pool_evictions_total{pool,reason}  pools that gave up their slots: to make room, by
                                                  the operator, or retired (the definition is gone)
+Server
+    emo_serve_step_age_seconds                   time since the engine's last step, or since work
+                                                 came to it; 0 while it has none
+    emo_serve_event_loop_lag_seconds             histogram: how late the front end's event loop
+                                                 was, ten times per second
 
 A pool added at run time is shown at once, with zeros; one that is removed disappears, except from
 such files, where nothing can be removed. All unions share the label `(union)`: clients, not the
@@ -177,6 +182,7 @@ class PoolMetrics:
         self._evictions = counter(
             "pool_evictions", "Pools that gave up their slots", "pool", "reason"
         )
+        self._lag = seconds("event_loop_lag", "How late the front end's event loop was")
         self._by_pool: tuple[tuple[Counter | Histogram, tuple[str, ...]], ...] = (
             (self._requests, OUTCOMES),
             (self._loads, LOAD_OUTCOMES),
@@ -256,6 +262,10 @@ class PoolMetrics:
         assert outcome in WAIT_OUTCOMES, outcome
         self._waits.labels(outcome).observe(seconds)
 
+    def observe_lag(self, seconds: float) -> None:
+        """Add by how much the front end's event loop was late."""
+        self._lag.observe(seconds)
+
     # -- loads --
 
     def count_load(self, pool: str, report: LoadReport) -> None:
@@ -281,34 +291,42 @@ class PoolMetrics:
 # -- gauges --
 
 
-def register_gauges(registry: CollectorRegistry, snapshot: Callable[[], MetricsSnapshot]) -> None:
-    """Show the gauges of a snapshot, which is asked for at each scrape."""
-    registry.register(_GaugeCollector(snapshot))
+def register_gauges(
+    registry: CollectorRegistry,
+    snapshot: Callable[[], MetricsSnapshot],
+    step_age_seconds: Callable[[], float],
+) -> None:
+    """Show the gauges, which are asked for at each scrape."""
+    registry.register(_GaugeCollector(snapshot, step_age_seconds))
 
 
-def gauge_text(snapshot: Callable[[], MetricsSnapshot]) -> Callable[[], bytes]:
-    """Return a function that asks for a snapshot and returns its gauges in Prometheus's format."""
+def gauge_text(
+    snapshot: Callable[[], MetricsSnapshot], step_age_seconds: Callable[[], float]
+) -> Callable[[], bytes]:
+    """Return a function that returns the gauges as they are now, in Prometheus's format."""
     registry = CollectorRegistry()
-    register_gauges(registry, snapshot)
+    register_gauges(registry, snapshot, step_age_seconds)
     return partial(generate_latest, registry)
 
 
 class _GaugeCollector(Collector):
     """Turn one snapshot into gauges at each scrape."""
 
-    def __init__(self, snapshot: Callable[[], MetricsSnapshot]) -> None:
-        self._snapshot = snapshot
+    def __init__(
+        self, snapshot: Callable[[], MetricsSnapshot], step_age_seconds: Callable[[], float]
+    ) -> None:
+        self._snapshot, self._step_age_seconds = snapshot, step_age_seconds
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Name the gauges without a snapshot, because there is none at registration."""
-        yield from _gauges(MetricsSnapshot((), 0, 0, 0, 0, 0))
+        yield from _gauges(MetricsSnapshot((), 0, 0, 0, 0, 0), 0.0)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the gauges as they are now."""
-        yield from _gauges(self._snapshot())
+        yield from _gauges(self._snapshot(), self._step_age_seconds())
 
 
-def _gauges(snapshot: MetricsSnapshot) -> Iterator[GaugeMetricFamily]:
+def _gauges(snapshot: MetricsSnapshot, step_age_seconds: float) -> Iterator[GaugeMetricFamily]:
     running, waiting = {_UNION_LABEL: 0}, {_UNION_LABEL: 0}
     resident: dict[str, int] = {}
     pinned: dict[str, int] = {}
@@ -331,6 +349,7 @@ def _gauges(snapshot: MetricsSnapshot) -> Iterator[GaugeMetricFamily]:
         ("slots_leased", "Slots that running requests keep in place", snapshot.slots_leased),
         ("slab_bytes", "Device memory of all slots, on all ranks", snapshot.slots * size),
         ("resident_bytes", "Device memory of the slots in use", snapshot.slots_in_use * size),
+        ("step_age_seconds", "Time since the last step; 0 without work", step_age_seconds),
     ):
         yield GaugeMetricFamily(f"emo_serve_{name}", help_text, value=value)
 

@@ -36,8 +36,8 @@ class Ask(NamedTuple):
 class ResidentPool:
     """One pool that was given slots and a row; until it is published, its load is running.
 
-    `leases_by_name` counts its leases by the name that was asked for, without zeros. `drains` counts
-    the operators who wait for its eviction; `gone` is set once it is evicted.
+    `leases_by_name` counts its leases by the name that was asked for, without zeros. `drains`
+    counts the operators who wait for its eviction; `gone` is set once it is evicted.
     """
 
     pool: ExpertPool

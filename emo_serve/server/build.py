@@ -26,6 +26,7 @@ from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.auto.candidates import Candidates
 from emo_serve.server.auto.choice import make_chooser, text_of
 from emo_serve.server.auto.middleware import AutoPool
+from emo_serve.server.health import Health, stopped_process
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.builder import PoolBuilder
 from emo_serve.server.pool_admin.lookup import PoolLookup
@@ -37,7 +38,7 @@ from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.summary import PoolLine, ServerAddress, Summary
 from emo_serve.server.vllm_adapter.capacity import backlog_limits, max_sequences
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
-from emo_serve.server.vllm_adapter.engine import OwnRequests
+from emo_serve.server.vllm_adapter.engine import OwnRequests, has_work, note_steps
 from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
 from emo_serve.server.vllm_adapter.openai import (
     add_to_metrics,
@@ -67,6 +68,7 @@ class Server:
     admission: Admission
     manager: ResidencyManager
     coverage: CoverageBook
+    health: Health
     summary: Summary
 
 
@@ -104,11 +106,10 @@ async def build_server(
     limits = manager.limits
     max_prompts = None if limits is None else limits.max_alone
     app = await build_http_app(llm, args, service.lookup, pools.metrics, max_prompts)
-    add_to_metrics(app, gauge_text(service.statuses.snapshot))
     own = OwnRequests(engine)
     progress.stage("warming up")
     await _warm_up(own, manager, service.lookup)
-    admission = await _wrap_app(app, llm, own, engine, launch, pools)
+    admission, health = await _wrap_app(app, llm, own, engine, launch, pools)
     address = ServerAddress.of(args, launch.keys.variable)
     guarded = KeyGuard(
         app,
@@ -120,7 +121,7 @@ async def build_server(
     )
     http = create_http_server(guarded, app, args)
     summary = _summarise(launch, pools.facts, manager, service, address)
-    return Server(http, llm, admission, manager, coverage, summary)
+    return Server(http, llm, admission, manager, coverage, health, summary)
 
 
 async def _start_pools(launch: Launch, engine: Any, progress: StartProgress) -> _PoolParts:
@@ -163,7 +164,7 @@ async def _wrap_app(
     engine: Any,
     launch: Launch,
     pools: _PoolParts,
-) -> Admission:
+) -> tuple[Admission, Health]:
     """Put `auto` and admission around vLLM's app, and add our routes to it."""
     args, checkpoint, service = launch.args, launch.checkpoint, pools.service
     longest = engine.model_config.max_model_len - 1  # and one token that is generated
@@ -189,8 +190,18 @@ async def _wrap_app(
         tokenizer,
         lambda name, examples: chooser.add_examples(name, list(map(text_of, examples))),
     )
-    _add_routes(app, admission, service, llm, builder)
-    return admission
+    health = Health(
+        is_draining=lambda: admission.is_closed,
+        is_dead=lambda: bool(engine.errored),
+        has_work=lambda: has_work(engine),
+        step_deadline_seconds=launch.settings.step_deadline_seconds,
+        observe_lag=pools.metrics.observe_lag,
+        find_stopped=stopped_process,
+    )
+    note_steps(engine, health.note_step)
+    add_to_metrics(app, gauge_text(service.statuses.snapshot, health.step_age_seconds))
+    _add_routes(app, health, service, builder)
+    return admission, health
 
 
 # -- parts --
@@ -250,20 +261,15 @@ async def _warm_up(own: OwnRequests, manager: ResidencyManager, lookup: PoolLook
         await own.warm_up(pool, lease.row)
 
 
-def _add_routes(
-    app: FastAPI,
-    admission: Admission,
-    service: PoolService,
-    llm: PooledLLM,
-    builder: PoolBuilder,
-) -> None:
+def _add_routes(app: FastAPI, health: Health, service: PoolService, builder: PoolBuilder) -> None:
     router = APIRouter()
 
     @router.get("/ready")
     async def ready() -> JSONResponse:
-        """Answer 200 while new requests are accepted, 503 while draining or with a dead engine."""
-        is_ready = not admission.is_closed and not llm.errored
-        return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
+        """Answer 200 while new requests should come here; otherwise 503 with the reason."""
+        if (reason := health.why_not_ready()) is None:
+            return JSONResponse({"ready": True})
+        return JSONResponse({"ready": False, "reason": reason}, status_code=503)
 
     app.include_router(router)
     app.include_router(create_router(service, partial(to_http_error, param=None), builder))

@@ -164,6 +164,7 @@ async def _answer(
     beside = [
         *run_beside_server(server.http, server.llm, launch.args),
         asyncio.create_task(server.coverage.run()),
+        asyncio.create_task(server.health.run()),
     ]
     serving = asyncio.create_task(server.http.serve(sockets=[sock]))
     stopping = asyncio.create_task(signals.first.wait())

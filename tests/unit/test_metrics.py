@@ -58,6 +58,8 @@ NAMES = {
     "emo_serve_slots_leased",
     "emo_serve_slab_bytes",
     "emo_serve_resident_bytes",
+    "emo_serve_step_age_seconds",
+    "emo_serve_event_loop_lag_seconds",
     "emo_serve_pool_resident",
     "emo_serve_pool_pinned",
     "emo_serve_pool_hits",
@@ -78,7 +80,7 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def metrics(registry: CollectorRegistry) -> PoolMetrics:
-    register_gauges(registry, lambda: SNAPSHOT)
+    register_gauges(registry, lambda: SNAPSHOT, lambda: 2.5)
     return PoolMetrics(registry, ["base", "math"], ["unknown_pool"])
 
 
@@ -214,6 +216,7 @@ def test_gauges_are_the_snapshot_and_unions_share_a_label(
         ("slots_leased", {}, 8),
         ("slab_bytes", {}, 6400),
         ("resident_bytes", {}, 1200),
+        ("step_age_seconds", {}, 2.5),
     ):
         assert registry.get_sample_value(f"emo_serve_{name}", labels) == value, (name, labels)
 
@@ -238,7 +241,7 @@ def test_a_removed_pool_disappears_and_requests_still_finishing_in_it_are_counte
 ) -> None:
     empty = MetricsSnapshot((), 0, 0, 0, 0, 0)
     metrics = PoolMetrics(registry, ["base", "math"], [])
-    register_gauges(registry, lambda: empty)
+    register_gauges(registry, lambda: empty, lambda: 0.0)
     metrics.count_request("math", "finished")
     metrics.remove_pool("math")
     metrics.remove_pool("math")
@@ -274,4 +277,4 @@ def test_the_registry_is_the_callers() -> None:
     for _ in range(2):
         registry = CollectorRegistry()
         PoolMetrics(registry, ["base"], [])
-        register_gauges(registry, lambda: SNAPSHOT)
+        register_gauges(registry, lambda: SNAPSHOT, lambda: 2.5)

@@ -12,8 +12,9 @@ import itertools
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
@@ -29,7 +30,7 @@ from emo_serve.server.vllm_adapter.generation import place_in_row, salt_prompt
 from emo_serve.server.vllm_adapter.own_figures import leave_out
 from emo_serve.vllm_plugin.contract import END_WITH_PARENT_VARIABLE
 
-__all__ = ["OwnRequests", "start_engine", "stop_engine"]
+__all__ = ["OwnRequests", "has_work", "note_steps", "start_engine", "stop_engine"]
 
 
 def start_engine(args: argparse.Namespace) -> AsyncLLM:
@@ -74,6 +75,28 @@ def stop_engine(engine: AsyncLLM) -> None:
     for name in ("vllm.v1.utils", "vllm.utils.system_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     engine.shutdown(timeout=0.0)
+
+
+def note_steps(engine: AsyncLLM, note: Callable[[], None]) -> None:
+    """Call `note` for every step whose results the front end gets.
+
+    With vLLM's statistics (the default) that is every step; with --disable-log-stats, those that
+    give a token to any request.
+    """
+    client = engine.engine_core
+    get_output = client.get_output_async
+
+    async def get_and_note() -> Any:
+        output = await get_output()
+        note()
+        return output
+
+    client.get_output_async = get_and_note
+
+
+def has_work(engine: AsyncLLM) -> bool:
+    """Tell whether the engine has requests that it has not finished."""
+    return bool(engine.output_processor.has_unfinished_requests())
 
 
 class OwnRequests:

@@ -38,7 +38,7 @@ def our_series() -> dict[str, dict[str, set[str]]]:
     snapshot = MetricsSnapshot((pool,), 1, 1, 0, 1, 1)
     registry = CollectorRegistry()
     PoolMetrics(registry, ["math"], REFUSAL_REASONS)
-    register_gauges(registry, lambda: snapshot)
+    register_gauges(registry, lambda: snapshot, lambda: 0.0)
     series: dict[str, dict[str, set[str]]] = {}
     for family in registry.collect():
         for sample in family.samples:

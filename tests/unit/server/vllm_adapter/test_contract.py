@@ -43,6 +43,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import (
     OutputProcessor,
@@ -185,7 +186,11 @@ def test_requests_are_counted_where_ours_are_left_out() -> None:
     assert handler.count("IterationStats()") == handler.count("process_outputs(") == 1
     given = ["engine_core_outputs", "engine_core_timestamp", "iteration_stats", "weight_version"]
     assert parameters(OutputProcessor.process_outputs) == ["self", *given]
-    assert parameters(StatLoggerManager.record)[:3] == ["self", "scheduler_stats", "iteration_stats"]
+    assert parameters(StatLoggerManager.record)[:3] == [
+        "self",
+        "scheduler_stats",
+        "iteration_stats",
+    ]
     assert parameters(OutputProcessorOutput) == ["request_outputs", "reqs_to_abort"]
     assert parameters(IterationStats) == []
     # the id inside the engine begins with ours
@@ -318,6 +323,13 @@ def test_the_builders_take_what_they_are_given() -> None:
     assert isinstance(envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE, int)
     with NoSignalServer.capture_signals(object()):  # type: ignore[arg-type]
         pass  # leaves signals alone
+
+
+def test_steps_are_counted_where_their_results_come() -> None:
+    text = source(AsyncLLM._run_output_handler)
+    assert "await engine_core.get_output_async()" in text
+    assert parameters(OutputProcessor.has_unfinished_requests) == ["self"]
+    assert parameters(AsyncMPClient.get_output_async) == ["self"]
 
 
 def test_the_renderer_tokenizes_where_ours_stands() -> None:

@@ -26,7 +26,7 @@ def snapshot():
 app = FastAPI()
 attach_router(app)
 metrics = PoolMetrics(metrics_registry(), ["math", "gone"], ["unknown_pool"])
-add_to_metrics(app, gauge_text(snapshot))
+add_to_metrics(app, gauge_text(snapshot, lambda: 0.0))
 client = TestClient(app)
 client.get("/metrics").raise_for_status()
 resident[0] = True
