@@ -178,6 +178,24 @@ def test_health_and_readiness(http: httpx.Client) -> None:
     assert http.get("/ready").json() == {"ready": True}
 
 
+def test_an_engine_that_makes_no_progress_is_not_ready(
+    http: httpx.Client, server: RunningServer
+) -> None:
+    with stopped_engine(server):
+        answer = http.get("/ready")
+        assert (answer.status_code, answer.json()["ready"]) == (503, False)
+        assert "is stopped; continue it" in answer.json()["reason"]
+        assert metric(http, "emo_serve_step_age_seconds") == 0  # it has no work
+        request = RawRequest(server, model="math", prompt="hello", max_tokens=3)
+        wait_for(lambda: metric(http, "emo_serve_step_age_seconds") > 0.5)
+    wait_for(lambda: http.get("/ready").status_code == 200)
+    with request:
+        request.read_to_end()
+        assert b"[DONE]" in request.received
+    wait_for(lambda: metric(http, "emo_serve_step_age_seconds") == 0)
+    assert metric(http, "emo_serve_event_loop_lag_seconds_count") > 0
+
+
 def test_metrics_count_requests_and_tokens_by_pool(
     client: openai.OpenAI, http: httpx.Client
 ) -> None:
@@ -244,4 +262,4 @@ def test_what_would_take_long_to_tokenize_is_refused(
 ) -> None:
     answer = http.post(path, json={"model": "math", **fields})
     assert answer.status_code == 400, answer.text[:500]
-    assert message in error_of(answer)
+    assert message in answer.json()["error"]["message"]
