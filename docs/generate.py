@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from docs.openapi import render_openapi
@@ -25,6 +24,7 @@ from emo_serve.metrics import MetricsSnapshot, PoolMetrics, PoolSnapshot, regist
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.service import PoolService
+from emo_serve.server.routes import document_of
 
 __all__ = ["DOCS", "PARTS", "main", "render_page"]
 
@@ -109,11 +109,10 @@ def _metric_row(family: Any) -> tuple[str, str, str, str]:
 
 
 def render_http_api() -> str:
-    """Return our routes and their objects, from the OpenAPI document of the app that has them."""
-    app = FastAPI()
+    """Return our routes and their objects, from their OpenAPI document."""
     # The routes only hold the service; none is called here.
-    app.include_router(create_router(cast(PoolService, object()), lambda error: error))
-    return render_openapi(app.openapi())
+    router = create_router(cast(PoolService, object()), lambda error: error)
+    return render_openapi(document_of(router))
 
 
 # -- imports --

@@ -30,8 +30,10 @@ from emo_serve.server.health import Health, stopped_process
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.builder import PoolBuilder
 from emo_serve.server.pool_admin.lookup import PoolLookup
+from emo_serve.server.pool_admin.responses import READY_RESPONSES
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.router_probe import RouterProbe
+from emo_serve.server.routes import add_routes
 from emo_serve.server.startup.launch import Launch
 from emo_serve.server.startup.plan import StartPlan
 from emo_serve.server.startup.progress import StartProgress
@@ -264,15 +266,15 @@ async def _warm_up(own: OwnRequests, manager: ResidencyManager, lookup: PoolLook
 def _add_routes(app: FastAPI, health: Health, service: PoolService, builder: PoolBuilder) -> None:
     router = APIRouter()
 
-    @router.get("/ready")
+    @router.get("/ready", responses=READY_RESPONSES)
     async def ready() -> JSONResponse:
         """Answer 200 while new requests should come here; otherwise 503 with the reason."""
         if (reason := health.why_not_ready()) is None:
             return JSONResponse({"ready": True})
         return JSONResponse({"ready": False, "reason": reason}, status_code=503)
 
-    app.include_router(router)
-    app.include_router(create_router(service, partial(to_http_error, param=None), builder))
+    router.include_router(create_router(service, partial(to_http_error, param=None), builder))
+    add_routes(app, router)
 
 
 # -- summary --

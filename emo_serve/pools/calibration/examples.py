@@ -75,15 +75,18 @@ class _Written(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
+_Text = Annotated[
+    str,
+    Field(min_length=1, json_schema_extra={"pattern": r"\S"}),  # `_some_text`, for a schema
+    AfterValidator(_some_text),
+    Expected("some text, without lone surrogates"),
+]
+
+
 class ExampleText(_Written):
     """One document; other keys are ignored."""
 
-    text: Annotated[
-        str,
-        Field(min_length=1),
-        AfterValidator(_some_text),
-        Expected("some text, without lone surrogates"),
-    ]
+    text: _Text
 
 
 class ExampleMessage(_Written):
@@ -121,7 +124,7 @@ def _by_shape(value: object, handler: ValidatorFunctionWrapHandler) -> ExampleTe
     return (ExampleText if "text" in value else ExampleChat).model_validate(value)
 
 
-WrittenExample = Annotated[str | ExampleText | ExampleChat, WrapValidator(_by_shape)]
+WrittenExample = Annotated[_Text | ExampleText | ExampleChat, WrapValidator(_by_shape)]
 """A string stands for a text; it is never one after validation."""
 
 _ADAPTER: TypeAdapter[str | ExampleText | ExampleChat] = TypeAdapter(WrittenExample)

@@ -35,6 +35,7 @@ from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.strict_json import parse_json
 from emo_serve.pools.strict_model import validated
 from emo_serve.server.pool_admin.build_schema import BuiltPool, built_of
+from emo_serve.server.pool_admin.responses import CHANGING, READING, responses
 from emo_serve.server.pool_admin.schema import (
     DeletedPool,
     EvictOptions,
@@ -66,17 +67,6 @@ The same limit holds for examples: some two million tokens.
 """
 
 _MAX_OPTIONS_BYTES = 64 * 2**10
-_RESPONSES: dict[int, dict[str, Any]] = {
-    200: {"description": "redefined", "model": BuiltPool | PoolCard},
-    400: {"description": "the request is invalid; the message names field, layer and value"},
-    401: {"description": "no key, or a key that the server does not know"},
-    403: {"description": "an API key where an admin key is needed"},
-    404: {"description": "no such pool; the message names those that exist"},
-    409: {"description": "the current state of the pools does not allow it"},
-    413: {"description": "the body is too large"},
-    500: {"description": "the experts cannot be read, or the pool's file cannot be written"},
-    503: {"description": "the request may succeed later; see Retry-After"},
-}
 
 _Options = TypeVar("_Options", bound=BaseModel)
 
@@ -100,19 +90,19 @@ def create_router(
 def _add_reading(
     router: APIRouter, service: PoolService, to_http_error: Callable[[EmoServeError], Exception]
 ) -> None:
-    @router.get("", response_model_exclude_unset=True)
+    @router.get("", response_model_exclude_unset=True, responses=responses(*READING))
     async def list_pools(options: Annotated[ListOptions, Query()]) -> PoolList:
         """List all pools, the slab's slots, and the pool files that were refused."""
         return list_of(service.statuses.overview(), experts=options.experts)
 
-    @router.get("/{name}", responses=_responses(404))
+    @router.get("/{name}", responses=responses(*READING, 404))
     async def show_pool(name: str) -> PoolDetails:
         """Show one pool or union with its expert ids."""
         with _answering(to_http_error):
             status = service.statuses.of(service.lookup.find(name))
             return details_of(service.statuses.overview(), status)
 
-    @router.get("/{name}/usage", responses=_responses(400, 404, 500, 503))
+    @router.get("/{name}/usage", responses=responses(*READING, 404, 500, 503))
     async def show_usage(name: str) -> UsageAnswer:
         """Show how often tokens chose each expert of a pool or union since the engine started."""
         with _answering(to_http_error):
@@ -129,7 +119,10 @@ def _add_definitions(
         "",
         response_model_exclude_unset=True,
         status_code=HTTPStatus.CREATED,
-        responses=_responses(200, 400, 401, 403, 409, 413, 500, 503),
+        responses={
+            200: {"description": "redefined", "model": BuiltPool | PoolCard},
+            **responses(*CHANGING),
+        },
         openapi_extra=body_schema(PoolDocument, BuildRequest, required=True),
     )
     async def define_pool(
@@ -155,7 +148,7 @@ def _add_definitions(
         response.status_code = HTTPStatus.CREATED if is_new else HTTPStatus.OK
         return card
 
-    @router.delete("/{name}", responses=_responses(400, 401, 403, 404, 409, 500))
+    @router.delete("/{name}", responses=responses(*CHANGING, 404))
     async def remove_pool(name: str) -> DeletedPool:
         """Remove a pool and its file; running requests in it finish."""
         with _answering(to_http_error):
@@ -172,7 +165,7 @@ def _add_residency(
         return router.post(
             f"/{{name}}/{verb}",
             response_model_exclude_unset=True,
-            responses=_responses(400, 401, 403, 404, 409, 413, 500, 503),
+            responses=responses(*CHANGING, 404),
             openapi_extra=body_schema(options),
         )
 
@@ -203,10 +196,6 @@ def _add_residency(
         with _answering(to_http_error):
             await _read_options(request, NoOptions)
             return card_of(service.residency.unpin(name))
-
-
-def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: _RESPONSES[status] for status in statuses}
 
 
 @contextmanager
