@@ -116,8 +116,8 @@ def check_chosen(name: str) -> None:
     if AUTO_POOL in split_name(name):
         raise RequestError(
             f"{AUTO_POOL!r} is no pool: the server chooses one for it, alone and not in a union,"
-            " from the text of a prompt to /v1/completions, /v1/chat/completions, /v1/responses or"
-            " /v1/messages; elsewhere name a pool"
+            " from the text of a prompt to /v1/completions, /v1/chat/completions, /v1/responses,"
+            " /v1/messages or /invocations; elsewhere name a pool"
         )
 
 

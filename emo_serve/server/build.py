@@ -20,13 +20,12 @@ from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.policy import make_policy
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server.asgi.admission import Admission
-from emo_serve.server.asgi.bodies import BodyLimit
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.auto.candidates import Candidates
 from emo_serve.server.auto.choice import make_chooser, text_of
-from emo_serve.server.auto.middleware import AutoPool
 from emo_serve.server.health import Health, stopped_process
+from emo_serve.server.layers import put_layers
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.builder import PoolBuilder
 from emo_serve.server.pool_admin.lookup import PoolLookup
@@ -46,9 +45,7 @@ from emo_serve.server.vllm_adapter.openai import (
     add_to_metrics,
     build_http_app,
     create_http_server,
-    innermost,
     metrics_registry,
-    replace_innermost,
 )
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 from emo_serve.server.vllm_adapter.tokenizer import EngineTokenizer
@@ -111,17 +108,11 @@ async def build_server(
     own = OwnRequests(engine)
     progress.stage("warming up")
     await _warm_up(own, manager, service.lookup)
-    admission, health = await _wrap_app(app, llm, own, engine, launch, pools)
     address = ServerAddress.of(args, launch.keys.variable)
-    guarded = KeyGuard(
-        app,
-        launch.keys.api,
-        launch.keys.admin,
-        launch.settings.open_paths,
-        root_path=args.root_path,
-        is_local=address.is_local,
+    admission, health = await _wrap_app(
+        app, llm, own, engine, launch, pools, is_local=address.is_local
     )
-    http = create_http_server(guarded, app, args)
+    http = create_http_server(app, args)
     summary = _summarise(launch, pools.facts, manager, service, address)
     return Server(http, llm, admission, manager, coverage, health, summary)
 
@@ -166,8 +157,10 @@ async def _wrap_app(
     engine: Any,
     launch: Launch,
     pools: _PoolParts,
+    *,
+    is_local: bool,
 ) -> tuple[Admission, Health]:
-    """Put `auto` and admission around vLLM's app, and add our routes to it."""
+    """Put our layers around all routes of vLLM's app, and add our own routes to it."""
     args, checkpoint, service = launch.args, launch.checkpoint, pools.service
     longest = engine.model_config.max_model_len - 1  # and one token that is generated
     probe = RouterProbe(pools.manager, own.run_probe, pools.calls.read_mass, longest)
@@ -181,9 +174,16 @@ async def _wrap_app(
         checkpoint.config,
         launch.auto_examples,
     )
-    auto = AutoPool(innermost(app), launch.plan.names, chooser, pools.metrics)
-    admission = Admission(auto)
-    replace_innermost(app, BodyLimit(admission, launch.settings.max_body_bytes))
+    guard = partial(
+        KeyGuard,
+        api_keys=launch.keys.api,
+        admin_keys=launch.keys.admin,
+        open_paths=launch.settings.open_paths,
+        is_local=is_local,
+    )
+    admission = put_layers(
+        app, guard, launch.plan.names, chooser, pools.metrics, launch.settings.max_body_bytes
+    )
     builder = PoolBuilder(
         probe,
         checkpoint,

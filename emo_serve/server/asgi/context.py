@@ -38,14 +38,15 @@ class EngineRequest:
 class RequestContext:
     """One HTTP request, from its headers to the end of its answer.
 
-    The lists have one entry per engine request. `admissions` are futures: None once the pool is
-    leased, or the error that refuses it. `pool_names` are the pools they run in. `coverages`, used
+    The lists have one entry per engine request; `is_asked` is set with the first. `admissions` are
+    futures: None once the pool is leased, or the error that refuses it. `pool_names` are the pools
+    they run in. `coverages`, used
     only if `wants_coverage`, are futures of their coverage (None if no token was routed), which
     must be resolved however the request ends. `retry_after_seconds` is set with a 503.
 
     `running` are the engine requests that have not ended; `is_under_way` once one has finished, so
-    that further ones are steps of an admitted request. `text_size` is what it has had tokenized, in
-    characters, and detokenized, in tokens.
+    that further ones are steps of an admitted request. `cut_by` is the error that ended them all.
+    `text_size` is what the request has had tokenized, in characters, and detokenized, in tokens.
     """
 
     pool_headers: tuple[str, ...] = ()
@@ -57,6 +58,23 @@ class RequestContext:
     running: set[EngineRequest] = field(default_factory=set)
     is_under_way: bool = False
     text_size: int = 0
+    cut_by: EmoServeError | None = None
+    is_asked: asyncio.Event = field(default_factory=asyncio.Event)
+    is_refusal_logged: bool = False
+
+    @property
+    def refused_by(self) -> EmoServeError | None:
+        """Return the error that has refused the request, or cut it; None if there is none yet."""
+        known = (admission.result() for admission in self.admissions if admission.done())
+        return self.cut_by or next(filter(None, known), None)
+
+    def admission(self) -> asyncio.Future[EmoServeError | None]:
+        """Add and return the admission of one more engine request."""
+        admission: asyncio.Future[EmoServeError | None]
+        admission = asyncio.get_running_loop().create_future()
+        self.admissions.append(admission)
+        self.is_asked.set()
+        return admission
 
     @property
     def num_sequences(self) -> int:

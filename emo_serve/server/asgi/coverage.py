@@ -2,8 +2,8 @@
 
 Pure text in, text out; admission decides when. A JSON body gets `emo_serve` as its last field, and
 is otherwise the same bytes. A stream gets one event before `data: [DONE]`, shaped like the usage
-chunk: it has no choices, so OpenAI clients skip it. Streams that end differently (/v1/responses and
-/v1/messages) have their own event types and are left unchanged.
+chunk: it has no choices, so OpenAI clients skip it. A stream of /v1/responses has the field in the
+response of its last event. Streams of /v1/messages are left unchanged.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _FIELD = "emo_serve"
 _WORDS = {"true": True, "1": True, "false": False, "0": False}
 _DIGITS = 4
 _DONE = b"data: [DONE]"
+_COMPLETED = b"event: response.completed\ndata: "
 _END_OF_EVENT = b"\n\n"  # as vLLM writes it
 _CHUNKS = ("chat.completion.chunk", "text_completion")
 _IDENTITY = ("id", "object", "created", "model")
@@ -105,8 +106,14 @@ class EventTail:
 
     @staticmethod
     def is_last(event: bytes) -> bool:
-        """Tell whether this event is `data: [DONE]`."""
-        return event.startswith(_DONE)
+        """Tell whether this event is `data: [DONE]`, or a completed response."""
+        return event.startswith((_DONE, _COMPLETED))
+
+    def last(self, event: bytes, report: CoverageReport) -> bytes:
+        """Return the last event, with the report in it or before it."""
+        if event.startswith(_COMPLETED):
+            return _completed_with(event, report)
+        return self.event(report) + event
 
     def event(self, report: CoverageReport) -> bytes:
         """Return the report as an event, or nothing if the stream had no OpenAI chunk."""
@@ -128,6 +135,12 @@ def _identity_of(event: bytes) -> dict[str, Any] | None:
     if not isinstance(chunk, dict) or chunk.get("object") not in _CHUNKS:
         return None
     return {key: chunk[key] for key in _IDENTITY if key in chunk}
+
+
+def _completed_with(event: bytes, report: CoverageReport) -> bytes:
+    fields = json.loads(event.removeprefix(_COMPLETED))
+    fields["response"][_FIELD] = asdict(report)
+    return _COMPLETED + _compact(fields) + _END_OF_EVENT
 
 
 def _compact(fields: dict[str, Any]) -> bytes:

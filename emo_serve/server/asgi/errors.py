@@ -1,7 +1,8 @@
-"""The one table from our errors to HTTP: status, reason in the metrics, and response."""
+"""The one table from our errors to HTTP: status, reason in the metrics, response and event."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -31,7 +32,9 @@ from emo_serve.errors import (
 
 __all__ = [
     "REFUSAL_REASONS",
+    "cause_of",
     "error_response",
+    "last_events",
     "reason_of",
     "refusal",
     "retry_after_of",
@@ -39,7 +42,7 @@ __all__ = [
     "status_of",
 ]
 
-_MESSAGES = "/v1/messages"
+_MESSAGES, _RESPONSES = "/v1/messages", "/v1/responses"
 _KINDS = {HTTPStatus.BAD_REQUEST: "BadRequestError", HTTPStatus.NOT_FOUND: "NotFoundError"}
 """vLLM's words for these statuses; elsewhere it uses the status's phrase."""
 
@@ -84,6 +87,13 @@ def retry_after_of(error: EmoServeError) -> int | None:
     return error.retry_after_seconds if isinstance(error, Unavailable) else None
 
 
+def cause_of(error: BaseException | None) -> EmoServeError | None:
+    """Return the error of ours that this exception is, or was raised from; None for any other."""
+    while error is not None and not isinstance(error, EmoServeError):
+        error = error.__cause__
+    return error
+
+
 def refusal(
     scope: Scope, error: EmoServeError, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
@@ -101,12 +111,34 @@ def error_response(
 
     That is Anthropic's for /v1/messages and below it, OpenAI's elsewhere.
     """
-    kind = _KINDS.get(status, status.phrase)
+    return JSONResponse(_error_document(scope, status, message), status, headers)
+
+
+def last_events(scope: Scope, error: EmoServeError, number: int) -> bytes:
+    """Return what ends a stream after its first `number` events, in the shape of its route."""
+    path, status = route_path(scope), status_of(error)
+    if path.startswith(_RESPONSES):
+        flat = {"type": "error", "code": _kind_of(status), "message": str(error), "param": None}
+        return _event("event: error\n", {**flat, "sequence_number": number})
+    if path.startswith(_MESSAGES):
+        return _event("event: error\n", _error_document(scope, status, str(error)))
+    return _event("", _error_document(scope, status, str(error))) + b"data: [DONE]\n\n"
+
+
+def _event(prefix: str, document: Mapping[str, object]) -> bytes:
+    return f"{prefix}data: {json.dumps(document)}\n\n".encode()
+
+
+def _error_document(scope: Scope, status: HTTPStatus, message: str) -> dict[str, object]:
+    kind = _kind_of(status)
     if route_path(scope).startswith(_MESSAGES):
-        anthropic = {"type": "error", "error": {"type": kind, "message": message}}
-        return JSONResponse(anthropic, status, headers)
+        return {"type": "error", "error": {"type": kind, "message": message}}
     openai = {"message": message, "type": kind, "param": None, "code": status.value}
-    return JSONResponse({"error": openai}, status, headers)
+    return {"error": openai}
+
+
+def _kind_of(status: HTTPStatus) -> str:
+    return _KINDS.get(status, status.phrase)
 
 
 def route_path(scope: Scope) -> str:

@@ -1,10 +1,11 @@
-"""Which key opens which routes. Pure ASGI around the whole server, vLLM's routes and ours.
+"""Which key opens which routes. Pure ASGI around all routes, vLLM's and ours.
 
-vLLM's own check covers only paths that begin with /v1, and has one kind of key. This check comes
-before it and covers every path. An admin key opens everything. An API key does too, except that it
-may not change pools once admin keys are set. A server that other machines can reach changes pools
-only for an admin key; without one it refuses. A path is judged as the router will see it: decoded
-once, without the root path, and by its beginning, so that every spelling a route accepts counts.
+vLLM's own check covers only paths that begin with /v1, has one kind of key, and answers outside the
+CORS middleware, so that no browser may read why. This check replaces it, inside that middleware. It
+covers every path. An admin key opens everything. An API key does too, except that it may not change
+pools once admin keys are set. A server that other machines can reach changes pools only for an
+admin key; without one it refuses. A path is judged as the router will see it: decoded once, without
+the root path, and by its beginning, so that every spelling a route accepts counts.
 
     keys set            pools, changing      open_paths     everything else
     none                open                 open           open
@@ -52,8 +53,7 @@ class KeyGuard:
     """Wrap an ASGI app; pass only requests that the key in `Authorization: Bearer` opens.
 
     `open_paths` are exact paths that need no key. `is_local` says that only this machine can
-    connect, so that pools may be changed without an admin key. `root_path` is the wrapped app's own
-    (--root-path), which that app sets only later; without one, the scope's is used.
+    connect, so that pools may be changed without an admin key.
     """
 
     def __init__(
@@ -63,7 +63,6 @@ class KeyGuard:
         admin_keys: Collection[str],
         open_paths: Collection[str],
         *,
-        root_path: str | None,
         is_local: bool,
     ) -> None:
         self.app = app
@@ -71,7 +70,6 @@ class KeyGuard:
         self._api_hashes = _hashes(api_keys)
         self._admin_hashes = _hashes(admin_keys)
         self._open_paths = frozenset(open_paths)
-        self._root_path = root_path or ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one ASGI connection on, or refuse it with 401 or 403."""
@@ -89,7 +87,7 @@ class KeyGuard:
         method = scope.get("method")  # a websocket has none
         if scope["type"] not in ("http", "websocket") or method == "OPTIONS":
             return ()  # OPTIONS: a browser's preflight carries no key
-        path = route_path({**scope, "root_path": self._root_path or scope.get("root_path", "")})
+        path = route_path(scope)
         changes_pools = path.startswith(_POOLS) and method not in READING_METHODS
         if changes_pools and (self._admin_hashes or not self._is_local):
             return (_Key.ADMIN,)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from emo_serve.server.asgi.invocations import INVOCATIONS
+
 __all__ = ["READERS", "Prompt"]
 
 
@@ -53,6 +55,10 @@ def _of_message(body: Mapping[str, Any]) -> Prompt:
     return _conversation(body.get("messages"), body.get("system"))
 
 
+def _of_invocation(body: Mapping[str, Any]) -> Prompt:
+    return _of_chat(body) if "messages" in body else _of_completion(body)
+
+
 def _of_count(_: Mapping[str, Any]) -> Prompt:
     return Prompt()  # all pools count alike
 
@@ -63,6 +69,7 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Prompt]] = {
     "/v1/responses": _of_response,
     "/v1/messages": _of_message,
     "/v1/messages/count_tokens": _of_count,
+    INVOCATIONS: _of_invocation,
 }
 """Prompt readers by path; each returns an empty prompt for a body that it cannot read."""
 

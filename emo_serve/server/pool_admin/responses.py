@@ -45,9 +45,7 @@ CHANGING = (*READING, 403, 408, 409, 413, 500, 503)
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return a route's `responses` for these statuses of errors."""
-    return {
-        status: {"description": _MEANINGS[status], "model": ErrorAnswer} for status in statuses
-    }
+    return {status: {"description": _MEANINGS[status], "model": ErrorAnswer} for status in statuses}
 
 
 def _readiness(description: str) -> dict[str, Any]:

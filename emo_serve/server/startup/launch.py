@@ -59,11 +59,6 @@ class Keys:
         api = tuple(filter(None, given))
         return cls(api, settings.admin_api_keys, variable if api else None)
 
-    @property
-    def known_to_vllm(self) -> list[str] | None:
-        """Return the keys that vLLM's own check must accept; None turns that check off."""
-        return [*self.api, *self.admin] if self.api else None
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -98,7 +93,7 @@ def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartPro
     )
     keys = Keys.read(args, settings)
     return Launch(
-        with_engine_values(with_values(args, api_key=keys.known_to_vllm), settings, plan.num_slots),
+        with_engine_values(args, settings, plan.num_slots),
         settings,
         plan,
         checkpoint,

@@ -49,20 +49,29 @@ def to_http_error(error: EmoServeError, param: str | None = "model") -> Exceptio
     `param` is the request field that a 400 names. For a 503, the seconds to wait are left in the
     request's context, and admission sends them as Retry-After.
     """
-    status = status_of(error)
     current_request().retry_after_seconds = retry_after_of(error)
+    return _as_http_error(error, param)
+
+
+def _as_http_error(error: EmoServeError, param: str | None) -> Exception:
+    status = status_of(error)
+    raised: Exception
     if status == HTTPStatus.NOT_FOUND:
-        return VLLMNotFoundError(str(error))  # type: ignore[no-any-return]
-    if status == HTTPStatus.BAD_REQUEST:
-        return VLLMValidationError(str(error), parameter=param)  # type: ignore[no-any-return]
-    return GracefulHTTPError(str(error), status)  # type: ignore[no-any-return]
+        raised = VLLMNotFoundError(str(error))
+    elif status == HTTPStatus.BAD_REQUEST:
+        raised = VLLMValidationError(str(error), parameter=param)
+    else:
+        raised = GracefulHTTPError(str(error), status)
+    raised.__cause__ = error  # by which answers and logs know it for ours
+    return raised
 
 
 class _Reader(NamedTuple):
-    """What the reader of a request's outputs waits for."""
+    """What the reader of a request's outputs waits for, and the HTTP request that it answers."""
 
     collector: RequestOutputCollector
     admission: asyncio.Future[EmoServeError | None]
+    context: RequestContext
 
 
 class PooledLLM:
@@ -120,13 +129,11 @@ class PooledLLM:
             raise
         if not self._honours_priority:
             options["priority"] = 0
-        loop = asyncio.get_running_loop()
         context.pool_names.append(pool.name)
-        admission: asyncio.Future[EmoServeError | None] = loop.create_future()
-        context.admissions.append(admission)
+        admission = context.admission()
         covered: asyncio.Future[CoverageSum | None] | None = None
         if context.wants_coverage:
-            covered = loop.create_future()
+            covered = asyncio.get_running_loop().create_future()
             context.coverages.append(covered)
         account = NO_ACCOUNT if self._coverage is None else self._coverage.open(pool.name)
         collector = RequestOutputCollector(sampling_params.output_kind, request_id)
@@ -134,7 +141,7 @@ class PooledLLM:
         pump = asyncio.create_task(
             self._pump(collector, context, admission, account, pool, *request)
         )
-        self._running[pump] = _Reader(collector, admission)
+        self._running[pump] = _Reader(collector, admission, context)
         running = EngineRequest(pump, sampling_params.n)
         context.running.add(running)
         pump.add_done_callback(lambda _: context.running.discard(running))
@@ -149,7 +156,9 @@ class PooledLLM:
     def cut(self, error: EmoServeError) -> None:
         """End every request now: a waiting one with the error's status, a stream with its event."""
         for pump, reader in list(self._running.items()):
-            reader.collector.put(to_http_error(error))
+            reader.context.cut_by = error
+            reader.context.retry_after_seconds = retry_after_of(error)
+            reader.collector.put(_as_http_error(error, None))
             if not reader.admission.done():
                 reader.admission.set_result(error)
             pump.cancel()
@@ -171,6 +180,7 @@ class PooledLLM:
             return pool, self._enter(pool, num_sequences, context)
         except EmoServeError as error:
             self._metrics.count_refusal(reason_of(error))
+            context.admission().set_result(error)  # for an answer that has begun before
             raise to_http_error(error, param) from error
 
     def _enter(self, pool: ExpertPool, num_sequences: int, context: RequestContext) -> Place:

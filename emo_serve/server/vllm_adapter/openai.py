@@ -48,7 +48,9 @@ from emo_serve.server.asgi.context import current_request
 from emo_serve.server.asgi.errors import reason_of
 from emo_serve.server.asgi.protocol import BoundedHttpProtocol
 from emo_serve.server.pool_admin.lookup import PoolLookup
+from emo_serve.server.vllm_adapter.flags import with_values
 from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
+from emo_serve.server.vllm_adapter.refusal_log import log_refusals_in_one_line
 from emo_serve.server.vllm_adapter.tokenization import BoundedTokenization
 
 __all__ = [
@@ -121,13 +123,16 @@ async def build_http_app(
 ) -> FastAPI:
     """Build vLLM's app around the engine client, with the pools' names as models.
 
-    `max_prompts` is the number of prompts that one request may have; None is no limit.
+    `max_prompts` is the number of prompts that one request may have; None is no limit. vLLM's check
+    of keys is left out, for ours.
     """
     tasks = await llm.get_supported_tasks()
+    args = with_values(args, api_key=[""])  # without any, vLLM reads VLLM_API_KEY
     app: FastAPI = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
     scoring = getattr(app.state, "serving_generative_scoring", None)
     BoundedTokenization(llm.renderer, max_prompts).install(scoring)
+    log_refusals_in_one_line()
     models = app.state.openai_serving_models
     models.lora_requests = _PoolNames(lookup, metrics)
     models.show_available_models = partial(_list_models, models.registry, lookup)
@@ -141,11 +146,7 @@ def innermost(app: FastAPI) -> ASGIApp:
 
 
 def replace_innermost(app: FastAPI, layers: ASGIApp) -> None:
-    """Put ASGI layers, around what `innermost` returned, between vLLM's middleware and the routes.
-
-    What they answer themselves passes vLLM's middleware like any other answer: a browser may read
-    it, it has a request id, and it is counted.
-    """
+    """Put ASGI layers around what `innermost` returned, inside vLLM's middleware."""
     app.router.middleware_stack = layers  # type: ignore[assignment]
 
 
@@ -215,8 +216,8 @@ def _bound_sockets() -> list[str]:
         return table.read().splitlines()[1:]
 
 
-def create_http_server(wrapped: ASGIApp, app: FastAPI, args: argparse.Namespace) -> uvicorn.Server:
-    """Create uvicorn's server for `wrapped`, with vLLM's flags; signals are left to the caller."""
+def create_http_server(app: FastAPI, args: argparse.Namespace) -> uvicorn.Server:
+    """Create uvicorn's server for the app, with vLLM's flags; signals are left to the caller."""
     options: dict[str, Any] = {
         "host": args.host,
         "port": args.port,
@@ -235,7 +236,7 @@ def create_http_server(wrapped: ASGIApp, app: FastAPI, args: argparse.Namespace)
         options["ssl_ciphers"] = args.ssl_ciphers
     if (log_config := get_uvicorn_log_config(args)) is not None:
         options["log_config"] = log_config
-    config = uvicorn.Config(wrapped, **options)
+    config = uvicorn.Config(app, **options)
     config.h11_max_header_count = args.h11_max_header_count  # type: ignore[attr-defined]
     config.load()
     server: uvicorn.Server = NoSignalServer(config)

@@ -75,7 +75,7 @@ class Served:
         app = FastAPI()
         app.include_router(self._router())
         app.add_exception_handler(HTTPException, _answer_error)
-        guard = KeyGuard(app, [API], [ADMIN], [], root_path="", is_local=True)
+        guard = KeyGuard(app, [API], [ADMIN], [], is_local=True)
         config = uvicorn.Config(guard, port=0, log_config=None, lifespan="off")  # type: ignore[arg-type]
         self._server = uvicorn.Server(config)
         serving = asyncio.create_task(self._server._serve())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 from fastapi import FastAPI
 from starlette._utils import get_route_path
-from starlette.types import Message, Scope
+from starlette.types import ASGIApp, Message, Scope
 
 from emo_serve.server.asgi.errors import route_path
 from emo_serve.server.asgi.keys import KeyGuard
@@ -37,21 +37,25 @@ def app_of(root_path: str = "") -> FastAPI:
     return app
 
 
-def guard_of(
-    *, api: bool, admin: bool, app: Any = None, root_path: str = "", is_local: bool = True
-) -> KeyGuard:
-    return KeyGuard(
-        app or app_of(root_path),
+def guarded(app: FastAPI, *keys: Sequence[str], is_local: bool = True) -> FastAPI:
+    """Put the guard where the server puts it: around the routes, inside the app's middleware."""
+    guard = KeyGuard(app.router.middleware_stack, *keys, is_local=is_local)
+    app.router.middleware_stack = guard  # type: ignore[assignment]
+    return app
+
+
+def guard_of(*, api: bool, admin: bool, root_path: str = "", is_local: bool = True) -> FastAPI:
+    return guarded(
+        app_of(root_path),
         [API, "Clients2"] if api else [],
         [ADMIN, "Operators2"] if admin else [],
         OPEN,
-        root_path=root_path,
         is_local=is_local,
     )
 
 
 async def ask(
-    guard: KeyGuard,
+    guard: ASGIApp,
     method: str,
     target: str,
     key: str | None = None,
@@ -156,7 +160,7 @@ async def test_every_key_of_a_list_opens_and_an_empty_one_is_none() -> None:
     guard = guard_of(api=True, admin=True)
     assert (await ask(guard, "GET", "/v1/models", "Clients2"))[0] == 200
     assert (await ask(guard, "POST", "/v1/pools", "Operators2"))[0] == 200
-    empty = KeyGuard(app_of(), ["", API], [""], OPEN, root_path=None, is_local=True)
+    empty = guarded(app_of(), ["", API], [""], OPEN)
     assert (await ask(empty, "GET", "/v1/models", ""))[0] == 401
     assert (await ask(empty, "POST", "/v1/pools", API))[0] == 200  # no admin key is set
 
@@ -190,7 +194,7 @@ async def test_the_header(header: str, status: int) -> None:
 
 
 async def test_a_key_may_hold_any_letters() -> None:
-    guard = KeyGuard(app_of(), ["schl\u00fcssel"], [], OPEN, root_path="", is_local=True)
+    guard = guarded(app_of(), ["schl\u00fcssel"], [], OPEN)
     assert (await ask(guard, "GET", "/v1/models", "schl\u00fcssel"))[0] == 200
 
 
@@ -256,7 +260,7 @@ async def test_open_paths_are_exact(target: str) -> None:
 
 
 async def test_an_open_path_never_opens_a_change_of_pools() -> None:
-    guard = KeyGuard(app_of(), [API], [], ["/v1/pools"], root_path="", is_local=True)
+    guard = guarded(app_of(), [API], [], ["/v1/pools"])
     assert (await ask(guard, "GET", "/v1/pools"))[0] == 200
     assert (await ask(guard, "POST", "/v1/pools"))[0] == 401
 
@@ -300,7 +304,7 @@ async def accepting(scope: Scope, receive: Any, send: Any) -> None:
 
 @pytest.mark.parametrize(("key", "is_open"), [(None, False), (UNKNOWN, False), (API, True)])
 async def test_a_websocket_needs_a_key(key: str | None, is_open: bool) -> None:
-    guard = guard_of(api=True, admin=True, app=accepting)
+    guard = KeyGuard(accepting, [API], [ADMIN], OPEN, is_local=True)
     headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     sent = await connect(guard, {"type": "websocket", "path": "/v1/realtime", "headers": headers})
     expected = (
@@ -310,5 +314,5 @@ async def test_a_websocket_needs_a_key(key: str | None, is_open: bool) -> None:
 
 
 async def test_the_lifespan_passes() -> None:
-    guard = guard_of(api=True, admin=True, app=accepting)
+    guard = KeyGuard(accepting, [API], [ADMIN], OPEN, is_local=True)
     assert await connect(guard, {"type": "lifespan"}) == [{"type": "lifespan.accept"}]

@@ -37,6 +37,5 @@ def test_the_line_to_try_names_a_variable_whose_key_opens_the_server(
     )
     keys = Keys.read(args, ServeSettings(admin_api_keys=admin))
     assert (keys.api, keys.admin) == (api, admin)
-    assert keys.known_to_vllm == ([*api, *admin] if api else None)
     assert args.api_key == flag  # a namespace is never changed
     assert ServerAddress.of(args, keys.variable).key_variable == variable
