@@ -20,7 +20,8 @@ _START_TIMEOUT_SECONDS = 400
 class ServerProcess:
     """Run a command with `--host` and `--port` until exit; inside the `with` block `url` answers.
 
-    What it prints goes to `output`, a file, or nowhere. `variables` are added to its environment.
+    What it prints goes to `output` and its errors to `errors`, files, or nowhere. `variables` are
+    added to its environment. Without `port` it gets a free one.
     """
 
     def __init__(
@@ -28,57 +29,68 @@ class ServerProcess:
         command: Sequence[str],
         output: IO[bytes] | None = None,
         variables: Mapping[str, str] | None = None,
+        *,
+        errors: IO[bytes] | None = None,
+        port: int | None = None,
     ) -> None:
-        self.port = _free_port()
+        self.port = _free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         self._start = time.perf_counter()
         self._command = [*command, "--host", "127.0.0.1", "--port", str(self.port)]
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             self._command,
             stdout=output or subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=errors or subprocess.DEVNULL,
             env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **(variables or {})},
         )
 
     def __enter__(self) -> ServerProcess:
         deadline = time.monotonic() + _START_TIMEOUT_SECONDS
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise SystemExit(f"{self._command} ended with status {self._process.returncode}")
-            try:
-                httpx.get(f"{self.url}/health").raise_for_status()
-            except httpx.HTTPError:
+            if self.process.poll() is not None:
+                raise SystemExit(f"{self._command} ended with status {self.process.returncode}")
+            if not self.is_up():
                 time.sleep(0.5)
                 continue
             self.start_seconds = time.perf_counter() - self._start
             return self
         raise SystemExit(f"{self._command} did not start in {_START_TIMEOUT_SECONDS} s")
 
+    def is_up(self) -> bool:
+        """Ask `/health`."""
+        try:
+            return httpx.get(f"{self.url}/health").is_success
+        except httpx.HTTPError:
+            return False
+
     def pause(self) -> None:
         """Suspend every process of this server; workers are not in its group."""
-        for process in self._processes():
+        for process in self.processes():
             process.suspend()
 
     def resume(self) -> None:
         """Let the server run again."""
-        for process in self._processes():
+        for process in self.processes():
             process.resume()
 
     def resident_bytes(self) -> int:
         """Return the memory that all its processes hold now; shared pages count in each."""
-        return sum(process.memory_info().rss for process in self._processes())
+        return sum(process.memory_info().rss for process in self.processes())
 
-    def _processes(self) -> list[psutil.Process]:
-        server = psutil.Process(self._process.pid)
+    def processes(self) -> list[psutil.Process]:
+        """Return the server's process and those it started; none once it has ended."""
+        if self.process.poll() is not None:
+            return []
+        server = psutil.Process(self.process.pid)
         return [server, *server.children(recursive=True)]
 
     def __exit__(self, *_: object) -> None:
         self.resume()
-        self._process.terminate()
+        self.process.terminate()
         try:
-            self._process.wait(30)
+            self.process.wait(30)
         except subprocess.TimeoutExpired:
-            for process in reversed(self._processes()):
+            for process in reversed(self.processes()):
                 process.kill()
 
 

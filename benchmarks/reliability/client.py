@@ -1,0 +1,106 @@
+"""Requests that tell how they ended, and the figures of many."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from benchmarks.reliability.summary import percentiles
+
+__all__ = ["COMPLETIONS", "Answer", "ask", "endings", "read_event", "summary_of"]
+
+COMPLETIONS = "/v1/completions"
+_JSON = {"content-type": "application/json"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How one request ended; `status` is None if no answer came.
+
+    `ending` is "finished", "refused" (another status than 200), "error event" (a stream that says
+    so), "torn" (a stream that stops without a word) or "no answer".
+    """
+
+    status: int | None
+    ending: str
+    seconds: float
+    first_seconds: float | None = None
+    tokens: int = 0
+    retry_after: int | None = None
+    message: str = ""
+
+
+async def ask(
+    session: aiohttp.ClientSession,
+    body: Mapping[str, Any] | bytes,
+    path: str = COMPLETIONS,
+) -> Answer:
+    """POST one request and read its answer to the end; never raises what a server may cause."""
+    start = time.monotonic()
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        async with session.post(path, data=data, headers=_JSON) as response:
+            if response.content_type == "text/event-stream":
+                return await _read_stream(response, start)
+            text = await response.text()
+            return Answer(
+                response.status,
+                "finished" if response.status < 300 else "refused",
+                time.monotonic() - start,
+                retry_after=_seconds(response.headers.get("retry-after")),
+                message=text[:300],
+            )
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        seconds = time.monotonic() - start
+        return Answer(None, "no answer", seconds, message=type(error).__name__)
+
+
+async def _read_stream(response: aiohttp.ClientResponse, start: float) -> Answer:
+    """Read a stream of completions; each event with text counts as one token."""
+    first, tokens, ending, message = None, 0, "torn", ""
+    try:
+        async for line in response.content:
+            event = read_event(line)
+            if event is None:
+                continue
+            if first is None:
+                first = time.monotonic() - start
+            if event == "[DONE]":
+                ending = "finished" if ending == "torn" else ending
+            elif "error" in event:
+                ending, message = "error event", json.dumps(event["error"])[:300]
+            else:
+                tokens += bool(event.get("choices"))
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        message = type(error).__name__
+    seconds = time.monotonic() - start
+    return Answer(response.status, ending, seconds, first, tokens, message=message)
+
+
+def read_event(line: bytes) -> Any:
+    """Return what a line of a stream holds: an object, "[DONE]", or None for a line without."""
+    if not line.startswith(b"data: "):
+        return None
+    data = line.removeprefix(b"data: ").strip()
+    return "[DONE]" if data == b"[DONE]" else json.loads(data)
+
+
+def _seconds(header: str | None) -> int | None:
+    return int(header) if header is not None and header.isdigit() else None
+
+
+def endings(answers: Iterable[Answer]) -> dict[str, int]:
+    """Count answers by status and ending."""
+    counts = Counter(f"{answer.status or '-'} {answer.ending}" for answer in answers)
+    return dict(sorted(counts.items()))
+
+
+def summary_of(answers: Iterable[Answer]) -> dict[str, float]:
+    """Return count, median, 99th percentile and maximum of the seconds of answers."""
+    return percentiles([answer.seconds for answer in answers])
