@@ -12,7 +12,7 @@ from typing import IO
 import httpx
 import psutil
 
-__all__ = ["ServerProcess"]
+__all__ = ["ServerProcess", "free_port"]
 
 _START_TIMEOUT_SECONDS = 400
 
@@ -33,7 +33,7 @@ class ServerProcess:
         errors: IO[bytes] | None = None,
         port: int | None = None,
     ) -> None:
-        self.port = _free_port() if port is None else port
+        self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         self._start = time.perf_counter()
         self._command = [*command, "--host", "127.0.0.1", "--port", str(self.port)]
@@ -94,7 +94,8 @@ class ServerProcess:
                 process.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

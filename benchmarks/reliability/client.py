@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import Counter
@@ -13,7 +14,16 @@ import aiohttp
 
 from benchmarks.reliability.summary import percentiles
 
-__all__ = ["COMPLETIONS", "Answer", "ask", "endings", "read_event", "summary_of"]
+__all__ = [
+    "COMPLETIONS",
+    "Answer",
+    "ask",
+    "endings",
+    "obey",
+    "read_event",
+    "summary_of",
+    "tries_of",
+]
 
 COMPLETIONS = "/v1/completions"
 _JSON = {"content-type": "application/json"}
@@ -104,3 +114,24 @@ def endings(answers: Iterable[Answer]) -> dict[str, int]:
 def summary_of(answers: Iterable[Answer]) -> dict[str, float]:
     """Return count, median, 99th percentile and maximum of the seconds of answers."""
     return percentiles([answer.seconds for answer in answers])
+
+
+async def obey(session: aiohttp.ClientSession, body: Mapping[str, Any], tries: int) -> list[Answer]:
+    """Ask again after each Retry-After, at most `tries` times in all; return every answer."""
+    answers = [await ask(session, body)]
+    while len(answers) < tries and answers[-1].status == 503:
+        await asyncio.sleep(answers[-1].retry_after or 1)
+        answers.append(await ask(session, body))
+    return answers
+
+
+def tries_of(clients: Iterable[list[Answer]]) -> dict[str, Any]:
+    """Return how many clients were served at which try, and the Retry-After of first refusals."""
+    served: Counter[str] = Counter()
+    waits: list[float] = []
+    for answers in clients:
+        is_served = answers[-1].ending == "finished"
+        served[f"try {len(answers)}" if is_served else "never"] += 1
+        if answers[0].status == 503:
+            waits.append(float(answers[0].retry_after or 0))
+    return {"served_at": dict(sorted(served.items())), "retry_after": percentiles(waits)}
