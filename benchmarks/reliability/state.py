@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-__all__ = ["metric", "pools", "residency", "until_idle"]
+__all__ = ["metric", "pools", "residency", "sum_of_metric", "until_idle"]
 
 
 async def pools(session: aiohttp.ClientSession) -> dict[str, Any]:
@@ -51,11 +51,15 @@ async def until_idle(
 async def metric(session: aiohttp.ClientSession, name: str, **labels: str) -> float:
     """Return the sum of a metric over its labels, or over those with these values."""
     async with session.get("/metrics") as response:
-        text = await response.text()
+        return sum_of_metric(await response.text(), name, **labels)
+
+
+def sum_of_metric(text: str, name: str, **labels: str) -> float:
+    """Return the same from the text of `/metrics`."""
     total = 0.0
     for line in text.splitlines():
         key, _, value = line.rpartition(" ")
         found, _, rest = key.partition("{")
-        if found == name and all(f'{k}="{v}"' in rest for k, v in labels.items()):
+        if found == name and all(f'{label}="{of}"' in rest for label, of in labels.items()):
             total += float(value)
     return total
