@@ -47,7 +47,8 @@ bench: install ## Run the benchmarks (BENCH=serving.start for one, ARGS= for its
 		echo "$(BIN)/python -m benchmarks.$$bench $(ARGS)"; \
 		$(BIN)/python -m benchmarks.$$bench $(ARGS); done
 
-BENCH = accuracy.auto accuracy.calibration decoding.run kernels.run residency.loading \
+BENCH = accuracy.auto accuracy.calibration decoding.run kernels.run reliability.abort \
+	reliability.drain reliability.kill reliability.overload residency.loading \
 	residency.policies residency.switching serving.build serving.coverage serving.recording \
 	serving.start serving.throughput
 

@@ -47,7 +47,7 @@ class Case:
 def cases(streams: int) -> dict[str, Case]:
     """Return the cases by name."""
     return {
-        "within": Case(streams, tokens=48, drain_seconds=60),
+        "within": Case(streams, tokens=100, drain_seconds=60),
         "beyond": Case(streams, tokens=900, drain_seconds=3),
         "second": Case(streams, tokens=900, drain_seconds=60, second_signal_after=1.0),
         "idle": Case(0, tokens=0, drain_seconds=60),
@@ -61,7 +61,9 @@ async def stop(running: Server, case: Case) -> dict[str, Any]:
             asyncio.create_task(ask(session, _body(index, case.tokens)))
             for index in range(case.streams)
         ]
-        while (await pools(session))["running_requests"] < case.streams:
+        running_at_signal = 0
+        while running_at_signal < case.streams and not any(stream.done() for stream in streams):
+            running_at_signal = (await pools(session))["running_requests"]
             await asyncio.sleep(0.02)
         start = last_signal = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
@@ -77,6 +79,7 @@ async def stop(running: Server, case: Case) -> dict[str, Any]:
         ended = time.monotonic()
         status = running.process.returncode
         return {
+            "running_at_signal": running_at_signal,
             "streams": endings(answers),
             "tokens": sum(answer.tokens for answer in answers),
             "error": next((a.message for a in answers if a.ending == "error event"), None),

@@ -25,7 +25,7 @@ from benchmarks.harness.results import append_result
 from benchmarks.reliability.client import Answer, ask, endings, obey, summary_of, tries_of
 from benchmarks.reliability.probes import Probe, Probes
 from benchmarks.reliability.server import Server, server
-from benchmarks.reliability.state import residency, until_idle
+from benchmarks.reliability.state import refusals, residency, until_idle
 from benchmarks.reliability.summary import percentiles
 from emo_serve import demo
 
@@ -61,7 +61,7 @@ async def many(
             clients = await asyncio.gather(*(obey(session, body, tries) for body in bodies))
             seconds = time.monotonic() - start
             idle_seconds = await until_idle(session)
-            after = await residency(session)
+            after, reasons = await residency(session), await refusals(session)
     first = [answers[0] for answers in clients]
     return {
         "requests": len(bodies),
@@ -69,6 +69,7 @@ async def many(
         **tries_of(clients),
         "admitted": summary_of(_with_status(first, 200)),
         "refused": summary_of(_with_status(first, 503)),
+        "refused_for": reasons,
         "seconds": seconds,
         "idle_after_seconds": idle_seconds,
         "after": after,

@@ -22,7 +22,7 @@ from benchmarks.harness.results import append_result
 from benchmarks.reliability.probes import Probe, Probes
 from benchmarks.reliability.sampling import ServerSample, growth, take_sample
 from benchmarks.reliability.server import Server, is_alive, server, shared_memory_of
-from benchmarks.reliability.state import residency, until_idle
+from benchmarks.reliability.state import refusals, residency, until_idle
 from benchmarks.reliability.summary import percentiles, tenths
 from benchmarks.reliability.traffic import Traffic
 
@@ -57,16 +57,17 @@ async def load(running: Server, args: argparse.Namespace) -> dict[str, Any]:
 
     with Probes(running, _PROBES) as probes:
         async with running.session() as session:
-            traffic = Traffic(session)
+            traffic = Traffic(session, _PINNED)
             clients = [traffic.client(end, args.pause) for _ in range(args.clients)]
             await asyncio.gather(sample(), traffic.operator(end, args.operator_pause), *clients)
             idle_seconds = await until_idle(session)
             samples.append(take_sample(running, time.monotonic() - start))
-            tables = await residency(session)
+            tables, refused = await residency(session), await refusals(session)
     return {
         "minutes": args.minutes,
         "requests": sum(traffic.counts.values()),
         "counts": dict(sorted(traffic.counts.items())),
+        "refused": refused,
         "surprises": traffic.surprises,
         "probes": {
             name: {
@@ -120,7 +121,7 @@ def print_tables(result: dict[str, Any]) -> None:
         rows = [part for part in probe["tenths"] if part["count"]]
         p50, p99 = (", ".join(f"{1e3 * part[key]:.0f}" for part in rows) for key in ("p50", "p99"))
         print(f"{name} by tenth, ms: p50 {p50}; p99 {p99}; not 200: {probe['not_200']}")
-    for key in ("requests", "counts", "surprises", "idle_after_seconds", "residency"):
+    for key in ("requests", "counts", "refused", "surprises", "idle_after_seconds", "residency"):
         print(f"{key}: {json.dumps(result[key])}")
     print(f"stop: {json.dumps(result['stop'])}; left: {json.dumps(result['left'])}")
 

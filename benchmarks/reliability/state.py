@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import Counter
 from typing import Any
 
 import aiohttp
 
-__all__ = ["metric", "pools", "residency", "sum_of_metric", "until_idle"]
+__all__ = ["metric", "pools", "refusals", "residency", "sum_of_metric", "until_idle"]
 
 
 async def pools(session: aiohttp.ClientSession) -> dict[str, Any]:
-    """Return GET /v1/pools."""
-    async with session.get("/v1/pools") as response:
+    """Return GET /v1/pools, on a connection of its own: an idle one may just be closing."""
+    async with session.get("/v1/pools", headers={"connection": "close"}) as response:
         response.raise_for_status()
         found: dict[str, Any] = await response.json()
         return found
@@ -52,6 +53,14 @@ async def metric(session: aiohttp.ClientSession, name: str, **labels: str) -> fl
     """Return the sum of a metric over its labels, or over those with these values."""
     async with session.get("/metrics") as response:
         return sum_of_metric(await response.text(), name, **labels)
+
+
+async def refusals(session: aiohttp.ClientSession) -> dict[str, float]:
+    """Return how many requests were refused, by reason; reasons without any are left out."""
+    async with session.get("/metrics") as response:
+        text = await response.text()
+    reasons = re.findall(r'^emo_serve_refused_requests_total{reason="(\w+)"} (\S+)$', text, re.M)
+    return {reason: float(count) for reason, count in reasons if float(count)}
 
 
 def sum_of_metric(text: str, name: str, **labels: str) -> float:
