@@ -1,11 +1,12 @@
 """kill -9 of each process of a server: who notices, what is left, whether a restart works.
 
-Each case kills one process while 20 streams and 5 plain requests run, and then starts a server
-again at the same place: the same port, or for the front end also the same Unix socket (`--uds`).
+Front end, engine and worker are killed in turn, while 20 streams and 5 plain requests run; after
+each, a server starts again at the same place: the same port, or the same Unix socket (`--uds`).
 Measured from the kill: when the other processes were gone, how the requests ended, what `/ready`
 said until nobody answered, and what was left after 5 s.
 
     python -m benchmarks.reliability.kill
+    python -m benchmarks.reliability.kill --uds
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,42 +105,40 @@ async def serves(running: Server) -> bool:
         return (await ask(session, {"model": "python", "prompt": "a"})).ending == "finished"
 
 
-def run_case(role: str, directory: Path, place: dict[str, Any]) -> dict[str, Any]:
-    """Start a server, kill a process of it, start another at the same place and ask it."""
-    with Server(directory, **place) as running:
-        result = asyncio.run(kill(running, role))
-    with Server(directory, **place) as again:
-        result["restart"] = {
-            "start_seconds": again.start_seconds,
-            "serves": asyncio.run(serves(again)),
-        }
-        again.stop()
-    result["files_after_restart_and_stop"] = len(again.temporary_files())
-    return result
+def run_cases(directory: Path, place: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Kill one role after another; the server that starts after each kill is the next victim."""
+    results: dict[str, dict[str, Any]] = {}
+    before: dict[str, Any] | None = None
+    for role in ("front end", "engine", "worker", None):
+        with Server(directory, **place) as running:
+            if before is not None:
+                before["restart"] = {
+                    "seconds": running.start_seconds,
+                    "serves": asyncio.run(serves(running)),
+                }
+                print(json.dumps(before, indent=1), flush=True)
+            if role is None:
+                running.stop()
+            else:
+                before = {"killed": role, **asyncio.run(kill(running, role))}
+                results[role] = before
+    return results
 
 
 def main() -> None:
     """Run every case, print its figures, append a result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--port", type=int, help="of the server [a free one]")
+    parser.add_argument("--uds", action="store_true", help="listen on a Unix socket instead")
     args = parser.parse_args()
-    port = args.port or free_port()
-    result = {}
-    for name, role in (
-        ("front end", "front end"),
-        ("front end, --uds", "front end"),
-        ("engine", "engine"),
-        ("worker", "worker"),
-    ):
-        directory = Path(tempfile.mkdtemp(prefix="emo-"))
-        place: dict[str, Any] = {"port": port}
-        if "--uds" in name:
-            place["socket_path"] = directory / "socket"
-        try:
-            result[name] = run_case(role, directory, place)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-        print(name, json.dumps(result[name], indent=1), flush=True)
+    directory = Path(tempfile.mkdtemp(prefix="emo-"))  # short: a socket's path has 107 characters
+    place: dict[str, Any] = {"port": args.port or free_port()}
+    if args.uds:
+        place["socket_path"] = directory / "socket"
+    try:
+        result = run_cases(directory, place)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
     print(f"appended to {append_result('reliability_kill', vars(args), result)}")
 
 
