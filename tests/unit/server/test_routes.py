@@ -1,4 +1,4 @@
-"""Our routes beside vLLM's: its part of /openapi.json is unchanged, ours says all that is answered."""
+"""Our routes beside vLLM's: its part of /openapi.json is unchanged, ours says what is answered."""
 
 from __future__ import annotations
 
