@@ -1,8 +1,8 @@
 """Our ASGI layers around all routes, inside vLLM's middleware: which, and in which order.
 
-From outside: `KeyGuard`, `BodyLimit`, `Admission`, `AutoPool`, `Invocations`, the routes. What a
-layer refuses passes vLLM's middleware like any answer of a route: a browser may read it, it has a
-request id, and it is counted.
+From outside: `KeyGuard`, `BodyLimit`, `Admission`, `AutoPool`, `Entry`, `Invocations`, the routes.
+What a layer refuses passes vLLM's middleware like any answer of a route: a browser may read it, it
+has a request id, and it is counted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from emo_serve.metrics import PoolMetrics
 from emo_serve.names import ModelNames
 from emo_serve.server.asgi.admission import Admission
 from emo_serve.server.asgi.bodies import BodyLimit
+from emo_serve.server.asgi.entry import Entry
 from emo_serve.server.asgi.invocations import Invocations
 from emo_serve.server.auto.choice import PoolChooser
 from emo_serve.server.auto.middleware import AutoPool
@@ -34,6 +35,6 @@ def put_layers(
 ) -> Admission:
     """Put the layers around the routes of vLLM's app; `guard` makes the outermost."""
     routes = Invocations(innermost(app), names.base, metrics.count_refusal)
-    admission = Admission(AutoPool(routes, names, chooser, metrics))
+    admission = Admission(AutoPool(Entry(routes), names, chooser, metrics))
     replace_innermost(app, guard(BodyLimit(admission, max_body_bytes)))
     return admission

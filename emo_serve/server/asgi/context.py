@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -40,13 +40,14 @@ class RequestContext:
 
     The lists have one entry per engine request; `is_asked` is set with the first. `admissions` are
     futures: None once the pool is leased, or the error that refuses it. `pool_names` are the pools
-    they run in. `coverages`, used
-    only if `wants_coverage`, are futures of their coverage (None if no token was routed), which
-    must be resolved however the request ends. `retry_after_seconds` is set with a 503.
+    they run in. `coverages`, used only if `wants_coverage`, are futures of their coverage (None if
+    no token was routed), which must be resolved however the request ends. `retry_after_seconds` is
+    set with a 503.
 
     `running` are the engine requests that have not ended; `is_under_way` once one has finished, so
     that further ones are steps of an admitted request. `cut_by` is the error that ended them all.
     `text_size` is what the request has had tokenized, in characters, and detokenized, in tokens.
+    `on_entered` is called once the request no longer keeps the event loop busy; see `asgi.entry`.
     """
 
     pool_headers: tuple[str, ...] = ()
@@ -61,6 +62,7 @@ class RequestContext:
     cut_by: EmoServeError | None = None
     is_asked: asyncio.Event = field(default_factory=asyncio.Event)
     is_refusal_logged: bool = False
+    on_entered: Callable[[], None] = lambda: None
 
     @property
     def refused_by(self) -> EmoServeError | None:
@@ -74,6 +76,7 @@ class RequestContext:
         admission = asyncio.get_running_loop().create_future()
         self.admissions.append(admission)
         self.is_asked.set()
+        self.on_entered()
         return admission
 
     @property

@@ -145,5 +145,6 @@ class BoundedTokenization:
         return context.text_size <= _SHORT_CHARS
 
     async def _in_long(self, work: Any, *args: Any, **options: Any) -> Any:
+        current_request().on_entered()
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._long, lambda: work(*args, **options))
