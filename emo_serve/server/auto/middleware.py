@@ -9,7 +9,8 @@ at all. Where there is nothing to choose by, the default pool serves: an empty p
 cannot be read, which vLLM refuses best, or tokens that are only counted.
 
 Each HTTP request gets one choice, however many prompts it has. The choice is cancelled if the
-client disconnects.
+client disconnects. A few choices are made at a time, since each may ask the engine: it runs no more
+probes than that beside the requests it has admitted.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from emo_serve.server.asgi.bodies import replay
 from emo_serve.server.asgi.context import current_request
 from emo_serve.server.asgi.errors import reason_of, refusal, route_path
 from emo_serve.server.auto.choice import PoolChooser
-from emo_serve.server.auto.prompt_text import READERS
+from emo_serve.server.auto.prompt_text import READERS, Prompt
 
 __all__ = ["AutoObserver", "AutoPool"]
 
 _T = TypeVar("_T")
 
+_CHOICES_AT_ONCE = 8
 _SIGNS = (AUTO_POOL.encode(), b"\\u00", b"\0")
 """A body that asks for `auto` has the word, its letters as JSON escapes, or zeros: it is UTF-16."""
 
@@ -62,6 +64,7 @@ class AutoPool:
     ) -> None:
         self.app = app
         self._names, self._chooser, self._observer = names, chooser, observer
+        self._choices = asyncio.Semaphore(_CHOICES_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -78,7 +81,7 @@ class AutoPool:
         if prompt := READERS[path](document):
             start = time.monotonic()
             try:
-                pool = await _unless_disconnected(receive, self._chooser.choose(prompt))
+                pool = await _unless_disconnected(receive, self._choose(prompt))
             except EmoServeError as error:
                 self._observer.count_refusal(reason_of(error))
                 await refusal(scope, error)(scope, receive, send)
@@ -90,6 +93,10 @@ class AutoPool:
         current_request().pool_headers = ()
         body = json.dumps(document).encode()
         await self.app(_with_length(scope, len(body)), replay(body, receive), send)
+
+    async def _choose(self, prompt: Prompt) -> ExpertPool:
+        async with self._choices:
+            return await self._chooser.choose(prompt)
 
     def _path(self, scope: Scope) -> str:
         """Return the path of a POST request, and "" for anything else."""

@@ -338,6 +338,20 @@ async def test_a_request_that_is_cancelled_ends_the_choice() -> None:
     assert world.admission.num_running == 0
 
 
+async def test_a_few_choices_are_made_at_a_time_and_all_are_made() -> None:
+    world = World()
+    world.chooser.may_answer.clear()
+    requests = [asyncio.create_task(world.request(chat())) for _ in range(20)]
+    await settle()
+    assert len(world.chooser.prompts) == 8
+    requests[0].cancel()
+    await settle()
+    assert len(world.chooser.prompts) == 9
+    world.chooser.may_answer.set()
+    await asyncio.gather(*requests[1:])
+    assert len(world.chooser.prompts) == 20 and len(world.app.bodies) == 19
+
+
 async def test_the_app_is_told_of_a_client_that_leaves_later() -> None:
     world = World()
     await world.request(chat())
