@@ -120,7 +120,11 @@ class LoadDeadlineExceeded(Unavailable):
 
 
 class Draining(Unavailable):
-    """Refuse new work during shutdown."""
+    """Refuse new work during shutdown.
+
+    A retry soon is right: it opens a new connection, which reaches another server if there is one.
+    When this server is back is not known here.
+    """
 
 
 class PoolLoadFailed(EmoServeError):

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,8 +275,11 @@ async def test_a_background_response_is_refused_like_any_other(
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+async def log(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[pytest.LogCaptureFixture]:
     """What vLLM's handlers get, and ours."""
+    await BuiltApp.of(checkpoint)  # the first app of a process configures vLLM's logging anew
     caplog.set_level(logging.WARNING, "emo_serve")
     logger = logging.getLogger("vllm")
     logger.addHandler(caplog.handler)

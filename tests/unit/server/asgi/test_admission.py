@@ -212,6 +212,134 @@ async def test_a_client_that_leaves_before_its_stream_begins_is_let_go() -> None
     assert not app.admissions[0].cancelled()  # others may look at it
 
 
+# -- a stream that asks the engine only in its body --
+
+EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
+
+
+class LateStream:
+    """An app that begins a stream, asks the engine when the test lets it, and goes on."""
+
+    def __init__(self, num_early: int = 2) -> None:
+        self.num_early = num_early
+        self.may_ask, self.may_go_on = asyncio.Event(), asyncio.Event()
+        self.admission: asyncio.Future[EmoServeError | None] | None = None
+        self.raises: Exception | None = None
+        self.was_cancelled = False
+
+    async def __call__(self, scope: Scope, receive: object, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": list(EVENT_STREAM)})
+        for number in range(self.num_early):
+            body = b"early %d" % number
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        try:
+            await self.may_ask.wait()
+            current_request().pool_names.append("math")
+            self.admission = current_request().admission()
+            await self.may_go_on.wait()
+        except asyncio.CancelledError:
+            self.was_cancelled = True
+            raise
+        if self.raises is not None:
+            raise self.raises
+        await send({"type": "http.response.body", "body": b"late", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def begun(app: LateStream, method: str = "POST") -> tuple[Client, asyncio.Task[None]]:
+    client = Client(Admission(app))
+    request = asyncio.create_task(client.request(method))
+    await settle()
+    return client, request
+
+
+async def asked(app: LateStream) -> tuple[Client, asyncio.Task[None]]:
+    client, request = await begun(app)
+    assert client.sent == []
+    app.may_ask.set()
+    await settle()
+    assert client.sent == []
+    return client, request
+
+
+async def test_a_stream_that_asks_late_begins_with_its_pool_and_before_its_first_token() -> None:
+    app = LateStream()
+    client, request = await asked(app)
+    assert app.admission is not None
+    app.admission.set_result(None)
+    await settle()
+    assert client.headers[b"x-emo-pool"] == b"math"
+    assert [message["body"] for message in client.sent[1:]] == [b"early 0", b"early 1"]
+    app.may_go_on.set()
+    await request
+    assert body_of(client) == b"early 0early 1late"
+
+
+async def test_a_stream_that_asks_late_and_is_refused_is_an_error_and_its_app_ends() -> None:
+    app = LateStream()
+    client, request = await asked(app)
+    assert app.admission is not None
+    app.admission.set_result(LoadDeadlineExceeded("too late", retry_after_seconds=9))
+    await request
+    assert (client.status, client.headers[b"retry-after"]) == (503, b"9")
+    assert client.headers[b"x-emo-pool"] == b"math"
+    assert json.loads(body_of(client))["error"]["message"] == "too late"
+    assert app.was_cancelled
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_refusal_that_is_raised_in_the_body_is_an_error(late: bool) -> None:
+    app = LateStream()
+    refused = RuntimeError("Caught handled exception, but response already started.")
+    refused.__cause__ = LoadDeadlineExceeded("too late", retry_after_seconds=9)
+    app.raises = refused
+    client, request = await asked(app)
+    if late:
+        assert app.admission is not None
+        app.admission.set_result(None)
+        await settle()
+    app.may_go_on.set()
+    await request
+    if not late:
+        assert (client.status, client.headers[b"retry-after"]) == (503, b"9")
+        return
+    assert client.status == 200
+    last = client.sent[-1]
+    assert (b'"message": "too late"' in last["body"], last.get("more_body", False)) == (True, False)
+
+
+async def test_a_fault_before_a_stream_has_begun_is_left_to_vllms_handlers() -> None:
+    app = LateStream()
+    fault = KeyError("a bug")
+    app.raises = RuntimeError("Caught handled exception, but response already started.")
+    app.raises.__cause__ = fault
+    client, request = await asked(app)
+    app.may_go_on.set()
+    with pytest.raises(KeyError) as raised:
+        await request
+    assert raised.value is fault
+    assert client.sent == []
+
+
+async def test_a_stream_that_asks_for_nothing_is_not_held_for_long() -> None:
+    client, request = await begun(LateStream(num_early=50))
+    assert len(client.sent) == 51
+    request.cancel()
+    client, request = await begun(LateStream(), "GET")
+    assert len(client.sent) == 3
+    request.cancel()
+
+
+async def test_a_client_that_leaves_a_stream_that_asks_late_is_let_go() -> None:
+    app = LateStream()
+    client, request = await asked(app)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    assert client.sent == []
+    assert len(asyncio.all_tasks()) == 1
+
+
 # -- pool and coverage on the way out --
 
 WANTED = [(b"x-emo-coverage", b"true")]

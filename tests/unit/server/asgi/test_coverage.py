@@ -130,3 +130,13 @@ def test_a_chat_has_its_own_kind_of_chunk() -> None:
 def test_a_stream_without_a_chunk_gets_no_event(stream: bytes) -> None:
     tail, _ = fed(stream, [])
     assert tail.event(REPORT) == b""
+
+
+def test_a_completed_response_gets_the_field() -> None:
+    event = b'event: response.completed\ndata: {"response":{"id":"r"},"sequence_number":8}\n\n'
+    tail, _ = fed(event, [])
+    assert tail.is_last(event)
+    line, data, *rest = tail.last(event, REPORT).split(b"\n")
+    assert (line, rest) == (b"event: response.completed", [b"", b""])
+    fields = json.loads(data.removeprefix(b"data: "))
+    assert fields == {"response": {"id": "r", "emo_serve": FIELD}, "sequence_number": 8}

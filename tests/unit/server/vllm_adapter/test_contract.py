@@ -34,7 +34,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAISe
 from vllm.entrypoints.serve.engine.protocol import ModelCard
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
@@ -347,8 +347,10 @@ def test_the_renderer_tokenizes_where_ours_stands() -> None:
     assert 0 < envs.VLLM_MAX_STOP_STRINGS < 100  # vLLM bounds these lists itself
 
 
-def test_the_api_key_guards_our_listing() -> None:
-    assert "/v1" in GUARDED_PREFIX
+def test_a_list_of_an_empty_key_turns_vllms_check_off() -> None:
+    assert "for key in (args.api_key or [envs.VLLM_API_KEY]) if key" in source(
+        init_entrypoints_middleware
+    )
 
 
 def test_engine_args_have_the_fields_that_are_set() -> None:
