@@ -41,7 +41,7 @@ class Answer:
     ending: str
     seconds: float
     first_seconds: float | None = None
-    tokens: int = 0
+    events: int = 0
     retry_after: int | None = None
     message: str = ""
 
@@ -72,8 +72,8 @@ async def ask(
 
 
 async def _read_stream(response: aiohttp.ClientResponse, start: float) -> Answer:
-    """Read a stream of completions; each event with text counts as one token."""
-    first, tokens, ending, message = None, 0, "torn", ""
+    """Read a stream of completions; an event may carry several tokens."""
+    first, events, ending, message = None, 0, "torn", ""
     try:
         async for line in response.content:
             event = read_event(line)
@@ -86,11 +86,11 @@ async def _read_stream(response: aiohttp.ClientResponse, start: float) -> Answer
             elif "error" in event:
                 ending, message = "error event", json.dumps(event["error"])[:300]
             else:
-                tokens += bool(event.get("choices"))
+                events += bool(event.get("choices"))
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
         message = type(error).__name__
     seconds = time.monotonic() - start
-    return Answer(response.status, ending, seconds, first, tokens, message=message)
+    return Answer(response.status, ending, seconds, first, events, message=message)
 
 
 def read_event(line: bytes) -> Any:

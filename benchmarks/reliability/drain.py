@@ -81,7 +81,7 @@ async def stop(running: Server, case: Case) -> dict[str, Any]:
         return {
             "running_at_signal": running_at_signal,
             "streams": endings(answers),
-            "tokens": sum(answer.tokens for answer in answers),
+            "events": sum(answer.events for answer in answers),
             "error": next((a.message for a in answers if a.ending == "error event"), None),
             **await watch,
             "streams_ended_seconds": streams_seconds,

@@ -55,14 +55,14 @@ async def load(running: Server, args: argparse.Namespace) -> dict[str, Any]:
                 print(f"{now - start:.0f} s, {total} requests, {_memory(samples[-1])}", flush=True)
             await asyncio.sleep(min(args.sample_seconds, max(0.1, end - now)))
 
-    with Probes(running, _PROBES) as probes:
-        async with running.session() as session:
-            traffic = Traffic(session, _PINNED)
+    async with running.session() as session:
+        traffic = Traffic(session, _PINNED)
+        with Probes(running, _PROBES) as probes:
             clients = [traffic.client(end, args.pause) for _ in range(args.clients)]
             await asyncio.gather(sample(), traffic.operator(end, args.operator_pause), *clients)
-            idle_seconds = await until_idle(session)
-            samples.append(take_sample(running, time.monotonic() - start))
-            tables, refused = await residency(session), await refusals(session)
+        idle_seconds = await until_idle(session)
+        samples.append(take_sample(running, time.monotonic() - start))
+        tables, refused = await residency(session), await refusals(session)
     return {
         "minutes": args.minutes,
         "requests": sum(traffic.counts.values()),
