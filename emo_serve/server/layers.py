@@ -1,8 +1,8 @@
 """Our ASGI layers around all routes, inside vLLM's middleware: which, and in which order.
 
-From outside: `KeyGuard`, `BodyLimit`, `Admission`, `AutoPool`, `Entry`, `Invocations`, the routes.
-What a layer refuses passes vLLM's middleware like any answer of a route: a browser may read it, it
-has a request id, and it is counted.
+From outside: `KeyGuard`, `BodyLimit`, `ReadableBody`, `Admission`, `AutoPool`, `Entry`,
+`Invocations`, the routes. What a layer refuses passes vLLM's middleware like any answer of a route:
+a browser may read it, it has a request id, and it is counted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from emo_serve.server.asgi.admission import Admission
 from emo_serve.server.asgi.bodies import BodyLimit
 from emo_serve.server.asgi.entry import Entry
 from emo_serve.server.asgi.invocations import Invocations
+from emo_serve.server.asgi.readable import ReadableBody
 from emo_serve.server.auto.choice import PoolChooser
 from emo_serve.server.auto.middleware import AutoPool
 from emo_serve.server.vllm_adapter.openai import innermost, replace_innermost
@@ -36,5 +37,5 @@ def put_layers(
     """Put the layers around the routes of vLLM's app; `guard` makes the outermost."""
     routes = Invocations(innermost(app), names.base, metrics.count_refusal)
     admission = Admission(AutoPool(Entry(routes), names, chooser, metrics))
-    replace_innermost(app, guard(BodyLimit(admission, max_body_bytes)))
+    replace_innermost(app, guard(BodyLimit(ReadableBody(admission), max_body_bytes)))
     return admission

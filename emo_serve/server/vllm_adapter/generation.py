@@ -36,6 +36,7 @@ from emo_serve.server.coverage import CoverageSum
 from emo_serve.server.pool_admin.residency import NamedResidency
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.request_account import RequestAccount
+from emo_serve.server.vllm_adapter.request_faults import check_grammar, refused_value
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 from emo_serve.server.vllm_adapter.tokenization import check_bad_words
 from emo_serve.vllm_plugin.contract import NO_ACCOUNT, NO_MASS_SLOT, RequestTag
@@ -224,11 +225,15 @@ class PooledLLM:
         try:
             async with self._residency.lease(pool) as lease:
                 account.note_granted(is_hit=lease.is_hit)
-                admission.set_result(None)
+                if params.structured_outputs is None:  # else the first output tells
+                    admission.set_result(None)
                 placed = place_in_row(params, lease.row, account=number)
                 stream = self._engine.generate(prompt, placed, request_id, **options)
                 async with aclosing(stream):  # an abort is sent before the lease ends
                     async for output in stream:
+                        if not admission.done():
+                            check_grammar(output)
+                            admission.set_result(None)
                         account.add(output)
                         collector.put(output)
                         if output.finished:
@@ -243,6 +248,8 @@ class PooledLLM:
             collector.put(to_http_error(error))
             if not admission.done():
                 admission.set_result(error)
+        except EngineGenerateError as error:
+            collector.put(refused_value(error) or error)
         except Exception as error:
             collector.put(error)
         finally:

@@ -42,6 +42,7 @@ from vllm.renderers.base import BaseRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.input_processor import InputProcessor
@@ -166,6 +167,13 @@ def test_outputs_are_collected_merged_and_raised() -> None:
     collector.put(ValueError("late"))
     with pytest.raises(ValueError, match="late"):
         collector.get_nowait()
+
+
+def test_a_failed_request_shows_its_cause() -> None:
+    assert "raise EngineGenerateError() from e" in source(AsyncLLM.generate)
+    failed = source(Scheduler.update_from_output)
+    assert "error_req_ids = set(self.grammar_compile_error_reqs)" in failed
+    assert "new_token_ids=[]," in failed.partition("RequestStatus.FINISHED_ERROR\n            )")[2]
 
 
 def test_the_client_has_what_the_worker_calls_need() -> None:

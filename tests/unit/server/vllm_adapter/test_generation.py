@@ -12,10 +12,10 @@ from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidation
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineGenerateError
 
-from emo_serve.errors import Draining, EngineDead, LoadDeadlineExceeded
+from emo_serve.errors import Draining, EngineDead, LoadDeadlineExceeded, RequestError
 from emo_serve.metrics import PoolMetrics
 from emo_serve.residency.backlog import BacklogLimits
 from emo_serve.server.asgi.context import RequestContext
@@ -269,6 +269,73 @@ async def test_an_error_of_the_engine_reaches_the_reader(bench: Bench) -> None:
     await settle()
     assert bench.running("math") == 0
     assert bench.sample("requests_total", pool="math", outcome="failed") == 1
+
+
+GUIDED = SamplingParams(
+    output_kind=RequestOutputKind.DELTA,
+    structured_outputs=StructuredOutputsParams(grammar="root ::= root"),
+)
+
+
+def failed(tokens: list[int]) -> RequestOutput:
+    made = output("", tokens, finished=True)
+    made.outputs[0].finish_reason = "error"
+    return made
+
+
+@pytest.mark.parametrize("tokens", [[], [0]], ids=["not compiled", "no token may come first"])
+async def test_a_grammar_that_nothing_can_follow_is_refused_before_a_stream_begins(
+    bench: Bench, context: RequestContext, tokens: list[int]
+) -> None:
+    bench.script.feed(failed(tokens))
+    stream = bench.generate("math", params=GUIDED)
+    refused = await context.refusal()
+    assert isinstance(refused, RequestError)
+    with pytest.raises(VLLMValidationError, match="no output can follow"):
+        await read(stream)
+    await settle()
+    assert bench.running("math") == 0
+    assert bench.sample("refused_requests_total", reason="bad_request") == 1
+
+
+async def test_a_stream_with_a_good_grammar_begins_with_its_first_output(
+    bench: Bench, context: RequestContext
+) -> None:
+    stream = bench.generate("math", params=GUIDED)
+    await settle()
+    (admission,) = context.admissions
+    assert not admission.done()
+    bench.script.feed(output("a", [1]), failed([2]))
+    assert await context.refusal() is None
+    last = (await read(stream))[-1].outputs[0]
+    assert (last.finish_reason, last.token_ids) == ("error", [1, 2])
+
+
+async def test_without_a_grammar_a_failed_request_stays_the_engines_error(bench: Bench) -> None:
+    bench.script.feed(failed([]))
+    (only,) = await read(bench.generate("math"))
+    assert only.outputs[0].finish_reason == "error"
+
+
+@pytest.mark.parametrize(
+    "cause", [OverflowError("too large"), UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no")]
+)
+async def test_a_value_that_the_engine_cannot_be_sent_is_the_requests_error(
+    bench: Bench, cause: Exception
+) -> None:
+    error = EngineGenerateError()
+    error.__cause__ = cause
+    bench.script.feed(error)
+    with pytest.raises(VLLMValidationError, match="cannot be sent"):
+        await read(bench.generate("math"))
+
+
+async def test_any_other_failure_of_generate_stays_one(bench: Bench) -> None:
+    error = EngineGenerateError()
+    error.__cause__ = KeyError("a bug")
+    bench.script.feed(error)
+    with pytest.raises(EngineGenerateError):
+        await read(bench.generate("math"))
 
 
 async def test_a_union_is_published_once_and_read_in_its_own_row(
