@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -117,20 +117,24 @@ class PoolCatalog:
         fingerprint: str | None = None,
         *,
         persists: bool = False,
+        check_free: Callable[[Sequence[str]], None] = lambda names: None,
     ) -> PoolCatalog:
         """Read every *.json of a directory, in small letters or capitals, or the file `path`.
 
         With `moe_layers` each pool is checked against the model and completed with the experts the
         model implies; without, it is only checked against itself. Refused files are reported, never
-        raised. With `persists` later changes are written to the directory, where that can be
-        written. Raises ConfigError when there is no such directory or file.
+        raised; so is a pool whose name `check_free` refuses with a ConfigError. With `persists`
+        later changes are written to the directory, where that can be written. Raises ConfigError
+        when there is no such directory or file.
         """
         catalog = cls((), moe_layers, fingerprint)
         read: dict[Path, ExpertPool] = {}
         for file in _pool_files(path):
             try:
                 _check_readable(file)
-                read[file] = catalog._fitted(read_pool(file), place_of(file))
+                pool = catalog._fitted(read_pool(file), place_of(file))
+                _check_free(pool.name, file, check_free)
+                read[file] = pool
             except PoolFileError as error:
                 catalog._refused[file] = error
         files_of: dict[str, list[Path]] = {}
@@ -291,6 +295,13 @@ class PoolCatalog:
     def _unknown(self, name: str) -> UnknownPool:
         there_are = ", ".join(self.pools) or "none"
         return UnknownPool(f"there is no pool {name[:80]!r}; the pools are: {there_are}")
+
+
+def _check_free(name: str, file: Path, check_free: Callable[[Sequence[str]], None]) -> None:
+    try:
+        check_free((name,))
+    except ConfigError as error:
+        raise PoolFileError(f"{place_of(file)}: {error}") from None
 
 
 def _check_readable(file: Path) -> None:

@@ -22,6 +22,11 @@ from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+# First, as in `vllm serve`: if prometheus_client were imported long before vLLM's protocol, a cache
+# of typing's would give some of vLLM's models other types, and so other names in /openapi.json.
+from emo_serve.server.vllm_adapter.openai import bind_socket, run_beside_server
+
+# isort: split
 from emo_serve.errors import Draining, EngineDead
 from emo_serve.server.build import Server, build_server
 from emo_serve.server.shutdown import StopSignals, drain, stop_signals
@@ -31,7 +36,6 @@ from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.run_directory import RunDirectory, opened_run_directory
 from emo_serve.server.startup.summary import format_summary
 from emo_serve.server.vllm_adapter.engine import start_engine, stop_engine
-from emo_serve.server.vllm_adapter.openai import bind_socket, run_beside_server
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 
 __all__ = ["CUT_STATUS", "run"]

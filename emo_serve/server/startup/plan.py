@@ -72,11 +72,14 @@ def make_plan(
     num_slots = choose_slots(settings, experts_per_layer, slot_bytes)
     _check_host_memory(settings, slot_bytes)
     fingerprint = checkpoint.fingerprint()
+    names = ModelNames(tuple(base_names), settings.default_pool or BASE_POOL)
     catalog = PoolCatalog((), moe_layers, fingerprint)
     if settings.pools_dir is not None:
-        catalog = PoolCatalog.read(settings.pools_dir, moe_layers, fingerprint, persists=persists)
-    names = ModelNames(tuple(base_names), settings.default_pool or BASE_POOL)
-    names.check_free(tuple(catalog.pools))
+        catalog = PoolCatalog.read(
+            *(settings.pools_dir, moe_layers, fingerprint),
+            persists=persists,
+            check_free=names.check_free,
+        )
     base_pool = ExpertPool.base(moe_layers, name=BASE_POOL)
     order = _load_order(settings, catalog, base_pool, num_slots >= max(experts_per_layer))
     plan = StartPlan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -63,14 +64,15 @@ class ServerAddress:
     def curl(self, model: str) -> str:
         """Return one shell line that asks this server for a completion."""
         options = "-s"
-        options += f" --unix-socket {self.uds}" if self.uds else ""
+        options += f" --unix-socket {shlex.quote(self.uds)}" if self.uds else ""
         options += " -k" if self.is_tls else ""
         if self.key_variable:
             options += f' -H "Authorization: Bearer ${self.key_variable}"'
         body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 32})
+        url = f"{self.url}/v1/completions"
         return (
             f"curl {options} -H 'Content-Type: application/json'"
-            f" {self.url}/v1/completions -d '{body}'"
+            f" {shlex.quote(url)} -d {shlex.quote(body)}"
         )
 
 

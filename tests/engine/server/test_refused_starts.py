@@ -49,7 +49,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--expert-slots", "40"], "--expert-slots is 40; a layer has at most 32"),
         (["--expert-memory", "1KiB"], "--expert-memory 1024 bytes is too small: one slot"),
         (["--max-model-len", "100000"], "vLLM refuses these flags:"),
-        (["--served-model-name", "math"], "pool 'math' has the name of the model"),
     ],
 )
 def test_flags_are_refused_in_one_line(

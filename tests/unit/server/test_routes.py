@@ -1,7 +1,9 @@
-"""Our routes beside vLLM's: its part of /openapi.json is unchanged, ours says what is answered."""
+"""Our routes beside vLLM's: its part of /openapi.json is unchanged, ours tells every answer."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any, cast
 
 import httpx
@@ -64,6 +66,17 @@ def test_vllms_part_of_the_document_is_unchanged() -> None:
         key: theirs[key] for key in theirs.keys() - {"paths", "components"}
     }
     assert served.openapi() is joined
+
+
+def test_a_server_imports_vllms_protocol_as_vllm_does() -> None:
+    """In another order, vLLM's ComparisonFilter has another name: see the reason in `serve`."""
+    program = "import sys, emo_serve.server.serve; print(*sys.modules)"
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    order = found.stdout.splitlines()[-1].split()
+    assert order.index("vllm.entrypoints.openai.responses.protocol") < order.index(
+        "emo_serve.metrics"
+    )
 
 
 def test_a_model_of_the_same_name_does_not_rename_vllms() -> None:

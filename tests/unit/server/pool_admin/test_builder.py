@@ -93,7 +93,10 @@ async def test_documents_are_cut_to_what_the_server_takes_and_counted(
     shorter = tuple(Example(e.source, (e.text or "")[:20]) for e in texts())
     assert_same(build.found, world.offline(examples=shorter))
     assert (build.documents.num_cut, build.documents.tokens_cut) == (2, 43)
-    assert "2 of 3 documents are longer than the model's context of 20 tokens: 43" in build.notes[0]
+    assert (
+        "2 of 3 documents are longer than the model's context of 20 tokens: at least 43"
+        in build.notes[0]
+    )
     assert "47 tokens are little text" in build.notes[1]
 
 

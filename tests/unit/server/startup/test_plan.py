@@ -170,8 +170,28 @@ def test_a_start_that_could_serve_nothing_asked_for_is_refused(
 def test_a_pool_called_like_the_model_is_refused(
     checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:
-    with pytest.raises(ConfigError, match="--served-model-name"):
-        make_plan(settings, checkpoint, ["math"], 4, 1, persists=True)
+    plan = make_plan(settings, checkpoint, ["math"], 4, 1, persists=True)
+    assert order(plan) == ["base", "code", "law"]
+    assert "--served-model-name" in str(plan.catalog.refused[0])
+
+
+def test_a_pool_with_a_name_that_is_kept_costs_only_itself(
+    checkpoint: Checkpoint, settings: ServeSettings, pools_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pools_dir, tmp_path, dirs_exist_ok=True)
+    for name in ("base", "auto", "emo"):
+        text = (pools_dir / "law.json").read_text()
+        (tmp_path / f"{name}-file.json").write_text(text.replace('"law"', f'"{name}"'))
+    plan = plan_of(checkpoint, settings, pools_dir=tmp_path)
+    assert order(plan) == ["base", "code", "law", "math"]
+    assert [str(error) for error in plan.catalog.refused] == [
+        f"{tmp_path}/auto-file.json: pool name 'auto' is kept for the server's own choice of a"
+        " pool; rename the pool",
+        f"{tmp_path}/base-file.json: pool name 'base' is kept for all experts of the model; rename"
+        " the pool",
+        f"{tmp_path}/emo-file.json: pool 'emo' has the name of the model; give the model another"
+        " with --served-model-name",
+    ]
 
 
 def test_a_bad_pool_file_costs_only_its_own_pool(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,23 @@ def test_the_curl_line_is_one_command() -> None:
     assert words[0] == "curl"
     assert "http://127.0.0.1:8000/v1/completions" in words
     assert json.loads(words[words.index("-d") + 1])["model"] == "math"
+
+
+@pytest.mark.parametrize("name", ["it's mine", "a b", 'say "hi"', "$HOME", "back\\slash", "x;ls"])
+def test_the_curl_line_is_one_command_whatever_the_names(name: str) -> None:
+    uds = f"/run/{name}.sock"
+    line = ServerAddress(None, 1, uds=uds, key_variable="VLLM_API_KEY").curl(name)
+    echoed = subprocess.run(
+        ["sh", "-c", f"curl() {{ printf '%s\\0' \"$@\"; }}; {line}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"HOME": "/nowhere", "VLLM_API_KEY": "k"},
+    )
+    words = echoed.stdout.split("\0")
+    assert words[words.index("--unix-socket") + 1] == uds
+    assert json.loads(words[words.index("-d") + 1])["model"] == name
+    assert "Authorization: Bearer k" in words and words[-2] == words[words.index("-d") + 1]
 
 
 def test_a_key_stays_in_a_variable_and_a_socket_is_named() -> None:

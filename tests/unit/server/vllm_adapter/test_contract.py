@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Router
@@ -34,6 +35,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAISe
 from vllm.entrypoints.serve.engine.protocol import ModelCard
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import tokens_input
@@ -194,11 +196,7 @@ def test_requests_are_counted_where_ours_are_left_out() -> None:
     assert handler.count("IterationStats()") == handler.count("process_outputs(") == 1
     given = ["engine_core_outputs", "engine_core_timestamp", "iteration_stats", "weight_version"]
     assert parameters(OutputProcessor.process_outputs) == ["self", *given]
-    assert parameters(StatLoggerManager.record)[:3] == [
-        "self",
-        "scheduler_stats",
-        "iteration_stats",
-    ]
+    assert parameters(StatLoggerManager.record)[1:3] == ["scheduler_stats", "iteration_stats"]
     assert parameters(OutputProcessorOutput) == ["request_outputs", "reqs_to_abort"]
     assert parameters(IterationStats) == []
     # the id inside the engine begins with ours
@@ -318,6 +316,15 @@ def test_only_requests_for_a_model_have_the_parameter_model() -> None:
     for param in ("model", None):
         raised = generation.to_http_error(RequestError("x"), param=param)
         assert create_error_response(raised).error.param == param
+
+
+def test_metrics_are_a_route_that_answers_with_text() -> None:
+    app = FastAPI()
+    attach_router(app)
+    (route, *_) = (route for route in app.routes if getattr(route, "path", None) == "/metrics")
+    assert isinstance(route, APIRoute)
+    assert not inspect.iscoroutinefunction(route.endpoint), "it is called in a thread"
+    assert parameters(route.endpoint) == ["request"]
 
 
 # -- start-up and serving --
