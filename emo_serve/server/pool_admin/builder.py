@@ -10,7 +10,7 @@ streams.)
 A build yields to other requests: its own run a few at a time, at a lower priority than all others.
 One temporary pool is resident, or two while the next one is loaded, and experts in both are not
 copied again. No lease is held while waiting for another pool. However a build ends, no temporary
-pool stays resident. In the metrics, its requests appear under the pool name `BUILD_POOL`.
+pool stays resident. In the metrics, what it loads appears under the pool name `BUILD_POOL`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from emo_serve.config import ServeSettings
 from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.errors import ConfigError
 from emo_serve.server.auto.choice import read_auto_examples
 from emo_serve.server.startup.checkpoint import resolve_checkpoint
 from emo_serve.server.startup.plan import StartPlan, make_plan
@@ -74,6 +75,7 @@ class Launch:
 
 def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartProgress) -> Launch:
     """Make all decisions from the arguments after `emo-serve serve`; raises ConfigError."""
+    _check_metrics_directory(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
     args = parse_serve_args(argv, default_model.flag_defaults)
     progress.stage("reading the checkpoint")
     settings = ServeSettings.from_args(args)
@@ -100,6 +102,15 @@ def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartPro
         keys,
         read_auto_examples(settings),
     )
+
+
+def _check_metrics_directory(path: str | None) -> None:
+    """Refuse a directory for the files of counters in which none can be written."""
+    if path is not None and not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"PROMETHEUS_MULTIPROC_DIR is {path!r}; expected a directory that can be written; make"
+            " one, or unset the variable"
+        )
 
 
 def _with_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,34 @@ def test_the_pool_that_covers_most_is_chosen_or_the_base_pool(
         chosen.add(expected)
     assert len(chosen) > 1
     assert choices_made(http) == before + len(prompts())
+
+
+def vllm_figures(http: httpx.Client) -> dict[str, float]:
+    """Return vLLM's counters and the counts of its histograms, of requests, tokens and steps."""
+    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith("vllm:")]
+    found = dict(line.rsplit(" ", 1) for line in lines)
+    ending = re.compile(r"_(total|count|sum){")
+    return {name: float(value) for name, value in found.items() if ending.search(name)}
+
+
+def test_probes_are_in_no_figure_of_clients(http: httpx.Client) -> None:
+    names = ("success_total", "request_prompt_tokens_count", "time_to_first_token_seconds_count")
+    body = {"prompt": "def f(x):", "max_tokens": 3, "ignore_eos": True}
+
+    def counted_by(model: str) -> dict[str, float]:
+        before = vllm_figures(http)
+        for _ in range(4):
+            http.post("/v1/completions", json={"model": model, **body}).raise_for_status()
+        after = vllm_figures(http)
+        return {
+            name: after[name] - before.get(name, 0) for name in after if "seconds_sum" not in name
+        }
+
+    by_name, by_choice = counted_by("base"), counted_by("auto")
+    assert {name: by_choice[name] for name in by_name} == by_name
+    for name in names:
+        assert sum(count for full, count in by_name.items() if name in full) == 4
+    assert 'emo_serve_running_requests{pool="base"} 0.0' in http.get("/metrics").text
 
 
 def test_every_protocol_has_it(client: openai.OpenAI, http: httpx.Client) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
+from pathlib import Path
 
 import pytest
 
 from emo_serve.config import ServeSettings
-from emo_serve.server.startup.launch import Keys
+from emo_serve.errors import ConfigError
+from emo_serve.server.startup.launch import DefaultModel, Keys, prepare
+from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.summary import ServerAddress
 
 
@@ -39,3 +43,13 @@ def test_the_line_to_try_names_a_variable_whose_key_opens_the_server(
     assert (keys.api, keys.admin) == (api, admin)
     assert args.api_key == flag  # a namespace is never changed
     assert ServerAddress.of(args, keys.variable).key_variable == variable
+
+
+@pytest.mark.parametrize("path", ["", "/no/such/directory", __file__])
+def test_a_place_where_no_counter_can_be_kept_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", path)
+    default = DefaultModel("m", tmp_path, tmp_path, {})
+    with pytest.raises(ConfigError, match=f"PROMETHEUS_MULTIPROC_DIR is '{path}'; expected a dir"):
+        prepare([], default, StartProgress(io.StringIO()))
