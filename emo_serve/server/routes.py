@@ -22,7 +22,7 @@ from emo_serve.server.asgi.errors import error_response
 
 __all__ = ["add_routes", "document_of"]
 
-Document = dict[str, Any]
+_Document = dict[str, Any]
 
 _NEVER_ANSWERED = "422"  # FastAPI documents it; vLLM's handlers turn it into a 400
 _ITS_COMPONENTS = ("HTTPValidationError", "ValidationError")
@@ -44,9 +44,9 @@ def add_routes(app: FastAPI, router: APIRouter) -> None:
         for path, allowed in methods.items()
     ]
     theirs = app.openapi
-    joined: Document = {}
+    joined: _Document = {}
 
-    def openapi() -> Document:
+    def openapi() -> _Document:
         if not joined:
             joined.update(_joined(theirs(), document_of(router)))
         return joined
@@ -54,7 +54,7 @@ def add_routes(app: FastAPI, router: APIRouter) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend it
 
 
-def document_of(router: APIRouter) -> Document:
+def document_of(router: APIRouter) -> _Document:
     """Return the OpenAPI document of our routes alone."""
     document = get_openapi(title="emo-serve", version="1", routes=router.routes)
     for operations in document["paths"].values():
@@ -65,7 +65,7 @@ def document_of(router: APIRouter) -> Document:
     return document
 
 
-def _joined(theirs: Document, ours: Document) -> Document:
+def _joined(theirs: _Document, ours: _Document) -> _Document:
     """Return a document with the paths and components of both, and all else of the first."""
     paths, schemas = (theirs["paths"], ours["paths"]), (_schemas(theirs), _schemas(ours))
     assert not paths[0].keys() & paths[1].keys()
@@ -74,8 +74,8 @@ def _joined(theirs: Document, ours: Document) -> Document:
     return {**theirs, "paths": paths[0] | paths[1], "components": components}
 
 
-def _schemas(document: Document) -> Document:
-    schemas: Document = document.get("components", {}).get("schemas", {})
+def _schemas(document: _Document) -> _Document:
+    schemas: _Document = document.get("components", {}).get("schemas", {})
     return schemas
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-__all__ = ["CHANGING", "READING", "READY_RESPONSES", "responses"]
+__all__ = ["CHANGING", "READING", "READY_RESPONSES", "ErrorAnswer", "ErrorDetails", "responses"]
 
 
 class ErrorDetails(BaseModel):
