@@ -5,8 +5,9 @@ Pure ASGI, inside `BodyLimit`, which hands on bodies as one message. Two kinds:
 - JSON may hold half a surrogate pair ("\\ud800"), which is no character. vLLM finds out when it
   encodes the text for its engine or for the answer, which by then may have begun.
 - A validator of a request's model may fail on a field of an unexpected type with something that is
-  no validation error. vLLM's last handler answers 500 then, and the connection is closed behind it,
-  also for the next request that the client or a proxy has sent on it.
+  no validation error, and the JSON reader on one that is nested too deeply. vLLM's last handler
+  answers 500 then, and the connection is closed behind it, also for the next request that the
+  client or a proxy has sent on it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _HALVES = re.compile(
 
 _READING = {
     ("fastapi.dependencies.utils", "solve_dependencies"),  # before a route's own code runs
-    ("pydantic.type_adapter", "validate_python"),  # in /invocations, which reads its body itself
+    # in /invocations, which reads its body itself
+    ("starlette.requests", "json"),
+    ("pydantic.type_adapter", "validate_python"),
 }
 
 
@@ -69,8 +72,8 @@ class ReadableBody:
             if has_begun or not _is_from_reading(error.__traceback__):
                 raise
             message = (
-                f"the body cannot be read ({type(error).__name__}: {error}); expected what"
-                " /openapi.json describes: a field has a value of another type"
+                f"the body cannot be read ({type(error).__name__}: {error}); a field has a value of"
+                " another type than /openapi.json says, or is nested too deeply"
             )
             await error_response(scope, HTTPStatus.BAD_REQUEST, message)(scope, receive, send)
 

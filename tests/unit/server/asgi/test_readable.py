@@ -54,7 +54,7 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
         return StreamingResponse(parts())
 
     # where the server puts it: between the middleware, which answers what is raised, and the routes
-    app.router.middleware_stack = BodyLimit(ReadableBody(app.router.middleware_stack), 10_000)
+    app.router.middleware_stack = BodyLimit(ReadableBody(app.router.middleware_stack), 10**6)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
         yield client
@@ -75,6 +75,15 @@ async def test_a_validator_that_fails_on_a_type_is_the_bodys_fault(
     assert (error["type"], error["code"]) == ("BadRequestError", 400)
     assert "the body cannot be read (AttributeError: " in error["message"]
     assert "/openapi.json" in error["message"]
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, '{"a":' * 50_000 + "1" + "}" * 50_000])
+async def test_a_body_that_is_nested_too_deeply_is_refused(
+    http: httpx.AsyncClient, body: str
+) -> None:
+    for path in ("/invocations", "/v1/completions"):
+        answer = await http.post(path, **sent(body))
+        assert answer.status_code == 400
 
 
 async def test_a_refusal_has_the_shape_of_its_route(http: httpx.AsyncClient) -> None:
