@@ -56,7 +56,7 @@ async def leave_streams(running: Server, clients: int) -> dict[str, Any]:
             response.close()
             return not ended
 
-    async with running.session() as session, running.session() as observer:
+    async with running.session() as session, running.observer() as observer:
         tasks = [asyncio.create_task(client(session, index)) for index in range(clients)]
         await reading.wait()
         left = sum(await asyncio.gather(*tasks))
@@ -78,7 +78,7 @@ async def leave_streams(running: Server, clients: int) -> dict[str, Any]:
 
 async def leave_waiting(running: Server, clients: int) -> dict[str, Any]:
     """Keep both resident pools busy; let clients of a third leave while it is waited for."""
-    async with running.session() as session, running.session() as observer:
+    async with running.session() as session, running.observer() as observer:
         busy = [
             asyncio.create_task(ask(session, body_of(_BUSY[index % 2], index, tokens=900)))
             for index in range(_BUSY_CLIENTS)

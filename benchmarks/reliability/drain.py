@@ -56,14 +56,14 @@ def cases(streams: int) -> dict[str, Case]:
 
 async def stop(running: Server, case: Case) -> dict[str, Any]:
     """Start the streams, signal, and watch until the process has ended."""
-    async with running.session(seconds=_END_SECONDS) as session:
+    async with running.session(seconds=_END_SECONDS) as session, running.observer() as observer:
         streams = [
             asyncio.create_task(ask(session, _body(index, case.tokens)))
             for index in range(case.streams)
         ]
         running_at_signal = 0
         while running_at_signal < case.streams and not any(stream.done() for stream in streams):
-            running_at_signal = (await pools(session))["running_requests"]
+            running_at_signal = (await pools(observer))["running_requests"]
             await asyncio.sleep(0.02)
         start = last_signal = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
@@ -105,10 +105,10 @@ def _body(index: int, tokens: int) -> dict[str, Any]:
 async def _watch(running: Server, start: float) -> dict[str, Any]:
     """Ask `/ready` until nobody answers; then ask for a completion once, as a new client."""
     not_ready, new = None, None
-    async with running.session(seconds=5) as session:
+    async with running.observer() as session:
         while running.process.poll() is None:
             with suppress(aiohttp.ClientError, OSError, TimeoutError):
-                async with session.get("/ready", headers={"connection": "close"}) as response:
+                async with session.get("/ready") as response:
                     if response.status == 503 and new is None:
                         not_ready = time.monotonic() - start
                         new = await ask(session, _body(0, 1))

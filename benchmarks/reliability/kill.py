@@ -84,10 +84,10 @@ def _body(index: int) -> dict[str, Any]:
 async def _ready_until_gone(running: Server, start: float) -> list[list[Any]]:
     """Return each change of what `/ready` answers, with its time, until nobody listens."""
     seen: list[list[Any]] = []
-    async with running.session(seconds=3) as session:
+    async with running.observer() as session:
         while time.monotonic() - start < 30 and (not seen or seen[-1][1] != "nobody"):
             try:
-                async with session.get("/ready", headers={"connection": "close"}) as response:
+                async with session.get("/ready") as response:
                     state: Any = response.status
             except aiohttp.ClientConnectorError:
                 state = "nobody"

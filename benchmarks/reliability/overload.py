@@ -60,8 +60,9 @@ async def many(
             start = time.monotonic()
             clients = await asyncio.gather(*(obey(session, body, tries) for body in bodies))
             seconds = time.monotonic() - start
-            idle_seconds = await until_idle(session)
-            after, reasons = await residency(session), await refusals(session)
+        async with running.observer() as observer:
+            idle_seconds = await until_idle(observer)
+            after, reasons = await residency(observer), await refusals(observer)
     first = [answers[0] for answers in clients]
     return {
         "requests": len(bodies),

@@ -25,7 +25,15 @@ import psutil
 
 from benchmarks.harness.servers import ServerProcess
 
-__all__ = ["ROLES", "Server", "is_alive", "role_of", "server", "shared_memory_of"]
+__all__ = [
+    "ROLES",
+    "Server",
+    "client_session",
+    "is_alive",
+    "role_of",
+    "server",
+    "shared_memory_of",
+]
 
 ROLES = {"engine": "EngineCore", "worker": "Worker"}
 """What the command lines of vLLM's processes contain; the front end is the process started."""
@@ -76,6 +84,10 @@ class Server(ServerProcess):
         """Return a client with any number of connections and a time limit for each request."""
         return client_session(self.url, self.socket_path, seconds)
 
+    def observer(self) -> aiohttp.ClientSession:
+        """Return a client that makes a connection for each request: no idle one can be closing."""
+        return client_session(self.url, self.socket_path, seconds=60, keep_open=False)
+
     def by_role(self) -> dict[str, list[psutil.Process]]:
         """Return the processes of the front end, the engine and the workers."""
         found: dict[str, list[psutil.Process]] = {}
@@ -108,12 +120,14 @@ def server(*flags: str, **options: Any) -> Iterator[Server]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def client_session(url: str, socket_path: Path | None, seconds: float) -> aiohttp.ClientSession:
+def client_session(
+    url: str, socket_path: Path | None, seconds: float, *, keep_open: bool = True
+) -> aiohttp.ClientSession:
     """Return a client of the server at a URL or a Unix socket."""
     connector = (
-        aiohttp.TCPConnector(limit=0)
+        aiohttp.TCPConnector(limit=0, force_close=not keep_open)
         if socket_path is None
-        else aiohttp.UnixConnector(str(socket_path), limit=0)
+        else aiohttp.UnixConnector(str(socket_path), limit=0, force_close=not keep_open)
     )
     timeout = aiohttp.ClientTimeout(total=seconds)
     return aiohttp.ClientSession(url, connector=connector, timeout=timeout)

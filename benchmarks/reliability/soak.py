@@ -60,9 +60,10 @@ async def load(running: Server, args: argparse.Namespace) -> dict[str, Any]:
         with Probes(running, _PROBES) as probes:
             clients = [traffic.client(end, args.pause) for _ in range(args.clients)]
             await asyncio.gather(sample(), traffic.operator(end, args.operator_pause), *clients)
-        idle_seconds = await until_idle(session)
+    async with running.observer() as observer:
+        idle_seconds = await until_idle(observer)
         samples.append(take_sample(running, time.monotonic() - start))
-        tables, refused = await residency(session), await refusals(session)
+        tables, refused = await residency(observer), await refusals(observer)
     return {
         "minutes": args.minutes,
         "requests": sum(traffic.counts.values()),

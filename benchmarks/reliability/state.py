@@ -1,4 +1,4 @@
-"""What the server says about itself: requests, leases, pools, metrics."""
+"""What the server says about itself, asked by an observer: requests, leases, pools, metrics."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["metric", "pools", "refusals", "residency", "sum_of_metric", "until_i
 
 
 async def pools(session: aiohttp.ClientSession) -> dict[str, Any]:
-    """Return GET /v1/pools, on a connection of its own: an idle one may just be closing."""
-    async with session.get("/v1/pools", headers={"connection": "close"}) as response:
+    """Return GET /v1/pools."""
+    async with session.get("/v1/pools") as response:
         response.raise_for_status()
         found: dict[str, Any] = await response.json()
         return found
