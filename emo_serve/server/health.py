@@ -52,6 +52,7 @@ class Health:
         """Return the time since the last step, or since work came to an idle engine; 0 if idle."""
         if not self._has_work():
             self.note_step()
+            return 0.0
         return self._clock() - self._last_step
 
     def why_not_ready(self) -> str | None:
