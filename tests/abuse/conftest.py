@@ -85,3 +85,12 @@ async def http(abused: Abused) -> AsyncIterator[httpx.AsyncClient]:
     limits = httpx.Limits(max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=abused.url, limits=limits, timeout=None) as client:
         yield client
+
+
+@pytest.fixture
+async def unpinned(abused: Abused, http: httpx.AsyncClient) -> None:
+    """Before the test, allow every pool to be evicted: others would be refused for lack of room."""
+    if abused.process is not None:
+        for card in (await http.get("/v1/pools")).json()["data"]:
+            if card["pinned"]:
+                (await http.post(f"/v1/pools/{card['name']}/unpin")).raise_for_status()
