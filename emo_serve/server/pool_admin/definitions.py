@@ -128,7 +128,7 @@ class PoolDefinitions:
     async def _apply(self, change: CatalogChange) -> list[str]:
         """Carry out a change: retire the contents it replaces, and revive those it defines again.
 
-        Returns the names of changed pools and unions that were pinned, and whose pin is gone.
+        Returns the names of changed pools and unions that were pinned.
         """
         await asyncio.to_thread(change.write)
         old = self._containing(change.name)
@@ -141,16 +141,15 @@ class PoolDefinitions:
         else:
             version = self._catalog.version(change.name)
             logger.info("pool %s was defined, version %d", change.name, version)
+        pinned = [pool.name for pool in old if self._manager.is_pinned(pool)]
         new = self._containing(change.name)
         for pool in new:
             self._manager.revive(pool)
         current = {pool.content_hash for pool in (*self._lookup.pools, *new)}
         current |= self._temporary.content_hashes
-        gone = [pool for pool in old if pool.content_hash not in current]
-        # Where another pool has the same content, the pin stays with that.
-        pinned = [pool.name for pool in gone if self._manager.is_pinned(pool)]
-        for pool in gone:
-            self._manager.retire(pool)
+        for pool in old:
+            if pool.content_hash not in current:
+                self._manager.retire(pool)
         return pinned
 
     def _containing(self, name: str) -> list[ExpertPool]:
