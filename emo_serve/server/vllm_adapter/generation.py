@@ -221,7 +221,7 @@ class PooledLLM:
         """Hold the lease while the engine works; pass errors to the reader, abort if cancelled."""
         metrics = self._metrics
         account = RequestAccount(pool.name, is_delta=params.output_kind == RequestOutputKind.DELTA)
-        outcome = "failed"
+        outcome, param = "failed", "model"
         try:
             async with self._residency.lease(pool) as lease:
                 account.note_granted(is_hit=lease.is_hit)
@@ -232,6 +232,7 @@ class PooledLLM:
                 async with aclosing(stream):  # an abort is sent before the lease ends
                     async for output in stream:
                         if not admission.done():
+                            param = "structured_outputs"
                             check_grammar(output)
                             admission.set_result(None)
                         account.add(output)
@@ -245,7 +246,7 @@ class PooledLLM:
             raise
         except EmoServeError as error:
             metrics.count_refusal(reason_of(error))
-            collector.put(to_http_error(error))
+            collector.put(to_http_error(error, param))
             if not admission.done():
                 admission.set_result(error)
         except EngineGenerateError as error:

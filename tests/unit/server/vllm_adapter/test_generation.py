@@ -291,8 +291,9 @@ async def test_a_grammar_that_nothing_can_follow_is_refused_before_a_stream_begi
     stream = bench.generate("math", params=GUIDED)
     refused = await context.refusal()
     assert isinstance(refused, RequestError)
-    with pytest.raises(VLLMValidationError, match="no output can follow"):
+    with pytest.raises(VLLMValidationError, match="no output can follow") as error:
         await read(stream)
+    assert error.value.parameter == "structured_outputs"
     await settle()
     assert bench.running("math") == 0
     assert bench.sample("refused_requests_total", reason="bad_request") == 1
