@@ -29,6 +29,7 @@ from emo_serve.server.layers import put_layers
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.builder import PoolBuilder
 from emo_serve.server.pool_admin.lookup import PoolLookup
+from emo_serve.server.pool_admin.residency import NamedResidency
 from emo_serve.server.pool_admin.responses import READY_RESPONSES
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.router_probe import RouterProbe
@@ -146,7 +147,7 @@ async def _start_pools(launch: Launch, engine: Any, progress: StartProgress) -> 
         calls.usage_of if facts.records_routing else None,
     )
     progress.stage("loading experts")
-    await _load_pools(manager, plan)
+    await _load_pools(manager, service.residency, plan)
     return _PoolParts(calls, facts, metrics, manager, service)
 
 
@@ -241,10 +242,12 @@ def _manager(
     )
 
 
-async def _load_pools(manager: ResidencyManager, plan: StartPlan) -> None:
+async def _load_pools(
+    manager: ResidencyManager, residency: NamedResidency, plan: StartPlan
+) -> None:
     """Make the pinned pools resident, then the others while there is room."""
     for pool in plan.pinned:
-        await manager.load(pool, pin=True)
+        await residency.load(pool.name, pin=True)
     for pool in plan.load_order:
         if not manager.fits_now(pool):
             logger.info(

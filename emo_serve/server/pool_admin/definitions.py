@@ -141,8 +141,11 @@ class PoolDefinitions:
         else:
             version = self._catalog.version(change.name)
             logger.info("pool %s was defined, version %d", change.name, version)
-        pinned = [pool.name for pool in old if self._manager.is_pinned(pool)]
         new = self._containing(change.name)
+        kept = {(pool.name, pool.content_hash) for pool in new}
+        replaced = [pool for pool in old if (pool.name, pool.content_hash) not in kept]
+        pinned = [pool.name for pool in replaced if self._residency.is_pinned(pool.name)]
+        self._residency.drop_pins([pool for pool in replaced if pool.name in pinned])
         for pool in new:
             self._manager.revive(pool)
         current = {pool.content_hash for pool in (*self._lookup.pools, *new)}
@@ -177,8 +180,7 @@ class PoolDefinitions:
         Raises PoolTooLarge, and RequestError if the default union's temperatures would differ.
         """
         default = set(split_name(self._lookup.names.default_pool)) - {BASE_POOL}
-        old = self._catalog.pools.get(pool.name)
-        wanted = [pool] if old is not None and self._manager.is_pinned(old) else []
+        wanted = [pool] if self._residency.is_pinned(pool.name) else []
         if pool.name in default:
             others = (self._catalog.pools[name] for name in default - {pool.name})
             wanted.append(reduce(ExpertPool.union, others, pool))

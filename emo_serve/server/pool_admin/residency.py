@@ -17,13 +17,15 @@ __all__ = ["NamedResidency"]
 class NamedResidency:
     """Admit requests, and load, evict and pin pools by name.
 
-    Raises the errors of PoolLookup.find and of the manager's methods.
+    The manager pins contents; here is which names the operator has pinned. Raises the errors of
+    PoolLookup.find and of the manager's methods.
     """
 
     def __init__(
         self, lookup: PoolLookup, manager: ResidencyManager, statuses: PoolStatuses
     ) -> None:
         self._lookup, self._manager, self._statuses = lookup, manager, statuses
+        self._pinned_names: set[str] = set()
 
     # -- requests --
 
@@ -50,6 +52,8 @@ class NamedResidency:
         """Make a pool or union resident; waits in the same queue as requests."""
         pool = self._admitted(self._lookup.find(name))
         await self._manager.load(pool, pin=pin)
+        if pin:
+            self._pinned_names.add(pool.name)
         return self._statuses.of(pool)
 
     async def evict(self, name: str, *, drain: bool = False) -> PoolStatus:
@@ -59,10 +63,30 @@ class NamedResidency:
         return self._statuses.of(pool)
 
     def unpin(self, name: str) -> PoolStatus:
-        """Allow a pinned pool to be evicted again."""
+        """Allow a pinned pool to be evicted again, and so every other name of its content."""
         pool = self._lookup.find(name)
         self._manager.unpin(pool)
+        self._pinned_names -= self._names_of(pool.content_hash)
         return self._statuses.of(pool)
+
+    def is_pinned(self, name: str) -> bool:
+        """Tell whether the operator has pinned this name, and not only an equal content."""
+        return name in self._pinned_names
+
+    def drop_pins(self, replaced: Sequence[ExpertPool]) -> None:
+        """Unpin definitions that are replaced; their contents, unless another name has pinned them.
+
+        Called when the catalog has changed already.
+        """
+        self._pinned_names -= {pool.name for pool in replaced}
+        for pool in replaced:
+            if not self._names_of(pool.content_hash):
+                self._manager.unpin(pool)
+
+    def _names_of(self, content_hash: str) -> set[str]:
+        """Return the pinned names whose content this is."""
+        known = {name: self._lookup.known(name) for name in self._pinned_names}
+        return {name for name, pool in known.items() if pool and pool.content_hash == content_hash}
 
     def _admitted(self, pool: ExpertPool) -> ExpertPool:
         """Return a pool just found by name; raises if requests may not wait for it.

@@ -318,6 +318,30 @@ async def test_the_same_content_under_another_name_stays() -> None:
     assert service.statuses.of(service.lookup.find("numbers")).row == row
 
 
+async def test_a_pin_is_not_given_to_what_replaces_a_pool_of_equal_content() -> None:
+    service = service_of()
+    await service.residency.load("math", pin=True)
+    await service.definitions.add(bare("numbers", 0, 1))  # as math
+    status, _ = await service.definitions.add(bare("numbers", 5), replace=True)
+    assert not status.is_pinned
+    assert service.statuses.of(service.lookup.find("math")).is_pinned
+
+
+async def test_a_pin_moves_with_its_name_even_if_another_pool_keeps_the_content() -> None:
+    service = service_of()
+    await service.definitions.add(bare("numbers", 0, 1))  # as math
+    await service.residency.load("numbers", pin=True)
+    status, _ = await service.definitions.add(bare("numbers", 5), replace=True)
+    assert status.is_pinned
+    assert not service.statuses.of(service.lookup.find("math")).is_pinned
+    for name in ("math", "numbers"):
+        await service.residency.load(name, pin=True)
+    await service.definitions.remove("numbers")
+    assert service.statuses.of(service.lookup.find("math")).is_pinned
+    assert not service.residency.unpin("math").is_pinned
+    assert not service.residency.is_pinned("math")
+
+
 async def test_a_removed_pool_is_gone_and_may_come_back() -> None:
     engine = FakeEngine()
     service = service_of(engine)
