@@ -110,7 +110,10 @@ def test_little_text_and_cut_documents_are_noted(
     (tmp_path / "long.txt").write_text("x" * 600)
     for name, note in (
         ("short", "note: 5 tokens are little text: with fewer than 192"),
-        ("long", "note: 1 of 1 documents are longer than the model's context of 512 tokens: 88"),
+        (
+            "long",
+            "note: 1 of 1 documents are longer than the model's context of 512 tokens: at least 88",
+        ),
     ):
         out = tmp_path / f"{name}.json"
         flags = ("--experts", 6, "--out", out)
