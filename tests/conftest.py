@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -16,3 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # nothing else could run a kernel.
 if not os.path.exists("/proc/driver/nvidia/version"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def root_log_level() -> None:
+    """Set the level that caplog goes by: what vLLM's app imports raises it for the process."""
+    logging.getLogger().setLevel(logging.WARNING)

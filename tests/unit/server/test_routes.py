@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any, cast
 
 import httpx
@@ -53,16 +51,7 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 
-@pytest.fixture
-def root_level() -> Iterator[None]:
-    """Put the level of all loggers back: what vLLM's app imports raises it."""
-    root = logging.getLogger()
-    level = root.level
-    yield
-    root.setLevel(level)
-
-
-def test_vllms_part_of_the_document_is_unchanged(root_level: None) -> None:
+def test_vllms_part_of_the_document_is_unchanged() -> None:
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     plain, served = (build_app(args, ("generate",), cast(Any, None)) for _ in range(2))
     add_routes(served, our_router())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -89,7 +88,6 @@ def test_a_full_disk_costs_lines_and_one_warning(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    caplog.set_level(logging.WARNING, "emo_serve")  # an import of vLLM's app sets the root's
     log.append(RECORD)
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
