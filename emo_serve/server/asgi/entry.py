@@ -3,60 +3,105 @@
 Parsing, checking and tokenizing one request takes milliseconds of the event loop, in several
 pieces. If thousands arrive at once, each turn of the loop has a piece of each to do, and whatever
 else there is, a probe or a token of a stream, waits for all of them. Here the others wait in line,
-which costs nothing. A request leaves the entry when it asks the engine for its pool, when it begins
-to answer, when it has much text to tokenize, or at the latest after a second.
+which costs nothing: one line per model name, served in turn, so that a flood for one pool does not
+keep requests for another waiting. A request leaves the entry when it asks the engine for its pool,
+when it begins to answer, when it has much text to tokenize, or at the latest after a second.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+from collections import deque
+from collections.abc import Callable
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from emo_serve.names import POOL_HEADER
+from emo_serve.server.asgi.bodies import replay
 from emo_serve.server.asgi.context import current_request
 
 __all__ = ["Entry"]
 
 _AT_ONCE = 8
 _LONGEST_SECONDS = 1.0
+_MODEL = re.compile(rb'"model"\s*:\s*"([^"]{0,200})"')
+"""Reads the model as most clients write it; a name that it misreads only waits in another line."""
 
 
 class Entry:
-    """Wrap an ASGI app inside `Admission`; at most `at_once` POST requests enter it together."""
+    """Wrap an ASGI app inside `BodyLimit` and `Admission`.
+
+    At most `at_once` POST requests enter it together.
+    """
 
     def __init__(self, app: ASGIApp, at_once: int = _AT_ONCE) -> None:
         self.app = app
-        self._places = asyncio.Semaphore(at_once)
+        self.num_free = at_once
+        self._lines: dict[bytes, deque[asyncio.Future[None]]] = {}  # the next to be served first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        await self._places.acquire()
-        place = _Place(self._places)
-        context = current_request()
-        context.on_entered = place.leave
+        body: bytes = (await receive())["body"]
+        await self._enter(_line_of(scope, body))
+        place = _Place(self._leave)
+        current_request().on_entered = place.leave
 
         async def send_and_leave(message: Message) -> None:
             place.leave()
             await send(message)
 
         try:
-            await self.app(scope, receive, send_and_leave)
+            await self.app(scope, replay(body, receive), send_and_leave)
         finally:
             place.leave()
+
+    async def _enter(self, line: bytes) -> None:
+        if self.num_free:
+            self.num_free -= 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._lines.setdefault(line, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # its turn has come in the same moment
+                self._leave()
+            raise
+
+    def _leave(self) -> None:
+        """Give the place to the next in line; each line has its turn."""
+        while self._lines:
+            name = next(iter(self._lines))
+            line = self._lines.pop(name)
+            turn = line.popleft()
+            if line:
+                self._lines[name] = line  # behind the other lines
+            if not turn.done():  # else its client has left
+                turn.set_result(None)
+                return
+        self.num_free += 1
 
 
 class _Place:
     """One place in the entry, given back once."""
 
-    def __init__(self, places: asyncio.Semaphore) -> None:
-        self._places: asyncio.Semaphore | None = places
+    def __init__(self, give_back: Callable[[], None]) -> None:
+        self._give_back: Callable[[], None] | None = give_back
         self._timer = asyncio.get_running_loop().call_later(_LONGEST_SECONDS, self.leave)
 
     def leave(self) -> None:
-        if self._places is not None:
+        if self._give_back is not None:
+            give_back, self._give_back = self._give_back, None
             self._timer.cancel()
-            self._places.release()
-            self._places = None
+            give_back()
+
+
+def _line_of(scope: Scope, body: bytes) -> bytes:
+    found = _MODEL.search(body)
+    header = Headers(scope=scope).get(POOL_HEADER, "")
+    return header.encode() + b" " + (found[1] if found else b"")

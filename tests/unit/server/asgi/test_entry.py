@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from emo_serve.server.asgi import entry
 from emo_serve.server.asgi.context import RequestContext, current_request, entered
@@ -39,16 +39,21 @@ class App:
     async def answer(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    def start(self, number: int, method: str = "POST", **scope: object) -> asyncio.Task[None]:
+    def start(
+        self, number: int, method: str = "POST", body: bytes = b"{}", **scope: object
+    ) -> asyncio.Task[None]:
         self.asks[number], self.ends[number] = asyncio.Event(), asyncio.Event()
 
         async def send(_: object) -> None:
             pass
 
+        async def receive() -> Message:
+            return {"type": "http.request", "body": body, "more_body": False}
+
         async def serve() -> None:
             with entered(RequestContext()):
-                full = {"type": "http", "method": method, "number": number, **scope}
-                await self.layer(full, send, send)  # type: ignore[arg-type]
+                full = {"type": "http", "method": method, "number": number, "headers": [], **scope}
+                await self.layer(full, receive, send)
 
         return asyncio.create_task(serve())
 
@@ -78,7 +83,23 @@ async def test_requests_enter_in_order_as_others_leave_and_running_ones_do_not_c
         app.asks[number].set()
         app.ends[number].set()
     await asyncio.gather(*tasks)
-    assert app.layer._places._value == 2
+    assert app.layer.num_free == 2
+
+
+async def test_models_take_turns_so_that_a_flood_for_one_holds_up_no_other() -> None:
+    app = App()
+    bodies = [b'{"model": "math"}'] * 6 + [b'{"prompt": "x", "model":"law"}'] * 2
+    tasks = [app.start(number, body=body) for number, body in enumerate(bodies)]
+    tasks.append(app.start(8, body=b"{}", headers=[(b"x-emo-pool", b"code")]))
+    await settled()
+    for number in (0, 1, 2, 6, 8, 3, 7, 4, 5):
+        assert number in app.inside
+        app.asks[number].set()
+        app.ends[number].set()
+        await settled()
+    assert app.inside == [0, 1, 2, 6, 8, 3, 7, 4, 5]
+    await asyncio.gather(*tasks)
+    assert app.layer.num_free == 2 and not app.layer._lines
 
 
 async def test_reading_is_never_held() -> None:
@@ -89,7 +110,7 @@ async def test_reading_is_never_held() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert app.layer._places._value == 2
+    assert app.layer.num_free == 2
 
 
 async def test_one_that_fails_or_whose_client_leaves_gives_its_place_back() -> None:
@@ -107,7 +128,7 @@ async def test_one_that_fails_or_whose_client_leaves_gives_its_place_back() -> N
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    assert app.layer._places._value == 2
+    assert app.layer.num_free == 2
 
 
 async def test_what_takes_long_leaves_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,4 +143,4 @@ async def test_what_takes_long_leaves_after_a_while(monkeypatch: pytest.MonkeyPa
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert app.layer._places._value == 2
+    assert app.layer.num_free == 2
