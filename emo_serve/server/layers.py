@@ -36,6 +36,6 @@ def put_layers(
 ) -> Admission:
     """Put the layers around the routes of vLLM's app; `guard` makes the outermost."""
     routes = Invocations(innermost(app), names.base, metrics.count_refusal)
-    admission = Admission(AutoPool(Entry(routes), names, chooser, metrics))
+    admission = Admission(AutoPool(Entry(routes, metrics.count_refusal), names, chooser, metrics))
     replace_innermost(app, guard(BodyLimit(ReadableBody(admission), max_body_bytes)))
     return admission

@@ -22,7 +22,9 @@ class App:
         self.asks: dict[int, asyncio.Event] = {}
         self.ends: dict[int, asyncio.Event] = {}
         self.ask: Callable[[Send], Any] = self.ask_the_engine
-        self.layer = Entry(self, at_once=2)
+        self.refusals: list[str] = []
+        self.sent: list[Message] = []
+        self.layer = Entry(self, self.refusals.append, at_once=2, longest_line=6)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         number = scope["number"]
@@ -44,8 +46,8 @@ class App:
     ) -> asyncio.Task[None]:
         self.asks[number], self.ends[number] = asyncio.Event(), asyncio.Event()
 
-        async def send(_: object) -> None:
-            pass
+        async def send(message: Message) -> None:
+            self.sent.append(message)
 
         async def receive() -> Message:
             return {"type": "http.request", "body": body, "more_body": False}
@@ -100,6 +102,25 @@ async def test_models_take_turns_so_that_a_flood_for_one_holds_up_no_other() -> 
     assert app.inside == [0, 1, 2, 6, 8, 3, 7, 4, 5]
     await asyncio.gather(*tasks)
     assert app.layer.num_free == 2 and not app.layer._lines
+
+
+async def test_a_line_that_is_too_long_takes_no_more_and_other_models_have_their_own() -> None:
+    app = App()
+    flood = [
+        app.start(number, body=b'{"model": "math"}', path="/v1/completions") for number in range(8)
+    ]
+    await settled()
+    refused = app.start(8, body=b'{"model": "math"}', path="/v1/completions")
+    other = app.start(9, body=b'{"model": "law"}', path="/v1/completions")
+    await settled()
+    assert refused.done() and not other.done()
+    assert app.refusals == ["too_many_queued"]
+    start = app.sent[0]
+    assert start["status"] == 503 and int(dict(start["headers"])[b"retry-after"]) >= 1
+    for task in (*flood, other):
+        task.cancel()
+    await asyncio.gather(*flood, other, return_exceptions=True)
+    assert app.layer.num_free == 2
 
 
 async def test_reading_is_never_held() -> None:
