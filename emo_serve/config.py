@@ -301,17 +301,15 @@ class ServeSettings:
             raise ConfigError(f"--max-waiting is {self.max_waiting}; give 0 or more")
         if self.max_queued is not None and self.max_queued < 0:
             raise ConfigError(f"--max-queued is {self.max_queued}; give 0 or more")
-        if not (0 < self.load_deadline_seconds < math.inf):
-            raise ConfigError(
-                f"--load-deadline is {self.load_deadline_seconds}; give a finite number above 0"
-            )
+        for name, seconds in (
+            ("--load-deadline", self.load_deadline_seconds),
+            ("--step-deadline", self.step_deadline_seconds),
+        ):
+            if not (0 < seconds < math.inf):
+                raise ConfigError(f"{name} is {seconds}; give a finite number above 0")
         if not (0 <= self.drain_timeout_seconds < math.inf):
             raise ConfigError(
                 f"--drain-timeout is {self.drain_timeout_seconds}; give a finite number, 0 or more"
-            )
-        if not (0 < self.step_deadline_seconds < math.inf):
-            raise ConfigError(
-                f"--step-deadline is {self.step_deadline_seconds}; give a finite number above 0"
             )
         self._check_names()
         if not all(self.admin_api_keys):

@@ -144,8 +144,7 @@ class PoolDefinitions:
         new = self._containing(change.name)
         kept = {(pool.name, pool.content_hash) for pool in new}
         replaced = [pool for pool in old if (pool.name, pool.content_hash) not in kept]
-        pinned = [pool.name for pool in replaced if self._residency.is_pinned(pool.name)]
-        self._residency.drop_pins([pool for pool in replaced if pool.name in pinned])
+        pinned = self._residency.drop_pins(replaced)
         for pool in new:
             self._manager.revive(pool)
         current = {pool.content_hash for pool in (*self._lookup.pools, *new)}

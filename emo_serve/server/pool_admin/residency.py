@@ -73,15 +73,18 @@ class NamedResidency:
         """Tell whether the operator has pinned this name, and not only an equal content."""
         return name in self._pinned_names
 
-    def drop_pins(self, replaced: Sequence[ExpertPool]) -> None:
-        """Unpin definitions that are replaced; their contents, unless another name has pinned them.
+    def drop_pins(self, replaced: Sequence[ExpertPool]) -> list[str]:
+        """Unpin definitions that are replaced, and return the names that were pinned.
 
-        Called when the catalog has changed already.
+        A content stays pinned if another name has pinned it. Called when the catalog has changed
+        already.
         """
-        self._pinned_names -= {pool.name for pool in replaced}
+        pinned = [pool.name for pool in replaced if self.is_pinned(pool.name)]
+        self._pinned_names.difference_update(pinned)
         for pool in replaced:
             if not self._names_of(pool.content_hash):
                 self._manager.unpin(pool)
+        return pinned
 
     def _names_of(self, content_hash: str) -> set[str]:
         """Return the pinned names whose content this is."""

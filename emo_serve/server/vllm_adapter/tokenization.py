@@ -105,31 +105,25 @@ class BoundedTokenization:
         return await self._in_long(self._renderer._decode, ids, *args, **options)
 
     async def _render(self, prompts: Sequence[Any], *args: Any, **options: Any) -> Any:
-        if self._max_prompts is not None and len(prompts) > self._max_prompts:
-            raise VLLMValidationError(
-                f"the request has {len(prompts)} prompts, and a pool may have at most"
-                f" {self._max_prompts} requests running and queued; send several requests, or"
-                " raise --max-queued",
-                parameter="prompt",
-                value=len(prompts),
-            )
+        self._check_count(len(prompts), "prompts", "prompt")
         return await self._render_prompts(prompts, *args, **options)
 
     async def _score(self, request: Any, tokenizer: Any, max_model_len: int) -> Any:
         """Build scoring's prompts from token ids, which are made here instead of in the loop."""
-        items = request.items
-        if self._max_prompts is not None and len(items) > self._max_prompts:
-            raise VLLMValidationError(
-                f"the request has {len(items)} items, and a pool may have at most"
-                f" {self._max_prompts} requests running and queued; send several requests, or"
-                " raise --max-queued",
-                parameter="items",
-                value=len(items),
-            )
-        ids = [await self._ids(item, adds_special_tokens=False) for item in items]
+        self._check_count(len(request.items), "items", "items")
+        ids = [await self._ids(item, adds_special_tokens=False) for item in request.items]
         query = await self._ids(request.query, adds_special_tokens=request.add_special_tokens)
         tokenized = request.model_copy(update={"query": query, "items": ids})
         return await self._build_scoring(tokenized, tokenizer, max_model_len)
+
+    def _check_count(self, count: int, what: str, parameter: str) -> None:
+        if self._max_prompts is not None and count > self._max_prompts:
+            raise VLLMValidationError(
+                f"the request has {count} {what}, and a pool may have at most {self._max_prompts}"
+                " requests running and queued; send several requests, or raise --max-queued",
+                parameter=parameter,
+                value=count,
+            )
 
     async def _ids(self, text: str | list[int], *, adds_special_tokens: bool) -> list[int]:
         if not isinstance(text, str):
