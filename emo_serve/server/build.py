@@ -24,7 +24,7 @@ from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.auto.candidates import Candidates
 from emo_serve.server.auto.choice import make_chooser, text_of
-from emo_serve.server.health import Health, stopped_process
+from emo_serve.server.health import Health, child_processes, stopped_among
 from emo_serve.server.layers import put_layers
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.builder import PoolBuilder
@@ -199,7 +199,7 @@ async def _wrap_app(
         has_work=lambda: has_work(engine),
         step_deadline_seconds=launch.settings.step_deadline_seconds,
         observe_lag=pools.metrics.observe_lag,
-        find_stopped=stopped_process,
+        find_stopped=partial(stopped_among, child_processes()),
     )
     note_steps(engine, health.note_step)
     add_to_metrics(app, gauge_text(service.statuses.snapshot, health.step_age_seconds))

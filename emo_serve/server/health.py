@@ -8,13 +8,12 @@ a deadline the server is not ready. A stopped process is reported at once.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import psutil  # type: ignore[import-untyped]
 
-__all__ = ["Health", "stopped_process"]
+__all__ = ["Health", "child_processes", "stopped_among"]
 
 _TICK_SECONDS = 0.1
 _STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
@@ -79,9 +78,18 @@ class Health:
             self.step_age_seconds()
 
 
-def stopped_process() -> str | None:
-    """Return the name of a process of the engine that a signal or a debugger has stopped."""
-    for process in psutil.Process(os.getpid()).children(recursive=True):
+def child_processes() -> list[psutil.Process]:
+    """Return the processes that this one and its children have started: the engine's.
+
+    Reads all of /proc, so it is asked once, when the engine has started.
+    """
+    children: list[psutil.Process] = psutil.Process().children(recursive=True)
+    return children
+
+
+def stopped_among(processes: Sequence[psutil.Process]) -> str | None:
+    """Return which of the processes a signal or a debugger has stopped; None if there is none."""
+    for process in processes:
         try:
             if process.status() in _STOPPED:
                 return f"process {process.pid} ({process.name()})"

@@ -17,7 +17,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from emo_serve.server.vllm_adapter.openai import bind_socket, run_beside_server
 # isort: split
 from emo_serve.errors import Draining, EngineDead
 from emo_serve.server.build import Server, build_server
+from emo_serve.server.health import child_processes
 from emo_serve.server.shutdown import StopSignals, drain, stop_signals
 from emo_serve.server.startup.engine_output import EngineOutput
 from emo_serve.server.startup.launch import DefaultModel, Launch, prepare
@@ -98,7 +99,7 @@ async def _serve(
             stack.callback(Path(launch.args.uds).unlink, missing_ok=True)
         engine = _started_engine(launch, progress, output)
         stack.callback(stop_engine, engine)
-        directory.note_shared_memory(_pids_below(os.getpid()))
+        directory.note_shared_memory(process.pid for process in child_processes())
         signals = StopSignals(asyncio.get_running_loop())
         try:
             server = await build_server(launch, engine, request_log, progress)
@@ -121,13 +122,6 @@ def _started_engine(launch: Launch, progress: StartProgress, output: EngineOutpu
             return start_engine(launch.args)
     except EngineDead as error:
         raise _explained(error, output) from error
-
-
-def _pids_below(pid: int) -> Iterator[int]:
-    import psutil  # type: ignore[import-untyped]
-
-    for child in psutil.Process(pid).children(recursive=True):
-        yield child.pid
 
 
 def _explained(error: EngineDead, output: EngineOutput | None) -> EngineDead:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from emo_serve.server.health import Health, stopped_process
+from emo_serve.server.health import Health, child_processes, stopped_among
 from emo_serve.server.vllm_adapter.engine import has_work, note_steps
 from tests.support.progress import wait_for
 
@@ -103,11 +103,13 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 def test_a_stopped_process_is_found_and_a_running_one_is_not(
     child: subprocess.Popen[bytes],
 ) -> None:
-    assert stopped_process() is None
+    children = child_processes()
+    assert child.pid in {process.pid for process in children}
+    assert stopped_among(children) is None
     child.send_signal(signal.SIGSTOP)
-    wait_for(lambda: f"process {child.pid} " in (stopped_process() or ""))
+    wait_for(lambda: f"process {child.pid} " in (stopped_among(children) or ""))
     child.send_signal(signal.SIGCONT)
-    wait_for(lambda: stopped_process() is None)
+    wait_for(lambda: stopped_among(children) is None)
 
 
 async def test_steps_are_noted_as_their_results_come() -> None:
