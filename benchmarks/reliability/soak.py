@@ -56,7 +56,7 @@ async def load(running: Server, args: argparse.Namespace) -> dict[str, Any]:
             await asyncio.sleep(min(args.sample_seconds, max(0.1, end - now)))
 
     async with running.session() as session:
-        traffic = Traffic(session, _PINNED)
+        traffic = Traffic(session)
         with Probes(running, _PROBES) as probes:
             clients = [traffic.client(end, args.pause) for _ in range(args.clients)]
             await asyncio.gather(sample(), traffic.operator(end, args.operator_pause), *clients)

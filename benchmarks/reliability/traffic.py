@@ -62,18 +62,14 @@ _BAD_BODIES: tuple[tuple[str, dict[str, Any] | bytes], ...] = (
 
 
 class Traffic:
-    """Counts of what was asked, by kind, status and ending; `surprises` has unexpected answers.
+    """Counts of what was asked, by kind, status and ending; `surprises` has unexpected answers."""
 
-    `pinned` is the pool that no operator touches.
-    """
-
-    def __init__(self, session: aiohttp.ClientSession, pinned: str, seed: int = 1) -> None:
+    def __init__(self, session: aiohttp.ClientSession, seed: int = 1) -> None:
         self.counts: Counter[str] = Counter()
         self.surprises: list[str] = []
         self._session = session
         self._chance = random.Random(seed)
         self._domains = demo.domains()
-        self._unpinned = [name for name in self._domains if name != pinned]
         self._texts = {name: demo.heldout(name) for name in self._domains}
         self._kinds: dict[str, Callable[[], Awaitable[Answer]]] = {
             "stream": lambda: self._complete(self._pool(), stream=True),
@@ -156,8 +152,7 @@ class Traffic:
     # -- the operator --
 
     async def _operate(self, kind: str) -> Answer:
-        # A pool with the content of a pinned one counts as pinned, and so does what replaces it.
-        name, added = self._chance.choice(self._unpinned), self._chance.choice(_ADDED)
+        name, added = self._pool(), self._chance.choice(_ADDED)
         if kind == "add":
             document = json.loads((demo.pools_dir() / f"{name}.json").read_text())
             return await self._post({**document, "name": added}, "/v1/pools?replace=true")

@@ -4,9 +4,9 @@ Parsing, checking and tokenizing one request takes milliseconds of the event loo
 pieces. If thousands arrive at once, each turn of the loop has a piece of each to do, and whatever
 else there is, a probe or a token of a stream, waits for all of them. Here the others wait in line,
 which costs nothing: one line per model name, served in turn, so that a flood for one pool does not
-keep requests for another waiting. A line that is too long takes no more: further requests get 503,
-before anything is read. A request leaves the entry when it asks the engine for its pool,
-when it begins to answer, when it has much text to tokenize, or at the latest after a second.
+keep requests for another waiting. A line that is too long takes no more: further requests get 503
+before they are parsed. A request leaves the entry when it asks the engine for its pool, when it
+begins to answer, when it has much text to tokenize, or at the latest after a second.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class Entry:
         waiting = sum(map(len, self._lines.values()))
         seconds = math.ceil(waiting * self._seconds_per_entry)
         return TooManyQueued(
-            f"{self._longest_line} requests for this model wait to be read, the longest line;"
-            " send the request again later, or to another server",
+            f"{self._longest_line} requests for this model wait to be parsed, and no more may; send"
+            " the request again later, or to another server",
             min(max(1, seconds), _MAX_RETRY_SECONDS),
         )
 

@@ -1,12 +1,12 @@
 """`model: "auto"`: read the prompt, choose its pool, and write that pool's name into the request.
 
 Pure ASGI inside admission and `BodyLimit`, which hands on bodies as one message, and around vLLM's
-app. Only a generating POST that asks for `auto`, in
-its model or in the x-emo-pool header, is changed: its body gets the chosen pool's name as the
-model. So everything behind this layer, including metrics and the answer's `model`, sees a request
-for that pool. Other requests to these paths pass unchanged, and bodies for other paths are not read
-at all. Where there is nothing to choose by, the default pool serves: an empty prompt, one that
-cannot be read, which vLLM refuses best, or tokens that are only counted.
+app. Only a generating POST that asks for `auto`, in its model or in the x-emo-pool header, is
+changed: its body gets the chosen pool's name as the model. So everything behind this layer,
+including metrics and the answer's `model`, sees a request for that pool. Other requests to these
+paths pass unchanged, and bodies for other paths are not read at all. Where there is nothing to
+choose by, the default pool serves: an empty prompt, one that cannot be read, which vLLM refuses
+best, or tokens that are only counted.
 
 Each HTTP request gets one choice, however many prompts it has. The choice is cancelled if the
 client disconnects. A few choices are made at a time, since each may ask the engine: it runs no more

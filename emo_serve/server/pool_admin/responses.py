@@ -52,7 +52,10 @@ def _readiness(description: str) -> dict[str, Any]:
     schema = {
         "title": "Readiness",
         "type": "object",
-        "properties": {"ready": {"type": "boolean"}},
+        "properties": {
+            "ready": {"type": "boolean"},
+            "reason": {"type": "string", "description": "why not; left out if ready"},
+        },
         "required": ["ready"],
     }
     return {"description": description, "content": {"application/json": {"schema": schema}}}
@@ -60,7 +63,7 @@ def _readiness(description: str) -> dict[str, Any]:
 
 READY_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: _readiness("new requests are taken"),
-    503: _readiness("the server drains, or its engine has died"),
+    503: _readiness("the server drains, or its engine has died, is stopped or makes no step"),
     **responses(401),
 }
 """What GET /ready answers; 401 only if --open-paths leaves it out."""
