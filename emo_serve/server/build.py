@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -108,7 +109,8 @@ async def build_server(
     app = await build_http_app(llm, args, service.lookup, pools.metrics, max_prompts)
     own = OwnRequests(engine)
     progress.stage("warming up")
-    await _warm_up(own, manager, service.lookup)
+    # vLLM's part of /openapi.json takes seconds the first time; made here, it holds up no request.
+    await asyncio.gather(_warm_up(own, manager, service.lookup), asyncio.to_thread(app.openapi))
     address = ServerAddress.of(args, launch.keys.variable)
     admission, health = await _wrap_app(
         app, llm, own, engine, launch, pools, is_local=address.is_local

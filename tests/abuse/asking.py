@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
@@ -69,11 +69,7 @@ async def ask(http: httpx.AsyncClient, asked: Asked) -> Answer:
     return Answer(status, headers, body)
 
 
-async def ask_all(
-    http: httpx.AsyncClient,
-    all_asked: Iterable[Asked],
-    is_known: Callable[[Asked, Answer], bool] = lambda asked, answer: False,
-) -> list[str]:
+async def ask_all(http: httpx.AsyncClient, all_asked: Iterable[Asked]) -> list[str]:
     """Send many requests, a few at a time; return a reproduction of each that went wrong."""
     waiting = iter(all_asked)
     found: list[str] = []
@@ -81,7 +77,7 @@ async def ask_all(
     async def take() -> None:
         for asked in waiting:
             answer = await ask(http, asked)
-            if (fault := fault_of(answer)) and not is_known(asked, answer):
+            if fault := fault_of(answer):
                 found.append(f"{asked}\n    -> {fault}")
 
     async with asyncio.TaskGroup() as group:

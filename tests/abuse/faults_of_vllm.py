@@ -1,19 +1,18 @@
 """Requests that vLLM 0.32.0 answers with 5xx or not to the end, and what emo-serve answers.
 
-Each row was run against plain vLLM with the same model; docs/development.md has the command. Where
-`ours` is 400, a layer of ours refuses what vLLM fails on. The other rows are vLLM's own faults,
-which the mutations pass over (`is_known`).
+Each row was run against plain vLLM with the same model; docs/development.md has the command. Our
+layers refuse them all.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tests.abuse.asking import Answer, Asked, status_of
 
-__all__ = ["FAULTS", "TORN", "FaultOfVllm", "is_known"]
+__all__ = ["FAULTS", "TORN", "FaultOfVllm", "shown_status"]
 
 TORN = 0
 """Stands for a stream that began with 200 and broke off, without an event that says why."""
@@ -36,7 +35,7 @@ _AGAINST = {"structured_outputs": {"json": {"type": "object"}}, "allowed_token_i
 
 @dataclass(frozen=True)
 class FaultOfVllm:
-    """One request; `vllm` and `ours` are the statuses that answer it.
+    """One request; `vllm` is the status of its answer there; ours is 400.
 
     A body is bytes, or fields that the model's name is added to.
     """
@@ -45,9 +44,6 @@ class FaultOfVllm:
     path: str
     body: Any
     vllm: int = 500
-    ours: int = 400
-    marks: tuple[bytes, ...] = field(default=())
-    """What a request with this fault has in its body, all of them; empty if ours is no fault."""
 
     def asked(self, model: str) -> Asked:
         """Return the request."""
@@ -78,19 +74,11 @@ FAULTS = (
     FaultOfVllm("the same, streamed", "/v1/completions", {**_TEXT, **_LARGE, **_STREAM}),
     FaultOfVllm("the same in a response", "/v1/responses", {**_RESPONSE, **_LARGE}),
     FaultOfVllm("JSON that is nested too deeply", "/invocations", b"[" * 100_000),
-    FaultOfVllm(
-        "a body that is no object",
-        "/scale_elastic_ep",
-        b"[]",
-        ours=500,
-        marks=(b"",),
-    ),
+    FaultOfVllm("a body that is no object", "/scale_elastic_ep", b"[]"),
     FaultOfVllm(
         "an error after a stream of /v1/messages has begun is not written as its event",
         "/v1/messages",
         {**_CHAT, **_LARGE, **_STREAM},
-        ours=500,
-        marks=(b'"stream": true',),
     ),
     FaultOfVllm(
         "a grammar and allowed tokens that exclude each other",
@@ -102,21 +90,8 @@ FAULTS = (
         "/v1/responses",
         {**_RESPONSE, "stop_token_ids": [-1], **_STREAM},
         TORN,
-        ours=TORN,
-        marks=(b'"stream": ',),
     ),
 )
-
-
-def is_known(asked: Asked, answer: Answer) -> bool:
-    """Tell whether a fault is one of those that the table leaves to vLLM."""
-    return any(
-        fault.marks
-        and asked.path == fault.path
-        and all(mark in asked.body for mark in fault.marks)
-        and shown_status(answer) == fault.ours
-        for fault in FAULTS
-    )
 
 
 def shown_status(answer: Answer) -> int:

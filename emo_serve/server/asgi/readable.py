@@ -37,6 +37,7 @@ _READING = {
     # in /invocations, which reads its body itself
     ("starlette.requests", "json"),
     ("pydantic.type_adapter", "validate_python"),
+    ("vllm.entrypoints.serve.elastic_ep.api_router", "scale_elastic_ep"),  # reads its body itself
 }
 
 

@@ -36,7 +36,12 @@ from emo_serve.server.coverage import CoverageSum
 from emo_serve.server.pool_admin.residency import NamedResidency
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.request_account import RequestAccount
-from emo_serve.server.vllm_adapter.request_faults import check_grammar, refused_value
+from emo_serve.server.vllm_adapter.request_faults import (
+    as_ours,
+    check_grammar,
+    outputs_of,
+    refused_value,
+)
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 from emo_serve.server.vllm_adapter.tokenization import check_bad_words
 from emo_serve.vllm_plugin.contract import NO_ACCOUNT, NO_MASS_SLOT, RequestTag
@@ -222,13 +227,16 @@ class PooledLLM:
         metrics = self._metrics
         account = RequestAccount(pool.name, is_delta=params.output_kind == RequestOutputKind.DELTA)
         outcome, param = "failed", "model"
+
+        def on_taken() -> None:
+            if params.structured_outputs is None:  # else the first output tells
+                admission.set_result(None)
+
         try:
             async with self._residency.lease(pool) as lease:
                 account.note_granted(is_hit=lease.is_hit)
-                if params.structured_outputs is None:  # else the first output tells
-                    admission.set_result(None)
                 placed = place_in_row(params, lease.row, account=number)
-                stream = self._engine.generate(prompt, placed, request_id, **options)
+                stream = outputs_of(self._engine, on_taken, prompt, placed, request_id, **options)
                 async with aclosing(stream):  # an abort is sent before the lease ends
                     async for output in stream:
                         if not admission.done():
@@ -244,15 +252,16 @@ class PooledLLM:
         except asyncio.CancelledError:
             outcome = outcome if outcome == "finished" else "aborted"
             raise
-        except EmoServeError as error:
-            metrics.count_refusal(reason_of(error))
-            collector.put(to_http_error(error, param))
+        except EmoServeError as refused:
+            metrics.count_refusal(reason_of(refused))
+            collector.put(to_http_error(refused, param))
             if not admission.done():
-                admission.set_result(error)
-        except EngineGenerateError as error:
-            collector.put(refused_value(error) or error)
-        except Exception as error:
+                admission.set_result(refused)
+        except Exception as raised:
+            error = refused_value(raised) or raised
             collector.put(error)
+            if not admission.done():
+                admission.set_result(as_ours(error))
         finally:
             metrics.count_request(pool.name, outcome)
             metrics.count_tokens(pool.name, account.prompt_tokens, account.generation_tokens)

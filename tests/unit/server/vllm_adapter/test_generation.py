@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -13,9 +14,16 @@ from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
-from vllm.v1.engine.exceptions import EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from emo_serve.errors import Draining, EngineDead, LoadDeadlineExceeded, RequestError
+from emo_serve.errors import (
+    Draining,
+    EmoServeError,
+    EngineDead,
+    LoadDeadlineExceeded,
+    RequestError,
+    Unavailable,
+)
 from emo_serve.metrics import PoolMetrics
 from emo_serve.residency.backlog import BacklogLimits
 from emo_serve.server.asgi.context import RequestContext
@@ -33,12 +41,13 @@ def output(text: str, tokens: list[int], *, finished: bool = False) -> RequestOu
 
 
 class Script:
-    """Stand for AsyncLLM.generate: yield what the test puts in, and note what it was given."""
+    """Stand for AsyncLLM: yield what the test puts in, and note what it was given."""
 
     def __init__(self) -> None:
         self.outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self.calls: list[tuple[Any, SamplingParams, str, dict[str, Any]]] = []
-        self.num_aborted = 0
+        self.aborted: list[str] = []
+        self.refuses_with: Exception | None = None
 
     def feed(self, *outputs: RequestOutput | Exception) -> None:
         for item in outputs:
@@ -47,9 +56,9 @@ class Script:
     async def generate(
         self, prompt: Any, params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncIterator[RequestOutput]:
-        self.calls.append((prompt, params, request_id, options))
         is_finished = False
         try:
+            await self.add_request(prompt, params, request_id, **options)
             while not is_finished:
                 item = await self.outputs.get()
                 if isinstance(item, Exception):
@@ -57,8 +66,15 @@ class Script:
                 is_finished = item.finished
                 yield item
         except (asyncio.CancelledError, GeneratorExit):
-            self.num_aborted += 1
+            self.aborted.append(request_id)
             raise
+
+    async def add_request(
+        self, prompt: Any, params: SamplingParams, request_id: str, **options: Any
+    ) -> None:
+        if self.refuses_with is not None:
+            raise self.refuses_with
+        self.calls.append((prompt, params, request_id, options))
 
 
 class Bench:
@@ -217,7 +233,7 @@ async def test_a_generator_that_is_dropped_unread_leaves_no_lease_behind(bench: 
     del stream
     await settle()
     assert bench.running("math") == 0
-    assert bench.script.num_aborted == 1
+    assert bench.script.aborted == ["id"]
     assert bench.sample("requests_total", pool="math", outcome="aborted") == 1
 
 
@@ -246,7 +262,7 @@ async def test_a_client_that_leaves_aborts_its_request_and_gives_the_lease_back(
     await anext(stream)
     await stream.aclose()
     await settle()
-    assert bench.script.num_aborted == 1
+    assert bench.script.aborted == ["id"]
     assert bench.running("math") == 0
     assert bench.sample("requests_total", pool="math", outcome="aborted") == 1
 
@@ -258,7 +274,7 @@ async def test_a_cancelled_reader_does_the_same(bench: Bench) -> None:
     reader.cancel()
     await asyncio.gather(reader, return_exceptions=True)
     await settle()
-    assert (bench.running("math"), bench.script.num_aborted) == (0, 1)
+    assert (bench.running("math"), bench.script.aborted) == (0, ["id"])
 
 
 async def test_an_error_of_the_engine_reaches_the_reader(bench: Bench) -> None:
@@ -310,6 +326,29 @@ async def test_a_stream_with_a_good_grammar_begins_with_its_first_output(
     assert await context.refusal() is None
     last = (await read(stream))[-1].outputs[0]
     assert (last.finish_reason, last.token_ids) == ("error", [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (VLLMValidationError("stop_token_ids", parameter="stop_token_ids"), RequestError),
+        (GracefulHTTPError("the queue is full", HTTPStatus.SERVICE_UNAVAILABLE), Unavailable),
+        (EngineDeadError(), EngineDead),
+        (EngineGenerateError(), EmoServeError),
+    ],
+    ids=lambda each: getattr(each, "__name__", None) or type(each).__name__,
+)
+async def test_what_the_engine_does_not_take_is_refused_before_a_stream_begins(
+    bench: Bench, context: RequestContext, error: Exception, wanted: type[EmoServeError]
+) -> None:
+    bench.script.refuses_with = error
+    stream = bench.generate("math")
+    refused = await context.refusal()
+    assert type(refused) is wanted and str(error) in str(refused)
+    with pytest.raises(type(error)):
+        await read(stream)
+    await settle()
+    assert bench.running("math") == 0
 
 
 async def test_without_a_grammar_a_failed_request_stays_the_engines_error(bench: Bench) -> None:
