@@ -10,7 +10,6 @@ takes.
 from __future__ import annotations
 
 import logging
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -19,8 +18,6 @@ from torch import Tensor
 
 import emo_kernels
 from emo_kernels import PoolTables, Router
-from emo_serve.emo.config import MoeLayer
-from emo_serve.emo.routing import route
 from emo_serve.errors import ConfigError
 from emo_serve.vllm_plugin.contract import (
     EXPERT_DTYPES,
@@ -28,10 +25,11 @@ from emo_serve.vllm_plugin.contract import (
     check_expert_dtype,
     device_obstacle,
 )
+from emo_serve.vllm_plugin.cpu_backend import CpuBackend
 from emo_serve.vllm_plugin.packed import PackedMatrix, Slab
+from emo_serve.vllm_plugin.slot_routing import route_to_slots
 
 __all__ = [
-    "CpuBackend",
     "MoeBackend",
     "ReferenceBackend",
     "TritonBackend",
@@ -105,7 +103,7 @@ class ReferenceBackend(_PlainLayout):
         router: Router,
         slab: Slab,
     ) -> Tensor:
-        weights_TK, slots_TK = _route(logits_TE, pool_rows_T, tables, router)
+        weights_TK, slots_TK = route_to_slots(logits_TE, pool_rows_T, tables, router)
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         for slot in torch.unique(slots_TK).tolist():  # sync: the slots the batch chose
             tokens, places = (slots_TK == slot).nonzero(as_tuple=True)
@@ -159,67 +157,6 @@ class TritonFp8Backend(TritonBackend):
             out.scales[block].copy_(scales)
 
 
-class CpuBackend(_InActivationsDtype):
-    """vLLM's grouped GEMM for CPUs (vllm._custom_ops.cpu_fused_moe), portable vector variant."""
-
-    name = "cpu"
-    alignment = 32  # vllm 0.32.0, fused_moe/experts/cpu_moe.py: output_alignment
-    row_block = alignment
-    keeps_layout = False
-
-    def __init__(self) -> None:
-        from vllm import _custom_ops
-
-        self._ops = _custom_ops
-
-    def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
-        # vLLM's cpu_prepack_moe_weight, but into memory that exists already.
-        weight = weight.to(out.values.dtype).contiguous()
-        torch.ops._C.prepack_moe_weight(weight[None], out.values[None], "vec")
-
-    def __call__(
-        self,
-        x_TD: Tensor,
-        logits_TE: Tensor,
-        pool_rows_T: Tensor,
-        tables: PoolTables,
-        router: Router,
-        slab: Slab,
-    ) -> Tensor:
-        weights_TK, slots_TK = _route(logits_TE, pool_rows_T, tables, router)
-        y_TD = torch.empty_like(x_TD)
-        w13, w2 = slab.w13.values, slab.w2.values
-        self._ops.cpu_fused_moe(
-            y_TD, x_TD, w13, w2, None, None, weights_TK, slots_TK, "silu", "vec"
-        )
-        return y_TD
-
-
-def _route(
-    logits_TE: Tensor, pool_rows_T: Tensor, tables: PoolTables, router: Router
-) -> tuple[Tensor, Tensor]:
-    """Return weights_TK fp32 and slots_TK int32.
-
-    Uses emo.routing, since emo_kernels' torch twin sorts all experts of every token. Each of the K
-    places names a slot, as vLLM's kernel requires; a place that takes no expert has weight 0.
-    Padding routes like the last pool's tokens: it comes only with CUDA graphs, which these backends
-    never run in.
-    """
-    routing = route(
-        logits_TE,
-        _layer_of(router),
-        tables.members_PE[pool_rows_T],
-        tables.temperatures_P[pool_rows_T, None],
-        router.renormalize,
-    )
-    return routing.weights_TK.contiguous(), tables.slot_of_expert_E[routing.experts_TK]
-
-
-@cache
-def _layer_of(router: Router) -> MoeLayer:
-    return MoeLayer(router.num_experts, router.num_shared, router.always_active, router.top_k)
-
-
 # -- choice --
 
 
@@ -263,7 +200,7 @@ def choose_backend(
         chosen = "reference"
     if chosen == "triton":
         return TritonFp8Backend() if is_fp8 else TritonBackend()
-    return CpuBackend() if chosen == "cpu" else ReferenceBackend()
+    return CpuBackend.of(dtype) if chosen == "cpu" else ReferenceBackend()
 
 
 def _obstacle_to_triton(

@@ -22,6 +22,7 @@ from emo_serve.vllm_plugin.contract import (
     PoolUsage,
     RouterMass,
 )
+from emo_serve.vllm_plugin.cpu_backend import may_use_tiles
 from emo_serve.vllm_plugin.expert_store import StoreCounts
 from emo_serve.vllm_plugin.orphans import in_run_directory
 from emo_serve.vllm_plugin.settings import read_settings
@@ -135,6 +136,7 @@ class PoolRowsWorker:
 
     def init_device(self) -> None:
         """Initialise the device as upstream does, then attach to a V1 runner."""
+        may_use_tiles()  # which vLLM's attention on a CPU does, whatever our backend
         self.distributed_init_method = in_run_directory(self.distributed_init_method)
         super().init_device()  # type: ignore[misc]
         if not self.use_v2_model_runner:

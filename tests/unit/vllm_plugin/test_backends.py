@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +18,6 @@ from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.emo.routing import route
 from emo_serve.errors import ConfigError
 from emo_serve.vllm_plugin.backends import (
-    CpuBackend,
     MoeBackend,
     ReferenceBackend,
     TritonBackend,
@@ -25,6 +26,7 @@ from emo_serve.vllm_plugin.backends import (
 )
 from emo_serve.vllm_plugin.batch_pools import PADDING_ROW
 from emo_serve.vllm_plugin.contract import MOE_BACKENDS, expert_bytes
+from emo_serve.vllm_plugin.cpu_backend import CpuBackend, may_use_tiles
 from emo_serve.vllm_plugin.moe import PooledMoE
 from emo_serve.vllm_plugin.packed import ExpertShape, Slab
 
@@ -32,6 +34,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1: CPU tensors"
 )
+needs_amx = pytest.mark.skipif(not may_use_tiles(), reason="needs a CPU with AMX")
 BACKENDS = (
     ReferenceBackend(),
     CpuBackend(),
@@ -41,6 +44,7 @@ BACKENDS = (
 BACKENDS_16BIT = (  # the kernel for CPUs knows no float16, the interpreter's products no bfloat16
     pytest.param(ReferenceBackend(), torch.bfloat16, id="reference-bfloat16"),
     pytest.param(CpuBackend(), torch.bfloat16, id="cpu-bfloat16"),
+    pytest.param(CpuBackend("amx"), torch.bfloat16, marks=needs_amx, id="cpu-amx-bfloat16"),
     pytest.param(TritonBackend(), torch.float16, marks=needs_interpreter, id="triton-float16"),
     pytest.param(TritonFp8Backend(), torch.float16, marks=needs_interpreter, id="triton-fp8"),
 )
@@ -173,10 +177,32 @@ def test_cpu_backend_at_other_sizes(num_tokens: int) -> None:
     held.check(got)
 
 
+@needs_amx
+def test_a_process_that_has_multiplied_nothing_yet_may_use_tiles() -> None:
+    """Without asking Linux it ends with SIGILL."""
+    program = (
+        "import torch\n"
+        "from emo_serve.vllm_plugin.cpu_backend import CpuBackend\n"
+        "from emo_serve.vllm_plugin.packed import ExpertShape\n"
+        "backend = CpuBackend.of(torch.bfloat16)\n"
+        "assert backend.variant == 'amx'\n"
+        "slab = ExpertShape(64, 32, torch.bfloat16).slab(2)\n"
+        "x, y = torch.zeros(3, 64).bfloat16(), torch.ones(3, 64).bfloat16()\n"
+        "ids, weights = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, 2)\n"
+        "w13, w2 = slab.w13.values, slab.w2.values\n"
+        "backend._ops.cpu_fused_moe(y, x, w13, w2, None, None, weights, ids, 'silu', 'amx')\n"
+        "assert not y.any()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_matrix_can_be_packed_in_parts(dtype: torch.dtype) -> None:
     weight = torch.randn(160, 96).to(dtype)
-    for backend in (CpuBackend(), ReferenceBackend(), TritonBackend(), TritonFp8Backend()):
+    by_dtype = CpuBackend.of(dtype)  # for AMX where there is such
+    for backend in (
+        *(CpuBackend(), by_dtype, ReferenceBackend(), TritonBackend(), TritonFp8Backend()),
+    ):
         whole, parts = (ExpertShape(96, 80, backend.slab_dtype(dtype)).slab(1).w13[0] for _ in "12")
         backend.pack_into(whole, weight)
         for rows in (slice(0, backend.row_block), slice(backend.row_block, 160)):
@@ -253,6 +279,15 @@ def test_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
     assert choice("reference") == "reference"
     with pytest.raises(ConfigError, match="each rank 48.*use --moe-backend reference"):
         choice("cpu", width=48)
+
+
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_the_variant_for_a_cpu(monkeypatch: pytest.MonkeyPatch, has_tiles: bool) -> None:
+    monkeypatch.setattr("emo_serve.vllm_plugin.cpu_backend.may_use_tiles", lambda: has_tiles)
+    for dtype in (torch.bfloat16, torch.float32):
+        backend = choose_backend("auto", CPU, 128, 64, dtype)
+        assert isinstance(backend, CpuBackend)
+        assert (backend.variant == "amx") == (has_tiles and dtype == torch.bfloat16)
 
 
 def test_triton_on_a_cpu_is_the_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:

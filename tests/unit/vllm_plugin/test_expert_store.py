@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 import emo_kernels
 from emo_serve.errors import CheckpointError
 from emo_serve.vllm_plugin.backends import (
-    CpuBackend,
     MoeBackend,
     ReferenceBackend,
     TritonFp8Backend,
 )
+from emo_serve.vllm_plugin.cpu_backend import CpuBackend
 from emo_serve.vllm_plugin.expert_store import StoreCounts
 from tests.support.expert_stores import are_equal, exhaust, expected, make_store, packed, spare
 from tests.support.golden.checkpoints import write_checkpoint

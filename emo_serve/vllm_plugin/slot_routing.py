@@ -1,0 +1,41 @@
+"""Routing inside a pool to slots in plain torch, for backends without a kernel for it.
+
+Shapes: T tokens, E experts, K experts a token takes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from torch import Tensor
+
+from emo_kernels import PoolTables, Router
+from emo_serve.emo.config import MoeLayer
+from emo_serve.emo.routing import route
+
+__all__ = ["route_to_slots"]
+
+
+def route_to_slots(
+    logits_TE: Tensor, pool_rows_T: Tensor, tables: PoolTables, router: Router
+) -> tuple[Tensor, Tensor]:
+    """Return weights_TK fp32 and slots_TK int32.
+
+    Uses emo.routing, since emo_kernels' torch twin sorts all experts of every token. Each of the K
+    places names a slot, as vLLM's kernel requires; a place that takes no expert has weight 0.
+    Padding routes like the last pool's tokens: it comes only with CUDA graphs, which these backends
+    never run in.
+    """
+    routing = route(
+        logits_TE,
+        _layer_of(router),
+        tables.members_PE[pool_rows_T],
+        tables.temperatures_P[pool_rows_T, None],
+        router.renormalize,
+    )
+    return routing.weights_TK.contiguous(), tables.slot_of_expert_E[routing.experts_TK]
+
+
+@cache
+def _layer_of(router: Router) -> MoeLayer:
+    return MoeLayer(router.num_experts, router.num_shared, router.always_active, router.top_k)
