@@ -19,13 +19,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
+from benchmarks.harness.random_checkpoint import write_checkpoint
 from benchmarks.harness.results import ROOT, append_result
 from emo_serve import demo
 from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.emo.tensor_names import expert_tensor_name
 from emo_serve.pools.calibration import METHODS
 
 EXAMPLES = 20
@@ -39,48 +36,6 @@ WIDE = {
     "num_experts_per_tok": 4,
     "num_hidden_layers": 4,
 }
-
-
-def write_wide(directory: Path) -> Path:
-    """Write a random checkpoint with the demo's tokenizer, one layer per file; return its place."""
-    directory.mkdir()
-    shipped = demo.model_dir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (directory / name).write_bytes((shipped / name).read_bytes())
-    config = json.loads((shipped / "config.json").read_text()) | WIDE
-    (directory / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(0)
-    width, inner, vocabulary = WIDE["hidden_size"], WIDE["intermediate_size"], config["vocab_size"]
-
-    def draw(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16()
-
-    weight_map: dict[str, str] = {}
-
-    def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, directory / file)
-        weight_map.update(dict.fromkeys(tensors, file))
-
-    ones = torch.ones(width, dtype=torch.bfloat16)
-    ends = {"model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width)}
-    save(
-        "ends.safetensors",
-        {"model.norm.weight": ones, **{name: draw(*shape) for name, shape in ends.items()}},
-    )
-    for layer in range(WIDE["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        tensors = {f"{prefix}self_attn.{p}_proj.weight": draw(width, width) for p in "qkvo"}
-        for norm in ("pre_attention_layernorm", "pre_feedforward_layernorm"):
-            tensors[f"{prefix}{norm}.weight"] = ones.clone()
-        tensors[f"{prefix}mlp.gate.weight"] = draw(WIDE["num_experts"], width)
-        for expert in range(WIDE["num_experts"]):
-            for matrix in ("gate", "up"):
-                tensors[expert_tensor_name(layer, expert, matrix)] = draw(inner, width)
-            tensors[expert_tensor_name(layer, expert, "down")] = draw(width, inner)
-        save(f"layer-{layer}.safetensors", tensors)
-    index = {"weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return directory
 
 
 def build(model: Path, method: str, k: int, directory: Path) -> dict[str, float]:
@@ -123,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
         place = Path(temporary)
         for name in arguments.models:
-            model = demo.model_dir() if name == "shipped" else write_wide(place / name)
+            model = demo.model_dir() if name == "shipped" else write_checkpoint(place / name, WIDE)
             files = sum(path.stat().st_size for path in model.glob("*.safetensors"))
             result[name] = {"checkpoint_mib": files / 2**20, "whole_fp32_mib": 2 * files / 2**20}
             num_experts = sum(m.num_experts for m in Checkpoint.open(model).config.moe_layers if m)

@@ -65,6 +65,13 @@ class CpuBackend:
     ) -> Tensor:
         """Route each token inside its pool; return the weighted sum of its experts, [T, D]."""
         weights_TK, slots_TK = route_to_slots(logits_TE, pool_rows_T, tables, router)
+        return self.compute(x_TD, weights_TK, slots_TK, slab)
+
+    def compute(self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, slab: Slab) -> Tensor:
+        """Return the weighted sum of the experts in these slots, [T, D].
+
+        Weights are fp32 and slots int32, both contiguous.
+        """
         y_TD = torch.empty_like(x_TD)
         w13, w2 = slab.w13.values, slab.w2.values
         self._ops.cpu_fused_moe(

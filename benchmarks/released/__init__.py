@@ -1,0 +1,1 @@
+"""The released size on a machine without a GPU, with random weights."""

@@ -1,0 +1,160 @@
+"""Pools against all experts at the released size on a CPU: tokens/s, prefill, memory, start-up.
+
+Makes a random checkpoint of the released sizes (`--layers`, 1.6 GiB each) and pools of 16 of its
+128 experts, and compares servers on it in turn, as serving/throughput.py does:
+
+    stock   vLLM's own API server with the plugin, all experts in memory, no pools
+    one     emo-serve with slots for one pool; every request in it
+    four    emo-serve with slots for four pools; requests in each of them, mixed
+
+Decoding: N clients at once, prompts of 8 tokens. Prefill: one client, prompts of 512 tokens, the
+time to the first token. The weights are random, so nothing is said about accuracy.
+
+    python -m benchmarks.released.serving --layers 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint, write_pools
+from benchmarks.harness.results import append_result
+from benchmarks.harness.servers import ServerProcess
+from benchmarks.serving.throughput import Sample, load
+
+_POOLS = ("one", "two", "three", "four")
+_POOL_SIZE = 16
+_FLAGS = (
+    *("--max-model-len", "1024", "--max-num-seqs", "32", "--dtype", "bfloat16"),
+    *("--kv-cache-memory-bytes", str(2**30), "--no-enable-prefix-caching"),
+    *("--served-model-name", "base"),
+)
+
+
+class Server(ServerProcess):
+    """One of the kinds of server above."""
+
+    def __init__(self, kind: str, model: Path, pools: Path, flags: Sequence[str] = ()) -> None:
+        self.kind = kind
+        self.pools = _POOLS if kind == "four" else _POOLS[:1]
+        command = [sys.executable, "-m"]
+        if kind == "stock":
+            command += ["vllm.entrypoints.launchers.api_server.entry", "--model", str(model)]
+        else:
+            command += ["emo_serve", "serve", str(model), "--pools", str(pools / kind)]
+            command += ["--expert-slots", str(slots_for(pools / kind))]
+        super().__init__([*command, *_FLAGS, *flags])
+
+    def model_of(self, domain: str) -> str:
+        """Return the model name for a request of a domain."""
+        return "base" if self.kind == "stock" else domain
+
+    def texts_of(self, domain: str) -> list[list[int]]:
+        """Return token ids that prompts of a domain are cut from."""
+        base = 1000 * _POOLS.index(domain)
+        return [[10 + (base + 37 * i + j * j + 7 * j) % 3000 for j in range(512)] for i in range(8)]
+
+
+def slots_for(pools: Path) -> int:
+    """Return the slots per layer that these pool files need together."""
+    from emo_serve.pools.document import read_pool
+
+    loaded = [read_pool(path) for path in sorted(pools.glob("*.json"))]
+    layers = zip(*(pool.expert_ids for pool in loaded), strict=True)
+    return max(len(set().union(*layer)) for layer in layers)
+
+
+def measure(server: Server, clients: int, prompt: int, tokens: int, requests: int) -> Sample:
+    """Load a server, which is suspended before and after."""
+    server.resume()
+    try:
+        return asyncio.run(load(server, clients, requests, tokens, prompt_characters=prompt))
+    finally:
+        server.pause()
+
+
+def compare(stock: Server, ours: Server, rounds: int) -> list[dict[str, Any]]:
+    """Return a row per load: medians of both, and the ratio of each round."""
+    loads = [("prefill", 1, 512, 2, 4)]
+    loads += [("decode", clients, 8, 24, 2 if clients > 1 else 4) for clients in (1, 8, 32)]
+    rows = []
+    for what, clients, prompt, tokens, requests in loads:
+        pairs = []
+        for round_number in range(rounds + 1):
+            pair = [measure(server, clients, prompt, tokens, requests) for server in (stock, ours)]
+            if round_number:  # the first warms up
+                pairs.append(pair)
+        if what == "prefill":
+            values = [[prompt / sample.ttft_seconds for sample in pair] for pair in pairs]
+        else:
+            values = [[sample.tokens_per_second for sample in pair] for pair in pairs]
+        ratios = sorted(b / a for a, b in values)
+        rows.append(
+            {"kind": ours.kind, "load": what, "clients": clients}
+            | {"stock": statistics.median(a for a, _ in values)}
+            | {"ours": statistics.median(b for _, b in values)}
+            | {"ratio": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
+        )
+        show(rows[-1])
+    return rows
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print one row."""
+    print(
+        f"| {row['kind']} | {row['load']} | {row['clients']} | {row['stock']:.1f}"
+        f" | {row['ours']:.1f} | {row['ratio']:.2f} ({row['min']:.2f}-{row['max']:.2f}) |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Make the checkpoint, start the servers, measure, print a table, append a result."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--layers", type=int, default=4, help="of the released 16 [4]")
+    parser.add_argument("--kinds", nargs="+", choices=["one", "four"], default=["one", "four"])
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds [5]")
+    parser.add_argument("--model", type=Path, help="an existing checkpoint [a temporary one]")
+    parser.add_argument("--directory", type=Path, help="for the temporary checkpoint")
+    parser.add_argument("--compiled", action="store_true", help="without --enforce-eager")
+    args = parser.parse_args()
+    flags = [] if args.compiled else ["--enforce-eager"]
+    rows: list[dict[str, Any]] = []
+    servers: dict[str, dict[str, float]] = {}
+    with ExitStack() as stack:
+        temporary = tempfile.TemporaryDirectory(dir=args.directory)
+        place = Path(stack.enter_context(temporary))
+        model = args.model or write_checkpoint(
+            place / "model", RELEASED | {"num_hidden_layers": args.layers}
+        )
+        for kind, names in (("one", _POOLS[:1]), ("four", _POOLS)):
+            write_pools(place / "pools" / kind, model, list(names), _POOL_SIZE)
+
+        def started(kind: str) -> Server:
+            server = stack.enter_context(Server(kind, model, place / "pools", flags))
+            servers[kind] = {
+                "start_seconds": server.start_seconds,
+                "resident_gib": server.resident_bytes() / 2**30,
+            }
+            print(f"{kind}: {servers[kind]}", flush=True)
+            server.pause()
+            return server
+
+        stock = started("stock")
+        print("| ours | load | clients | stock tok/s | ours tok/s | ours/stock (min-max) |")
+        print("|---|---|---|---|---|---|")
+        for kind in args.kinds:
+            rows += compare(stock, started(kind), args.rounds)
+    append_result("released_serving", vars(args), {"rows": rows, "servers": servers})
+
+
+if __name__ == "__main__":
+    main()
