@@ -28,10 +28,6 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
@@ -53,6 +49,7 @@ from emo_serve.vllm_plugin.settings import (
     rope_for_vllm,
 )
 from emo_serve.vllm_plugin.slot_host import SlotHost
+from emo_serve.vllm_plugin.vocabulary import LookedUp, Multiplied
 
 __all__ = ["EmoForCausalLM"]
 
@@ -79,7 +76,7 @@ class EmoForCausalLM(nn.Module):
             settings=settings,
             backend=backend,
         )
-        self.lm_head = ParallelLMHead(
+        self.lm_head = Multiplied(
             self.config.vocab_size,
             self.config.hidden_size,
             prefix=maybe_prefix(prefix, "lm_head"),
@@ -153,7 +150,7 @@ class _EmoModel(nn.Module):
     ) -> None:
         super().__init__()
         config = emo_config(vllm_config)
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = LookedUp(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             _DecoderLayer(vllm_config, moe, f"{prefix}.layers.{index}", settings, backend)
             for index, moe in enumerate(config.moe_layers)

@@ -1,0 +1,49 @@
+"""The vocabulary's two tables as they are after vLLM has prepared a loaded model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+from emo_serve.vllm_plugin.vocabulary import LookedUp, Multiplied
+
+VOCABULARY, HIDDEN = 384, 64
+
+
+@pytest.fixture
+def rows(one_rank: None) -> torch.Tensor:
+    return torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(0))
+
+
+def prepare(table: VocabParallelEmbedding, rows: torch.Tensor) -> None:
+    """Load the rows, and do what vLLM does after it."""
+    table.weight.data.copy_(rows)
+    table.quant_method.process_weights_after_loading(table)
+
+
+def test_embeddings_are_never_packed(rows: torch.Tensor) -> None:
+    table = LookedUp(VOCABULARY, HIDDEN)
+    prepare(table, rows)
+    assert not hasattr(table, "cpu_linear")
+    assert torch.equal(table(torch.tensor([3, 383])), rows[[3, 383]])
+
+
+def test_the_head_keeps_no_rows_beside_what_is_packed(rows: torch.Tensor) -> None:
+    head = Multiplied(VOCABULARY, HIDDEN, prefix="lm_head")
+    prepare(head, rows)
+    assert head.weight.numel() == 0
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
+    got = head.quant_method.apply(head, x)
+    assert torch.allclose(got, x @ rows.t(), atol=1e-4)
+
+
+def test_vllm_itself_holds_both_twice(rows: torch.Tensor) -> None:
+    """If this fails, vLLM has mended it, and `vocabulary` can go."""
+    for table in (VocabParallelEmbedding(VOCABULARY, HIDDEN), ParallelLMHead(VOCABULARY, HIDDEN)):
+        prepare(table, rows)
+        assert hasattr(table, "cpu_linear")
+        assert table.weight.numel() == VOCABULARY * HIDDEN
