@@ -78,6 +78,13 @@ class ServerProcess:
         """Return the memory that all its processes hold now; shared pages count in each."""
         return sum(process.memory_info().rss for process in self.processes())
 
+    def own_bytes(self) -> int:
+        """Return the memory that ends with the server: pages of files that others read are shared.
+
+        The proportional set size of all its processes.
+        """
+        return sum(process.memory_full_info().pss for process in self.processes())
+
     def processes(self) -> list[psutil.Process]:
         """Return the server's process and those it started; none once it has ended."""
         if self.process.poll() is not None:

@@ -6,11 +6,13 @@ Makes a random checkpoint of the released sizes (`--layers`, 1.6 GiB each) and p
     stock   vLLM's own API server with the plugin, all experts in memory, no pools
     one     emo-serve with slots for one pool; every request in it
     four    emo-serve with slots for four pools; requests in each of them, mixed
+    *-all   the same, computing on every core: vLLM keeps one for the other processes
 
 Decoding: N clients at once, prompts of 8 tokens. Prefill: one client, prompts of 512 tokens, the
 time to the first token. The weights are random, so nothing is said about accuracy.
 
     python -m benchmarks.released.serving --layers 4
+    python -m benchmarks.released.serving --pairs one:one-all four:four-all
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
 from benchmarks.serving.throughput import Sample, load
 
-_POOLS = ("one", "two", "three", "four")
-_POOL_SIZE = 16
-_FLAGS = (
+POOLS = ("one", "two", "three", "four")
+POOL_SIZE = 16
+FLAGS = (
     *("--max-model-len", "1024", "--max-num-seqs", "32", "--dtype", "bfloat16"),
     *("--kv-cache-memory-bytes", str(2**30), "--no-enable-prefix-caching"),
     *("--served-model-name", "base"),
@@ -44,22 +46,24 @@ class Server(ServerProcess):
 
     def __init__(self, kind: str, model: Path, pools: Path, flags: Sequence[str] = ()) -> None:
         self.kind = kind
-        self.pools = _POOLS if kind == "four" else _POOLS[:1]
+        base = kind.removesuffix("-all")
+        self.pools = POOLS if base == "four" else POOLS[:1]
         command = [sys.executable, "-m"]
-        if kind == "stock":
+        if base == "stock":
             command += ["vllm.entrypoints.launchers.api_server.entry", "--model", str(model)]
         else:
-            command += ["emo_serve", "serve", str(model), "--pools", str(pools / kind)]
-            command += ["--expert-slots", str(slots_for(pools / kind))]
-        super().__init__([*command, *_FLAGS, *flags])
+            command += ["emo_serve", "serve", str(model), "--pools", str(pools / base)]
+            command += ["--expert-slots", str(slots_for(pools / base))]
+        variables = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} if kind != base else {}
+        super().__init__([*command, *FLAGS, *flags], variables=variables)
 
     def model_of(self, domain: str) -> str:
         """Return the model name for a request of a domain."""
-        return "base" if self.kind == "stock" else domain
+        return "base" if self.kind.startswith("stock") else domain
 
     def texts_of(self, domain: str) -> list[list[int]]:
         """Return token ids that prompts of a domain are cut from."""
-        base = 1000 * _POOLS.index(domain)
+        base = 1000 * POOLS.index(domain)
         return [[10 + (base + 37 * i + j * j + 7 * j) % 3000 for j in range(512)] for i in range(8)]
 
 
@@ -81,7 +85,7 @@ def measure(server: Server, clients: int, prompt: int, tokens: int, requests: in
         server.pause()
 
 
-def compare(stock: Server, ours: Server, rounds: int) -> list[dict[str, Any]]:
+def compare(a: Server, b: Server, rounds: int) -> list[dict[str, Any]]:
     """Return a row per load: medians of both, and the ratio of each round."""
     loads = [("prefill", 1, 512, 2, 4)]
     loads += [("decode", clients, 8, 24, 2 if clients > 1 else 4) for clients in (1, 8, 32)]
@@ -89,18 +93,17 @@ def compare(stock: Server, ours: Server, rounds: int) -> list[dict[str, Any]]:
     for what, clients, prompt, tokens, requests in loads:
         pairs = []
         for round_number in range(rounds + 1):
-            pair = [measure(server, clients, prompt, tokens, requests) for server in (stock, ours)]
+            pair = [measure(server, clients, prompt, tokens, requests) for server in (a, b)]
             if round_number:  # the first warms up
                 pairs.append(pair)
         if what == "prefill":
             values = [[prompt / sample.ttft_seconds for sample in pair] for pair in pairs]
         else:
             values = [[sample.tokens_per_second for sample in pair] for pair in pairs]
-        ratios = sorted(b / a for a, b in values)
+        ratios = sorted(mine / base for base, mine in values)
         rows.append(
-            {"kind": ours.kind, "load": what, "clients": clients}
-            | {"stock": statistics.median(a for a, _ in values)}
-            | {"ours": statistics.median(b for _, b in values)}
+            {"a": a.kind, "b": b.kind, "load": what, "clients": clients}
+            | {"tokens_per_second": [statistics.median(each) for each in zip(*values, strict=True)]}
             | {"ratio": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
         )
         show(rows[-1])
@@ -109,9 +112,10 @@ def compare(stock: Server, ours: Server, rounds: int) -> list[dict[str, Any]]:
 
 def show(row: dict[str, Any]) -> None:
     """Print one row."""
+    rates = " | ".join(f"{rate:.1f}" for rate in row["tokens_per_second"])
     print(
-        f"| {row['kind']} | {row['load']} | {row['clients']} | {row['stock']:.1f}"
-        f" | {row['ours']:.1f} | {row['ratio']:.2f} ({row['min']:.2f}-{row['max']:.2f}) |",
+        f"| {row['a']}, {row['b']} | {row['load']} | {row['clients']} | {rates}"
+        f" | {row['ratio']:.2f} ({row['min']:.2f}-{row['max']:.2f}) |",
         flush=True,
     )
 
@@ -120,7 +124,7 @@ def main() -> None:
     """Make the checkpoint, start the servers, measure, print a table, append a result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=4, help="of the released 16 [4]")
-    parser.add_argument("--kinds", nargs="+", choices=["one", "four"], default=["one", "four"])
+    parser.add_argument("--pairs", nargs="+", default=["stock:one", "stock:four"], help="A:B ...")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds [5]")
     parser.add_argument("--model", type=Path, help="an existing checkpoint [a temporary one]")
     parser.add_argument("--directory", type=Path, help="for the temporary checkpoint")
@@ -128,32 +132,33 @@ def main() -> None:
     args = parser.parse_args()
     flags = [] if args.compiled else ["--enforce-eager"]
     rows: list[dict[str, Any]] = []
-    servers: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, float]] = {}
+    servers: dict[str, Server] = {}
     with ExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(dir=args.directory)
         place = Path(stack.enter_context(temporary))
         model = args.model or write_checkpoint(
             place / "model", RELEASED | {"num_hidden_layers": args.layers}
         )
-        for kind, names in (("one", _POOLS[:1]), ("four", _POOLS)):
-            write_pools(place / "pools" / kind, model, list(names), _POOL_SIZE)
+        for kind, names in (("one", POOLS[:1]), ("four", POOLS)):
+            write_pools(place / "pools" / kind, model, list(names), POOL_SIZE)
 
         def started(kind: str) -> Server:
-            server = stack.enter_context(Server(kind, model, place / "pools", flags))
-            servers[kind] = {
-                "start_seconds": server.start_seconds,
-                "resident_gib": server.resident_bytes() / 2**30,
-            }
-            print(f"{kind}: {servers[kind]}", flush=True)
-            server.pause()
-            return server
+            if kind not in servers:
+                server = stack.enter_context(Server(kind, model, place / "pools", flags))
+                own = server.own_bytes() / 2**30
+                figures[kind] = {"start_seconds": server.start_seconds, "own_gib": own}
+                print(f"{kind}: up in {server.start_seconds:.0f} s, {own:.2f} GiB", flush=True)
+                server.pause()
+                servers[kind] = server
+            return servers[kind]
 
-        stock = started("stock")
-        print("| ours | load | clients | stock tok/s | ours tok/s | ours/stock (min-max) |")
+        pairs = [[started(kind) for kind in pair.split(":")] for pair in args.pairs]
+        print("| A, B | load | clients | A tok/s | B tok/s | B/A (min-max) |")
         print("|---|---|---|---|---|---|")
-        for kind in args.kinds:
-            rows += compare(stock, started(kind), args.rounds)
-    append_result("released_serving", vars(args), {"rows": rows, "servers": servers})
+        for a, b in pairs:
+            rows += compare(a, b, args.rounds)
+    append_result("released_serving", vars(args), {"rows": rows, "servers": figures})
 
 
 if __name__ == "__main__":
