@@ -194,6 +194,7 @@ class EngineDescription:
     slab_bytes: int
     slot_bytes: int
     num_slots: tuple[int, ...]
+    kv_cache_bytes: int
     bytes_read: int
     disk_reads: int
     host_hits: int

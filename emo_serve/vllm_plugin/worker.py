@@ -7,7 +7,7 @@ raised error would put their replies out of step. `contract` defines the replies
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,7 @@ class EmoWorkerExtension:
             slab_bytes=sum(layer.slot_bytes * layer.num_slots for layer in layers),
             slot_bytes=max((layer.slot_bytes for layer in layers), default=0),
             num_slots=tuple(layer.num_slots for layer in layers),
+            kv_cache_bytes=_storage_bytes(self.model_runner.kv_caches),
             **vars(store.counts if store else StoreCounts()),
             host_bytes=store.host.num_bytes if store else 0,
             host_experts=len(store.host) if store else 0,
@@ -149,6 +150,12 @@ class PoolRowsWorker:
         if host is not None:
             host.close()
         super().shutdown()  # type: ignore[misc]
+
+
+def _storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Return the bytes behind these tensors, some of which may be views of one memory."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _reply(call_id: int, work: Callable[[], _Record | None]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class EngineFacts:
     slab_bytes: int
     slot_bytes: int
     num_slots: tuple[int, ...]
+    kv_cache_bytes: int
     dtype: str
     expert_dtype: str
     moe_backend: str
@@ -146,6 +147,7 @@ class WorkerCalls:
             slab_bytes=max(rank.slab_bytes for rank in ranks),
             slot_bytes=max(rank.slot_bytes for rank in ranks),
             num_slots=ranks[0].num_slots,
+            kv_cache_bytes=max(rank.kv_cache_bytes for rank in ranks),
             dtype=ranks[0].dtype,
             expert_dtype=ranks[0].expert_dtype,
             moe_backend=ranks[0].moe_backend,

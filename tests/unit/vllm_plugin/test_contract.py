@@ -29,6 +29,7 @@ RECORDS = [
         slab_bytes=3,
         slot_bytes=4,
         num_slots=(5, 6),
+        kv_cache_bytes=13,
         bytes_read=7,
         disk_reads=8,
         host_hits=9,

@@ -239,7 +239,12 @@ async def test_the_front_end_reaches_the_slots_through_the_worker(
     model, worker = Model(host), EmoWorkerExtension()
     rows = PoolRows(MAX_TOKENS, NUM_ROWS, torch.device("cpu"))
     worker.rank = 0
-    worker.model_runner = SimpleNamespace(get_model=lambda: model, emo_pool_rows=rows)
+    cache = torch.zeros(6, 4)
+    worker.model_runner = SimpleNamespace(
+        get_model=lambda: model,
+        emo_pool_rows=rows,
+        kv_caches=[cache[:3], cache[3:], torch.zeros(2)],  # layers may share one memory
+    )
     host.end_start_up(trunk_bytes=5)
 
     async def rpc(method: str, args: tuple[Any, ...]) -> Sequence[dict[str, Any]]:
@@ -248,6 +253,7 @@ async def test_the_front_end_reaches_the_slots_through_the_worker(
     calls = WorkerCalls(rpc, lambda: False, lambda experts: None)
     facts = await calls.describe()
     assert (facts.num_slots, facts.trunk_bytes) == ((NUM_SLOTS, NUM_SLOTS), 5)
+    assert facts.kv_cache_bytes == 4 * (6 * 4 + 2)
     assert (facts.dtype, facts.expert_dtype) == ("bfloat16", "float32")
     assert facts.moe_backend == "reference" and facts.routes_by_pool and facts.records_routing
 

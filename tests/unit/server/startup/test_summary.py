@@ -20,6 +20,7 @@ FACTS = EngineFacts(
     slab_bytes=8 * GIB,
     slot_bytes=12582912,
     num_slots=(42,) * 16,
+    kv_cache_bytes=GIB // 2,
     dtype="bfloat16",
     expert_dtype="bfloat16",
     moe_backend="cpu",

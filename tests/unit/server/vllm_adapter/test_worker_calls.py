@@ -19,6 +19,7 @@ DESCRIPTION = {
     "slab_bytes": 64,
     "slot_bytes": 8,
     "num_slots": [4, 4],
+    "kv_cache_bytes": 32,
     "bytes_read": 100,
     "disk_reads": 0,
     "host_hits": 0,
