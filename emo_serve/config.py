@@ -82,9 +82,10 @@ class ServeSettings:
 
     `model` is the directory or Hub id that the user gave; None means the shipped demo. At most one
     of `expert_memory_bytes` (per device) and `expert_slots` (per layer) is set; with neither, the
-    slab holds all experts. `host_expert_bytes` is host memory per device, 0 for none. `preload`
-    None means every pool, in the catalog's order; `auto_method` None means the classifier while all
-    pools have examples, else the router. Raises ConfigError for an invalid value.
+    slab holds all experts, on a CPU as many as fit. `host_expert_bytes` is host memory per device,
+    0 for none. `preload` None means every pool, in the catalog's order; `auto_method` None means
+    the classifier while all pools have examples, else the router. Raises ConfigError for an
+    invalid value.
     """
 
     model: str | None = None
@@ -108,7 +109,8 @@ class ServeSettings:
         default=None,
         metavar="SIZE",
         help="device memory for experts, e.g. 8GiB, per device under tensor parallelism;"
-        " without it the slab holds all experts, and the base pool is served too",
+        " without it the slab holds all experts, on a CPU as many as fit in free memory, and with"
+        " all experts the base pool is served too",
     )
     expert_slots: int | None = flag(
         "--expert-slots",

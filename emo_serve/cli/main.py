@@ -27,8 +27,6 @@ __all__ = ["main"]
 
 _INTERRUPTED_STATUS = 130
 _DEMO_FLAG_DEFAULTS = {
-    # By default vLLM takes 92 % of the machine's memory for the KV cache, or refuses to start.
-    "kv_cache_memory_bytes": 512 * 2**20,
     # Compilation needs a C++ compiler and takes most of the start-up; a model this small gains
     # little (benchmarks/serving/start.py, serving/throughput.py --a emo --b emo-eager).
     "enforce_eager": True,

@@ -163,6 +163,11 @@ class Checkpoint:
         itemsize = self.file_of(name).dtype(name).itemsize
         return 3 * self.config.hidden_size * self.config.intermediate_size * itemsize
 
+    @property
+    def num_trunk_parameters(self) -> int:
+        """Return how many numbers all tensors together have that are not an expert's."""
+        return sum(math.prod(shape) for _, shape in trunk_shapes(self.config))
+
     def trunk_names(self) -> Iterator[str]:
         """Yield the names of all tensors that are not an expert's."""
         return (name for name in self._files if parse_expert_name(name) is None)

@@ -39,7 +39,7 @@ from emo_serve.server.startup.launch import Launch
 from emo_serve.server.startup.plan import StartPlan
 from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.summary import PoolLine, ServerAddress, Summary
-from emo_serve.server.vllm_adapter.capacity import backlog_limits, max_sequences
+from emo_serve.server.vllm_adapter.capacity import backlog_limits, cache_tokens, max_sequences
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.engine import OwnRequests, has_work, note_steps
 from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
@@ -116,7 +116,7 @@ async def build_server(
         app, llm, own, engine, launch, pools, is_local=address.is_local
     )
     http = create_http_server(app, args)
-    summary = _summarise(launch, pools.facts, manager, service, address)
+    summary = _summarise(launch, engine, pools, address)
     return Server(http, llm, admission, manager, coverage, health, summary)
 
 
@@ -285,14 +285,9 @@ def _add_routes(app: FastAPI, health: Health, service: PoolService, builder: Poo
 # -- summary --
 
 
-def _summarise(
-    launch: Launch,
-    facts: EngineFacts,
-    manager: ResidencyManager,
-    service: PoolService,
-    address: ServerAddress,
-) -> Summary:
-    plan, lookup = launch.plan, service.lookup
+def _summarise(launch: Launch, engine: Any, pools: _PoolParts, address: ServerAddress) -> Summary:
+    plan, manager, service = launch.plan, pools.manager, pools.service
+    lookup = service.lookup
     statuses = [service.statuses.of(pool) for pool in lookup.pools]
     lines = tuple(
         PoolLine(
@@ -305,7 +300,10 @@ def _summarise(
     )
     return Summary(
         model=launch.args.served_model_name[0],
-        facts=facts,
+        facts=pools.facts,
+        memory=plan.memory,
+        cache_tokens=cache_tokens(engine),
+        max_model_len=engine.model_config.max_model_len,
         experts_per_layer=plan.experts_per_layer,
         slots_per_layer=plan.num_slots,
         pools_source=launch.settings.pools_dir,

@@ -7,6 +7,7 @@ started here, and a Launch never changes.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,17 +18,20 @@ from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.errors import ConfigError
 from emo_serve.server.auto.choice import read_auto_examples
 from emo_serve.server.startup.checkpoint import resolve_checkpoint
+from emo_serve.server.startup.machine_memory import read_limits
 from emo_serve.server.startup.plan import StartPlan, make_plan
 from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.unsupported_flags import refuse_unsupported
+from emo_serve.server.vllm_adapter.engine_sizes import engine_sizes
 from emo_serve.server.vllm_adapter.flags import (
-    dtype_bytes,
     parse_serve_args,
     with_engine_values,
     with_values,
 )
 
 __all__ = ["DefaultModel", "Keys", "Launch", "prepare"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,17 +89,17 @@ def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartPro
     checkpoint = Checkpoint.open(
         Path(args.model)
     )  # first: it tells best why this is not an EMO model
-    plan = make_plan(
-        settings,
-        checkpoint,
-        args.served_model_name,
-        dtype_bytes(args),
-        args.tensor_parallel_size,
-        persists=persists,
-    )
+    sizes = engine_sizes(args)
+    limits = read_limits(sizes.cpu.nodes) if sizes.cpu else ()
+    plan = make_plan(settings, checkpoint, args.served_model_name, sizes, limits, persists=persists)
+    memory, kv_bytes = plan.memory, None
+    if memory is not None:
+        kv_bytes = memory.kv_bytes // sizes.num_ranks
+        if memory.excess_bytes:
+            logger.warning("these flags take more memory than there is: %s", memory.account())
     keys = Keys.read(args, settings)
     return Launch(
-        with_engine_values(args, settings, plan.num_slots),
+        with_engine_values(args, settings, plan.num_slots, kv_bytes),
         settings,
         plan,
         checkpoint,

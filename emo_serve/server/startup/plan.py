@@ -1,4 +1,4 @@
-"""What start-up will do, decided before the engine starts: slots, pools and their order.
+"""What start-up will do, decided before the engine starts: memory, slots, pools and their order.
 
 A start takes a minute; a flag that cannot work is refused here, within a second. The plan loads
 nothing: it checks that the pools fit by placing them in a SlotTable of its own.
@@ -20,9 +20,20 @@ from emo_serve.names import BASE_POOL, ModelNames, split_name
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.slots import SlotTable
+from emo_serve.server.startup.machine_memory import MemoryLimit
+from emo_serve.server.startup.memory import (
+    Given,
+    KvNeed,
+    MemoryNeed,
+    MemoryPlan,
+    PoolSlots,
+    plan_memory,
+    process_bytes,
+)
+from emo_serve.server.vllm_adapter.sizes import CpuSizes, EngineSizes
 from emo_serve.vllm_plugin.contract import expert_bytes
 
-__all__ = ["StartPlan", "choose_slots", "make_plan"]
+__all__ = ["StartPlan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +43,13 @@ class StartPlan:
     `pinned` pools are loaded first and all fit together, then those of `load_order` while there is
     room; every other pool is loaded when a request asks for it. `preferred` holds the content
     hashes of the pools that --preload names. `experts_per_layer` has 0 for a dense layer;
-    `num_slots` is per layer.
+    `num_slots` is per layer. `memory` is None on a device with memory of its own, which vLLM
+    divides.
     """
 
     experts_per_layer: tuple[int, ...]
     num_slots: int
+    memory: MemoryPlan | None
     catalog: PoolCatalog
     base_pool: ExpertPool
     names: ModelNames
@@ -49,27 +62,20 @@ def make_plan(
     settings: ServeSettings,
     checkpoint: Checkpoint,
     base_names: Sequence[str],
-    dtype_bytes: int,
-    tensor_parallel_size: int,
+    sizes: EngineSizes,
+    limits: Sequence[MemoryLimit] = (),
     *,
     persists: bool,
 ) -> StartPlan:
     """Read the pools of a checkpoint and plan the start; raises ConfigError.
 
-    `dtype_bytes` is the size of one activation. With `persists`, pools added and removed while
-    serving are written to --pools.
+    `limits` are those of the machine's memory, the smallest first; they count on a CPU only. With
+    `persists`, pools added and removed while serving are written to --pools.
     """
-    config = checkpoint.config
-    moe_layers = config.moe_layers
-    experts_per_layer = tuple(layer.num_experts if layer else 0 for layer in moe_layers)
-    slot_bytes = expert_bytes(
-        config.hidden_size,
-        config.intermediate_size,
-        settings.expert_dtype,
-        dtype_bytes,
-        tensor_parallel_size,
-    )
-    num_slots = choose_slots(settings, experts_per_layer, slot_bytes)
+    moe_layers = checkpoint.config.moe_layers
+    experts_per_layer = _experts_per_layer(checkpoint)
+    slot_bytes = _slot_bytes(settings, checkpoint, sizes)
+    num_slots = _given_slots(settings, experts_per_layer, slot_bytes)
     _check_host_memory(settings, slot_bytes)
     fingerprint = checkpoint.fingerprint()
     names = ModelNames(tuple(base_names), settings.default_pool or BASE_POOL)
@@ -81,10 +87,20 @@ def make_plan(
             check_free=names.check_free,
         )
     base_pool = ExpertPool.base(moe_layers, name=BASE_POOL)
+    _check_names(settings, catalog, base_pool)
+    memory = None
+    if sizes.cpu is not None:
+        pool_slots = _pool_slots(settings, catalog, base_pool)
+        need = _memory_need(settings, checkpoint, sizes, sizes.cpu, pool_slots)
+        given = _given(settings, num_slots, sizes.cpu, sizes.num_ranks)
+        memory = plan_memory(need, limits, given)
+        num_slots = memory.num_slots
+    num_slots = num_slots or max(experts_per_layer)
     order = _load_order(settings, catalog, base_pool, num_slots >= max(experts_per_layer))
     plan = StartPlan(
         experts_per_layer,
         num_slots,
+        memory,
         catalog,
         base_pool,
         names,
@@ -98,8 +114,10 @@ def make_plan(
     return plan
 
 
-def choose_slots(settings: ServeSettings, experts_per_layer: Sequence[int], slot_bytes: int) -> int:
-    """Return the slots per layer; without a limit, one for every expert. Raises ConfigError."""
+def _given_slots(
+    settings: ServeSettings, experts_per_layer: Sequence[int], slot_bytes: int
+) -> int | None:
+    """Return the slots per layer that the user gives, None without; raises ConfigError."""
     counts = [count for count in experts_per_layer if count]
     if not counts:
         raise ConfigError("the model has no MoE layer, so it has no experts to make pools of")
@@ -107,12 +125,82 @@ def choose_slots(settings: ServeSettings, experts_per_layer: Sequence[int], slot
         if settings.expert_slots > max(counts):
             raise ConfigError(
                 f"--expert-slots is {settings.expert_slots}; a layer has at most {max(counts)}"
-                " experts; lower it, or leave it out to hold all"
+                " experts; lower it, or leave it out to hold as many as fit"
             )
         return settings.expert_slots
     if settings.expert_memory_bytes is not None:
         return slots_for_memory(settings.expert_memory_bytes, slot_bytes, counts)
-    return max(counts)
+    return None
+
+
+# -- memory --
+
+
+def _experts_per_layer(checkpoint: Checkpoint) -> tuple[int, ...]:
+    return tuple(moe.num_experts if moe else 0 for moe in checkpoint.config.moe_layers)
+
+
+def _slot_bytes(settings: ServeSettings, checkpoint: Checkpoint, sizes: EngineSizes) -> int:
+    """Return the bytes of one slot on one device."""
+    config = checkpoint.config
+    return expert_bytes(
+        config.hidden_size,
+        config.intermediate_size,
+        settings.expert_dtype,
+        sizes.dtype_bytes,
+        sizes.num_ranks,
+    )
+
+
+def _memory_need(
+    settings: ServeSettings,
+    checkpoint: Checkpoint,
+    sizes: EngineSizes,
+    cpu: CpuSizes,
+    pools: PoolSlots,
+) -> MemoryNeed:
+    """Return what all workers together need."""
+    ranks = sizes.num_ranks
+    return MemoryNeed(
+        trunk_bytes=checkpoint.num_trunk_parameters * sizes.dtype_bytes,
+        process_bytes=process_bytes(ranks),
+        host_expert_bytes=settings.host_expert_bytes * ranks,
+        slot_bytes=_slot_bytes(settings, checkpoint, sizes) * ranks,
+        experts_per_layer=tuple(filter(None, _experts_per_layer(checkpoint))),
+        pools=pools,
+        kv=KvNeed(cpu.block_tokens, cpu.block_bytes * ranks, cpu.max_model_len, cpu.max_num_seqs),
+    )
+
+
+def _given(settings: ServeSettings, slots: int | None, cpu: CpuSizes, num_ranks: int) -> Given:
+    """Return what the user's flags say of memory, for all workers together."""
+    by_slots = settings.expert_slots is not None
+    slots_flag = "--expert-slots" if by_slots else "--expert-memory"
+    share = cpu.share
+    return Given(
+        slots,
+        None if slots is None else slots_flag,
+        None if cpu.kv_bytes is None else cpu.kv_bytes * num_ranks,
+        cpu.kv_flag,
+        None if share is None else MemoryLimit(share.flag, share.asked_bytes * num_ranks),
+    )
+
+
+def _pool_slots(settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool) -> PoolSlots:
+    """Return the slots per layer that pools need beside the pinned ones."""
+    pinned = [_named(name, catalog, base_pool) for name in settings.pin]
+    pools = list(catalog.pools.values()) or [base_pool]
+    sizes = [_slots_of([*pinned, pool]) for pool in pools]
+    least = min(sizes)
+    if settings.default_pool is not None:
+        least = _slots_of([*pinned, _named(settings.default_pool, catalog, base_pool)])
+    return PoolSlots(least, max(least, *sizes))
+
+
+def _slots_of(pools: Sequence[ExpertPool]) -> int:
+    """Return the slots per layer that hold these pools together."""
+    layers = zip(*(pool.expert_ids for pool in pools), strict=True)
+    return max(len(set().union(*layer)) for layer in layers)
 
 
 def _check_host_memory(settings: ServeSettings, slot_bytes: int) -> None:
@@ -123,25 +211,29 @@ def _check_host_memory(settings: ServeSettings, slot_bytes: int) -> None:
         )
 
 
-def _load_order(
-    settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool, holds_all: bool
-) -> tuple[ExpertPool, ...]:
-    """Return the pools to load at start, in order; raises ConfigError for unknown names.
-
-    Those are the base pool if it fits, the default pool, the pools of --preload, then all others;
-    or --preload's alone if it is given and the slots cannot hold all experts.
-    """
+def _check_names(settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool) -> None:
+    """Raise ConfigError for a pool that a flag names and that does not exist."""
     known = {**catalog.pools, base_pool.name: base_pool}
-    preload, default = settings.preload, settings.default_pool
     for flag, asked in (
         ("--pin", settings.pin),
-        ("--preload", preload or ()),
-        ("--default-pool", [default or BASE_POOL]),
+        ("--preload", settings.preload or ()),
+        ("--default-pool", [settings.default_pool or BASE_POOL]),
     ):
         for name in _single_names(asked):
             if name not in known:
                 names = ", ".join(known)
                 raise ConfigError(f"{flag}: there is no pool {name!r}; the pools are: {names}")
+
+
+def _load_order(
+    settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool, holds_all: bool
+) -> tuple[ExpertPool, ...]:
+    """Return the pools to load at start, in order.
+
+    Those are the base pool if it fits, the default pool, the pools of --preload, then all others;
+    or --preload's alone if it is given and the slots cannot hold all experts.
+    """
+    preload, default = settings.preload, settings.default_pool
     wanted: list[str] = [base_pool.name] if holds_all else []
     if preload is None or holds_all:
         # With all experts in slots, a pool costs only a row, so all pools are loaded.

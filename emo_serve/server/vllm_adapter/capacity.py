@@ -6,7 +6,7 @@ from typing import Any
 
 from emo_serve.residency.backlog import BacklogLimits
 
-__all__ = ["backlog_limits", "max_sequences"]
+__all__ = ["backlog_limits", "cache_tokens", "max_sequences"]
 
 _TYPICAL_TOKENS = (
     1024  # prompt and completion of a sequence, for the share of the KV cache it takes
@@ -20,6 +20,12 @@ def max_sequences(engine: Any) -> int:
     return int(engine.vllm_config.scheduler_config.max_num_seqs)
 
 
+def cache_tokens(engine: Any) -> int:
+    """Return the tokens that the KV cache of an engine that has started holds."""
+    cache = engine.vllm_config.cache_config
+    return int((cache.num_gpu_blocks or 0) * cache.block_size)
+
+
 def backlog_limits(engine: Any, max_queued: int | None) -> BacklogLimits:
     """Return the bound for an engine that has started; `max_queued` None derives it.
 
@@ -27,9 +33,8 @@ def backlog_limits(engine: Any, max_queued: int | None) -> BacklogLimits:
     _TYPICAL_TOKENS or the whole context, whichever is less.
     """
     config = engine.vllm_config
-    cache_tokens = (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size
     tokens = min(_TYPICAL_TOKENS, config.model_config.max_model_len)
-    running = max(1, min(max_sequences(engine), cache_tokens // tokens))
+    running = max(1, min(max_sequences(engine), cache_tokens(engine) // tokens))
     if max_queued is None:
         max_queued = max(_MIN_QUEUED, _QUEUED_PER_RUNNING * running)
     return BacklogLimits(running, max_queued)

@@ -28,7 +28,6 @@ from emo_serve.vllm_plugin.contract import (
 )
 
 __all__ = [
-    "dtype_bytes",
     "engine_args",
     "parse_serve_args",
     "resolved",
@@ -37,6 +36,8 @@ __all__ = [
 ]
 
 _RECORD_VARIABLE = "EMO_SERVE_RECORD_ROUTING"  # for benchmarks: 0 shows what recording costs
+
+_SHARE = "gpu_memory_utilization"
 
 _LOOPBACK = "127.0.0.1"  # vLLM's default is every interface
 
@@ -48,7 +49,8 @@ def parse_serve_args(
 ) -> argparse.Namespace:
     """Parse the flags of `vllm serve` and ours; raises ConfigError if vLLM's quick checks fail.
 
-    Without `--host`, only this machine can connect.
+    Without `--host`, only this machine can connect. `is_memory_share_given` in the result says
+    whether the user gives --gpu-memory-utilization: on a CPU its default is not used.
 
     A positional MODEL and `--model` mean the same; the result has it in `model_tag`. With neither,
     `defaults_without_model`, by the names in the namespace, replaces vLLM's defaults.
@@ -58,7 +60,8 @@ def parse_serve_args(
     make_arg_parser(parser)
     _accept_lower_case(parser, "--log-level")
     parser.set_defaults(host=_LOOPBACK)
-    default_model = parser.get_default("model")
+    default_model, default_share = parser.get_default("model"), parser.get_default(_SHARE)
+    parser.set_defaults(**{_SHARE: None})
     add_serve_flags(parser)
     args: argparse.Namespace = parser.parse_args(list(argv))
     tag = args.model_tag
@@ -67,8 +70,11 @@ def parse_serve_args(
     if tag is None:
         parser.set_defaults(**defaults_without_model)
         args = parser.parse_args(list(argv))
+    is_given = getattr(args, _SHARE) is not None
+    if not is_given:
+        args = with_values(args, **{_SHARE: default_share})
     # our --moe-backend replaces vLLM's flag, so vLLM's own field keeps its default
-    args = with_values(args, model_tag=tag, moe_backend="auto")
+    args = with_values(args, model_tag=tag, moe_backend="auto", is_memory_share_given=is_given)
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
@@ -89,12 +95,16 @@ def with_values(args: argparse.Namespace, **values: object) -> argparse.Namespac
 
 
 def with_engine_values(
-    args: argparse.Namespace, settings: ServeSettings, num_slots: int
+    args: argparse.Namespace,
+    settings: ServeSettings,
+    num_slots: int,
+    kv_cache_bytes: int | None = None,
 ) -> argparse.Namespace:
     """Return the flags of an engine with our model, loader and workers.
 
-    `args.model` is a local directory, `num_slots` the slots per layer. Raises ConfigError for
-    expert settings that this machine's device cannot run.
+    `args.model` is a local directory, `num_slots` the slots per layer, and `kv_cache_bytes` the KV
+    cache of one worker, None to leave it to vLLM. Raises ConfigError for expert settings that this
+    machine's device cannot run.
     """
     device = current_platform.device_type
     check_expert_dtype(settings.expert_dtype, settings.moe_backend, device)
@@ -107,6 +117,8 @@ def with_engine_values(
         host_expert_bytes=settings.host_expert_bytes,
         records_routing=os.environ.get(_RECORD_VARIABLE) != "0",
     )
+    if kv_cache_bytes is not None:
+        args = with_values(args, kv_cache_memory_bytes=kv_cache_bytes)
     return with_values(
         args,
         load_format=LOAD_FORMAT,
@@ -114,11 +126,6 @@ def with_engine_values(
         worker_extension_cls=WORKER_EXTENSION_CLS,
         additional_config={**(args.additional_config or {}), **ours.to_config()},
     )
-
-
-def dtype_bytes(args: argparse.Namespace) -> int:
-    """Return the bytes of one activation in the dtype that vLLM resolves; raises ConfigError."""
-    return int(resolved(lambda: engine_args(args).create_model_config()).dtype.itemsize)
 
 
 def engine_args(args: argparse.Namespace) -> Any:

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from emo_serve.cli import main as cli
+from emo_serve.config import GIB
 from emo_serve.server import serve as app
+from emo_serve.server.startup import launch
+from emo_serve.server.startup.machine_memory import MemoryLimit
 
 pytestmark = pytest.mark.vllm
 
@@ -74,6 +77,19 @@ def test_a_model_that_is_not_there_is_refused(
     capsys: pytest.CaptureFixture[str], model: str, message: str
 ) -> None:
     assert message in refusal(capsys, model)
+
+
+def test_a_machine_that_is_too_small_is_refused(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    golden_checkpoint: Path,
+    golden_pools: Path,
+) -> None:
+    limits = (MemoryLimit("cgroup /pod", GIB), MemoryLimit("MemAvailable of the kernel", 9 * GIB))
+    monkeypatch.setattr(launch, "read_limits", lambda nodes: limits)
+    line = refusal(capsys, str(golden_checkpoint), "--pools", str(golden_pools))
+    assert line.startswith("emo-serve: the memory is too small: trunk 0.0005 GiB + slab 0.00")
+    assert "GiB, and 1.00 GiB is free (cgroup /pod); lower --max-model-len, give smaller" in line
 
 
 def test_a_taken_port_is_refused(

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from emo_serve.config import ServeSettings
+from emo_serve.config import GIB, ServeSettings
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.errors import ConfigError
 from emo_serve.pools.document import write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts
+from emo_serve.server.startup.machine_memory import MemoryLimit
 from emo_serve.server.startup.plan import StartPlan, make_plan
+from emo_serve.server.vllm_adapter.sizes import CpuSizes, EngineSizes, MemoryShare
 from tests.support.golden.checkpoints import pools_of, write_checkpoint
 
 SLOT_BYTES = 3 * 128 * 64 * 4  # float32
@@ -36,7 +38,9 @@ def pools_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(checkpoint: Checkpoint, settings: ServeSettings, **changes: Any) -> StartPlan:
-    return make_plan(replace(settings, **changes), checkpoint, ["emo"], 4, 1, persists=True)
+    return make_plan(
+        replace(settings, **changes), checkpoint, ["emo"], EngineSizes(4, 1), persists=True
+    )
 
 
 @pytest.fixture
@@ -72,9 +76,9 @@ def test_memory_is_turned_into_slots_of_the_dtype_and_the_device(
     checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:
     memory = replace(settings, expert_memory_bytes=3 * 20 * SLOT_BYTES)
-    assert make_plan(memory, checkpoint, ["emo"], 4, 1, persists=True).num_slots == 20
-    assert make_plan(memory, checkpoint, ["emo"], 2, 1, persists=True).num_slots == 32
-    assert make_plan(memory, checkpoint, ["emo"], 4, 2, persists=True).num_slots == 32
+    assert make_plan(memory, checkpoint, ["emo"], EngineSizes(4, 1), persists=True).num_slots == 20
+    assert make_plan(memory, checkpoint, ["emo"], EngineSizes(2, 1), persists=True).num_slots == 32
+    assert make_plan(memory, checkpoint, ["emo"], EngineSizes(4, 2), persists=True).num_slots == 32
 
 
 @pytest.mark.parametrize(
@@ -88,11 +92,13 @@ def test_memory_holds_the_scales_of_fp8_experts_too(
     for less, slots in ((0, 20), (1, 19)):
         memory = replace(fp8, expert_memory_bytes=3 * 20 * slot_bytes - less)
         for dtype_bytes in (2, 4):
-            plan = make_plan(memory, checkpoint, ["emo"], dtype_bytes, ranks, persists=True)
+            plan = make_plan(
+                memory, checkpoint, ["emo"], EngineSizes(dtype_bytes, ranks), persists=True
+            )
             assert plan.num_slots == slots
     host = replace(fp8, host_expert_bytes=slot_bytes - 1)
     with pytest.raises(ConfigError, match="--host-expert-memory .*is too small: one expert"):
-        make_plan(host, checkpoint, ["emo"], 4, ranks, persists=True)
+        make_plan(host, checkpoint, ["emo"], EngineSizes(4, ranks), persists=True)
 
 
 def test_preload_decides_which_pools_and_in_which_order(
@@ -121,7 +127,7 @@ def test_only_the_operators_own_directory_is_written_to(
     checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:
     assert plan_of(checkpoint, settings).catalog.persists
-    shipped = make_plan(settings, checkpoint, ["emo"], 4, 1, persists=False)
+    shipped = make_plan(settings, checkpoint, ["emo"], EngineSizes(4, 1), persists=False)
     assert not shipped.catalog.persists
 
 
@@ -170,7 +176,7 @@ def test_a_start_that_could_serve_nothing_asked_for_is_refused(
 def test_a_pool_called_like_the_model_is_refused(
     checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:
-    plan = make_plan(settings, checkpoint, ["math"], 4, 1, persists=True)
+    plan = make_plan(settings, checkpoint, ["math"], EngineSizes(4, 1), persists=True)
     assert order(plan) == ["base", "code", "law"]
     assert "--served-model-name" in str(plan.catalog.refused[0])
 
@@ -224,3 +230,119 @@ def test_a_pool_that_cannot_be_held_costs_one_pool_and_not_the_server(
     assert list(plan.catalog.pools) == ["code", "law", "math"]
     (refused,) = plan.catalog.refused
     assert str(refused).startswith(f"{hot}: router_temperature is")
+
+
+# -- memory on a CPU --
+
+CPU = CpuSizes(
+    block_tokens=128,
+    block_bytes=128 * 3 * 2 * 128 * 4,
+    max_model_len=512,
+    max_num_seqs=128,
+    kv_flag=None,
+    kv_bytes=None,
+    share=None,
+    nodes=(0,),
+)
+
+
+def cpu_plan(
+    checkpoint: Checkpoint,
+    settings: ServeSettings,
+    slots_that_fit: int | None,
+    cpu: CpuSizes = CPU,
+    num_ranks: int = 1,
+    **changes: Any,
+) -> StartPlan:
+    """Plan on a machine that has room for so many slots beside the least KV cache."""
+    settings = replace(settings, **changes)
+    sizes = EngineSizes(4, num_ranks, cpu)
+    names = ["emo"]
+    roomy = make_plan(settings, checkpoint, names, sizes, persists=True).memory
+    assert roomy is not None
+    free = roomy.need.fixed_bytes + roomy.need.slab_bytes(slots_that_fit or 0)
+    free += roomy.need.kv.least_bytes
+    limits = () if slots_that_fit is None else (MemoryLimit("test", free),)
+    return make_plan(settings, checkpoint, names, sizes, limits, persists=True)
+
+
+def test_only_a_cpus_memory_is_planned(checkpoint: Checkpoint, settings: ServeSettings) -> None:
+    assert plan_of(checkpoint, settings).memory is None
+    tight = (MemoryLimit("test", 1),)
+    sizes = EngineSizes(4, 1)
+    plan = make_plan(settings, checkpoint, ["emo"], sizes, tight, persists=True)
+    assert (plan.memory, plan.num_slots) == (None, 32)
+
+
+def test_what_a_start_needs_comes_from_headers_and_flags(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    host = replace(settings, host_expert_bytes=GIB)
+    memory = cpu_plan(checkpoint, host, None).memory
+    assert memory is not None
+    trunk = sum(checkpoint.tensor(name).numel() for name in checkpoint.trunk_names())
+    need = memory.need
+    assert (need.trunk_bytes, need.host_expert_bytes) == (4 * trunk, GIB)
+    assert (need.slot_bytes, need.experts_per_layer) == (SLOT_BYTES, (32, 32, 32))
+    assert need.kv.block_bytes == CPU.block_bytes
+    assert (memory.num_slots, memory.slots_flag, memory.kv_flag) == (32, None, None)
+
+
+def test_all_workers_needs_are_added_up(checkpoint: Checkpoint, settings: ServeSettings) -> None:
+    one = cpu_plan(checkpoint, settings, None).memory
+    two = cpu_plan(checkpoint, settings, None, num_ranks=2).memory
+    assert one is not None and two is not None
+    assert two.need.slot_bytes == one.need.slot_bytes
+    assert two.need.kv.block_bytes == 2 * one.need.kv.block_bytes
+    assert two.need.process_bytes > one.need.process_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "least", "every"),
+    [
+        ({}, 12, 16),
+        ({"default_pool": "law"}, 16, 16),
+        ({"default_pool": "math+law"}, 23, 23),
+        ({"pin": ("math",)}, 12, 23),
+        ({"pin": ("math",), "default_pool": "code"}, 20, 23),
+        ({"pin": ("base",)}, 32, 32),
+        ({"pools_dir": None}, 32, 32),
+    ],
+)
+def test_pools_say_how_many_slots_are_needed(
+    checkpoint: Checkpoint,
+    settings: ServeSettings,
+    changes: dict[str, Any],
+    least: int,
+    every: int,
+) -> None:
+    memory = cpu_plan(checkpoint, settings, None, **changes).memory
+    assert memory is not None
+    assert (memory.need.pools.least, memory.need.pools.every) == (least, every)
+
+
+def test_what_fits_decides_which_pools_are_loaded(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    plan = cpu_plan(checkpoint, settings, 16)
+    assert (plan.num_slots, order(plan)) == (16, ["code", "law", "math"])
+    assert cpu_plan(checkpoint, settings, 13).num_slots == 13
+    for slots in (11, 0):
+        with pytest.raises(ConfigError, match=r"the memory is too small: .*free \(test\)"):
+            cpu_plan(checkpoint, settings, slots)
+
+
+def test_flags_leave_less_to_plan(checkpoint: Checkpoint, settings: ServeSettings) -> None:
+    by_slots = cpu_plan(checkpoint, settings, 20, expert_slots=14).memory
+    assert by_slots is not None and by_slots.slots_flag == "--expert-slots"
+    by_size = cpu_plan(checkpoint, settings, 20, expert_memory_bytes=3 * 14 * SLOT_BYTES)
+    assert by_size.memory is not None and by_size.memory.slots_flag == "--expert-memory"
+    assert by_slots.num_slots == by_size.num_slots == 14
+    cache = replace(CPU, kv_flag="--kv-cache-memory-bytes", kv_bytes=10 * CPU.block_bytes)
+    for ranks in (1, 2):
+        memory = cpu_plan(checkpoint, settings, 32, cache, ranks).memory
+        assert memory is not None and memory.kv_flag == "--kv-cache-memory-bytes"
+        assert memory.kv_bytes == ranks * 10 * CPU.block_bytes
+    share = replace(CPU, share=MemoryShare("--gpu-memory-utilization 0.5", 3 * GIB, 4 * GIB))
+    memory = cpu_plan(checkpoint, settings, None, share).memory
+    assert memory is not None and memory.total_bytes == 3 * GIB

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from emo_serve.config import GIB
+from emo_serve.server.startup.machine_memory import MemoryLimit
+from emo_serve.server.startup.memory import KvNeed, MemoryNeed, MemoryPlan, PoolSlots
 from emo_serve.server.startup.summary import PoolLine, ServerAddress, Summary, format_summary
 from emo_serve.server.vllm_adapter.worker_calls import EngineFacts
 
@@ -32,6 +34,9 @@ FACTS = EngineFacts(
 SUMMARY = Summary(
     model="emo",
     facts=FACTS,
+    memory=None,
+    cache_tokens=6144,
+    max_model_len=4096,
     experts_per_layer=(0, *[128] * 15),
     slots_per_layer=42,
     pools_source=Path("/pools"),
@@ -51,6 +56,7 @@ def test_it_says_what_an_operator_asks() -> None:
         "emo is ready (bfloat16, expert backend: cpu)",
         "trunk    1.40 GiB",
         "slab     8.00 GiB: 42 slots per layer, 0.0117 GiB each",
+        "KV cache 0.50 GiB: 6144 tokens, 1.5 contexts of 4096",
         "experts  128 x 15 MoE layers",
         "base      128 experts per layer  too large for the slab",
         "math    16-20 experts per layer  resident  (default)",
@@ -59,6 +65,57 @@ def test_it_says_what_an_operator_asks() -> None:
         "try      curl ",
     ):
         assert line in text
+
+
+MEMORY = MemoryPlan(
+    MemoryNeed(
+        trunk_bytes=int(1.4 * GIB),
+        process_bytes=2 * GIB,
+        host_expert_bytes=0,
+        slot_bytes=12582912,
+        experts_per_layer=(128,) * 15,
+        pools=PoolSlots(16, 20),
+        kv=KvNeed(128, 2**24, 4096, 128),
+    ),
+    num_slots=42,
+    kv_bytes=GIB // 2,
+    limit=MemoryLimit("cgroup /pod", 16 * GIB),
+    slots_flag=None,
+    kv_flag=None,
+)
+CHANGE_SLAB = "; chosen, change it with --expert-slots or --expert-memory"
+CHANGE_CACHE = "; chosen, change it with --kv-cache-memory-bytes"
+
+
+def test_a_devices_own_memory_is_vllms_to_divide() -> None:
+    text = format_summary(SUMMARY)
+    assert "chosen" not in text and "process" not in text and "free" not in text
+
+
+def test_on_a_cpu_it_is_the_whole_account() -> None:
+    lines = format_summary(replace(SUMMARY, memory=MEMORY)).splitlines()
+    assert lines[1:6] == [
+        "  trunk    1.40 GiB",
+        f"  slab     8.00 GiB: 42 slots per layer, 0.0117 GiB each{CHANGE_SLAB}",
+        f"  KV cache 0.50 GiB: 6144 tokens, 1.5 contexts of 4096{CHANGE_CACHE}",
+        "  process  2.00 GiB kept for Python, vLLM and activations, at most",
+        "  memory   11.28 GiB of 16.00 GiB that was free (cgroup /pod)",
+    ]
+
+
+def test_what_the_user_gave_has_no_other_flag() -> None:
+    memory = replace(MEMORY, slots_flag="--expert-slots", kv_flag="--kv-cache-memory-bytes")
+    assert "chosen" not in format_summary(replace(SUMMARY, memory=memory))
+
+
+def test_it_says_what_not_every_machine_has() -> None:
+    tight = replace(MEMORY, num_slots=18, limit=None)
+    text = format_summary(replace(SUMMARY, memory=tight))
+    assert f"{CHANGE_SLAB} (every pool needs 20)\n" in text
+    assert "free" not in text
+    host = replace(MEMORY, need=replace(MEMORY.need, host_expert_bytes=GIB))
+    text = format_summary(replace(SUMMARY, memory=host))
+    assert "  host     1.00 GiB for experts that were read once, at most\n" in text
 
 
 def test_it_names_the_experts_dtype_where_it_is_another() -> None:

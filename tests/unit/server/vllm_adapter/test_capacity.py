@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from emo_serve.residency.backlog import BacklogLimits
-from emo_serve.server.vllm_adapter.capacity import backlog_limits, max_sequences
+from emo_serve.server.vllm_adapter.capacity import backlog_limits, cache_tokens, max_sequences
 
 
 def an_engine(max_num_seqs: int, num_gpu_blocks: int | None, max_model_len: int = 4096) -> Any:
@@ -39,3 +39,8 @@ def test_the_bound_follows_from_batch_and_cache(
 
 def test_n_may_fill_the_batch() -> None:
     assert max_sequences(an_engine(256, 6400)) == 256
+
+
+def test_the_cache_holds_whole_blocks() -> None:
+    assert cache_tokens(an_engine(256, 6400)) == 6400 * 16
+    assert cache_tokens(an_engine(256, None)) == 0

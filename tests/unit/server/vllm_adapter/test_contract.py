@@ -421,6 +421,9 @@ def test_workers_read_what_the_front_end_decides(monkeypatch: pytest.MonkeyPatch
     assert read_settings(given) == expected
     assert filled.additional_config["other"] == 1
     assert args.additional_config == {"other": 1}  # a namespace is never changed
+    assert "kv_cache_memory_bytes" not in filled  # left to vLLM
+    planned = flags.with_engine_values(args, settings, 4, 7)
+    assert planned.kv_cache_memory_bytes == 7
 
 
 def test_our_flags_take_no_other_of_vllms_names() -> None:
