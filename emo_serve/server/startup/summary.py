@@ -167,7 +167,7 @@ def _memory_lines(summary: Summary) -> list[str]:
         size = format_gib(memory.need.host_expert_bytes)
         lines.append(f"  host     {size} for experts that were read once, at most")
     processes = format_gib(memory.need.process_bytes)
-    lines.append(f"  process  {processes} kept for Python, vLLM and activations, at most")
+    lines.append(f"  process  {processes} kept for the processes: libraries and activations")
     if memory.limit is not None:
         lines.append(
             f"  memory   {format_gib(memory.total_bytes)} of {format_gib(memory.limit.free_bytes)}"

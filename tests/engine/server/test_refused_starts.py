@@ -25,6 +25,8 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(app, "start_engine", fail)
     monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    # whatever else runs on this machine
+    monkeypatch.setattr(launch, "read_limits", lambda nodes: (MemoryLimit("test", 9 * GIB),))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -85,7 +87,7 @@ def test_a_machine_that_is_too_small_is_refused(
     golden_checkpoint: Path,
     golden_pools: Path,
 ) -> None:
-    limits = (MemoryLimit("cgroup /pod", GIB), MemoryLimit("MemAvailable of the kernel", 9 * GIB))
+    limits = (MemoryLimit("cgroup /pod", GIB), MemoryLimit("test", 9 * GIB))
     monkeypatch.setattr(launch, "read_limits", lambda nodes: limits)
     line = refusal(capsys, str(golden_checkpoint), "--pools", str(golden_pools))
     assert line.startswith("emo-serve: the memory is too small: trunk 0.0005 GiB + slab 0.00")

@@ -98,7 +98,7 @@ def test_on_a_cpu_it_is_the_whole_account() -> None:
         "  trunk    1.40 GiB",
         f"  slab     8.00 GiB: 42 slots per layer, 0.0117 GiB each{CHANGE_SLAB}",
         f"  KV cache 0.50 GiB: 6144 tokens, 1.5 contexts of 4096{CHANGE_CACHE}",
-        "  process  2.00 GiB kept for Python, vLLM and activations, at most",
+        "  process  2.00 GiB kept for the processes: libraries and activations",
         "  memory   11.28 GiB of 16.00 GiB that was free (cgroup /pod)",
     ]
 
