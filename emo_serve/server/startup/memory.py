@@ -186,7 +186,7 @@ def plan_memory(need: MemoryNeed, limits: Sequence[MemoryLimit], given: Given) -
     plan = MemoryPlan(need, slots, kv, limit, given.slots_flag, given.kv_flag)
     is_planned = given.slots is None or given.kv_bytes is None
     if is_planned and plan.excess_bytes:
-        raise ConfigError(f"the memory is too small: {plan.account()}; {_remedies(given)}")
+        raise ConfigError(f"the memory is too small: {plan.account()}; {_remedies(need, given)}")
     return plan
 
 
@@ -215,13 +215,12 @@ def _slots(need: MemoryNeed, room: int, given: Given) -> int:
     return max(need.pools.least, comfortable, min(possible, need.pools.every))
 
 
-def _remedies(given: Given) -> str:
+def _remedies(need: MemoryNeed, given: Given) -> str:
     """Return what the user can change."""
-    ways = ["lower --max-model-len"] if given.kv_bytes is None else [f"lower {given.kv_flag}"]
-    if given.slots is not None:
-        ways.append(f"lower {given.slots_flag}")
-    else:
-        ways.append("give smaller --pools")
+    ways = [f"lower {given.kv_flag or '--max-model-len'}"]
+    ways.append(f"lower {given.slots_flag}" if given.slots_flag else "give smaller --pools")
+    if need.host_expert_bytes:
+        ways.append("lower --host-expert-memory")
     if given.share is not None:
         ways.append(f"raise {given.share.name}")
     return ", ".join(ways) + ", or free memory"

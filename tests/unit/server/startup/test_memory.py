@@ -204,8 +204,16 @@ def test_the_remedy_is_to_change_what_was_given() -> None:
 def test_host_memory_for_experts_counts() -> None:
     need = replace(RELEASED, host_expert_bytes=4 * GIB)
     assert plan(22).num_slots > plan(22, need=need).num_slots
-    with pytest.raises(ConfigError, match=r"host memory for experts 4\.00 GiB = "):
+    with pytest.raises(
+        ConfigError, match=r"host memory for experts 4\.00 GiB = .* lower --host-exp"
+    ):
         plan(8, need=need)
+
+
+def test_a_share_that_is_too_small_is_refused() -> None:
+    share = Given(share=MemoryLimit("--gpu-memory-utilization 0.1", 2 * GIB))
+    with pytest.raises(ConfigError, match=r"too small: .* raise --gpu-memory-utilization 0\.1, or"):
+        plan(20, share)
 
 
 def test_a_share_above_what_is_free_is_refused() -> None:
