@@ -144,11 +144,8 @@ def _slot_bytes(settings: ServeSettings, checkpoint: Checkpoint, sizes: EngineSi
     """Return the bytes of one slot on one device."""
     config = checkpoint.config
     return expert_bytes(
-        config.hidden_size,
-        config.intermediate_size,
-        settings.expert_dtype,
-        sizes.dtype_bytes,
-        sizes.num_ranks,
+        *(config.hidden_size, config.intermediate_size, settings.expert_dtype),
+        *(sizes.dtype_bytes, sizes.num_ranks),
     )
 
 
