@@ -1,13 +1,31 @@
-"""vLLM's CPU worker with pool rows on its V1 model runner."""
+"""vLLM's CPU worker with pool rows on its V1 model runner, and the KV cache that was planned."""
 
 from __future__ import annotations
 
+from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from emo_serve.vllm_plugin.settings import has_front_end
 from emo_serve.vllm_plugin.worker import PoolRowsWorker
 
 __all__ = ["EmoCpuWorker"]
 
+logger = init_logger(f"vllm.{__name__}")  # only vLLM's loggers print in its processes
+
 
 class EmoCpuWorker(PoolRowsWorker, CPUWorker):
     """Serve pools on a CPU."""
+
+    def determine_available_memory(self) -> int:
+        """Return the KV cache that the front end planned, after warming up as upstream does.
+
+        Upstream refuses one that is larger than what it sees as free: it counts a container's page
+        cache as used, and of a node's memory knows only what the node's file says.
+        """
+        planned: int | None = self.cache_config.kv_cache_memory_bytes
+        if planned is None or not has_front_end(self.vllm_config):
+            return super().determine_available_memory()  # type: ignore[no-any-return]
+        if self._should_warm_up_model():
+            self.model_runner.warming_up_model()
+        logger.info("Planned (%.2f) GiB for KV cache.", planned / 2**30)
+        return planned
