@@ -5,11 +5,14 @@ each. In every second window the other pools are loaded and evicted one after th
 pause, through the calls the server makes; in the others nothing is loaded. A window's figure is its
 longest gap between two tokens of one stream while all of them decode, so paired windows differ only
 in the loads. The ratio of each pair, loading to quiet, is robust against a machine whose speed
-drifts. The first pair warms up and is not counted.
+drifts. The first pair warms up and is not counted. The same loads are made before each pair while
+nothing decodes: what a load takes beside decoding is compared with that.
 
     python -m benchmarks.residency.loading                  # the model that ships
     python -m benchmarks.residency.loading --model wide     # random, 1.5 MiB an expert
     python -m benchmarks.residency.loading --model wide --host-memory 256   # MiB; reads no files
+    python -m benchmarks.residency.loading --model released --pool-size 50 --streams 4
+    python -m benchmarks.residency.loading --model released --pool-size 50 --streams 4 --cold
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -27,7 +31,7 @@ from typing import Any
 
 from benchmarks.harness.engines import engine_arguments
 from benchmarks.harness.results import append_result
-from emo_serve import demo
+from benchmarks.residency.loading_models import MODELS, Pool, make_pools
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.residency.slots import SlotTable
 from emo_serve.server.vllm_adapter.worker_calls import WorkerCalls
@@ -35,7 +39,7 @@ from emo_serve.vllm_plugin.contract import RequestTag
 
 _SERVED_ROW, _LOADED_ROW = 0, 1
 _PROMPT_TOKENS = 16
-Pool = tuple[tuple[int, ...], ...]
+_IDLE_SECONDS = 0.3  # after a step, until a load takes the engine for idle
 
 
 @dataclass
@@ -60,7 +64,7 @@ class Bench:
     """One engine with a pool to serve and others to load beside it."""
 
     def __init__(self, directory: Path, pools: Sequence[Pool], args: argparse.Namespace) -> None:
-        self.args = args
+        self.args, self._directory = args, directory
         checkpoint = Checkpoint.open(directory)
         counts = [moe.num_experts if moe else 0 for moe in checkpoint.config.moe_layers]
         self.served, *self.others = pools
@@ -109,6 +113,13 @@ class Bench:
         seen.gaps = gaps_while_all_decode(arrivals)
         return seen
 
+    async def idle(self) -> Window:
+        """Load one pool while nothing decodes."""
+        await asyncio.sleep(_IDLE_SECONDS)
+        seen = Window()
+        await self._load(next(self._next_pool), seen)
+        return seen
+
     async def load_served(self) -> None:
         """Load the pool of the streams."""
         plan = self.table.plan_load("served", self.served)
@@ -117,6 +128,8 @@ class Bench:
         self.table.finish("served")
 
     async def _load(self, pool: Pool, seen: Window) -> None:
+        if self.args.cold:
+            await asyncio.to_thread(drop_from_page_cache, self._directory)
         plan = self.table.plan_load("loaded", pool)
         self.table.begin(plan)
         self.calls.check_readable(plan.copies)
@@ -160,46 +173,12 @@ def gaps_while_all_decode(arrivals: Sequence[Sequence[float]]) -> list[float]:
     ]
 
 
-# -- models --
-
-
-def demo_pools() -> list[Pool]:
-    """Return the pools that ship."""
-    from emo_serve.emo.config import load_config
-    from emo_serve.pools.catalog import PoolCatalog
-
-    layers = load_config(demo.model_dir()).moe_layers
-    return [
-        pool.expert_ids for pool in PoolCatalog.read(demo.pools_dir(), layers, None).pools.values()
-    ]
-
-
-def write_wide(directory: Path) -> list[Pool]:
-    """Write a random checkpoint whose loads take long, and return pools of it."""
-    import torch
-
-    from emo_serve.emo.checkpoint import save_checkpoint
-    from emo_serve.emo.config import EmoConfig
-    from emo_serve.emo.model import EmoForCausalLM
-
-    torch.manual_seed(0)
-    config = EmoConfig(
-        vocab_size=2048,
-        hidden_size=512,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        num_experts=32,
-        num_experts_per_tok=4,
-        num_shared_experts=1,
-        max_position_embeddings=1024,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    save_checkpoint(EmoForCausalLM(config), directory)
-    starts = (0, 10, 20)
-    return [tuple((*range(s, s + 10), 31) for _ in range(4)) for s in starts]
+def drop_from_page_cache(directory: Path) -> None:
+    """Have the next read of each weight come from the disk."""
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # pages that are not written yet stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 # -- running --
@@ -210,10 +189,11 @@ async def run(directory: Path, pools: Sequence[Pool], args: argparse.Namespace) 
     bench = Bench(directory, pools, args)
     try:
         await bench.load_served()
-        windows: dict[str, list[Window]] = {"quiet": [], "loading": []}
+        windows: dict[str, list[Window]] = {"quiet": [], "loading": [], "idle": []}
         for pair in range(args.pairs + 1):
             # The order alternates too, since a drift would favour the second.
             order = ("quiet", "loading") if pair % 2 else ("loading", "quiet")
+            windows["idle"].append(await bench.idle())
             for kind in order:
                 window = await bench.window(is_loading=kind == "loading")
                 if pair:
@@ -228,6 +208,8 @@ def summarise(windows: dict[str, list[Window]], args: argparse.Namespace) -> dic
     quiet, loading = windows["quiet"], windows["loading"]
     ratios = sorted(b.longest / a.longest for a, b in zip(quiet, loading, strict=True))
     loads = sum(window.loads for window in loading)
+    load_ms = 1e3 * sum(window.load_seconds for window in loading) / loads
+    idle_ms = 1e3 * statistics.median(window.load_seconds for window in windows["idle"])
 
     def side(found: list[Window]) -> dict[str, Any]:
         gaps = sorted(gap for window in found for gap in window.gaps)
@@ -254,7 +236,9 @@ def summarise(windows: dict[str, list[Window]], args: argparse.Namespace) -> dic
             "max": ratios[-1],
         },
         "loads": loads,
-        "load_ms": 1e3 * sum(window.load_seconds for window in loading) / loads,
+        "load_ms": load_ms,
+        "idle_load_ms": idle_ms,
+        "load_ratio": load_ms / idle_ms,
         "mib_copied_a_load": sum(window.bytes_copied for window in loading) / loads / 2**20,
         "mib_read_a_load": sum(window.bytes_read for window in loading) / loads / 2**20,
         "host_hits_a_load": sum(window.host_hits for window in loading) / loads,
@@ -264,7 +248,10 @@ def summarise(windows: dict[str, list[Window]], args: argparse.Namespace) -> dic
 def main() -> None:
     """Measure one model, print a table, append a result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", choices=("demo", "wide"), default="demo")
+    parser.add_argument("--model", choices=MODELS, default="demo")
+    parser.add_argument("--layers", type=int, default=2, help="of the released width [2]")
+    parser.add_argument("--pool-size", type=int, default=16, help="experts per layer to load [16]")
+    parser.add_argument("--cold", action="store_true", help="read each load from the disk")
     parser.add_argument("--streams", type=int, default=8, help="requests at once [8]")
     parser.add_argument("--tokens", type=int, default=400, help="tokens per request [400]")
     parser.add_argument("--pairs", type=int, default=12, help="counted pairs of windows [12]")
@@ -272,9 +259,7 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        is_demo = args.model == "demo"
-        directory = demo.model_dir() if is_demo else Path(scratch)
-        pools = demo_pools() if is_demo else write_wide(directory)
+        directory, pools = make_pools(args.model, Path(scratch), args.layers, args.pool_size)
         result = asyncio.run(run(directory, pools, args))
     print("| windows | longest gap ms (median) | p99.9 | p99 | median | tok/s |")
     print("|---|---|---|---|---|---|")
@@ -293,7 +278,8 @@ def main() -> None:
     )
     print(
         f"{result['loads']} loads of {result['mib_copied_a_load']:.1f} MiB,"
-        f" {result['load_ms']:.0f} ms each, {result['mib_read_a_load']:.1f} MiB read,"
+        f" {result['load_ms']:.0f} ms each, {result['load_ratio']:.2f} times the"
+        f" {result['idle_load_ms']:.0f} ms at idle, {result['mib_read_a_load']:.1f} MiB read,"
         f" {result['host_hits_a_load']:.1f} host hits"
     )
     if not args.no_record:

@@ -1,8 +1,8 @@
 """Loads: experts copied into slots on a thread of their own, while the engine goes on decoding.
 
-The thread must not slow decoding down. It works in pieces and sleeps between them; it opens no
-OpenMP team, whose threads would run on the model's cores; and if there is a core to which vLLM has
-bound no thread of the model, it stays there.
+The thread must not slow decoding down. It works in pieces and rests between them (`pacing`), and
+stays off the model's cores if it can (`thread_place`). While it packs and rests, the kernel reads
+the experts that come next, so a disk is never idle.
 
 No token can see a load before it is published: tokens reach a slot through the pool table and
 `slot_of_expert`, and both are written at publication, between two steps. With CUDA a step in flight
@@ -12,28 +12,22 @@ work issued before the load began; publishing makes the model's stream wait for 
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
-import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from emo_serve.errors import EmoServeError
 from emo_serve.vllm_plugin.expert_store import ExpertStore, StoreCounts
+from emo_serve.vllm_plugin.pacing import Pacer, Steps
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert
+from emo_serve.vllm_plugin.thread_place import stand_aside
 
 __all__ = ["CpuMover", "CudaMover", "ExpertLoad", "Mover", "SlotCopy"]
 
 logger = logging.getLogger(__name__)
-
-_SHORTEST_REST_SECONDS = 5e-5
 
 SlotCopy = tuple[int, int, int]
 """Layer, expert, slot."""
@@ -42,12 +36,12 @@ SlotCopy = tuple[int, int, int]
 class Mover(Protocol):
     """Move experts from the store into slots of one kind of device.
 
-    After each piece the load rests, `rest` times as long as the piece took.
+    `pacer` makes the load rest between pieces; None where its work takes nothing from the model.
     """
 
     @property
-    def rest(self) -> float:
-        """Return how much to rest now; 0 for not at all."""
+    def pacer(self) -> Pacer | None:
+        """Return what keeps the load's thread to its share."""
 
     def begin(self) -> None:
         """Take note, between two steps, of the work issued so far; copies come after it."""
@@ -63,27 +57,15 @@ class Mover(Protocol):
 
 
 class CpuMover:
-    """Copies in main memory, which the model's cores read as well: small pieces, with rests.
+    """Copies in main memory, by the same cores that compute."""
 
-    `is_decoding` tells whether the engine has tokens to compute; if not, no rests are needed.
-    """
-
-    piece_bytes = 128 << 10  # residency/loading.py; 64 KiB is felt less and takes twice as long
-    decoding_rest = (
-        8.0  # residency/loading.py; 4 is felt, and a nice value costs more than it saves
-    )
+    piece_bytes = 512 << 10  # a third of a millisecond to read and pack
 
     def __init__(
-        self,
-        store: ExpertStore,
-        slot: Callable[[int, int], PackedExpert],
-        is_decoding: Callable[[], bool],
+        self, store: ExpertStore, slot: Callable[[int, int], PackedExpert], steps: Steps
     ) -> None:
-        self._store, self._slot, self._is_decoding = store, slot, is_decoding
-
-    @property
-    def rest(self) -> float:
-        return self.decoding_rest if self._is_decoding() else 0.0
+        self._store, self._slot = store, slot
+        self.pacer = Pacer(steps)
 
     def begin(self) -> None:
         pass
@@ -112,7 +94,7 @@ class CudaMover:
     """Copies on a stream of their own, out of pinned memory; the host's cores stay free."""
 
     piece_bytes = 4 << 20
-    rest: float = 0.0
+    pacer = None
 
     def __init__(
         self,
@@ -195,7 +177,9 @@ class ExpertLoad:
 
     def _run(self) -> None:
         try:
-            _stand_aside()
+            is_aside = stand_aside()
+            if self._mover.pacer is not None:
+                self._mover.pacer.begin(is_aside=is_aside)
             with torch.inference_mode():  # a thread has modes of its own
                 try:
                     self._copy_all()
@@ -210,82 +194,23 @@ class ExpertLoad:
             self.state = "copied"
 
     def _copy_all(self) -> None:
-        for copy in self.copies:
-            start = time.perf_counter()
+        announced = 0
+        for number, copy in enumerate(self.copies):
+            soon = min(len(self.copies), number + self._store.experts_ahead)
+            for layer, expert, _ in self.copies[announced:soon]:
+                self._store.read_ahead(layer, expert)
+                self._pause()
+            announced = soon
             for _ in self._mover.move(copy):
-                if self._stopping:
-                    raise EmoServeError("the engine is shutting down")
-                if rest := self._mover.rest:
-                    worked = time.perf_counter() - start
-                    time.sleep(max(_SHORTEST_REST_SECONDS, rest * worked))
-                start = time.perf_counter()
+                self._pause()
             self.experts_copied += 1
+
+    def _pause(self) -> None:
+        if self._stopping:
+            raise EmoServeError("the engine is shutting down")
+        if self._mover.pacer is not None:
+            self._mover.pacer.pause()
 
     def _fail(self, reason: str) -> None:
         self.failure = reason
         self.state = "failed"
-
-
-# -- the thread's place --
-
-
-def _stand_aside() -> None:
-    """Keep this thread to one core at a time, off the model's.
-
-    At its usual priority: one that waits for a core while it holds the interpreter's lock would
-    have the model wait as well.
-    """
-    _use_one_openmp_thread()
-    spare = _spare_cores()
-    if spare:
-        os.sched_setaffinity(0, spare)
-
-
-def _use_one_openmp_thread() -> None:
-    """Have parallel regions begun by this thread run on it alone.
-
-    The number of threads is a setting of the calling thread in OpenMP, not of the process. torch
-    has a call for it, which vLLM's CPU worker replaces by one that does nothing, so we ask the
-    runtime that is loaded.
-    """
-    torch.get_num_threads()  # torch sets a new thread's number at its first question
-    for runtime in _openmp_runtimes():
-        runtime.omp_set_num_threads(1)
-
-
-@cache  # reading and searching the maps of a process this size takes as long as a small load
-def _openmp_runtimes() -> tuple[ctypes.CDLL, ...]:
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return ()
-    names = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b[^\s/]*\.so\S*", maps.read_text())
-    return tuple(ctypes.CDLL(name) for name in sorted(set(names)))
-
-
-@cache  # vLLM binds its threads before the first load
-def _spare_cores() -> frozenset[int]:
-    """Return the cores this process may use and no model thread of the engine is bound to.
-
-    vLLM binds a CPU worker's threads to cores; its parent process keeps all that it was given.
-    """
-    if not hasattr(os, "sched_getaffinity"):
-        return frozenset()
-    parent = os.getppid()
-    allowed = os.sched_getaffinity(parent)
-    bound: set[int] = set()
-    for worker in _children(parent):
-        for task in Path(f"/proc/{worker}/task").iterdir():
-            try:
-                cores = os.sched_getaffinity(int(task.name))
-            except ProcessLookupError:
-                continue
-            if cores < allowed:
-                bound |= cores
-    return frozenset(allowed - bound)
-
-
-def _children(parent: int) -> list[int]:
-    """Return the children of a process, this one at least."""
-    lists = Path(f"/proc/{parent}/task").glob("*/children")
-    found = {int(pid) for path in lists for pid in path.read_text().split()}
-    return sorted(found | {os.getpid()})

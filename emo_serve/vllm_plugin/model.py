@@ -120,9 +120,12 @@ class EmoForCausalLM(nn.Module):
         pool_rows: Tensor | None = None,
     ) -> Tensor:
         """Return final hidden states [T, D]; `pool_rows` may be longer than T."""
-        self.slot_host.note_step()
+        steps = self.slot_host.steps
+        steps.begin()
         rows_T = (self.base_rows if pool_rows is None else pool_rows)[: positions.shape[-1]]
-        return self.model(input_ids, positions, rows_T, inputs_embeds)  # type: ignore[no-any-return]
+        hidden: Tensor = self.model(input_ids, positions, rows_T, inputs_embeds)
+        steps.end()
+        return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return logits, None on ranks above 0."""

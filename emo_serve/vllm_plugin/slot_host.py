@@ -8,8 +8,6 @@ worker calls drive it afterwards.
 
 from __future__ import annotations
 
-import math
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -33,12 +31,12 @@ from emo_serve.vllm_plugin.contract import (
 from emo_serve.vllm_plugin.expert_store import ExpertStore, HostMemory
 from emo_serve.vllm_plugin.loads import CpuMover, CudaMover, ExpertLoad, Mover, SlotCopy
 from emo_serve.vllm_plugin.moe import PooledMoE
+from emo_serve.vllm_plugin.pacing import Steps
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert
 from emo_serve.vllm_plugin.routing_record import RoutedLayer, RoutingRecord, pool_key
 
 __all__ = ["SlotHost", "slot_host_of"]
 
-_STEP_SECONDS = 0.1  # longer than a step of decoding, too short for anyone to wait for a load
 _Number = TypeVar("_Number", int, float)
 
 
@@ -48,7 +46,7 @@ class SlotHost:
     `layers` has one entry per layer of the model, None for a dense one. `shape` is this rank's part
     of an expert in the slab. `holds_all` says that no front end will load experts: every expert
     comes with the model, in the slot of its own number, and the base pool is published. All methods
-    but `note_step` are to be called between two steps of the engine.
+    are to be called between two steps of the engine; `steps` is told when one begins and ends.
     """
 
     def __init__(
@@ -65,12 +63,12 @@ class SlotHost:
         self.layers = {index: layer for index, layer in enumerate(layers) if layer is not None}
         self.backend, self.shape, self.holds_all = backend, shape, holds_all
         self.record = self._make_record(max_num_tokens) if settings.records_routing else None
+        self.steps = Steps()
         self.store: ExpertStore | None = None
         self.trunk_bytes = 0
         self._num_layers, self._device = len(layers), device
         self._host_expert_bytes = settings.host_expert_bytes
         self._load: ExpertLoad | None = None
-        self._stepped_at = -math.inf
 
     def _make_record(self, max_num_tokens: int) -> RoutingRecord | None:
         """Have the layers record what the router does, on the first rank: gates are replicated."""
@@ -85,13 +83,6 @@ class SlotHost:
             layer.record = record.of_layer[index]
         return record
 
-    def note_step(self) -> None:
-        """Take note that the model computes now, so that loads stand aside."""
-        self._stepped_at = time.monotonic()
-
-    def _is_decoding(self) -> bool:
-        return time.monotonic() - self._stepped_at < _STEP_SECONDS
-
     # -- start-up --
 
     def open_store(self, checkpoint: Checkpoint) -> ExpertStore:
@@ -103,7 +94,7 @@ class SlotHost:
         self._mover: Mover = (
             CudaMover(self.store, self._slot, self.shape, self._device)
             if is_cuda
-            else CpuMover(self.store, self._slot, self._is_decoding)
+            else CpuMover(self.store, self._slot, self.steps)
         )
         return self.store
 

@@ -67,6 +67,30 @@ def test_rows_go_where_the_caller_says(path: Path) -> None:
     assert torch.equal(out[1:5], expected[2:6]) and not out[0].any() and not out[5:].any()
 
 
+@pytest.mark.parametrize("rows", [slice(0, 600), slice(100, 101), slice(37, 411), slice(5, 5)])
+def test_the_kernel_is_told_which_bytes_will_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: slice
+) -> None:
+    save_file(
+        {"a": torch.zeros(3), "b": torch.zeros(600, 250), "c": torch.zeros(9)}, tmp_path / "x"
+    )
+    file = TensorFile(tmp_path / "x")
+    told: list[tuple[int, int]] = []
+
+    def fadvise(fd: int, start: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED and 0 < size <= 128 << 10
+        told.append((start, start + size))
+        raise OSError("a file system that takes no advice")
+
+    monkeypatch.setattr(os, "posix_fadvise", fadvise)
+    file.read_ahead("b", rows)
+    covered = [byte for start, stop in told for byte in range(start, stop)]
+    begin = file.info("b").start
+    assert covered == list(range(begin + rows.start * 1000, begin + rows.stop * 1000))
+    monkeypatch.delattr(os, "posix_fadvise")
+    file.read_ahead("b", rows)  # does nothing where the system has no such call
+
+
 def test_threads_may_share_a_file(path: Path) -> None:
     file, expected = TensorFile(path), load_file(path)
     wrong: list[str] = []

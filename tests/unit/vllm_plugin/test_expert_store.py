@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import emo_kernels
+from emo_serve.emo.checkpoint import Checkpoint
+from emo_serve.emo.tensor_file import TensorFile
 from emo_serve.errors import CheckpointError
 from emo_serve.vllm_plugin.backends import (
     MoeBackend,
@@ -136,6 +138,53 @@ def test_any_order_of_fetches_gives_the_right_weights(
     assert store.counts.host_hits == hits
     assert store.counts.disk_reads == len(asked) - hits
     assert store.counts.bytes_read == (len(asked) - hits) * EXPERT_BYTES
+
+
+@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (1, 2)])
+def test_what_is_read_ahead_is_what_is_read(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, rank: int, num_ranks: int
+) -> None:
+    store, shape = make_store(directory, host_experts=1, rank=rank, num_ranks=num_ranks)
+    told: list[tuple[str, int, int]] = []
+    read: list[tuple[str, int, int]] = []
+    read_rows = TensorFile.read_rows
+
+    def note_read(
+        file: TensorFile, name: str, rows: slice, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        read.append((name, rows.start, rows.stop))
+        return read_rows(file, name, rows, out)
+
+    monkeypatch.setattr(TensorFile, "read_rows", note_read)
+    monkeypatch.setattr(
+        TensorFile, "read_ahead", lambda _, name, rows: told.append((name, rows.start, rows.stop))
+    )
+    store.read_ahead(1, 5)
+    assert store.counts == StoreCounts(), "nothing is read yet"
+    exhaust(store.fetch(1, 5, spare(shape)))
+    assert {(n, row) for n, start, stop in told for row in range(start, stop)} == {
+        (n, row) for n, start, stop in read for row in range(start, stop)
+    }
+    told.clear()
+    store.read_ahead(1, 5)
+    assert not told, "it is in host memory now"
+
+
+def test_reading_ahead_leaves_errors_to_the_fetch(tmp_path: Path) -> None:
+    store, shape = make_store(write_checkpoint("shared1", tmp_path))
+    store.read_ahead(0, 99)
+    with pytest.raises(CheckpointError, match=r"experts\.99"):
+        exhaust(store.fetch(0, 99, spare(shape)))
+
+
+@pytest.mark.parametrize(
+    ("file_bytes", "ahead"), [(EXPERT_BYTES, 1365), (12 << 20, 5), (1 << 30, 2)]
+)
+def test_reading_ahead_is_bounded_by_bytes(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, file_bytes: int, ahead: int
+) -> None:
+    monkeypatch.setattr(Checkpoint, "expert_bytes", file_bytes)
+    assert make_store(directory)[0].experts_ahead == ahead
 
 
 def test_a_read_that_fails_leaves_nothing_in_host_memory(tmp_path: Path) -> None:

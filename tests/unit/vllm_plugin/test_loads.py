@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from emo_serve.vllm_plugin import loads
 from emo_serve.vllm_plugin.backends import MoeBackend, ReferenceBackend, TritonFp8Backend
 from emo_serve.vllm_plugin.expert_store import ExpertStore
 from emo_serve.vllm_plugin.loads import CpuMover, CudaMover, ExpertLoad, SlotCopy
+from emo_serve.vllm_plugin.pacing import Steps
 from tests.support.expert_stores import are_equal, expected, make_store, packed, slots_of
 from tests.support.golden.checkpoints import write_checkpoint
 
@@ -36,7 +36,7 @@ def store(directory: Path) -> ExpertStore:
 class HeldMover:
     """Take one step each time the test lets it; fail when the test has set why."""
 
-    rest = 0.0
+    pacer = None
 
     def __init__(self) -> None:
         self.steps = threading.Semaphore(0)
@@ -132,7 +132,7 @@ def test_experts_arrive_in_their_slots_and_nowhere_else(
     tensors = load_file(directory / "model.safetensors")
     for _ in range(2):  # the second time from host memory, if there is enough
         slab = shape.slab(5)
-        load = finish(ExpertLoad(1, COPIES, CpuMover(store, slots_of(slab), lambda: True), store))
+        load = finish(ExpertLoad(1, COPIES, CpuMover(store, slots_of(slab), Steps()), store))
         assert load.state == "copied", load.failure
         for layer, expert, slot in COPIES:
             want = packed(backend, shape, expected(tensors, layer, expert))
@@ -191,18 +191,39 @@ def test_all_of_an_expert_goes_through_pinned_memory(
 
 def test_a_load_rests_only_while_others_decode(directory: Path) -> None:
     store, shape = make_store(directory)
-    is_decoding = False
-    mover = CpuMover(store, slots_of(shape.slab(5)), lambda: is_decoding)
-    assert mover.rest == 0.0
-    is_decoding = True
-    assert mover.rest == CpuMover.decoding_rest
+    steps, rests = Steps(), list[float]()
+    mover = CpuMover(store, slots_of(shape.slab(5)), steps)
+    mover.pacer._sleep = rests.append
+    mover.pacer._work_clock = iter(range(10_000)).__next__  # a second per look: each is a turn
+    assert finish(ExpertLoad(1, COPIES, mover, store)).state == "copied"
+    assert not rests
+    steps.begin()
+    assert finish(ExpertLoad(2, COPIES, mover, store)).state == "copied"
+    assert len(rests) > len(COPIES)
+
+
+def test_files_are_read_ahead_in_order_and_no_further_than_asked(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(directory)[0]
+    store.experts_ahead = 2
+    heard: list[object] = []
+    monkeypatch.setattr(store, "read_ahead", lambda *expert: heard.append(expert))
+    mover = HeldMover()
+    mover.heard = heard
+    mover.steps.release(6)
+    assert finish(ExpertLoad(4, COPIES, mover, store)).state == "copied"
+    a, b, c = COPIES
+    assert heard == [
+        *("begin", a[:2], b[:2], (a, 0), (a, 1), c[:2], (b, 0), (b, 1), (c, 0), (c, 1), "end")
+    ]
 
 
 def test_a_truncated_file_fails_the_load_and_names_itself(tmp_path: Path) -> None:
     store, shape = make_store(write_checkpoint("shared1", tmp_path))
     os.truncate(tmp_path / "model.safetensors", 50_000)
     slots = slots_of(shape.slab(5))
-    load = finish(ExpertLoad(1, COPIES, CpuMover(store, slots, lambda: True), store))
+    load = finish(ExpertLoad(1, COPIES, CpuMover(store, slots, Steps()), store))
     assert load.state == "failed" and load.failure is not None
     assert "model.safetensors has 50000 bytes; it had" in load.failure
 
@@ -219,46 +240,8 @@ def test_a_load_leaves_the_settings_of_other_threads_alone(
     mover.at_step.acquire()
     thread_id = load._thread.native_id
     assert thread_id is not None
-    assert os.getpriority(os.PRIO_PROCESS, thread_id) == before[2]  # see _stand_aside
+    assert os.getpriority(os.PRIO_PROCESS, thread_id) == before[2]  # see stand_aside
     mover.steps.release(2)
     finish(load)
     after = (torch.get_num_threads(), os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0))
     assert after == before
-
-
-def test_one_openmp_thread_is_a_matter_of_the_calling_thread() -> None:
-    seen: list[int] = []
-
-    def run() -> None:
-        loads._use_one_openmp_thread()
-        seen.append(torch.get_num_threads())  # what torch's own parallel regions would use
-
-    before = torch.get_num_threads()
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert seen == [1] and torch.get_num_threads() == before
-
-
-def test_cores_that_model_threads_are_bound_to_are_not_spare() -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        pytest.skip("needs two cores")
-    bound, release = threading.Event(), threading.Event()
-
-    def model_thread() -> None:
-        os.sched_setaffinity(0, {cores[0]})
-        bound.set()
-        release.wait()
-
-    thread = threading.Thread(target=model_thread)
-    thread.start()
-    bound.wait()
-    try:
-        loads._spare_cores.cache_clear()
-        assert cores[0] not in loads._spare_cores()
-    finally:
-        release.set()
-        thread.join()
-    loads._spare_cores.cache_clear()
-    assert loads._spare_cores() == set(cores)

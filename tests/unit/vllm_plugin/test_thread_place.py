@@ -1,0 +1,49 @@
+"""Which cores a load's thread may use."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+
+from emo_serve.vllm_plugin import thread_place
+
+
+def test_one_openmp_thread_is_a_matter_of_the_calling_thread() -> None:
+    seen: list[int] = []
+
+    def run() -> None:
+        thread_place.use_one_openmp_thread()
+        seen.append(torch.get_num_threads())  # what torch's own parallel regions would use
+
+    before = torch.get_num_threads()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [1] and torch.get_num_threads() == before
+
+
+def test_cores_that_model_threads_are_bound_to_are_not_spare() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    bound, release = threading.Event(), threading.Event()
+
+    def model_thread() -> None:
+        os.sched_setaffinity(0, {cores[0]})
+        bound.set()
+        release.wait()
+
+    thread = threading.Thread(target=model_thread)
+    thread.start()
+    bound.wait()
+    try:
+        thread_place.spare_cores.cache_clear()
+        assert thread_place.spare_cores() == set(cores[1:])
+    finally:
+        release.set()
+        thread.join()
+    thread_place.spare_cores.cache_clear()
+    assert thread_place.spare_cores() == set(), "a model that is bound nowhere computes anywhere"
