@@ -194,7 +194,7 @@ def test_a_load_rests_only_while_others_decode(directory: Path) -> None:
     steps, rests = Steps(), list[float]()
     mover = CpuMover(store, slots_of(shape.slab(5)), steps)
     mover.pacer._sleep = rests.append
-    mover.pacer._work_clock = iter(range(10_000)).__next__  # a second per look: each is a turn
+    mover.pacer._work_clock = iter(range(10_000)).__next__  # each look is a second later
     assert finish(ExpertLoad(1, COPIES, mover, store)).state == "copied"
     assert not rests
     steps.begin()
