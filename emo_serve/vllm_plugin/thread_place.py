@@ -23,7 +23,7 @@ def stand_aside() -> bool:
     At its usual priority: one that waits for a core while it holds the interpreter's lock would
     have the model wait as well.
     """
-    use_one_openmp_thread()
+    use_one_openmp_thread()  # which may bind the thread to a core of the model's: before ours
     spare = spare_cores()
     if spare:
         os.sched_setaffinity(0, spare)
@@ -35,11 +35,14 @@ def use_one_openmp_thread() -> None:
 
     The number of threads is a setting of the calling thread in OpenMP, not of the process. torch
     has a call for it, which vLLM's CPU worker replaces by one that does nothing, so we ask the
-    runtime that is loaded.
+    runtime that is loaded. A runtime that binds threads (OMP_PROC_BIND, which vLLM sets) binds this
+    one to the model's first core when it first begins a region, however few threads that has. It
+    does so when asked for the thread's place too, and never again: so that is asked here.
     """
     torch.get_num_threads()  # torch sets a new thread's number at its first question
     for runtime in _openmp_runtimes():
         runtime.omp_set_num_threads(1)
+        runtime.omp_get_place_num()
 
 
 @cache  # reading and searching the maps of a process this size takes as long as a small load
