@@ -31,6 +31,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _SEGMENT = re.compile(rf"{_SHARED_MEMORY}/((?:psm_|vllm_dist_)[^/\s]*)$", re.MULTILINE)
 _SOCKET_NAME_LENGTH = 1 + 36  # "/" and a UUID
 _MAX_SOCKET_PATH = 107  # sun_path in sockaddr_un, without its final zero
+_CLEANER_SECONDS = 2.0
 _UNLOCKED_SECONDS = 10.0  # a directory this young may not have its lock yet
 _CLEANER = f"""trap '' HUP INT TERM; read -r _
 while read -r name; do rm -f -- "{_SHARED_MEMORY}/$name"; done < "$0/{_SEGMENTS_FILE}"
@@ -73,11 +74,20 @@ def opened_run_directory() -> Iterator[RunDirectory]:
             os.environ.pop(_BASE_VARIABLE, None)
         else:
             os.environ[_BASE_VARIABLE] = before
-        if cleaner is None:
+        if cleaner is None or not _has_cleaned(cleaner):
             _remove(path)
-        else:
-            cleaner.communicate()  # the end of the pipe is its sign
         os.close(lock)
+
+
+def _has_cleaned(cleaner: subprocess.Popen[bytes]) -> bool:
+    """Let the shell do its work; tell whether it did: it may be suspended."""
+    try:
+        cleaner.communicate(timeout=_CLEANER_SECONDS)  # the end of the pipe is its sign
+    except subprocess.TimeoutExpired:
+        cleaner.kill()
+        cleaner.wait()
+        return False
+    return True
 
 
 def _start_cleaner(path: Path) -> subprocess.Popen[bytes] | None:

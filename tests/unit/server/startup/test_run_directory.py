@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,25 @@ def test_without_a_shell_it_is_removed_too(base: Path, monkeypatch: pytest.Monke
     with opened_run_directory() as directory:
         assert directory.path.is_dir()
     assert list(base.iterdir()) == []
+
+
+def test_a_suspended_shell_does_not_hold_up_the_servers_end(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shells: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def note(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        shells.append(start(*args, **options))
+        return shells[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", note)
+    monkeypatch.setattr("emo_serve.server.startup.run_directory._CLEANER_SECONDS", 0.1)
+    with opened_run_directory():
+        (shell,) = shells
+        shell.send_signal(signal.SIGSTOP)
+    assert list(base.iterdir()) == []
+    assert shell.returncode == -signal.SIGKILL
 
 
 def test_a_path_too_long_for_sockets_is_not_given_to_vllm(
