@@ -41,7 +41,7 @@ def write_checkpoint(directory: Path, sizes: Mapping[str, int]) -> Path:
 
     `sizes` replace fields of the shipped model's config.json.
     """
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     shipped = demo.model_dir()
     for name in _TOKENIZER:
         if (shipped / name).exists():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 from pathlib import Path
 
 from emo_serve import demo
@@ -73,34 +71,10 @@ def write_released(directory: Path, num_layers: int, pool_size: int) -> list[Poo
 
     The first pool has 16 experts; the second has `pool_size` others, and the shared one.
     """
-    import torch
-    from safetensors.torch import save_file
+    from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint
 
-    from emo_serve.emo.config import EmoConfig
-    from emo_serve.emo.tensor_names import MATRICES, expert_tensor_name, trunk_shapes
-
-    config = EmoConfig(vocab_size=2048, num_hidden_layers=num_layers, eos_token_id=0)
-    hidden, width = config.hidden_size, config.intermediate_size
-    torch.manual_seed(0)
-
-    def random(shape: tuple[int, ...]) -> torch.Tensor:
-        if len(shape) == 1:
-            return torch.ones(shape, dtype=torch.bfloat16)
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
-
-    def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, directory / f"{name}.safetensors", metadata={"format": "pt"})
-
-    save("trunk", {name: random(shape) for name, shape in trunk_shapes(config)})
-    for layer in range(num_layers):
-        shapes = dict.fromkeys(MATRICES, (width, hidden)) | {"down": (hidden, width)}
-        names = itertools.product(range(config.num_experts), shapes.items())
-        save(
-            f"layer{layer}",
-            {expert_tensor_name(layer, e, matrix): random(shape) for e, (matrix, shape) in names},
-        )
-    settings = {**config.to_dict(), "architectures": ["EmoForCausalLM"], "dtype": "bfloat16"}
-    (directory / "config.json").write_text(json.dumps(settings))
-    shared = config.num_experts - 1
+    sizes = RELEASED | {"num_hidden_layers": num_layers, "vocab_size": 3072}
+    write_checkpoint(directory, sizes)
+    shared = RELEASED["num_experts"] - 1
     layer_pools = [(*range(15), shared), (*range(16, 16 + pool_size), shared)]
     return [(experts,) * num_layers for experts in layer_pools]

@@ -3,7 +3,9 @@
 vLLM's sockets lie in the directory that VLLM_RPC_BASE_PATH names, and stay there. Here that is a
 directory of the server's own. A server that ends by itself removes it. For one that is killed, a
 shell does: it waits for the end of a pipe that only the server holds, and also removes the engine's
-shared memory, whose names are listed in the directory. What both left, say after a machine lost
+shared memory, whose names are listed in the directory. It kills the engine's processes, too, which
+are known by their environment: those that are still importing cannot see yet that their parent has
+ended (`vllm_plugin.orphans`). What both left, say after a machine lost
 power, the next start removes: a directory is in use while its server holds a lock on it. Only a
 directory with such a name and such a list is ever removed.
 """
@@ -33,7 +35,10 @@ _SOCKET_NAME_LENGTH = 1 + 36  # "/" and a UUID
 _MAX_SOCKET_PATH = 107  # sun_path in sockaddr_un, without its final zero
 _CLEANER_SECONDS = 2.0
 _UNLOCKED_SECONDS = 10.0  # a directory this young may not have its lock yet
-_CLEANER = f"""trap '' HUP INT TERM; read -r _
+_CLEANER = f"""trap '' HUP INT TERM
+read -r _ || for process in /proc/[0-9]*; do
+  grep -qszxF "{_BASE_VARIABLE}=$0" "$process/environ" && kill -9 "${{process#/proc/}}"
+done
 while read -r name; do rm -f -- "{_SHARED_MEMORY}/$name"; done < "$0/{_SEGMENTS_FILE}"
 rm -rf -- "$0"
 """
@@ -82,7 +87,7 @@ def opened_run_directory() -> Iterator[RunDirectory]:
 def _has_cleaned(cleaner: subprocess.Popen[bytes]) -> bool:
     """Let the shell do its work; tell whether it did: it may be suspended."""
     try:
-        cleaner.communicate(timeout=_CLEANER_SECONDS)  # the end of the pipe is its sign
+        cleaner.communicate(b"\n", timeout=_CLEANER_SECONDS)  # a line: nobody is left to kill
     except subprocess.TimeoutExpired:
         cleaner.kill()
         cleaner.wait()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from emo_serve.server.startup.run_directory import opened_run_directory
@@ -113,6 +114,31 @@ def test_a_killed_server_leaves_nothing(base: Path, number: signal.Signals) -> N
     finally:
         segment.unlink(missing_ok=True)
         other.unlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_the_processes_of_a_killed_server_end(base: Path) -> None:
+    program = (
+        "import subprocess, sys, time\n"
+        "from emo_serve.server.startup.run_directory import opened_run_directory\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "other = subprocess.Popen(sleep)\n"
+        "with opened_run_directory() as directory:\n"
+        "    print(other.pid, subprocess.Popen(sleep).pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    other, engine = map(psutil.Process, map(int, server.stdout.readline().split()))
+    try:
+        server.kill()
+        server.wait()
+        psutil.wait_procs([engine], timeout=30)
+        assert not engine.is_running()
+        assert other.is_running()
+    finally:
+        other.kill()
+        server.stdout.close()
 
 
 def test_the_next_start_removes_what_is_left_of_dead_servers_only(base: Path) -> None:
