@@ -77,7 +77,11 @@ class ScriptedEngine:
         self.may_begin.set()
         self.may_finish.set()
         self.failure: Exception | None = None
-        self.num_running = 0
+        self.running: list[str] = []
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
 
     async def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
@@ -91,9 +95,10 @@ class ScriptedEngine:
     async def generate(
         self, prompt: Any, params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncIterator[RequestOutput]:
-        self.num_running += 1
+        self.running.append(request_id)
         try:
             await self.may_begin.wait()
+            await self.add_request(prompt, params, request_id, **options)
             for place, text in enumerate("ab"):
                 if text == "b":
                     await self.may_finish.wait()
@@ -103,7 +108,10 @@ class ScriptedEngine:
                 part = CompletionOutput(0, text, [97 + place], None, None, finish_reason=reason)
                 yield RequestOutput(request_id, None, [7, 8], None, [part], reason is not None)
         finally:
-            self.num_running -= 1
+            self.running.remove(request_id)
+
+    async def add_request(self, *_: Any, **__: Any) -> None:
+        """Take every request."""
 
 
 class ScriptedChooser:

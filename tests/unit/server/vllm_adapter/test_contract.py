@@ -11,6 +11,7 @@ import argparse
 import ast
 import inspect
 import json
+import textwrap
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -105,6 +106,14 @@ def test_generate_and_encode_have_the_parameters_ours_replaces() -> None:
     assert inspect.isasyncgenfunction(AsyncLLM.encode)
     assert not inspect.iscoroutinefunction(generation.PooledLLM.generate)
     assert not inspect.isasyncgenfunction(generation.PooledLLM.generate)
+
+
+def test_generate_asks_the_engine_that_it_is_given_and_changes_nothing_of_it() -> None:
+    """`request_faults` gives it another one, which says when a request has been taken."""
+    body = ast.parse(textwrap.dedent(source(AsyncLLM.generate)))
+    places = [node for node in ast.walk(body) if isinstance(node, ast.Attribute)]
+    assert not [each.attr for each in places if isinstance(each.ctx, ast.Store)]
+    assert "await self.add_request(" in source(AsyncLLM.generate)
 
 
 def test_every_entry_point_generates_through_the_client_and_hands_on_the_adapter() -> None:
