@@ -72,18 +72,14 @@ class MoeBackend(Protocol):
         """
 
 
-class _InActivationsDtype:
-    """Slots hold weights in the activations' dtype."""
-
-    def slab_dtype(self, activations: torch.dtype) -> torch.dtype:
-        return activations
-
-
-class _PlainLayout(_InActivationsDtype):
-    """Slots hold the checkpoint's rows as they are."""
+class _PlainLayout:
+    """Slots hold the checkpoint's rows as they are, in the activations' dtype."""
 
     row_block = 1
     keeps_layout = True
+
+    def slab_dtype(self, activations: torch.dtype) -> torch.dtype:
+        return activations
 
     def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
         out.values.copy_(weight)
