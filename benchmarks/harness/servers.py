@@ -6,7 +6,8 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import IO
 
 import httpx
@@ -73,6 +74,15 @@ class ServerProcess:
         """Let the server run again."""
         for process in self.processes():
             process.resume()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the server run inside the block only."""
+        self.resume()
+        try:
+            yield
+        finally:
+            self.pause()
 
     def resident_bytes(self) -> int:
         """Return the memory that all its processes hold now; shared pages count in each."""

@@ -19,9 +19,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.pairs import Spread, in_turn
 from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint, write_pools
 from benchmarks.harness.results import append_result
 from benchmarks.released.serving import POOL_SIZE, POOLS, Server
@@ -109,26 +111,21 @@ def main() -> None:
 
 def compare(alone: Sequence[Server], ours: Server, kind: str, rounds: int) -> dict[str, Any]:
     """Load both in turn with one kind of traffic; return medians and the spread of the ratio."""
-    clients, pairs = _TRAFFIC[kind], []
+    clients = _TRAFFIC[kind]
     domains = [Domain(ours, domain) for domain in POOLS]
-    for round_number in range(rounds + 1):
-        pair = []
-        for targets, servers in ((alone, alone), (domains, [ours])):
+
+    def measure(targets: Sequence[Any], servers: Sequence[Server]) -> float:
+        with ExitStack() as stack:
             for server in servers:
-                server.resume()
-            pair.append(rate(targets, clients))
-            for server in servers:
-                server.pause()
-        if round_number:  # the first warms up
-            pairs.append(pair)
-    ratios = sorted(b / a for a, b in pairs)
+                stack.enter_context(server.running())
+            return rate(targets, clients)
+
+    pairs = in_turn(rounds, partial(measure, alone, alone), partial(measure, domains, [ours]))
+    ratio = Spread.of_ratios(pairs)
     rates = [statistics.median(each) for each in zip(*pairs, strict=True)]
-    print(
-        f"| {kind} | {rates[0]:.1f} | {rates[1]:.1f}"
-        f" | {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) |",
-        flush=True,
-    )
-    return {"traffic": kind, "clients": clients, "tokens_per_second": rates, "ratios": ratios}
+    print(f"| {kind} | {rates[0]:.1f} | {rates[1]:.1f} | {ratio} |", flush=True)
+    figures = {"tokens_per_second": rates, "ratio": ratio.to_json()}
+    return {"traffic": kind, "clients": clients, **figures}
 
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.pairs import Spread, in_turn
 from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint, write_pools
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
@@ -78,11 +80,8 @@ def slots_for(pools: Path) -> int:
 
 def measure(server: Server, clients: int, prompt: int, tokens: int, requests: int) -> Sample:
     """Load a server, which is suspended before and after."""
-    server.resume()
-    try:
+    with server.running():
         return asyncio.run(load(server, clients, requests, tokens, prompt_characters=prompt))
-    finally:
-        server.pause()
 
 
 def compare(a: Server, b: Server, rounds: int) -> list[dict[str, Any]]:
@@ -91,20 +90,16 @@ def compare(a: Server, b: Server, rounds: int) -> list[dict[str, Any]]:
     loads += [("decode", clients, 8, 24, 2 if clients > 1 else 4) for clients in (1, 8, 32)]
     rows = []
     for what, clients, prompt, tokens, requests in loads:
-        pairs = []
-        for round_number in range(rounds + 1):
-            pair = [measure(server, clients, prompt, tokens, requests) for server in (a, b)]
-            if round_number:  # the first warms up
-                pairs.append(pair)
+        sizes = (clients, prompt, tokens, requests)
+        pairs = in_turn(rounds, *(partial(measure, server, *sizes) for server in (a, b)))
         if what == "prefill":
             values = [[prompt / sample.ttft_seconds for sample in pair] for pair in pairs]
         else:
             values = [[sample.tokens_per_second for sample in pair] for pair in pairs]
-        ratios = sorted(mine / base for base, mine in values)
         rows.append(
             {"a": a.kind, "b": b.kind, "load": what, "clients": clients}
             | {"tokens_per_second": [statistics.median(each) for each in zip(*values, strict=True)]}
-            | {"ratio": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
+            | {"ratio": Spread.of_ratios(values).to_json()}
         )
         show(rows[-1])
     return rows
@@ -113,9 +108,9 @@ def compare(a: Server, b: Server, rounds: int) -> list[dict[str, Any]]:
 def show(row: dict[str, Any]) -> None:
     """Print one row."""
     rates = " | ".join(f"{rate:.1f}" for rate in row["tokens_per_second"])
+    ratio = Spread(**row["ratio"])
     print(
-        f"| {row['a']}, {row['b']} | {row['load']} | {row['clients']} | {rates}"
-        f" | {row['ratio']:.2f} ({row['min']:.2f}-{row['max']:.2f}) |",
+        f"| {row['a']}, {row['b']} | {row['load']} | {row['clients']} | {rates} | {ratio} |",
         flush=True,
     )
 

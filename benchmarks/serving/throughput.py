@@ -29,10 +29,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
 
+from benchmarks.harness.pairs import Spread, in_turn
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
 from emo_serve import demo
@@ -161,16 +163,14 @@ async def request(
 
 def compare(a: Server, b: Server, concurrency: int, args: argparse.Namespace) -> dict[str, Any]:
     """Load both in turn; return medians and the ratio's spread."""
-    samples: dict[str, list[Sample]] = {"a": [], "b": []}
-    for round_number in range(args.rounds + 1):
-        for key, server in (("a", a), ("b", b)):
-            server.resume()
-            sample = asyncio.run(load(server, concurrency, args.requests, args.tokens))
-            server.pause()
-            if round_number:  # the first warms up
-                samples[key].append(sample)
-    pairs = zip(samples["a"], samples["b"], strict=True)
-    ratios = sorted(mine.tokens_per_second / base.tokens_per_second for base, mine in pairs)
+
+    def measure(server: Server) -> Sample:
+        with server.running():
+            return asyncio.run(load(server, concurrency, args.requests, args.tokens))
+
+    rounds = in_turn(args.rounds, partial(measure, a), partial(measure, b))
+    samples = dict(zip("ab", zip(*rounds, strict=True), strict=True))
+    ratio = Spread.of_ratios([[sample.tokens_per_second for sample in pair] for pair in rounds])
 
     def median(key: str, field: str) -> float:
         return statistics.median(getattr(sample, field) for sample in samples[key])
@@ -180,7 +180,7 @@ def compare(a: Server, b: Server, concurrency: int, args: argparse.Namespace) ->
         "concurrency": concurrency,
         "a": {field: median("a", field) for field in fields},
         "b": {field: median("b", field) for field in fields},
-        "ratio": {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]},
+        "ratio": ratio.to_json(),
     }
 
 
@@ -207,12 +207,12 @@ def main() -> None:
         for concurrency in args.concurrency:
             row = compare(a, b, concurrency, args)
             results.append(row)
-            ratio = row["ratio"]
+            ratio = Spread(**row["ratio"])
             ttft, gap = ([1e3 * row[k][f] for k in "ab"] for f in ("ttft_seconds", "gap_seconds"))
             print(
                 f"| {concurrency} | {row['a']['tokens_per_second']:.0f}"
                 f" | {row['b']['tokens_per_second']:.0f}"
-                f" | {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+                f" | {ratio}"
                 f" | {ttft[0]:.0f}, {ttft[1]:.0f} | {gap[0]:.1f}, {gap[1]:.1f} |",
                 flush=True,
             )
