@@ -19,13 +19,17 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness.random_checkpoint import RELEASED
 from benchmarks.harness.results import append_result
+from emo_kernels.cpu import CpuExperts, may_use_tiles
+
+if TYPE_CHECKING:
+    from emo_serve.vllm_plugin.cpu_backend import CpuBackend, VllmCpuBackend
 
 _HIDDEN, _WIDTH, _TOP_K = (
     RELEASED[name] for name in ("hidden_size", "intermediate_size", "num_experts_per_tok")
@@ -71,10 +75,9 @@ class Op:
     """Slabs of several layers, packed for one variant."""
 
     def __init__(self, variant: str, pool: int, layers: int, dtype: torch.dtype) -> None:
-        from emo_serve.vllm_plugin.cpu_backend import CpuBackend
         from emo_serve.vllm_plugin.packed import ExpertShape
 
-        self._backend = CpuBackend(variant)
+        self._backend = _backend(variant, dtype)
         shape = ExpertShape(_HIDDEN, _WIDTH, dtype)
         self.slabs = [shape.slab(pool) for _ in range(layers)]
         draw = torch.Generator().manual_seed(0)
@@ -89,6 +92,19 @@ class Op:
     def run(self, layer: int, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor) -> Tensor:
         """Compute one batch in one layer."""
         return self._backend.compute(x_TD, weights_TK, slots_TK, self.slabs[layer])
+
+
+def _backend(variant: str, dtype: torch.dtype) -> CpuBackend | VllmCpuBackend:
+    """Return our kernel ("ours", or "vectors" to leave AMX aside), or a variant of vLLM's."""
+    from emo_serve.vllm_plugin.cpu_backend import CpuBackend, VllmCpuBackend
+
+    if variant not in ("ours", "vectors"):
+        may_use_tiles()
+        return VllmCpuBackend(variant)
+    experts = CpuExperts.of(dtype, tiles=variant == "ours")
+    if experts is None:
+        raise SystemExit(f"--variants {variant} needs AVX-512 and a C++ compiler")
+    return CpuBackend(experts)
 
 
 def draw_batch(tokens: int, pool: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +125,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     dtype = getattr(torch, args.dtype)
     expert_bytes = 3 * _HIDDEN * _WIDTH * dtype.itemsize
     layers = max(2, round(_LEAST_BYTES / (pool * expert_bytes)))
-    variants = [name for name in args.variants if name == "vec" or dtype == torch.bfloat16]
+    variants = [name for name in args.variants if name != "amx" or dtype == torch.bfloat16]
     ops = {variant: Op(variant, pool, layers, dtype) for variant in variants}
     machine = Machine(dtype)
     rows = []
@@ -166,13 +182,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--pools", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**n for n in range(11)])
-    parser.add_argument("--variants", nargs="+", default=None, help="of vec, amx [all there are]")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=["ours", "vectors", "amx", "vec"],
+        help="our kernel, the same without AMX, vLLM's [ours and vLLM's fastest]",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.variants is None:
-        from emo_serve.vllm_plugin.cpu_backend import CpuBackend
-
-        args.variants = list(dict.fromkeys([CpuBackend.of(torch.bfloat16).variant, "vec"]))
+        is_amx = may_use_tiles() and args.dtype == "bfloat16"
+        args.variants = ["ours", "amx" if is_amx else "vec"]
     if len(args.threads) == len(args.pools) == 1:
         rows = measure(args)
         show(rows)

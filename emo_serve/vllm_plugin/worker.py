@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
+from emo_kernels.cpu import may_use_tiles
 from emo_serve.errors import EmoServeError
 from emo_serve.vllm_plugin.batch_pools import EmoModelState, attach_to_v1_runner
 from emo_serve.vllm_plugin.contract import (
@@ -22,7 +23,6 @@ from emo_serve.vllm_plugin.contract import (
     PoolUsage,
     RouterMass,
 )
-from emo_serve.vllm_plugin.cpu_backend import may_use_tiles
 from emo_serve.vllm_plugin.expert_store import StoreCounts
 from emo_serve.vllm_plugin.orphans import in_run_directory
 from emo_serve.vllm_plugin.settings import read_settings

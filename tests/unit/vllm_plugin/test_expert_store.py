@@ -21,7 +21,7 @@ from emo_serve.vllm_plugin.backends import (
     ReferenceBackend,
     TritonFp8Backend,
 )
-from emo_serve.vllm_plugin.cpu_backend import CpuBackend
+from emo_serve.vllm_plugin.cpu_backend import CpuBackend, VllmCpuBackend
 from emo_serve.vllm_plugin.expert_store import StoreCounts
 from tests.support.expert_stores import are_equal, exhaust, expected, make_store, packed, spare
 from tests.support.golden.checkpoints import write_checkpoint
@@ -38,7 +38,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "backend",
-    [ReferenceBackend(), CpuBackend(), TritonFp8Backend()],
+    [ReferenceBackend(), CpuBackend.of(torch.float32), VllmCpuBackend(), TritonFp8Backend()],
     ids=lambda b: type(b).__name__,
 )
 @pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (0, 2), (1, 2)])
