@@ -3,7 +3,8 @@
 Makes a random checkpoint of the released sizes (`--layers`, 1.6 GiB each) and pools of 16 of its
 128 experts, and compares servers on it in turn, as serving/throughput.py does:
 
-    stock   vLLM's own API server with the plugin, all experts in memory, no pools
+    stock   vLLM's own API server and its own kernel, all experts in memory, no pools. vLLM has no
+            class for EMO: the plugin's is used, kept from our kernel by hiding the compiler
     one     emo-serve with slots for one pool; every request in it
     four    emo-serve with slots for four pools; requests in each of them, mixed
     *-all   the same, computing on every core: vLLM keeps one for the other processes
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shutil
 import statistics
 import sys
 import tempfile
@@ -57,6 +59,8 @@ class Server(ServerProcess):
             command += ["emo_serve", "serve", str(model), "--pools", str(pools / base)]
             command += ["--expert-slots", str(slots_for(pools / base))]
         variables = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} if kind != base else {}
+        if base == "stock":
+            variables["CXX"] = shutil.which("false") or "false"
         super().__init__([*command, *FLAGS, *flags], variables=variables)
 
     def model_of(self, domain: str) -> str:

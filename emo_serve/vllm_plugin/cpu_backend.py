@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emo_kernels import PoolTables, Router
-from emo_kernels.cpu import CpuExperts
+from emo_kernels.cpu import CpuExperts, may_use_tiles
 from emo_serve.vllm_plugin.packed import PackedMatrix, Slab
 from emo_serve.vllm_plugin.slot_routing import route_to_slots
 
@@ -66,7 +66,8 @@ class CpuBackend(_PackedOnCpu):
             "experts are computed by vLLM's operation: ours needs float32 or bfloat16, AVX-512"
             " (for bfloat16 with BF16 or AMX), and a C++ compiler (g++, or CXX)"
         )
-        return VllmCpuBackend()
+        is_amx = activations == torch.bfloat16 and may_use_tiles()
+        return VllmCpuBackend("amx" if is_amx else "vec")
 
     def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
         """Write rows of a matrix as the kernel reads them."""
