@@ -179,9 +179,9 @@ class ServeSettings:
         default="auto",
         metavar="|".join(MOE_BACKENDS),
         dest="emo_moe_backend",  # vLLM has a flag of this name, which EMO's layers do not read
-        help="what computes the experts: our CUDA kernels (triton), vLLM's CPU kernel (cpu), or"
-        " plain torch on any device (reference); auto picks the fastest that can run; replaces"
-        " vLLM's flag of this name",
+        help="what computes the experts: our CUDA kernels (triton), our kernel for CPUs, or vLLM's"
+        " where ours cannot run (cpu), or plain torch on any device (reference); auto picks the"
+        " fastest that can run; replaces vLLM's flag of this name",
     )
     expert_dtype: str = flag(
         "--expert-dtype",

@@ -7,13 +7,13 @@ Makes a random checkpoint of the released sizes (`--layers`, 1.6 GiB each) and p
             class for EMO: the plugin's is used, kept from our kernel by hiding the compiler
     one     emo-serve with slots for one pool; every request in it
     four    emo-serve with slots for four pools; requests in each of them, mixed
-    *-all   the same, computing on every core: vLLM keeps one for the other processes
+    *-spare the same, with a core left to the other processes, as vLLM does
 
 Decoding: N clients at once, prompts of 8 tokens. Prefill: one client, prompts of 512 tokens, the
 time to the first token. The weights are random, so nothing is said about accuracy.
 
     python -m benchmarks.released.serving --layers 4
-    python -m benchmarks.released.serving --pairs one:one-all four:four-all
+    python -m benchmarks.released.serving --pairs one-spare:one four-spare:four
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Server(ServerProcess):
 
     def __init__(self, kind: str, model: Path, pools: Path, flags: Sequence[str] = ()) -> None:
         self.kind = kind
-        base = kind.removesuffix("-all")
+        base = kind.removesuffix("-spare")
         self.pools = POOLS if base == "four" else POOLS[:1]
         command = [sys.executable, "-m"]
         if base == "stock":
@@ -58,7 +58,7 @@ class Server(ServerProcess):
         else:
             command += ["emo_serve", "serve", str(model), "--pools", str(pools / base)]
             command += ["--expert-slots", str(slots_for(pools / base))]
-        variables = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} if kind != base else {}
+        variables = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"} if kind != base else {}
         if base == "stock":
             variables["CXX"] = shutil.which("false") or "false"
         super().__init__([*command, *FLAGS, *flags], variables=variables)

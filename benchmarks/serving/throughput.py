@@ -13,6 +13,7 @@ Kinds of server (`--a`, `--b`):
     emo-base    emo-serve, all experts resident, every request in the base pool
     emo-slots   emo-serve with room for the four pools only
     *-eager     the same with --enforce-eager
+    *-spare     the same, with a core left to the other processes, as vLLM does
 
     python -m benchmarks.serving.throughput --a stock --b emo
     python -m benchmarks.serving.throughput --a emo --b emo-eager
@@ -62,11 +63,13 @@ class Server(ServerProcess):
         self, kind: str, pools: Sequence[str], variables: Mapping[str, str] | None = None
     ) -> None:
         self.kind = kind
-        self.base = kind.removesuffix("-eager")
+        self.base = kind.removesuffix("-spare").removesuffix("-eager")
         self.pools = pools
         flags = [*_ENGINE_FLAGS, "--served-model-name", "emo-demo"]
-        if kind.endswith("-eager"):
+        if "-eager" in kind:
             flags.append("--enforce-eager")
+        if kind.endswith("-spare"):
+            variables = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"} | dict(variables or {})
         super().__init__([*self._command(), *flags], variables=variables)
 
     def _command(self) -> list[str]:

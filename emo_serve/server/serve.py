@@ -119,7 +119,7 @@ def _started_engine(launch: Launch, progress: StartProgress, output: EngineOutpu
     progress.stage("starting the engine")
     try:
         with nullcontext() if output is None else output.captured():
-            return start_engine(launch.args)
+            return start_engine(launch.args, on_every_core=launch.plan.has_long_steps)
     except EngineDead as error:
         raise _explained(error, output) from error
 

@@ -22,16 +22,19 @@ _MODELS = {"EmoForCausalLM": "emo_serve.vllm_plugin.model:EmoForCausalLM"}
 def register() -> None:
     """Teach this process's vLLM the config, the model and the load format `emo`.
 
-    The processes of our own front end's engine are also made to end with it.
+    The processes of our own front end's engine are also made to end with it, and to wait for each
+    other without burning a core.
     """
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
     from emo_serve.emo.config import EmoConfig
+    from emo_serve.vllm_plugin.brief_spin import spin_briefly
     from emo_serve.vllm_plugin.loader import register_loader
     from emo_serve.vllm_plugin.orphans import end_with_parent
 
     end_with_parent()
+    spin_briefly()
     AutoConfig.register("emo", EmoConfig, exist_ok=True)
     for architecture, path in _MODELS.items():
         if architecture not in ModelRegistry.get_supported_archs():

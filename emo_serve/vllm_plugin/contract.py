@@ -56,7 +56,7 @@ ADDITIONAL_CONFIG_KEY = "emo_serve"
 """Key of EngineArgs.additional_config whose value holds the fields of PluginSettings."""
 
 MOE_BACKENDS = ("auto", "triton", "cpu", "reference")
-"""Expert maths: our CUDA kernels, vLLM's CPU kernel, or plain torch on any device."""
+"""Expert maths: our CUDA kernels, a CPU kernel (ours or vLLM's), or plain torch anywhere."""
 
 EXPERT_DTYPES = ("auto", "fp8_e4m3")
 """Expert weights in their slots: the activations' dtype, or fp8 with one scale per row."""

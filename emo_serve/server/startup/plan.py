@@ -35,6 +35,8 @@ from emo_serve.vllm_plugin.contract import expert_bytes
 
 __all__ = ["StartPlan", "make_plan"]
 
+_LONG_STEP_BYTES = 256 * 2**20
+
 
 @dataclass(frozen=True)
 class StartPlan:
@@ -56,6 +58,14 @@ class StartPlan:
     pinned: tuple[ExpertPool, ...]
     load_order: tuple[ExpertPool, ...]
     preferred: frozenset[str]
+
+    @property
+    def has_long_steps(self) -> bool:
+        """Tell whether a step on a CPU takes so long that the other processes hardly need a core.
+
+        Each step reads the trunk: 256 MiB take some 10 ms.
+        """
+        return self.memory is not None and self.memory.need.trunk_bytes >= _LONG_STEP_BYTES
 
 
 def make_plan(

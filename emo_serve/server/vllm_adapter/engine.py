@@ -33,14 +33,18 @@ from emo_serve.vllm_plugin.contract import END_WITH_PARENT_VARIABLE
 __all__ = ["OwnRequests", "has_work", "note_steps", "start_engine", "stop_engine"]
 
 
-def start_engine(args: argparse.Namespace) -> AsyncLLM:
+def start_engine(args: argparse.Namespace, *, on_every_core: bool) -> AsyncLLM:
     """Start vLLM's engine with flags that `with_engine_values` returned.
 
+    vLLM's workers on a CPU leave a core to the other processes, `on_every_core` they do not. The
+    environment variables VLLM_CPU_NUM_OF_RESERVED_CPU and VLLM_CPU_OMP_THREADS_BIND decide first.
     Raises ConfigError for flags that vLLM refuses, and EngineDead if the engine does not start.
     """
     os.environ[END_WITH_PARENT_VARIABLE] = "1"
     # How long workers wait before they are stopped; a drained server need not wait.
     os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
+    if on_every_core:
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     if args.enforce_eager and current_platform.is_cpu():
         # --enforce-eager still compiles small helpers of vLLM's, e.g. for log-probabilities; on a
         # CPU they need a C++ compiler and 14 s at first use.

@@ -25,7 +25,11 @@ class Life:
         self.events: list[str] = []
         self.log = tmp_path / "requests.jsonl"
         args = SimpleNamespace(uvicorn_log_level="info", uds=None)
-        self.launch: Any = SimpleNamespace(args=args, settings=ServeSettings(request_log=self.log))
+        self.launch: Any = SimpleNamespace(
+            args=args,
+            settings=ServeSettings(request_log=self.log),
+            plan=SimpleNamespace(has_long_steps=False),
+        )
         self.request_log: Any = None
 
     def close(self) -> None:
@@ -40,7 +44,7 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Life]:
     life = Life(tmp_path)
     monkeypatch.setattr(serve, "prepare", lambda *_: life.launch)
     monkeypatch.setattr(serve, "bind_socket", lambda _: life)
-    monkeypatch.setattr(serve, "start_engine", lambda _: life)
+    monkeypatch.setattr(serve, "start_engine", lambda _, on_every_core: life)
     monkeypatch.setattr(serve, "stop_engine", lambda engine: engine.stop())
     before = {number: signal.getsignal(number) for number in stop_signals()}
     yield life
@@ -109,7 +113,7 @@ def test_the_unix_socket_is_removed_at_the_end(
 def test_an_engine_that_does_not_start_says_where_to_look(
     life: Life, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: object) -> None:
+    def fail(_: object, *, on_every_core: bool) -> None:
         raise EngineDead("the engine did not start")
 
     monkeypatch.setattr(serve, "start_engine", fail)

@@ -288,6 +288,17 @@ def test_what_a_start_needs_comes_from_headers_and_flags(
     assert (memory.num_slots, memory.slots_flag, memory.kv_flag) == (32, None, None)
 
 
+@pytest.mark.parametrize(("trunk_bytes", "is_long"), [(2**20, False), (2**30, True)])
+def test_a_large_trunk_makes_long_steps(
+    checkpoint: Checkpoint, settings: ServeSettings, trunk_bytes: int, is_long: bool
+) -> None:
+    plan = cpu_plan(checkpoint, settings, None)
+    assert plan.memory is not None
+    need = replace(plan.memory.need, trunk_bytes=trunk_bytes)
+    assert replace(plan, memory=replace(plan.memory, need=need)).has_long_steps == is_long
+    assert not plan_of(checkpoint, settings).has_long_steps, "a GPU's steps need no cores"
+
+
 def test_all_workers_needs_are_added_up(checkpoint: Checkpoint, settings: ServeSettings) -> None:
     one = cpu_plan(checkpoint, settings, None).memory
     two = cpu_plan(checkpoint, settings, None, num_ranks=2).memory
