@@ -26,7 +26,7 @@ from emo_serve.flags import (
     read_share,
     read_text,
 )
-from emo_serve.names import AUTO_POOL, NAME_RULE, UNION, is_pool_or_union
+from emo_serve.names import AUTO_POOL, REQUEST_RULE, is_pool_or_union
 from emo_serve.residency.policy import POLICIES
 from emo_serve.vllm_plugin.contract import EXPERT_DTYPES, MOE_BACKENDS, check_expert_dtype
 
@@ -102,6 +102,14 @@ class ServeSettings:
         default=None,
         metavar="NAME",
         help="pool for requests that name only the model (default: base, all experts)",
+    )
+    default_experts: int | None = flag(
+        "--default-experts",
+        read_int,
+        default=None,
+        metavar="K",
+        help="experts per layer of a pool that is named without a size: its K best by the scores in"
+        " its file (default: the file's default_experts, else the experts that it lists)",
     )
     expert_memory_bytes: int | None = flag(
         "--expert-memory",
@@ -196,7 +204,7 @@ class ServeSettings:
         read_int,
         default=64,
         metavar="N",
-        help="rows of the pool table: pools and unions that can be in use at once",
+        help="rows of the pool table: pools, sizes and unions that can be in use at once",
     )
     drain_timeout_seconds: float = flag(
         "--drain-timeout",
@@ -322,6 +330,8 @@ class ServeSettings:
         self._check_auto()
 
     def _check_memory(self) -> None:
+        if self.default_experts is not None and self.default_experts < 1:
+            raise ConfigError(f"--default-experts is {self.default_experts}; give at least 1")
         if self.expert_memory_bytes is not None and self.expert_slots is not None:
             raise ConfigError("--expert-memory and --expert-slots set the same limit; give one")
         if self.expert_slots is not None and self.expert_slots < 1:
@@ -372,8 +382,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
 def _check_pool_name(flag: str, name: str) -> None:
     if not is_pool_or_union(name):
         raise ConfigError(
-            f"{flag}: {name!r} cannot be the name of a pool; names are {NAME_RULE}, and a union"
-            f" joins them with {UNION}"
+            f"{flag}: {name!r} cannot be the name of a pool; a name is {REQUEST_RULE}"
         )
 
 

@@ -13,6 +13,8 @@ Requests
     emo_serve_request_coverage{pool}             histogram: share of the full router's mass inside
                                                  the pool, mean over an engine request's tokens
                                                  and MoE layers; low: wrong pool for that text
+    emo_serve_request_experts{pool}              histogram: experts per layer of the pool that an
+                                                 engine request was served in: the sizes asked for
     emo_serve_auto_choices_total{pool}           requests for model `auto`, by the pool chosen
     emo_serve_auto_seconds                       histogram: how long those choices took
     emo_serve_running_requests{pool}             engine requests that hold the pool
@@ -47,10 +49,11 @@ Server
 
 A pool added at run time is shown at once, with zeros; one that is removed disappears, except from
 such files, where nothing can be removed. All unions share the label `(union)`: clients, not the
-operator, decide how many there are. Requests still finishing in a removed pool count as
-`(removed)`. What the server asks for itself is no request in any of these: only what it holds,
-loads and evicts is shown, under `(build)` while it builds a pool, and under `(auto)` while it asks
-the router for `auto`.
+operator, decide how many there are. A size, such as `math@8`, counts under its pool; only coverage,
+which falls with the size, is kept apart under `(sized)`. Requests still finishing in a removed pool
+count as `(removed)`. What the server asks for itself is no request in any of these: only what it
+holds, loads and evicts is shown, under `(build)` while it builds a pool, and under `(auto)` while
+it asks the router for `auto`.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from emo_serve.names import is_union
+from emo_serve.names import is_sized, is_union, split_size
 from emo_serve.residency.ports import LoadReport
 
 __all__ = [
@@ -94,6 +97,7 @@ BUILD_POOL = "(build)"
 """The names of the server's own temporary pools; clients cannot use them."""
 
 _UNION_LABEL = "(union)"
+_SIZED_LABEL = "(sized)"
 _REMOVED_LABEL = "(removed)"
 # From a copy within host memory to the default deadline; steps of 1-2.5-5 bound a quantile's error.
 _SECONDS = (
@@ -101,6 +105,7 @@ _SECONDS = (
     *(1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0),
 )
 _SHARES = tuple(count / 20 for count in range(1, 21))
+_EXPERTS = tuple(2**power for power in range(11))  # up to 1024 per layer
 
 
 @dataclass(frozen=True)
@@ -131,8 +136,8 @@ class MetricsSnapshot:
 
 
 def pool_label(name: str) -> str:
-    """Return the label value of a pool; every union has the same."""
-    return _UNION_LABEL if is_union(name) else name
+    """Return the label value of a pool: a size has its pool's, and every union has the same."""
+    return _UNION_LABEL if is_union(name) else split_size(name)[0]
 
 
 class PoolMetrics:
@@ -167,6 +172,13 @@ class PoolMetrics:
             registry=registry,
             buckets=_SHARES,
         )
+        self._request_experts = Histogram(
+            "emo_serve_request_experts",
+            "Experts per layer of the pool that a request was served in",
+            ("pool",),
+            registry=registry,
+            buckets=_EXPERTS,
+        )
         self._choices = counter("auto_choices", "Requests for auto, by the pool chosen", "pool")
         self._choice_seconds = seconds("auto", "Time to choose a pool for auto")
         self._waits = seconds("waiting", "Time requests waited for a pool to be loaded", "outcome")
@@ -190,11 +202,13 @@ class PoolMetrics:
             *((c, ()) for c in (self._prompt_tokens, self._generation_tokens)),
             *((c, ()) for c in (self._hits, self._misses)),
             (self._coverage, ()),
+            (self._request_experts, ()),
             (self._choices, ()),
         )
         self._known: set[str] = set()
         for pool in (*pools, _UNION_LABEL, BUILD_POOL, AUTO_PROBE_POOL):
             self.add_pool(pool)
+        self._coverage.labels(_SIZED_LABEL)
         for reason in refusal_reasons:
             self._refused.labels(reason)
         for outcome in WAIT_OUTCOMES:
@@ -240,9 +254,14 @@ class PoolMetrics:
         self._prompt_tokens.labels(self._label(pool)).inc(prompt_tokens)
         self._generation_tokens.labels(self._label(pool)).inc(generation_tokens)
 
+    def observe_experts(self, pool: str, experts_per_layer: float) -> None:
+        """Add the size of the pool that one engine request was served in."""
+        self._request_experts.labels(self._label(pool)).observe(experts_per_layer)
+
     def observe_coverage(self, pool: str, share: float) -> None:
         """Add one engine request's coverage, from 0 to 1."""
-        self._coverage.labels(self._label(pool)).observe(share)
+        label = _SIZED_LABEL if is_sized(pool) else self._label(pool)
+        self._coverage.labels(label).observe(share)
 
     def count_refusal(self, reason: str) -> None:
         """Count a request refused before generation."""
@@ -334,7 +353,7 @@ def _gauges(snapshot: MetricsSnapshot, step_age_seconds: float) -> Iterator[Gaug
         label = pool_label(pool.name)
         running[label] = running.get(label, 0) + pool.running_requests
         waiting[label] = waiting.get(label, 0) + pool.waiting_requests
-        if label != _UNION_LABEL:
+        if label == pool.name:  # neither a union nor a size
             resident.setdefault(label, pool.is_resident)
             pinned.setdefault(label, pool.is_pinned)
     yield _by_pool("running_requests", "Engine requests that hold the pool", running)

@@ -2,7 +2,8 @@
 
     base                a name of the base model, e.g. `emo` or `allenai/Emo_1b14b_1T`
     pool                a pool: 1 to 64 of a-z 0-9 . _ -, the first no dot
-    a+b                 the union of pools
+    pool@8              the pool with its 8 best experts per layer
+    a+b, a@8+b@4        the union of pools, each perhaps with a size
     base:pool, base:a+b the same, for clients that expect the model's name first
     auto                the server chooses the pool
     x-emo-pool: a+b     the header; names the pool, or repeats the one that the model name names
@@ -28,16 +29,24 @@ __all__ = [
     "NAME_PATTERN",
     "NAME_RULE",
     "POOL_HEADER",
+    "REQUEST_RULE",
+    "SIZE",
     "UNION",
     "ModelNames",
     "canonical_name",
     "check_chosen",
     "check_pool_name",
+    "is_derived",
     "is_pool_name",
     "is_pool_or_union",
+    "is_sized",
     "is_union",
     "join_names",
+    "pools_of",
+    "sized_name",
     "split_name",
+    "split_size",
+    "with_size",
 ]
 
 BASE_POOL = "base"
@@ -47,6 +56,7 @@ AUTO_POOL = "auto"
 """The name by which clients leave the choice of a pool to the server."""
 
 UNION = "+"
+SIZE = "@"
 POOL_HEADER = "x-emo-pool"
 
 NAME_PATTERN = r"^[a-z0-9_-][a-z0-9._-]{0,63}$"
@@ -58,14 +68,23 @@ None begins with a dot: clients take `/v1/pools/..` for another path, and its fi
 NAME_RULE = "1 to 64 of a-z 0-9 . _ -, the first no dot"
 """`NAME_PATTERN` in words."""
 
-FILE_NAME_RULE = f"{NAME_RULE} ({UNION!r} is reserved for unions, ':' for base:pool)"
+FILE_NAME_RULE = (
+    f"{NAME_RULE} ({UNION!r} is reserved for unions, {SIZE!r} for sizes, ':' for base:pool)"
+)
 """The same for people who name a pool, and what the other signs are for."""
+
+REQUEST_RULE = (
+    f"{NAME_RULE}; it may end in a size, as in math{SIZE}8, and several may be joined with {UNION}"
+)
+"""What a request may name, in words."""
+
+_SIZE_PATTERN = r"[1-9][0-9]{0,4}"
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 80
 
 
-# -- names of pools and unions --
+# -- names of pools, sizes and unions --
 
 
 def is_pool_name(name: str) -> bool:
@@ -74,13 +93,54 @@ def is_pool_name(name: str) -> bool:
 
 
 def is_pool_or_union(name: str) -> bool:
-    """Tell whether `name` can be a pool, or pools joined with `+`."""
-    return all(map(is_pool_name, name.split(UNION)))
+    """Tell whether `name` can be a pool, or pools joined with `+`, each perhaps with a size."""
+    return all(is_pool_name(split_size(part)[0]) for part in name.split(UNION))
 
 
 def is_union(name: str) -> bool:
     """Tell whether `name` joins several names, whatever they are."""
     return UNION in name
+
+
+def is_sized(name: str) -> bool:
+    """Tell whether `name` is one pool at a size."""
+    return not is_union(name) and split_size(name)[1] is not None
+
+
+def is_derived(name: str) -> bool:
+    """Tell whether `name` is a union or a size: what is made of pools, and defined by no file."""
+    return is_union(name) or is_sized(name)
+
+
+def split_size(part: str) -> tuple[str, int | None]:
+    """Return the pool and the size that one part of a name gives: `math@8` is ("math", 8).
+
+    A size has one spelling, without sign and leading zeros; `math@08` is returned whole.
+    """
+    pool, sign, size = part.rpartition(SIZE)
+    if sign and re.fullmatch(_SIZE_PATTERN, size):
+        return pool, int(size)
+    return part, None
+
+
+def sized_name(pool: str, size: int) -> str:
+    """Return the name of a pool at a size."""
+    return f"{pool}{SIZE}{size}"
+
+
+def pools_of(name: str) -> tuple[str, ...]:
+    """Return the pools that a name is made of, without their sizes, each once."""
+    return tuple(dict.fromkeys(split_size(part)[0] for part in split_name(name)))
+
+
+def with_size(name: str, size: int) -> str:
+    """Return the name of the same pools at one size; raises RequestError if one has a size."""
+    for part in split_name(name):
+        if split_size(part)[1] is not None:
+            raise RequestError(
+                f"{part!r} has a size already, and experts={size} gives another; give one of them"
+            )
+    return join_names(sized_name(part, size) for part in split_name(name))
 
 
 def split_name(name: str) -> tuple[str, ...]:
@@ -113,7 +173,12 @@ def check_chosen(name: str) -> None:
 
     By then a request that generates from a prompt has the chosen pool's name.
     """
-    if AUTO_POOL in split_name(name):
+    if AUTO_POOL in pools_of(name) and is_sized(name):
+        raise RequestError(
+            f"{name!r} is no pool: the server chooses the pool for {AUTO_POOL!r} and serves it at"
+            " the pool's own size; to choose the size, name the pool, as in math@8"
+        )
+    if AUTO_POOL in pools_of(name):
         raise RequestError(
             f"{AUTO_POOL!r} is no pool: the server chooses one for it, alone and not in a union,"
             " from the text of a prompt to /v1/completions, /v1/chat/completions, /v1/responses,"
@@ -149,9 +214,10 @@ class ModelNames:
     def choose(self, model: str | None, headers: Sequence[str] = ()) -> str:
         """Return the canonical name of the pool asked for, AUTO_POOL where that is to be chosen.
 
-        `model` is the request's model name: the base's, a pool, `base:pool` or a union; None or ""
-        is the base's. `headers` are the values of x-emo-pool, usually none or one. Raises
-        RequestError for a malformed header, PoolConflict when two of them name different pools.
+        `model` is the request's model name: the base's, a pool, a size, a union, or one of these
+        after `base:`; None or "" is the base's. `headers` are the values of x-emo-pool, usually
+        none or one. Raises RequestError for a malformed header, PoolConflict when two of them name
+        different pools.
         """
         named = self._pool_part(model)
         asked = {} if named is None else {canonical_name(named): f"model {model!r}"}
@@ -177,8 +243,5 @@ class ModelNames:
 def _checked_header(value: str) -> str:
     name = value.strip()
     if not is_pool_or_union(name):
-        raise RequestError(
-            f"{POOL_HEADER} is {value!r}; expected a pool's name, {NAME_RULE},"
-            f" or several joined with {UNION}"
-        )
+        raise RequestError(f"{POOL_HEADER} is {value!r}; expected a pool's name, {REQUEST_RULE}")
     return name

@@ -15,13 +15,13 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
 from emo_serve import demo
-from emo_serve.names import BASE_POOL
+from emo_serve.names import BASE_POOL, canonical_name
+from emo_serve.pools.derived import derive
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 
 __all__ = [
@@ -50,7 +50,7 @@ class PoolSet:
     slot_bytes: int
 
     def knowing(self, names: Iterable[str]) -> PoolSet:
-        """Return the set plus the base pool and the unions that these names include."""
+        """Return the set plus the base pool, sizes and unions that these names include."""
         pools = dict(self.pools)
         for name in set(names) - pools.keys():
             if name == BASE_POOL:
@@ -58,7 +58,7 @@ class PoolSet:
                 experts = tuple(LayerExperts(ids) if ids else None for ids in layers)
                 pools[name] = ExpertPool(name, experts)
             else:
-                pools[name] = reduce(ExpertPool.union, map(self.pools.__getitem__, name.split("+")))
+                pools[name] = derive(canonical_name(name), self.pools, None)
         return replace(self, pools=pools)
 
 

@@ -44,7 +44,9 @@ def add_file_commands(add: AddCommand) -> None:
 
     export = add("export", _run_export, _EXPORT)
     export.add_argument(
-        "pool", metavar="NAME|FILE", help="pool file; with --pools a pool's name, or a union: a+b"
+        "pool",
+        metavar="NAME|FILE",
+        help="pool file; with --pools a pool's name, a size of it: a@8, or a union: a+b",
     )
     export.add_argument(
         "--model", required=True, type=Path, metavar="DIR", help="checkpoint directory to prune"

@@ -12,7 +12,7 @@ from emo_serve.cli.commands import AddCommand, report_refused
 from emo_serve.cli.model_flag import ModelFacts, add_model_flag
 from emo_serve.cli.rendering.server_tables import describe_card, slab_map, status_table
 from emo_serve.cli.rendering.tables import describe_pool, pool_table, printable
-from emo_serve.cli.server_flags import READ_SECONDS, add_server_flags, server_of
+from emo_serve.cli.server_flags import NAME_HELP, READ_SECONDS, add_server_flags, server_of
 from emo_serve.errors import ConfigError
 from emo_serve.pools.catalog import PoolCatalog
 
@@ -30,7 +30,7 @@ def add_listing_commands(add: AddCommand) -> None:
     )
     show = add("show", _run_show, "Show one pool with a map of its experts.")
     show.add_argument(
-        "path", metavar="FILE|NAME", help="pool file or directory; with --server a pool's name"
+        "path", metavar="FILE|NAME", help=f"pool file or directory; with --server {NAME_HELP}"
     )
     for command in (listing, show):
         add_model_flag(command, "checkpoint directory of the pools' model; checks that they fit it")

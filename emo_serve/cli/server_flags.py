@@ -13,8 +13,16 @@ from emo_serve.errors import ConfigError
 if TYPE_CHECKING:
     from emo_serve.cli.client import PoolServer
 
-__all__ = ["BUILD_SECONDS", "CHANGE_SECONDS", "READ_SECONDS", "add_server_flags", "server_of"]
+__all__ = [
+    "BUILD_SECONDS",
+    "CHANGE_SECONDS",
+    "NAME_HELP",
+    "READ_SECONDS",
+    "add_server_flags",
+    "server_of",
+]
 
+NAME_HELP = "a pool's name, a size of it: math@8, or a union: math+code"
 READ_SECONDS = 30.0
 CHANGE_SECONDS = 600.0
 """A load may have to wait until long requests end."""

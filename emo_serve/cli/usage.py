@@ -11,7 +11,7 @@ from pathlib import Path
 from emo_serve.cli.commands import AddCommand
 from emo_serve.cli.rendering.tables import printable
 from emo_serve.cli.rendering.usage import describe_usage, layers_of
-from emo_serve.cli.server_flags import READ_SECONDS, add_server_flags, server_of
+from emo_serve.cli.server_flags import NAME_HELP, READ_SECONDS, add_server_flags, server_of
 from emo_serve.errors import ConfigError
 
 __all__ = ["add_usage_command"]
@@ -22,7 +22,7 @@ _USAGE = "Show how often a server's requests have taken each expert of a pool."
 def add_usage_command(add: AddCommand) -> None:
     """Add the command."""
     usage = add("usage", _run_usage, _USAGE)
-    usage.add_argument("name", metavar="NAME", help="a pool's name, or a union: math+code")
+    usage.add_argument("name", metavar="NAME", help=NAME_HELP)
     usage.add_argument("--png", type=Path, metavar="FILE", help="draw a heat map; needs matplotlib")
     add_server_flags(usage, is_required=True, seconds=READ_SECONDS)
 

@@ -1,9 +1,9 @@
 """The pools of a directory, by name. A bad file is left out; the other pools are served.
 
 The catalog knows which pools there are, which files were refused and why, and what a name such as
-"math" or "math+code" stands for. A file may be called anything that ends in .json, in small letters
-or capitals; only the name inside it counts. Two files with the same name inside are both refused:
-which one is served must not depend on the order of a directory.
+"math", "math@8" or "math+code" stands for. A file may be called anything that ends in .json, in
+small letters or capitals; only the name inside it counts. Two files with the same name inside are
+both refused: which one is served must not depend on the order of a directory.
 
 It changes at run time in three steps, so that files can be written beside an event loop:
 
@@ -21,12 +21,9 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
-
-from cachetools import LRUCache
 
 from emo_serve.errors import (
     ConfigError,
@@ -34,11 +31,12 @@ from emo_serve.errors import (
     PoolFileError,
     PoolStoreError,
     StateConflict,
-    UnknownPool,
 )
-from emo_serve.names import canonical_name, check_pool_name, split_name
+from emo_serve.names import canonical_name, check_pool_name
+from emo_serve.pools.derived import DerivedPools, derive, unknown_definition
 from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.sizes import served_pool
 from emo_serve.pools.strict_json import place_of
 
 if TYPE_CHECKING:
@@ -47,9 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["CatalogChange", "PoolCatalog"]
 
 logger = logging.getLogger(__name__)
-
-# Clients choose which unions exist, so the number remembered is bounded.
-_MAX_CACHED_UNIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,8 @@ class CatalogChange:
 class PoolCatalog:
     """Hold the pools of one model, sorted by name; `refused` says which files were left out.
 
-    With `moe_layers` every pool added later is checked against the model and completed.
+    With `moe_layers` every pool added later is checked against the model, completed, and served at
+    its default size, which is `default_experts` for pools with scores that have none of their own.
     """
 
     def __init__(
@@ -94,9 +90,11 @@ class PoolCatalog:
         pools: Sequence[ExpertPool] = (),
         moe_layers: Sequence[MoeLayer | None] | None = None,
         fingerprint: str | None = None,
+        default_experts: int | None = None,
     ) -> None:
         self.moe_layers = moe_layers
         self.fingerprint = fingerprint
+        self._default_experts = default_experts
         self.pools: Mapping[str, ExpertPool] = MappingProxyType({})
         self._directory: Path | None = None
         self._files: dict[str, Path] = {}  # of pools that survive a restart
@@ -104,7 +102,7 @@ class PoolCatalog:
         self._contested: dict[str, list[Path]] = {}  # names that several files carry
         self._versions: dict[str, int] = {}
         self._revision = 0
-        self._unions: LRUCache[str, ExpertPool] = LRUCache(_MAX_CACHED_UNIONS)
+        self._derived = DerivedPools(moe_layers)
         for pool in pools:
             assert pool.name not in self.pools, "names are unique"
             self._set(pool.name, pool)
@@ -116,18 +114,19 @@ class PoolCatalog:
         moe_layers: Sequence[MoeLayer | None] | None = None,
         fingerprint: str | None = None,
         *,
+        default_experts: int | None = None,
         persists: bool = False,
         check_free: Callable[[Sequence[str]], None] = lambda names: None,
     ) -> PoolCatalog:
         """Read every *.json of a directory, in small letters or capitals, or the file `path`.
 
-        With `moe_layers` each pool is checked against the model and completed with the experts the
-        model implies; without, it is only checked against itself. Refused files are reported, never
-        raised; so is a pool whose name `check_free` refuses with a ConfigError. With `persists`
-        later changes are written to the directory, where that can be written. Raises ConfigError
-        when there is no such directory or file.
+        With `moe_layers` each pool is checked against the model, completed with the experts the
+        model implies and cut to its default size; without, it is only checked against itself.
+        Refused files are reported, never raised; so is a pool whose name `check_free` refuses with
+        a ConfigError. With `persists` later changes are written to the directory, where that can be
+        written. Raises ConfigError when there is no such directory or file.
         """
-        catalog = cls((), moe_layers, fingerprint)
+        catalog = cls((), moe_layers, fingerprint, default_experts)
         read: dict[Path, ExpertPool] = {}
         for file in _pool_files(path):
             try:
@@ -171,22 +170,17 @@ class PoolCatalog:
         return name in self._files
 
     def resolve(self, name: str) -> ExpertPool:
-        """Return the pool of that name, or the union "a+b+..." in whatever order it is written.
+        """Return the pool, size or union of that name, in whatever order it is written.
 
-        Equal unions are one object. Raises UnknownPool naming the pools there are, and RequestError
-        for a union of pools that are routed at different temperatures.
+        `math@8` has the 8 best experts per layer of `math`. Equal unions are one object. Raises
+        UnknownPool naming the pools or sizes there are, and RequestError for a union of pools that
+        are routed at different temperatures.
         """
-        canonical = canonical_name(name)
-        parts = split_name(canonical)
-        for part in parts:
-            if part not in self.pools:
-                raise self._unknown(part)
-        if len(parts) == 1:
-            return self.pools[canonical]
-        if canonical not in self._unions:
-            united = reduce(ExpertPool.union, (self.pools[part] for part in parts))
-            self._unions[canonical] = united
-        return self._unions[canonical]
+        return self._derived.resolve(name, self.pools)
+
+    def resolve_with(self, name: str, pool: ExpertPool) -> ExpertPool:
+        """Return what `resolve` would if `pool`, as a change has it, were defined."""
+        return derive(canonical_name(name), {**self.pools, pool.name: pool}, self.moe_layers)
 
     # -- changes --
 
@@ -206,7 +200,7 @@ class PoolCatalog:
     def plan_remove(self, name: str) -> CatalogChange:
         """Decide how to forget a pool; raises UnknownPool."""
         if name not in self.pools:
-            raise self._unknown(name)
+            raise unknown_definition(name, self.pools)
         file = self._files.get(name) if self._directory else None
         return CatalogChange(name, None, None, file, self._revision)
 
@@ -242,14 +236,13 @@ class PoolCatalog:
             self._versions[name] = self.version(name) + 1
         self.pools = MappingProxyType(dict(sorted(pools.items())))
         self._revision += 1
-        for union in [union for union in self._unions if name in split_name(union)]:
-            del self._unions[union]
+        self._derived.forget(name)
 
     def _fitted(self, pool: ExpertPool, source: str) -> ExpertPool:
         if self.moe_layers is None:
             return pool
         pool.check_fits(self.moe_layers, self.fingerprint, source)
-        return pool.complete(self.moe_layers)
+        return served_pool(pool, self.moe_layers, source, self._default_experts)
 
     def _contest(self, name: str, files: Sequence[Path]) -> None:
         self._contested[name] = list(files)
@@ -291,10 +284,6 @@ class PoolCatalog:
                 f"{file.name} exists but is not served; give replace=true to overwrite it"
             )
         return file
-
-    def _unknown(self, name: str) -> UnknownPool:
-        there_are = ", ".join(self.pools) or "none"
-        return UnknownPool(f"there is no pool {name[:80]!r}; the pools are: {there_are}")
 
 
 def _check_free(name: str, file: Path, check_free: Callable[[Sequence[str]], None]) -> None:

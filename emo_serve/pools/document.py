@@ -7,16 +7,18 @@ The document, "emo-pool/1", is one JSON object:
 
     {"format": "emo-pool/1", "name": "math",
      "layers": [null, {"experts": [3, 17], "scores": [0.01, ...]}, ...],
-     "description": "...", "router_temperature": 1.0,
+     "description": "...", "router_temperature": 1.0, "default_experts": 8,
      "model": {"name": "...", "fingerprint": "...", "implied": [[], [31], ...]},
      "calibration": {"method": "layerwise", "documents": 20, "tokens": 5120, "seed": 0,
                      "experts": 16}}
 
 `layers` has one entry per layer, null for a dense one. `scores`, where present, ranks ALL experts
-of the layer, so that one file can be cut to any size. Shared and always-active experts are implied:
-they belong to every pool, listed or not. `model.implied` lists them per layer, so that the file can
-be cut where the model is not. `calibration.experts` is the size the pool was found at. All keys
-after `layers` are optional, as are those of `model`, and of `calibration` all but `method`.
+of the layer, so that one file can be cut to any size. `default_experts` is the size at which the
+pool is served under its bare name: so many of the best per layer, in place of `experts`. Shared and
+always-active experts are implied: they belong to every pool, listed or not. `model.implied` lists
+them per layer, so that the file can be cut where the model is not. `calibration.experts` is the
+size the pool was found at. All keys after `layers` are optional, as are those of `model`, and of
+`calibration` all but `method`.
 
 The request to build a pool:
 
@@ -41,6 +43,7 @@ from emo_serve.pools.limits import (
     HIGHEST_TEMPERATURE,
     LOWEST_TEMPERATURE,
     MOST_COUNT,
+    MOST_EXPERTS,
     MOST_LAYERS,
     TEMPERATURE_RULE,
     check_text,
@@ -51,6 +54,7 @@ from emo_serve.pools.pool import (
     LayerExperts,
     PoolCalibration,
     PoolModel,
+    check_default,
     check_implied,
     check_layer,
     check_texts,
@@ -87,6 +91,11 @@ _Temperature = Annotated[
 ]
 _Score = Annotated[float, Field(allow_inf_nan=False), Expected("a finite number")]
 _Count = Annotated[int, Field(ge=0, le=MOST_COUNT), Expected("a count of 0 or more, below 2**63")]
+_Size = Annotated[
+    int,
+    Field(ge=1, le=MOST_EXPERTS),
+    Expected(f"a number of experts per layer, from 1 to {MOST_EXPERTS}"),
+]
 _ImpliedIds = Annotated[
     list[_Id],
     Field(fail_fast=True),
@@ -141,6 +150,11 @@ class PoolDocument(StrictModel):
     ] = Field(description="one entry per layer of the model, null for a dense layer")
     description: str = ""
     router_temperature: _Temperature = Field(1.0, description="divides the gate's logits")
+    default_experts: _Size | None = Field(
+        None,
+        description="experts per layer of the pool when it is named without a size: the best by"
+        " `scores`, in place of `experts`",
+    )
     model: DocumentModel | None = None
     calibration: DocumentCalibration | None = None
 
@@ -169,6 +183,7 @@ def parse_pool(source: str, value: object) -> ExpertPool:
     check_texts(source, document.description, model, calibration)
     layers = tuple(map(_experts_of, document.layers))
     check_implied(source, model, layers)
+    check_default(source, document.default_experts, layers)
     return ExpertPool(
         name=document.name,
         layers=layers,
@@ -176,6 +191,7 @@ def parse_pool(source: str, value: object) -> ExpertPool:
         description=document.description,
         model=model,
         calibration=calibration,
+        default_experts=document.default_experts,
     )
 
 
@@ -225,6 +241,8 @@ def _format(pool: ExpertPool) -> str:
         fields["description"] = pool.description
     if pool.router_temperature != 1.0:
         fields["router_temperature"] = pool.router_temperature
+    if pool.default_experts is not None:
+        fields["default_experts"] = pool.default_experts
     for key, record in (("model", pool.model), ("calibration", pool.calibration)):
         if record is not None:
             fields[key] = {k: v for k, v in vars(record).items() if v is not None}

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from emo_serve.errors import ConfigError, RequestError
-from emo_serve.names import BASE_POOL, join_names, split_name
+from emo_serve.names import BASE_POOL, join_names, sized_name, split_name
 from emo_serve.pools.limits import MOST_EXPERTS, MOST_LAYERS, check_temperature, check_text
 from emo_serve.pools.strict_json import refusal, required_real
 
@@ -29,6 +29,7 @@ __all__ = [
     "LayerExperts",
     "PoolCalibration",
     "PoolModel",
+    "check_default",
     "check_implied",
     "check_layer",
     "check_texts",
@@ -82,8 +83,10 @@ class PoolCalibration:
 class ExpertPool:
     """Name the experts, per layer, that a request may use; None stands for a dense layer.
 
-    Raises PoolFileError for ids or scores that no model could have. In memory any name will do (a
-    union is called "a+b"); only a name that `check_pool_name` takes can be written to a file.
+    `default_experts` is the size that the bare name stands for: so many of the best per layer,
+    where None stands for the experts listed. Raises PoolFileError for ids, scores or a default that
+    no model could have. In memory any name will do (a union is called "a+b", a size "a@8"); only a
+    name that `check_pool_name` takes can be written to a file.
     """
 
     name: str
@@ -92,6 +95,7 @@ class ExpertPool:
     description: str = ""
     model: PoolModel | None = None
     calibration: PoolCalibration | None = None
+    default_experts: int | None = None
 
     def __post_init__(self) -> None:
         source = f"pool {self.name!r}"
@@ -106,6 +110,7 @@ class ExpertPool:
         temperature = check_temperature(source, self.router_temperature)
         object.__setattr__(self, "router_temperature", temperature)
         check_texts(source, self.description, self.model, self.calibration)
+        check_default(source, self.default_experts, self.layers)
 
     # -- views --
 
@@ -123,6 +128,21 @@ class ExpertPool:
     def expert_ids(self) -> tuple[tuple[int, ...], ...]:
         """Return the expert ids of each layer, ascending; () for a dense layer."""
         return tuple(() if layer is None else layer.experts for layer in self.layers)
+
+    @property
+    def has_scores(self) -> bool:
+        """Tell whether every MoE layer ranks its experts, so that the pool can be cut."""
+        return _are_scored(self.layers)
+
+    def name_at(self, k: int) -> str:
+        """Return the name by which the pool is asked for with its `k` best experts per layer."""
+        return sized_name(self.name, k)
+
+    @property
+    def experts_per_layer(self) -> float:
+        """Return the number of experts, mean over the MoE layers; 0 without any."""
+        counts = [len(layer.experts) for layer in self.layers if layer is not None]
+        return sum(counts) / max(1, len(counts))
 
     # -- maths --
 
@@ -180,7 +200,7 @@ class ExpertPool:
         """
         layers: list[LayerExperts | None] = []
         for index, (layer, implied) in enumerate(
-            zip(self.layers, self._implied(moe_layers), strict=True)
+            zip(self.layers, self.implied(moe_layers), strict=True)
         ):
             if layer is None:
                 layers.append(None)
@@ -194,10 +214,13 @@ class ExpertPool:
                 expected = f"a number for each of its experts, by which to cut to {k} experts"
                 raise refusal(f"pool {self.name!r}", "scores", None, expected, index)
             layers.append(replace(layer, experts=keep_best(layer.scores, k, implied)))
-        return replace(self, layers=tuple(layers))
+        return replace(self, layers=tuple(layers), default_experts=None)
 
-    def _implied(self, moe_layers: Sequence[MoeLayer | None] | None) -> Sequence[Collection[int]]:
-        """Return, per layer, the ids that belong to every pool."""
+    def implied(self, moe_layers: Sequence[MoeLayer | None] | None) -> Sequence[Collection[int]]:
+        """Return, per layer, the ids that belong to every pool.
+
+        Without `moe_layers` those are what `model.implied` names; PoolFileError if it names none.
+        """
         if moe_layers is not None:
             self.check_fits(moe_layers, None, f"pool {self.name!r}")
             return [() if layer is None else layer.implied for layer in moe_layers]
@@ -290,6 +313,20 @@ def check_texts(
         check_text(source, "calibration.method", calibration.method)
 
 
+def check_default(
+    source: str, default_experts: object, layers: Sequence[LayerExperts | None]
+) -> None:
+    """Raise PoolFileError for a default size that no model allows, or without scores to cut by."""
+    if default_experts is None:
+        return
+    if type(default_experts) is not int or not 1 <= default_experts <= MOST_EXPERTS:
+        expected = f"a number of experts per layer, from 1 to {MOST_EXPERTS}"
+        raise refusal(source, "default_experts", default_experts, expected)
+    if not _are_scored(layers):
+        expected = "no such key: a layer has no scores, by which its best experts are chosen"
+        raise refusal(source, "default_experts", default_experts, expected)
+
+
 def check_implied(
     source: str, model: PoolModel | None, layers: Sequence[LayerExperts | None]
 ) -> None:
@@ -305,6 +342,10 @@ def check_implied(
         if implied and max(implied) >= limit:
             expected = f"ids below {limit}" if limit else "[]: the layer is dense"
             raise refusal(source, "model.implied", list(implied), expected, index)
+
+
+def _are_scored(layers: Sequence[LayerExperts | None]) -> bool:
+    return all(layer is None or layer.scores is not None for layer in layers)
 
 
 def _check_layer_fits(source: str, index: int, layer: LayerExperts, model_layer: MoeLayer) -> None:

@@ -101,12 +101,13 @@ class Room:
         worst = max(needs, key=lambda need: need.needed - need.slots, default=None)
         if worst is None or worst.needed <= worst.slots:
             return
+        smaller = f", or ask for {pool.name_at(worst.slots)!r}" if pool.has_scores else ""
         experts, slots = sum(map(len, pool.expert_ids)), sum(need.slots for need in needs)
         raise PoolTooLarge(
             f"pool {pool.name!r} can never be resident: layer {worst.layer} needs {worst.needed}"
             f" slots and has {worst.slots}; its {experts} experts take {self._gib(experts)}, the"
             f" slab holds {slots}, {self._gib(slots)}; raise --expert-memory or --expert-slots to"
-            f" serve it"
+            f" serve it{smaller}"
         )
 
     # -- changes --

@@ -141,6 +141,8 @@ def test_settings_are_frozen() -> None:
         (["--drain-timeout", "inf"], "0 or more"),
         (["--drain-timeout", "nan"], "0 or more"),
         (["--drain-timeout", "soon"], "give a number of seconds"),
+        (["--default-experts", "0"], "--default-experts is 0; give at least 1"),
+        (["--default-pool", "math@08"], "--default-pool: 'math@08' cannot be the name of a pool"),
         (["--default-pool", "Math"], "--default-pool: 'Math' cannot be the name of a pool"),
         (["--preload", "math,co de"], "--preload: 'co de' cannot be the name of a pool"),
         (["--preload", "math,math"], "names a pool twice"),

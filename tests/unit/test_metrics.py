@@ -33,6 +33,8 @@ SNAPSHOT = MetricsSnapshot(
         pool("law", False, 0, waiting=5),
         pool("code+math", True, 3),
         pool("law+math", False, 1, waiting=2),
+        pool("math@8", True, 1, waiting=1),
+        pool("gone@8", True, 1),
         pool("law", True, 4),  # an old definition, still in use
     ),
     slots=64,
@@ -47,6 +49,7 @@ NAMES = {
     "emo_serve_generation_tokens",
     "emo_serve_refused_requests",
     "emo_serve_request_coverage",
+    "emo_serve_request_experts",
     "emo_serve_auto_choices",
     "emo_serve_auto_seconds",
     "emo_serve_running_requests",
@@ -198,16 +201,19 @@ def test_gauges_are_the_snapshot_and_unions_share_a_label(
     registry: CollectorRegistry, metrics: PoolMetrics
 ) -> None:
     for name, labels, value in (
-        ("running_requests", {"pool": "math"}, 2),
+        ("running_requests", {"pool": "math"}, 2 + 1),
+        ("running_requests", {"pool": "gone"}, 1),
+        ("running_requests", {"pool": "math@8"}, None),
         ("running_requests", {"pool": "law"}, 4),
         ("running_requests", {"pool": "(union)"}, 4),
-        ("waiting_requests", {"pool": "math"}, 0),
+        ("waiting_requests", {"pool": "math"}, 1),
         ("waiting_requests", {"pool": "law"}, 5),
         ("waiting_requests", {"pool": "(union)"}, 2),
         ("pool_resident", {"pool": "math"}, 1),
         ("pool_resident", {"pool": "base"}, 0),
         ("pool_resident", {"pool": "law"}, 0),
         ("pool_resident", {"pool": "(union)"}, None),
+        ("pool_resident", {"pool": "gone"}, None),
         ("pool_pinned", {"pool": "math"}, 1),
         ("pool_pinned", {"pool": "law"}, 0),
         ("slots", {}, 64),
@@ -219,6 +225,43 @@ def test_gauges_are_the_snapshot_and_unions_share_a_label(
         ("step_age_seconds", {}, 2.5),
     ):
         assert registry.get_sample_value(f"emo_serve_{name}", labels) == value, (name, labels)
+
+
+def test_sizes_count_under_their_pool_and_their_coverage_apart(
+    registry: CollectorRegistry, metrics: PoolMetrics
+) -> None:
+    """However many sizes clients ask for, no series is added."""
+    before = len(generate_latest(registry).splitlines())
+    for size in range(1, 100):
+        name = f"math@{size}"
+        metrics.count_request(name, "finished")
+        metrics.observe_experts(name, size)
+        metrics.observe_coverage(name, 0.3)
+        metrics.count_ask(name, is_hit=True)
+        metrics.count_load(name, LOAD)
+        metrics.count_eviction(name, "room")
+    metrics.observe_experts("code@4+math@8", 10.5)
+    metrics.observe_coverage("code@4+math@8", 0.3)
+    metrics.count_request("gone@8", "finished")
+    assert len(generate_latest(registry).splitlines()) - before <= 30, "(removed) alone is new"
+    for name, labels, value in (
+        ("requests_total", {"pool": "math", "outcome": "finished"}, 99),
+        ("requests_total", {"pool": "(removed)", "outcome": "finished"}, 1),
+        ("request_experts_count", {"pool": "math"}, 99),
+        ("request_experts_bucket", {"pool": "math", "le": "8.0"}, 8),
+        ("request_experts_bucket", {"pool": "math", "le": "128.0"}, 99),
+        ("request_experts_sum", {"pool": "(union)"}, 10.5),
+        ("request_coverage_count", {"pool": "math"}, 0),
+        ("request_coverage_count", {"pool": "(sized)"}, 99),
+        ("request_coverage_count", {"pool": "(union)"}, 1),
+        ("pool_hits_total", {"pool": "math"}, 99),
+        ("pool_loads_total", {"pool": "math", "outcome": "loaded"}, 99),
+        ("pool_evictions_total", {"pool": "math", "reason": "room"}, 99),
+    ):
+        assert registry.get_sample_value(f"emo_serve_{name}", labels) == value, (name, labels)
+    metrics.remove_pool("math")
+    labels = {"pool": "(sized)"}
+    assert registry.get_sample_value("emo_serve_request_coverage_count", labels) == 99
 
 
 # -- pools that come and go --

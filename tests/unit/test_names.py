@@ -10,11 +10,17 @@ from emo_serve.names import (
     canonical_name,
     check_chosen,
     check_pool_name,
+    is_derived,
     is_pool_name,
     is_pool_or_union,
+    is_sized,
     is_union,
     join_names,
+    pools_of,
+    sized_name,
     split_name,
+    split_size,
+    with_size,
 )
 
 NAMES = ModelNames(("emo", "allenai/Emo_1b14b_1T"))
@@ -33,6 +39,10 @@ NAMES = ModelNames(("emo", "allenai/Emo_1b14b_1T"))
         ("emo:base", "base"),
         ("math+code", "code+math"),
         ("emo:code+math+code", "code+math"),
+        ("math@8", "math@8"),
+        ("emo:math@8", "math@8"),
+        ("math@8+code@4+math@8", "code@4+math@8"),
+        ("emo@8", "emo@8"),
         ("gpt-4", "gpt-4"),
         ("emo:", ""),
         ("other:math", "other:math"),
@@ -64,6 +74,8 @@ def test_the_default_pool_is_meant_by_the_models_name_alone() -> None:
         (None, ["math"], "math"),
         ("emo", [" math "], "math"),
         ("emo", ["code+math"], "code+math"),
+        ("emo", ["math@8+code"], "code+math@8"),
+        ("code+math@8", ["math@8+code"], "code+math@8"),
         ("math", ["math"], "math"),
         ("math+code", ["code+math"], "code+math"),
         ("emo", ["math", "math"], "math"),
@@ -81,6 +93,8 @@ def test_the_header_names_the_pool_or_repeats_it(
     ("model", "headers"),
     [
         ("math", ["code"]),
+        ("math", ["math@8"]),
+        ("math@8", ["math@4"]),
         ("emo", ["a", "b"]),
         ("emo:base", ["math"]),
         ("auto", ["math"]),
@@ -92,7 +106,25 @@ def test_two_different_pools_are_a_conflict(model: str, headers: list[str]) -> N
         NAMES.choose(model, headers)
 
 
-@pytest.mark.parametrize("header", ["", " ", "Math", "a b", "math+", "emo:math", "m" * 65, "\xe9"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        " ",
+        "Math",
+        "a b",
+        "math+",
+        "emo:math",
+        "m" * 65,
+        "\xe9",
+        "math@",
+        "math@08",
+        "math@x",
+        "@8",
+        "a@8@4",
+        "math@ 8",
+    ],
+)
 def test_a_malformed_header_is_refused(header: str) -> None:
     with pytest.raises(RequestError, match="x-emo-pool is .*expected a pool's name"):
         NAMES.choose("emo", [header])
@@ -114,8 +146,17 @@ def test_where_no_pool_was_chosen_auto_is_refused(name: str) -> None:
         check_chosen(name)
 
 
+def test_auto_has_no_size() -> None:
+    with pytest.raises(
+        RequestError, match="'auto@8' is no pool.*at the pool's own size; to choose"
+    ):
+        check_chosen("auto@8")
+    with pytest.raises(RequestError, match="alone and not in a union"):
+        check_chosen("auto@8+math")
+
+
 def test_a_pool_that_was_chosen_is_not_refused() -> None:
-    check_chosen("automatic+math")
+    check_chosen("automatic+math@8")
 
 
 def test_a_union_has_one_spelling() -> None:
@@ -145,11 +186,31 @@ def test_a_union_is_no_pools_name() -> None:
     assert join_names(["b", "a", "b"]) == "a+b"
 
 
-@pytest.mark.parametrize("name", ["a+b", "base:math", "Math", "", 3])
+def test_a_size_is_part_of_a_name() -> None:
+    assert split_size("math@8") == ("math", 8)
+    assert sized_name("math", 8) == "math@8"
+    for whole in ("math", "math@", "math@0", "math@08", "math@+8", "math@8x", "math@123456", "@"):
+        assert split_size(whole) == (whole, None)
+    assert split_size("math@\u0668") == ("math@\u0668", None), "a digit, but not ours"
+    assert is_sized("math@8") and is_derived("math@8") and is_pool_or_union("math@8")
+    assert not is_sized("math") and not is_sized("math@8+code") and not is_sized("math@08")
+    assert is_derived("math@8+code") and is_derived("a+b") and not is_derived("math")
+    assert not is_pool_name("math@8")
+    assert pools_of("math@8+code+math") == ("math", "code")
+
+
+def test_all_pools_of_a_name_get_one_size() -> None:
+    assert with_size("math", 8) == "math@8"
+    assert with_size("math+code", 4) == "code@4+math@4"
+    with pytest.raises(RequestError, match="'code@4' has a size already, and experts=8 gives"):
+        with_size("math+code@4", 8)
+
+
+@pytest.mark.parametrize("name", ["a+b", "math@8", "base:math", "Math", "", 3])
 def test_a_name_no_file_may_carry_is_refused_with_value_and_rule(name: object) -> None:
     with pytest.raises(PoolFileError) as caught:
         check_pool_name("file.json", name)
     assert str(caught.value) == (
         f"file.json: name is {name!r}; expected 1 to 64 of a-z 0-9 . _ -, the first no dot"
-        " ('+' is reserved for unions, ':' for base:pool)"
+        " ('+' is reserved for unions, '@' for sizes, ':' for base:pool)"
     )

@@ -65,6 +65,7 @@ def describe_card(card: dict[str, Any]) -> str:
             "state": card["state"] + (", pinned" if card["pinned"] else ""),
             "requests": used,
             "experts": f"{_per_layer(card)} per layer, {total} in all, {_mib(card['bytes'])} MiB",
+            "sizes": _sizes(card),
             "held": held,
             "temperature": f"{card['router_temperature']:g}",
             "version": version,
@@ -112,6 +113,13 @@ def _count(count: int) -> str:
 
 def _per_layer(card: dict[str, Any]) -> str:
     return size_range([count for count in card["experts_per_layer"] if count])
+
+
+def _sizes(card: dict[str, Any]) -> str | None:
+    if card["sizes"] is None:
+        return None
+    least, most = card["sizes"]["least"], card["sizes"]["most"]
+    return f"{least} to {most} per layer, as {printable(card['name'])}@{least}"
 
 
 def _mib(num_bytes: int) -> str:

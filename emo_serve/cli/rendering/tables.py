@@ -72,7 +72,13 @@ def pool_table(pools: Sequence[ExpertPool], expert_bytes: int | None = None) -> 
     rows = [header]
     for pool in pools:
         total = sum(map(len, pool.expert_ids))
-        row = [pool.name, _per_layer(pool), str(total), f"{pool.router_temperature:g}"]
+        default = f" (default {pool.default_experts})" if pool.default_experts else ""
+        row = [
+            pool.name,
+            f"{_per_layer(pool)}{default}",
+            str(total),
+            f"{pool.router_temperature:g}",
+        ]
         row += [_calibration(pool), pool.content_hash[:_HASH_CHARS]]
         if expert_bytes is not None:
             row.insert(3, f"{total * expert_bytes / 2**20:.1f}")
@@ -105,14 +111,14 @@ def describe_pool(
 ) -> str:
     """Describe one pool with a map; given the model, also its size and implied experts."""
     total = sum(map(len, pool.expert_ids))
-    has_scores = any(layer is not None and layer.scores is not None for layer in pool.layers)
     size = f", {total * expert_bytes / 2**20:.1f} MiB" if expert_bytes else ""
     described = facts(
         {
             "pool": pool.name,
             "description": printable(" ".join(pool.description.split())),
             "experts": f"{_per_layer(pool)} per layer, {total} in all{size}",
-            "scores": "of all experts; can be cut to any size" if has_scores else "none",
+            "scores": "of all experts; can be cut to any size" if pool.has_scores else "none",
+            "served at": f"{k} per layer by default" if (k := pool.default_experts) else None,
             "temperature": f"{pool.router_temperature:g}",
             "made for": printable(pool.model.name or pool.model.fingerprint or "")
             if pool.model

@@ -36,6 +36,7 @@ from emo_serve.emo.tensor_names import expert_tensor_name, gate_name
 from emo_serve.errors import ConfigError, PoolStoreError
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.pruned.metadata import METADATA_FILE, pruning_metadata
+from emo_serve.pools.sizes import served_pool
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
@@ -70,7 +71,7 @@ def export_pool(pool: ExpertPool, checkpoint: Checkpoint, out: Path) -> PrunedCh
     moe_layers = checkpoint.config.moe_layers
     fingerprint = checkpoint.fingerprint()
     pool.check_fits(moe_layers, fingerprint, f"pool {pool.name!r}")
-    pool = pool.complete(moe_layers)
+    pool = served_pool(pool, moe_layers, f"pool {pool.name!r}")
     if not any(moe_layers):
         raise ConfigError(f"{checkpoint.directory} has no MoE layer; there is nothing to prune")
     tensors = kept_tensors(checkpoint, pool.expert_ids, pool.router_temperature)

@@ -3,7 +3,8 @@
     GET    /v1/pools                 every pool, the slab's slots, waiting requests
     POST   /v1/pools                 define the pool in the body, or build one from the examples
                                      in the body; ?replace=true redefines one
-    GET    /v1/pools/{name}          one pool or union, with its expert ids
+    GET    /v1/pools/{name}          one pool, size or union, with its expert ids; ?experts=K shows
+                                     it as it would be at another size
     GET    /v1/pools/{name}/usage    how often tokens chose each of its experts
     DELETE /v1/pools/{name}          remove it and its file
     POST   /v1/pools/{name}/load     make it resident; also evict, pin and unpin
@@ -46,6 +47,7 @@ from emo_serve.server.pool_admin.schema import (
     PoolDetails,
     PoolList,
     ReplaceOptions,
+    ShowOptions,
     UsageAnswer,
     body_schema,
     card_of,
@@ -96,15 +98,19 @@ def _add_reading(
         return list_of(service.statuses.overview(), experts=options.experts)
 
     @router.get("/{name}", responses=responses(*READING, 404))
-    async def show_pool(name: str) -> PoolDetails:
-        """Show one pool or union with its expert ids."""
+    async def show_pool(name: str, options: Annotated[ShowOptions, Query()]) -> PoolDetails:
+        """Show one pool, size or union with its expert ids.
+
+        With `experts`, show what each of its pools would be at that size: how many bytes its
+        experts take, and how many are missing from the slots.
+        """
         with _answering(to_http_error):
-            status = service.statuses.of(service.lookup.find(name))
+            status = service.statuses.of(service.lookup.find(name, experts=options.experts))
             return details_of(service.statuses.overview(), status)
 
     @router.get("/{name}/usage", responses=responses(*READING, 404, 500, 503))
     async def show_usage(name: str) -> UsageAnswer:
-        """Show how often tokens chose each expert of a pool or union since the engine started."""
+        """Show how often tokens chose each expert of a pool since the engine started."""
         with _answering(to_http_error):
             return usage_answer(*await service.statuses.usage(name))
 
@@ -171,7 +177,7 @@ def _add_residency(
 
     @action("load", LoadOptions)
     async def load_pool(name: str, request: Request) -> PoolCard:
-        """Make a pool or union resident; waits in the same queue as requests."""
+        """Make a pool, size or union resident; waits in the same queue as requests."""
         with _answering(to_http_error):
             options = await _read_options(request, LoadOptions)
             return card_of(await service.residency.load(name, pin=options.pin))
@@ -185,7 +191,7 @@ def _add_residency(
 
     @action("pin", NoOptions)
     async def pin_pool(name: str, request: Request) -> PoolCard:
-        """Make a pool or union resident, and keep it resident until it is unpinned."""
+        """Make a pool, size or union resident, and keep it resident until it is unpinned."""
         with _answering(to_http_error):
             await _read_options(request, NoOptions)
             return card_of(await service.residency.load(name, pin=True))

@@ -3,7 +3,7 @@
 Definitions change one at a time, and the pool's file changes first. A request keeps the definition
 it was admitted with: the old experts stay, under their own content hash, until the last such
 request has ended, so no answer mixes two definitions. Pins belong to names: after a redefinition,
-the new content of a pinned pool, and of pinned unions that contain it, is loaded and pinned.
+the new content of a pinned pool, and of pinned sizes and unions of it, is loaded and pinned.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import suppress
-from functools import reduce
 from typing import TypeVar
 
 from emo_serve.errors import (
@@ -27,7 +26,7 @@ from emo_serve.errors import (
     UnknownPool,
 )
 from emo_serve.metrics import PoolMetrics
-from emo_serve.names import BASE_POOL, split_name
+from emo_serve.names import BASE_POOL, pools_of
 from emo_serve.pools.catalog import CatalogChange, PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
@@ -114,7 +113,7 @@ class PoolDefinitions:
         async with self._one_change:
             if name == BASE_POOL or name in self._lookup.names.base:
                 raise StateConflict("the base pool is the model itself and cannot be removed")
-            if name in split_name(self._lookup.names.default_pool):
+            if name in pools_of(self._lookup.names.default_pool):
                 raise StateConflict(
                     f"pool {name!r} is part of --default-pool, which serves requests that name no"
                     " pool, and cannot be removed"
@@ -128,7 +127,7 @@ class PoolDefinitions:
     async def _apply(self, change: CatalogChange) -> list[str]:
         """Carry out a change: retire the contents it replaces, and revive those it defines again.
 
-        Returns the names of changed pools and unions that were pinned.
+        Returns the pinned names whose content has changed.
         """
         await asyncio.to_thread(change.write)
         old = self._containing(change.name)
@@ -147,7 +146,7 @@ class PoolDefinitions:
         pinned = self._residency.drop_pins(replaced)
         for pool in new:
             self._manager.revive(pool)
-        current = {pool.content_hash for pool in (*self._lookup.pools, *new)}
+        current = {pool.content_hash for pool in (*self._lookup.pools, *new, *self._in_use())}
         current |= self._temporary.content_hashes
         for pool in old:
             if pool.content_hash not in current:
@@ -155,10 +154,20 @@ class PoolDefinitions:
         return pinned
 
     def _containing(self, name: str) -> list[ExpertPool]:
-        """Return the pool of that name, and the unions in use that contain it."""
-        in_use = {entry.name for entry in self._manager.statistics().pools}
-        names = [name, *sorted(used for used in in_use if name in split_name(used))]
-        found = (self._lookup.known(each) for each in dict.fromkeys(names))
+        """Return the pool of that name, and what is made of it and in use."""
+        pool = self._lookup.known(name)
+        made = [pool for pool in self._in_use() if name in pools_of(pool.name)]
+        return made if pool is None or pool in made else [pool, *made]
+
+    def _in_use(self) -> list[ExpertPool]:
+        """Return the pools, sizes and unions that are resident, asked for or pinned by their name.
+
+        Two names may have one content, as the smallest sizes of two pools often do.
+        """
+        names = set(self._residency.pinned_names)
+        for entry in self._manager.statistics().pools:
+            names |= {entry.name, *entry.running_by_name, *entry.waiting_by_name}
+        found = map(self._lookup.known, sorted(names))
         return [pool for pool in found if pool is not None]
 
     async def _pin_again(self, name: str, redefined: str) -> None:
@@ -176,14 +185,20 @@ class PoolDefinitions:
     def _check_servable(self, pool: ExpertPool) -> None:
         """Refuse a definition with which the default pool, or a pinned pool, could not be served.
 
-        Raises PoolTooLarge, and RequestError if the default union's temperatures would differ.
+        Raises PoolTooLarge, and RequestError if a default or pinned union's temperatures would
+        differ, or its size could not be had.
         """
-        default = set(split_name(self._lookup.names.default_pool)) - {BASE_POOL}
-        wanted = [pool] if self._residency.is_pinned(pool.name) else []
-        if pool.name in default:
-            others = (self._catalog.pools[name] for name in default - {pool.name})
-            wanted.append(reduce(ExpertPool.union, others, pool))
-        for needed in wanted:
+        pinned = (name for name in self._residency.pinned_names if pool.name in pools_of(name))
+        for name in dict.fromkeys([self._lookup.names.default_pool, *sorted(pinned)]):
+            if pool.name not in pools_of(name) or BASE_POOL in pools_of(name):
+                continue
+            try:
+                needed = self._catalog.resolve_with(name, pool)
+            except UnknownPool as error:
+                raise RequestError(
+                    f"{name!r} is pinned or the default pool, and could not be served any more:"
+                    f" {error}"
+                ) from None
             with suppress(Unavailable):  # temporary
                 self._manager.check_admissible(needed)
 

@@ -1,4 +1,4 @@
-"""Find the pool a request means: the base pool, a pool or a union, by model name and headers."""
+"""Find the pool a request means: the base pool, a pool, a size or a union, by name and headers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from emo_serve.names import (
     check_chosen,
     join_names,
     split_name,
+    split_size,
+    with_size,
 )
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
@@ -38,23 +40,33 @@ class PoolLookup:
 
     @property
     def pools(self) -> tuple[ExpertPool, ...]:
-        """Return the base pool, then the catalog's ordered by name; no unions."""
+        """Return the base pool, then the catalog's ordered by name; no sizes and unions."""
         return (self.base_pool, *self.named)
 
-    def find(self, model: str | None, headers: Sequence[str] = ()) -> ExpertPool:
-        """Return the pool a request asks for, resident or not.
+    def find(
+        self, model: str | None, headers: Sequence[str] = (), *, experts: int | None = None
+    ) -> ExpertPool:
+        """Return the pool a request asks for, resident or not; with `experts`, at that size.
 
-        Raises RequestError: PoolConflict, or UnknownPool, which names the pools that exist.
+        Raises RequestError: PoolConflict, or UnknownPool, which names the pools or sizes there are.
         """
         name = self.names.choose(model, headers)
         check_chosen(name)
+        if experts is not None:
+            name = with_size(name, experts)
         others = [part for part in split_name(name) if part != BASE_POOL]
+        if sized := next((part for part in others if split_size(part)[0] == BASE_POOL), None):
+            raise self.explained(
+                UnknownPool(
+                    f"there is no pool {sized!r}: the base pool has all experts, and no other size"
+                )
+            )
         found = self._resolve(join_names(others)) if others else self.base_pool
         # A union with the base pool is the base pool, which holds all experts of the others.
         return self.base_pool if BASE_POOL in split_name(name) else found
 
     def known(self, name: str) -> ExpertPool | None:
-        """Return the pool or union of that name; None if it is no longer defined."""
+        """Return the pool, size or union of that name; None if it is no longer defined."""
         try:
             return self.find(name)
         except RequestError:

@@ -49,7 +49,7 @@ class NamedResidency:
     # -- operators --
 
     async def load(self, name: str, *, pin: bool = False) -> PoolStatus:
-        """Make a pool or union resident; waits in the same queue as requests."""
+        """Make a pool, size or union resident; waits in the same queue as requests."""
         pool = self._admitted(self._lookup.find(name))
         await self._manager.load(pool, pin=pin)
         if pin:
@@ -68,6 +68,11 @@ class NamedResidency:
         self._manager.unpin(pool)
         self._pinned_names -= self._names_of(pool.content_hash)
         return self._statuses.of(pool)
+
+    @property
+    def pinned_names(self) -> frozenset[str]:
+        """Return the names that the operator has pinned."""
+        return frozenset(self._pinned_names)
 
     def is_pinned(self, name: str) -> bool:
         """Tell whether the operator has pinned this name, and not only an equal content."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from emo_serve.pools.limits import MOST_EXPERTS
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.strict_model import StrictModel
 from emo_serve.server.pool_admin.status import Overview, PoolStatus
@@ -24,7 +25,9 @@ __all__ = [
     "PoolCard",
     "PoolDetails",
     "PoolList",
+    "PoolSizes",
     "ReplaceOptions",
+    "ShowOptions",
     "SlotAccount",
     "UsageAnswer",
     "body_schema",
@@ -72,6 +75,19 @@ class ListOptions(BaseModel):
     )
 
 
+class ShowOptions(BaseModel):
+    """Query of GET /v1/pools/{name}."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experts: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_EXPERTS,
+        description="experts per layer: show the pool as it would be at that size, as NAME@K",
+    )
+
+
 class ReplaceOptions(BaseModel):
     """Query of POST /v1/pools."""
 
@@ -110,18 +126,26 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
 # -- out --
 
 
+class PoolSizes(_Answer):
+    """The numbers of experts per layer at which a pool can be asked for, both included."""
+
+    least: int
+    most: int
+
+
 class PoolCard(_Answer):
     """One pool; `bytes` are those of its experts on all devices together."""
 
     object: Literal["pool"] = "pool"
     name: str
-    kind: Literal["base", "pool", "union"] = Field(
-        description="base: all experts of the model; union: several pools, named a+b"
+    kind: Literal["base", "pool", "size", "union"] = Field(
+        description="base: all experts of the model; size: the best experts of a pool, named a@8;"
+        " union: several pools, named a+b"
     )
     description: str
     default: bool = Field(description="serves requests that name no pool")
     version: int | None = Field(
-        description="how often this name was defined since the server started; null for a union"
+        description="how often this pool was defined since the server started; null for a union"
     )
     persisted: bool = Field(description="this definition survives a restart")
     state: Literal["absent", "waiting", "loading", "resident", "closing"] = Field(
@@ -133,6 +157,10 @@ class PoolCard(_Answer):
     running_requests: int
     waiting_requests: int
     experts_per_layer: list[int] = Field(description="0 for a dense layer")
+    sizes: PoolSizes | None = Field(
+        description="the sizes at which it can be asked for, by the name NAME@K; null for the base"
+        " pool, a pool without scores, a size and a union"
+    )
     experts_alone: int = Field(description="experts held by no other resident pool")
     experts_shared: int = Field(description="experts also held by other resident pools")
     experts_missing: int = Field(description="experts that a load must copy")
@@ -167,7 +195,7 @@ class SlotAccount(_Answer):
 
 
 class PoolList(_Answer):
-    """All pools: the base pool, defined pools, and unions while they are in use."""
+    """All pools: the base pool, defined pools, and sizes and unions while they are in use."""
 
     object: Literal["list"] = "list"
     data: list[PoolCard]
@@ -199,9 +227,9 @@ class LayerUsage(_Answer):
 class UsageAnswer(_Answer):
     """How often tokens chose a pool's experts since the engine started.
 
-    Counts are per pool content: pools with equal experts and temperature share them, and a union
-    has its own. If more than 128 tokens of the pool were routed at once, a random sample of them
-    was counted.
+    Counts are per pool content: pools with equal experts and temperature share them, and a size or
+    a union has its own. If more than 128 tokens of the pool were routed at once, a random sample of
+    them was counted.
     """
 
     object: Literal["pool.usage"] = "pool.usage"
@@ -292,6 +320,7 @@ def _fields(status: PoolStatus) -> dict[str, object]:
         "running_requests": status.running_requests,
         "waiting_requests": status.waiting_requests,
         "experts_per_layer": _experts_per_layer(status),
+        "sizes": status.sizes and PoolSizes(least=status.sizes[0], most=status.sizes[-1]),
         "experts_alone": shares.alone,
         "experts_shared": shares.shared,
         "experts_missing": shares.missing,

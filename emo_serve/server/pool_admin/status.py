@@ -13,9 +13,10 @@ from typing import Literal
 
 from emo_serve.errors import Unavailable
 from emo_serve.metrics import MetricsSnapshot, PoolSnapshot
-from emo_serve.names import BASE_POOL, canonical_name, is_union, split_name
+from emo_serve.names import BASE_POOL, canonical_name, is_derived, is_sized, is_union, pools_of
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.sizes import sizes_of
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.statistics import PoolResidency, PoolState, ResidencyStats
 from emo_serve.server.pool_admin.lookup import PoolLookup
@@ -23,7 +24,7 @@ from emo_serve.vllm_plugin.contract import PoolUsage
 
 __all__ = ["Overview", "PoolKind", "PoolStatus", "PoolStatuses", "Shares", "Sharing"]
 
-PoolKind = Literal["base", "pool", "union"]
+PoolKind = Literal["base", "pool", "size", "union"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,14 @@ class PoolStatus:
     `state` is "absent" if the pool has no `row` in the pool table and is not waiting for one.
     `is_resident` tells whether all its experts are in slots, whichever pool loaded them. `version`
     counts definitions since the start, None for a union; `is_stored` tells whether this definition
-    survives a restart. Requests are those that asked for this name: pools of equal content share
-    all else.
+    survives a restart. `sizes` are those at which a pool can be asked for; None for a pool without
+    scores, the base pool, and what is a size or a union itself. Requests are those that asked for
+    this name: pools of equal content share all else.
     """
 
     pool: ExpertPool
     kind: PoolKind
+    sizes: range | None
     version: int | None
     is_stored: bool
     is_default: bool
@@ -90,7 +93,7 @@ class PoolStatus:
 
 @dataclass(frozen=True)
 class Overview:
-    """All pools at one moment: the base pool, the catalog's, and unions while they are in use.
+    """All pools at one moment: base pool, the catalog's, sizes and unions while they are in use.
 
     `refused` says which pool files were left out and why, `persists` whether changes to the catalog
     survive a restart.
@@ -137,12 +140,12 @@ class PoolStatuses:
         return pool, await self._usage_of(pool)
 
     def overview(self) -> Overview:
-        """Return every pool's state now, and unions while they are in use."""
+        """Return every pool's state now, and sizes and unions while they are in use."""
         stats = self._manager.statistics()
         sharing = self._sharing(stats)
         names = {name for entry in stats.pools for name in (entry.name, *_asked(entry))}
-        unions = filter(None, map(self._lookup.known, sorted(filter(is_union, names))))
-        pools = (*self._lookup.pools, *unions)
+        derived = filter(None, map(self._lookup.known, sorted(filter(is_derived, names))))
+        pools = (*self._lookup.pools, *derived)
         statuses = tuple(self._status(pool, stats, sharing) for pool in pools)
         return Overview(
             statuses,
@@ -168,13 +171,12 @@ class PoolStatuses:
 
     def _status(self, pool: ExpertPool, stats: ResidencyStats, sharing: Sharing) -> PoolStatus:
         held = next((p for p in stats.pools if p.content_hash == pool.content_hash), None)
-        kind: PoolKind = "union" if is_union(pool.name) else "pool"
-        if pool is self._lookup.base_pool:
-            kind = "base"
+        kind = self._kind(pool)
         return PoolStatus(
             pool=pool,
             kind=kind,
-            version=self._catalog.version(pool.name) or 1 if kind != "union" else None,
+            sizes=sizes_of(pool, self._catalog.moe_layers),
+            version=None if kind == "union" else self._catalog.version(*pools_of(pool.name)) or 1,
             is_stored=self._is_stored(pool.name),
             is_default=pool.name == canonical_name(self._lookup.names.default_pool),
             is_resident=self._manager.is_resident(pool),
@@ -187,8 +189,15 @@ class PoolStatuses:
             shares=sharing.shares(pool),
         )
 
+    def _kind(self, pool: ExpertPool) -> PoolKind:
+        if pool is self._lookup.base_pool:
+            return "base"
+        if is_union(pool.name):
+            return "union"
+        return "size" if is_sized(pool.name) else "pool"
+
     def _is_stored(self, name: str) -> bool:
-        return all(part == BASE_POOL or self._catalog.is_stored(part) for part in split_name(name))
+        return all(part == BASE_POOL or self._catalog.is_stored(part) for part in pools_of(name))
 
 
 def _metrics_snapshot(pools: Iterable[ExpertPool], manager: ResidencyManager) -> MetricsSnapshot:
@@ -201,7 +210,10 @@ def _metrics_snapshot(pools: Iterable[ExpertPool], manager: ResidencyManager) ->
         flags = manager.is_resident(pool), manager.is_pinned(pool)
         shown.append(_snapshot(pool.name, flags, held.get(pool.content_hash)))
         names.setdefault(pool.content_hash, set()).add(pool.name)
-    for key, entry in held.items():  # unions, and what is gone or redefined but still has requests
+    for (
+        key,
+        entry,
+    ) in held.items():  # derived pools, and what is gone but still has requests
         flags = entry.state in ("resident", "closing"), entry.is_pinned
         known = names.get(key)
         others = {entry.name, *_asked(entry)} if known is None else _asked(entry) - known

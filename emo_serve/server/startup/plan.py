@@ -6,7 +6,7 @@ nothing: it checks that the pools fit by placing them in a SlotTable of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emo_serve.config import (
@@ -15,8 +15,8 @@ from emo_serve.config import (
     slots_for_memory,
 )
 from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.errors import ConfigError, RequestError
-from emo_serve.names import BASE_POOL, ModelNames, split_name
+from emo_serve.errors import ConfigError
+from emo_serve.names import BASE_POOL, ModelNames
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.slots import SlotTable
@@ -29,6 +29,13 @@ from emo_serve.server.startup.memory import (
     PoolSlots,
     plan_memory,
     process_bytes,
+)
+from emo_serve.server.startup.named_pools import (
+    check_default_experts,
+    check_names,
+    named_pool,
+    note_sizeless,
+    single_names,
 )
 from emo_serve.server.vllm_adapter.sizes import CpuSizes, EngineSizes
 from emo_serve.vllm_plugin.contract import expert_bytes
@@ -87,17 +94,20 @@ def make_plan(
     slot_bytes = _slot_bytes(settings, checkpoint, sizes)
     num_slots = _given_slots(settings, experts_per_layer, slot_bytes)
     _check_host_memory(settings, slot_bytes)
+    check_default_experts(settings, checkpoint)
     fingerprint = checkpoint.fingerprint()
     names = ModelNames(tuple(base_names), settings.default_pool or BASE_POOL)
-    catalog = PoolCatalog((), moe_layers, fingerprint)
+    catalog = PoolCatalog((), moe_layers, fingerprint, settings.default_experts)
     if settings.pools_dir is not None:
         catalog = PoolCatalog.read(
             *(settings.pools_dir, moe_layers, fingerprint),
+            default_experts=settings.default_experts,
             persists=persists,
             check_free=names.check_free,
         )
+        note_sizeless(settings, catalog)
     base_pool = ExpertPool.base(moe_layers, name=BASE_POOL)
-    _check_names(settings, catalog, base_pool)
+    check_names(settings, catalog, base_pool)
     memory = None
     if sizes.cpu is not None:
         pool_slots = _pool_slots(settings, catalog, base_pool)
@@ -114,10 +124,10 @@ def make_plan(
         catalog,
         base_pool,
         names,
-        pinned=tuple(_named(name, catalog, base_pool) for name in settings.pin),
+        pinned=tuple(named_pool(name, catalog, base_pool) for name in settings.pin),
         load_order=order,
         preferred=frozenset(
-            _named(name, catalog, base_pool).content_hash for name in settings.preload or ()
+            named_pool(name, catalog, base_pool).content_hash for name in settings.preload or ()
         ),
     )
     _rehearse(settings, plan, slot_bytes)
@@ -195,12 +205,12 @@ def _given(settings: ServeSettings, slots: int | None, cpu: CpuSizes, num_ranks:
 
 def _pool_slots(settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool) -> PoolSlots:
     """Return the slots per layer that pools need beside the pinned ones."""
-    pinned = [_named(name, catalog, base_pool) for name in settings.pin]
+    pinned = [named_pool(name, catalog, base_pool) for name in settings.pin]
     pools = list(catalog.pools.values()) or [base_pool]
     sizes = [_slots_of([*pinned, pool]) for pool in pools]
     least = min(sizes)
     if settings.default_pool is not None:
-        least = _slots_of([*pinned, _named(settings.default_pool, catalog, base_pool)])
+        least = _slots_of([*pinned, named_pool(settings.default_pool, catalog, base_pool)])
     return PoolSlots(least, max(least, *sizes))
 
 
@@ -218,20 +228,6 @@ def _check_host_memory(settings: ServeSettings, slot_bytes: int) -> None:
         )
 
 
-def _check_names(settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool) -> None:
-    """Raise ConfigError for a pool that a flag names and that does not exist."""
-    known = {**catalog.pools, base_pool.name: base_pool}
-    for flag, asked in (
-        ("--pin", settings.pin),
-        ("--preload", settings.preload or ()),
-        ("--default-pool", [settings.default_pool or BASE_POOL]),
-    ):
-        for name in _single_names(asked):
-            if name not in known:
-                names = ", ".join(known)
-                raise ConfigError(f"{flag}: there is no pool {name!r}; the pools are: {names}")
-
-
 def _load_order(
     settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool, holds_all: bool
 ) -> tuple[ExpertPool, ...]:
@@ -244,24 +240,10 @@ def _load_order(
     wanted: list[str] = [base_pool.name] if holds_all else []
     if preload is None or holds_all:
         # With all experts in slots, a pool costs only a row, so all pools are loaded.
-        wanted += [*_single_names([default] if default else []), *(preload or ()), *catalog.pools]
+        wanted += [*single_names([default] if default else []), *(preload or ()), *catalog.pools]
     else:
         wanted += preload
-    return tuple(_named(name, catalog, base_pool) for name in dict.fromkeys(wanted))
-
-
-def _named(name: str, catalog: PoolCatalog, base_pool: ExpertPool) -> ExpertPool:
-    """Return a pool named on the command line, after its names were checked."""
-    if base_pool.name in split_name(name):
-        return base_pool  # a union with it holds nothing more
-    try:
-        return catalog.resolve(name)
-    except RequestError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _single_names(names: Iterable[str]) -> list[str]:
-    return [part for name in names for part in split_name(name)]
+    return tuple(named_pool(name, catalog, base_pool) for name in dict.fromkeys(wanted))
 
 
 def _rehearse(settings: ServeSettings, plan: StartPlan, slot_bytes: int) -> None:
@@ -278,13 +260,13 @@ def _rehearse(settings: ServeSettings, plan: StartPlan, slot_bytes: int) -> None
             )
         table.begin(table.plan_load(pool.content_hash, pool.expert_ids))
         table.finish(pool.content_hash)
-    pools = (plan.base_pool, *plan.catalog.pools.values())
-    if not any(table.fits(pool.expert_ids) for pool in pools):
-        raise ConfigError(_nothing_fits(plan, slot_bytes))
+    pools = (plan.base_pool, *plan.catalog.pools.values(), *plan.pinned, *plan.load_order)
     if settings.default_pool is None:
+        if not any(table.fits(pool.expert_ids) for pool in pools):
+            raise ConfigError(_nothing_fits(plan, slot_bytes))
         return
-    pool = _named(settings.default_pool, plan.catalog, plan.base_pool)
-    if not table.fits(pool.expert_ids):
+    default = named_pool(settings.default_pool, plan.catalog, plan.base_pool)
+    if not table.fits(default.expert_ids):
         beside = " beside the pinned pools" if plan.pinned else ""
         raise ConfigError(
             f"--default-pool {settings.default_pool} does not fit in {plan.num_slots} slots per"
@@ -303,8 +285,11 @@ def _nothing_fits(plan: StartPlan, slot_bytes: int) -> str:
         )
     smallest = min(plan.catalog.pools.values(), key=lambda pool: max(map(len, pool.expert_ids)))
     needed = max(map(len, smallest.expert_ids))
+    can_shrink = any(pool.has_scores for pool in plan.catalog.pools.values())
+    smaller = f", or give --default-experts {plan.num_slots}" if can_shrink else ""
     return (
         f"no pool fits in {plan.num_slots} slots per layer: the smallest, {smallest.name!r}, needs"
         f" {needed}; raise --expert-slots, or --expert-memory to"
         f" {format_gib(slot_bytes * sum(min(needed, count) for count in plan.experts_per_layer))}"
+        f"{smaller}"
     )

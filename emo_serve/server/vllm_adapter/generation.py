@@ -264,6 +264,7 @@ class PooledLLM:
                 admission.set_result(as_ours(error))
         finally:
             metrics.count_request(pool.name, outcome)
+            metrics.observe_experts(pool.name, pool.experts_per_layer)
             metrics.count_tokens(pool.name, account.prompt_tokens, account.generation_tokens)
             if self._request_log is not None:
                 self._request_log.append(account.record(outcome))

@@ -1,9 +1,9 @@
 """Never stale: pools change under traffic, and every answer is compared with the reference.
 
-One real server with room for about two pools. Clients ask for pools and unions, stream, wait and
-leave; operators define, redefine, remove, load, evict and pin, all at random. An answer may follow
-any definition its pool had while the request was out; one computed with an expert that another
-load has overwritten, or on a prefix of another definition, follows none.
+One real server with room for about two pools. Clients ask for pools, sizes and unions, stream, wait
+and leave; operators define, redefine, remove, load, evict and pin, all at random. An answer may
+follow any definition its pool had while the request was out; one computed with an expert that
+another load has overwritten, or on a prefix of another definition or size, follows none.
 
     EMO_SERVE_STRESS_OPERATIONS=5000 python -m pytest tests/engine/server/test_never_stale.py
 """
@@ -37,6 +37,7 @@ TOLERANCE = 1e-3  # nats per token, float32; another pool is hundreds of times a
 TIE_TOLERANCE = 2e-2  # where two experts are as good for one token, and rounding chooses
 NUM_EXPERTS, NUM_LAYERS, SHARED = 32, 3, 31
 NAMES = ("a", "b", "c", "d", "e")
+SIZES = ("", "", "@5", "@9")
 NUM_CLIENTS, NUM_OPERATORS = 8, 2
 # Long enough to fill several KV blocks, so that a stale prefix would be found and used.
 PROMPTS = [(golden().prompts[i] * 8)[:length] for i, length in ((0, 40), (1, 100), (2, 160))]
@@ -44,14 +45,28 @@ PROMPTS = [(golden().prompts[i] * 8)[:length] for i, length in ((0, 40), (1, 100
 
 @dataclass(frozen=True)
 class Definition:
-    """What a name stood for: expert ids per layer, and the router's temperature."""
+    """What a name stood for: expert ids per layer, and the router's temperature.
+
+    `best` ranks each layer's experts, the best first; a union has no ranks.
+    """
 
     experts: tuple[tuple[int, ...], ...]
     temperature: float
+    best: tuple[tuple[int, ...], ...] = ()
 
     def document(self, name: str) -> dict[str, Any]:
-        layers = [{"experts": ids} for ids in self.experts]
+        layers = [
+            {"experts": ids, "scores": [-best.index(expert) for expert in range(NUM_EXPERTS)]}
+            for ids, best in zip(self.experts, self.best, strict=True)
+        ]
         return {"format": "emo-pool/1", "name": name, "layers": layers}
+
+    def at(self, size: int) -> Definition:
+        layers = (
+            tuple(sorted([SHARED, *[e for e in best if e != SHARED][: size - 1]]))
+            for best in self.best
+        )
+        return Definition(tuple(layers), self.temperature)
 
     def union(self, other: Definition) -> Definition:
         both = zip(self.experts, other.experts, strict=True)
@@ -64,7 +79,8 @@ def a_definition(chance: random.Random) -> Definition:
         tuple(sorted({SHARED, *chance.sample(range(NUM_EXPERTS), chance.randint(6, 12))}))
         for _ in range(NUM_LAYERS)
     )
-    return Definition(tuple(layers), temperature=1.0)
+    best = (tuple(chance.sample(range(NUM_EXPERTS), NUM_EXPERTS)) for _ in range(NUM_LAYERS))
+    return Definition(tuple(layers), temperature=1.0, best=tuple(best))
 
 
 @dataclass
@@ -105,7 +121,8 @@ class Stress:
 
     async def client(self) -> None:
         while self.operations_left > 0:
-            pool = "+".join(self.chance.sample(NAMES, self.chance.choice((1, 1, 1, 2))))
+            names = self.chance.sample(NAMES, self.chance.choice((1, 1, 1, 2)))
+            pool = "+".join(name + self.chance.choice(SIZES) for name in names)
             leaves = self.chance.random() < 0.15
             request = asyncio.create_task(self.ask(pool, self.chance.randrange(len(PROMPTS))))
             if leaves:
@@ -154,8 +171,10 @@ class Stress:
     def allowed(self, pool: str, start: float) -> tuple[Definition, ...]:
         """Return every definition the pool had since `start`; of a union, every combination."""
         found: list[Definition] = []
-        for name in pool.split("+"):
+        for part in pool.split("+"):
+            name, _, size = part.partition("@")
             lives = [life.definition for life in self.lives[name] if life.until >= start]
+            lives = [life.at(int(size)) for life in lives] if size else lives
             found = [a.union(b) for a in found for b in lives] if found else lives
         return tuple(found)
 
@@ -203,13 +222,15 @@ class Stress:
                 old.until = min(old.until, time.monotonic())
 
     async def load(self, name: str) -> None:
-        await self.call("POST", f"/v1/pools/{name}/load")
+        await self.call("POST", f"/v1/pools/{name}{self.chance.choice(SIZES)}/load")
 
     async def evict(self, name: str) -> None:
         drain = self.chance.random() < 0.5
+        name += self.chance.choice(SIZES)
         await self.call("POST", f"/v1/pools/{name}/evict", json={"drain": drain})
 
     async def pin(self, name: str) -> None:
+        name += self.chance.choice(SIZES)
         await self.call("POST", f"/v1/pools/{name}/pin")
         await self.call("POST", f"/v1/pools/{name}/unpin")
 

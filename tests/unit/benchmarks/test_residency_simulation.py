@@ -12,6 +12,7 @@ from benchmarks.residency.simulation import Belady, Link, quantile, simulate
 from benchmarks.residency.traces import (
     Arrival,
     PoolSet,
+    demo_pools,
     mean_overlap,
     read_trace,
     released_pools,
@@ -143,6 +144,12 @@ def test_a_request_log_may_name_unions_and_the_base_pool() -> None:
     outcome = simulate(trace, pools, 4, LINK, LruPolicy())
     assert outcome.refusals == Counter(PoolTooLarge=1)
     assert len(outcome.waits) == 1
+
+
+def test_a_request_log_may_name_sizes() -> None:
+    pools = demo_pools().knowing(["math@4", "c+math@4"])
+    assert list(map(len, pools.pools["math@4"].expert_ids)) == [4] * 4
+    assert pools.pools["c+math@4"].name == "c+math@4"
 
 
 def test_quantiles_of_few_and_none() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,30 @@ def test_show_works_without_the_model_and_on_a_directory(
     lines = capsys.readouterr().out.splitlines()
     assert "layer 1  .#.#.....#.." in lines  # as many as there are scores
     assert "layer 1  ..#" in lines  # as many as there must be
+
+
+def test_a_default_size_is_shown_where_the_model_is_not_known(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pool(with_default(directory), directory / "math.json")
+    assert run("list", str(directory)) == 0
+    assert "math  3 (default 2)" in capsys.readouterr().out
+    assert run("show", str(directory / "math.json")) == 0
+    assert "served at    2 per layer by default" in capsys.readouterr().out
+
+
+def test_a_default_size_is_what_the_model_would_serve(
+    directory: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pool(with_default(directory), directory / "math.json")
+    assert run("show", str(directory / "math.json"), model) == 0
+    out = capsys.readouterr().out
+    assert "experts      2 per layer, 2 in all" in out
+    assert out.splitlines()[-1] == "layer 1  ..........#+"
+
+
+def with_default(directory: Path) -> ExpertPool:
+    return replace(read_pool(directory / "math.json"), default_experts=2)
 
 
 def test_import_writes_a_pool_file(

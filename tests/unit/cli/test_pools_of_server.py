@@ -214,6 +214,24 @@ def test_load_pin_unpin_evict(cli: Cli) -> None:
     assert cli("load", "math+code")[1].startswith("code+math: resident, 4 experts per layer")
 
 
+def test_a_size_is_named_like_a_pool(served: Served, cli: Cli, tmp_path: Path) -> None:
+    layer = LayerExperts((0, 1, 2, 3), tuple(float(-expert) for expert in range(8)))
+    write_pool(ExpertPool("sums", (None, layer, layer)), tmp_path / "sums.json")
+    assert cli("add", tmp_path / "sums.json")[0] == 0
+    _, out, _ = cli("show", "sums")
+    assert "sizes        1 to 8 per layer, as sums@1" in out
+    _, out, _ = cli("show", "sums@2")
+    assert "state        absent" in out and "sizes" not in out
+    assert "experts      2 per layer, 4 in all, 0.000244 MiB" in out
+    assert out.splitlines()[-1] == "layer 2  o......o"
+    assert cli("load", "sums@2")[1].startswith("sums@2: resident, 2 experts per layer")
+    assert "\nsums@2 " in cli("list")[1]
+    assert cli("usage", "sums@2")[1].startswith("pool sums@2: no token was routed")
+    assert cli("evict", "sums@2")[1].startswith("sums@2: absent")
+    status, _, err = cli("load", "sums@9")
+    assert (status, "the sizes of pool 'sums' are 1 to 8" in err) == (2, True)
+
+
 def test_add_and_remove_change_the_servers_directory(
     served: Served, cli: Cli, tmp_path: Path
 ) -> None:

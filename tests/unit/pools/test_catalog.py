@@ -119,7 +119,7 @@ def test_a_union_across_temperatures_is_refused(directory: Path) -> None:
 
 
 def test_remembered_unions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emo_serve.pools.catalog._MAX_CACHED_UNIONS", 2)
+    monkeypatch.setattr("emo_serve.pools.derived._MAX_REMEMBERED", 2)
     catalog = PoolCatalog([a_pool(name, place) for place, name in enumerate("abcd")])
     kept, dropped = catalog.resolve("a+b"), catalog.resolve("a+c")
     assert catalog.resolve("b+a") is kept

@@ -72,7 +72,9 @@ def pools_of(
     text = st.none() | texts
     made_for = st.none() | st.builds(PoolModel, text, text, st.sampled_from([None, implied]))
     count = st.none() | st.integers(0, 10**12)
+    are_scored = all(layer is None or layer.scores is not None for layer in layers)
     return ExpertPool(
+        default_experts=draw(st.none() | st.integers(1, 2**16)) if are_scored else None,
         name=draw(names),
         layers=tuple(layers),
         router_temperature=draw(temperature),

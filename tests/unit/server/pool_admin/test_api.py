@@ -101,6 +101,7 @@ async def test_the_list_shows_pools_and_slots(
         "running_requests": 1,
         "waiting_requests": 0,
         "experts_per_layer": [0, 3, 3],
+        "sizes": None,
         "experts_alone": 4,
         "experts_shared": 2,
         "experts_missing": 0,
@@ -411,18 +412,24 @@ async def test_a_large_pool_fits_and_an_endless_body_does_not(
 def test_every_field_of_a_document_is_read_and_described() -> None:
     pool = ExpertPool(
         "poems",
-        (None, LayerExperts((1, 2), (0.5, 1.0, 2.0)), LayerExperts((1,))),
+        (None, LayerExperts((1, 2), (0.5, 1.0, 2.0)), LayerExperts((1,), (1.0, 2.0))),
         2.0,
         "all fields",
         PoolModel("emo", "fed", ((), (2,), ())),
         PoolCalibration("router", 3, 4, 5, 2),
+        default_experts=2,
     )
     document = {
         "format": "emo-pool/1",
         "name": "poems",
-        "layers": [None, {"experts": [1, 2], "scores": [0.5, 1.0, 2.0]}, {"experts": [1]}],
+        "layers": [
+            None,
+            {"experts": [1, 2], "scores": [0.5, 1.0, 2.0]},
+            {"experts": [1], "scores": [1.0, 2.0]},
+        ],
         "router_temperature": 2.0,
         "description": "all fields",
+        "default_experts": 2,
         "model": {"name": "emo", "fingerprint": "fed", "implied": [[], [2], []]},
         "calibration": {
             "method": "router",

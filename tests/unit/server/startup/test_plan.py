@@ -146,6 +146,84 @@ def test_the_default_pool_is_loaded_first(checkpoint: Checkpoint, settings: Serv
     assert order(both)[:2] == ["math", "code"]
 
 
+@pytest.fixture
+def scored_dir(pools_dir: Path, tmp_path: Path) -> Path:
+    """The three pools, and one with scores that lists 12 experts per layer."""
+    shutil.copytree(pools_dir, tmp_path / "scored")
+    layer = LayerExperts(tuple(range(12)), tuple(float(-expert) for expert in range(32)))
+    write_pool(ExpertPool("sums", (layer,) * 3), tmp_path / "scored" / "sums.json")
+    return tmp_path / "scored"
+
+
+def test_flags_may_name_sizes(
+    checkpoint: Checkpoint, settings: ServeSettings, scored_dir: Path
+) -> None:
+    settings = replace(settings, pools_dir=scored_dir, expert_slots=24)
+    plan = plan_of(
+        checkpoint, settings, pin=("sums@3",), preload=("sums@5",), default_pool="sums@4+law"
+    )
+    assert [pool.name for pool in plan.pinned] == ["sums@3"]
+    assert order(plan) == ["sums@5"]
+    assert plan.names.choose(None) == "law+sums@4"
+    assert plan.preferred == {plan.catalog.resolve("sums@5").content_hash}
+    rest = plan_of(checkpoint, settings, default_pool="sums@4+law")
+    assert order(rest) == ["sums@4", "law", "code", "math", "sums"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pin": ("nope@4",)}, "--pin: there is no pool 'nope@4'; the pools are: code, law"),
+        (
+            {"pin": ("sums@33",)},
+            "--pin: there is no pool 'sums@33': the sizes of pool 'sums' are 1",
+        ),
+        ({"preload": ("law@4",)}, "--preload: there is no pool 'law@4': pool 'law' has no scores"),
+        ({"default_pool": "law+sums@33"}, "--default-pool: there is no pool 'sums@33'"),
+        ({"default_pool": "base@4"}, "--default-pool: there is no pool 'base@4'"),
+        (
+            {"default_pool": "sums@12", "expert_slots": 11},
+            "--default-pool sums@12 does not fit in 11 slots",
+        ),
+        (
+            {"default_experts": 33},
+            "--default-experts is 33; give a number from 1, the experts that",
+        ),
+    ],
+)
+def test_a_size_there_is_not_is_refused_at_start(
+    checkpoint: Checkpoint,
+    settings: ServeSettings,
+    scored_dir: Path,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        plan_of(checkpoint, settings, **{"pools_dir": scored_dir, "default_experts": 8} | changes)
+    assert message in str(refusal.value)
+
+
+def test_the_default_size_decides_what_is_loaded_and_what_fits(
+    checkpoint: Checkpoint,
+    settings: ServeSettings,
+    scored_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = replace(settings, pools_dir=scored_dir, expert_slots=4)
+    with pytest.raises(ConfigError, match="no pool fits in 4 slots.*, or give --default-experts 4"):
+        plan_of(checkpoint, settings)
+    for named in ({"default_pool": "sums@4"}, {"pin": ("sums@4",)}, {"preload": ("sums@4",)}):
+        assert plan_of(checkpoint, settings, **named).num_slots == 4
+    assert not caplog.messages
+    plan = plan_of(checkpoint, settings, default_experts=4)
+    assert plan.catalog.pools["sums"].expert_ids == ((0, 1, 2, 31),) * 3
+    assert plan.catalog.resolve("sums@6").expert_ids == ((0, 1, 2, 3, 4, 31),) * 3
+    assert caplog.messages == [
+        "--default-experts does not apply to pools without scores, which keep the experts of their"
+        " files: code, law, math"
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

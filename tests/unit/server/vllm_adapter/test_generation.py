@@ -25,6 +25,7 @@ from emo_serve.errors import (
     Unavailable,
 )
 from emo_serve.metrics import PoolMetrics
+from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.backlog import BacklogLimits
 from emo_serve.server.asgi.context import RequestContext
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
@@ -466,6 +467,25 @@ async def test_requests_and_tokens_are_counted_by_pool(bench: Bench) -> None:
     assert bench.sample("generation_tokens_total", pool="code") == 3
     assert bench.sample("prompt_tokens_total", pool="math") == 2 * 3
     assert bench.sample("requests_total", pool="math", outcome="finished") == 2
+
+
+async def test_a_size_has_its_own_row_and_salt_and_counts_under_its_pool(
+    bench: Bench, context: RequestContext
+) -> None:
+    scores = tuple(float(-expert) for expert in range(8))
+    layer = LayerExperts((0, 1, 2), scores)
+    bench.service.catalog.add(ExpertPool("sums", (None, layer, layer)))
+    bench.metrics.add_pool("sums")
+    for model in ("sums@2", "sums@3", "emo:sums@4", "sums"):
+        bench.script.feed(output("a", [1], finished=True))
+        await read(bench.generate(model))
+    await settle()
+    assert context.pools == "sums@2, sums@3, sums@4, sums"
+    salts = [prompt["cache_salt"] for prompt, *_ in bench.script.calls]
+    assert salts[2] == salts[3], "sums lists as many experts: one content"
+    assert len(set(salts)) == 3
+    assert bench.sample("requests_total", pool="sums", outcome="finished") == 4
+    assert bench.sample("request_experts_sum", pool="sums") == 2 + 3 + 4 + 4
 
 
 async def test_many_requests_of_many_pools_leave_no_lease_behind(bench: Bench) -> None:
