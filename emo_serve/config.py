@@ -108,8 +108,8 @@ class ServeSettings:
         read_int,
         default=None,
         metavar="K",
-        help="experts per layer of a pool that is named without a size: its K best by the scores in"
-        " its file (default: the file's default_experts, else the experts that it lists)",
+        help="experts per layer of a pool that is named without a size, if its file has scores and"
+        " no default_experts: its K best (default: the experts that the file lists)",
     )
     expert_memory_bytes: int | None = flag(
         "--expert-memory",

@@ -17,6 +17,7 @@ from emo_serve.pools.comparison import PoolComparison
 from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.pruned.metadata import read_pruning_metadata
+from emo_serve.pools.sizes import served_pool
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
@@ -96,8 +97,8 @@ def _run_export(arguments: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(arguments.model)
     pool = _named(arguments.pool, arguments.pools, checkpoint.config.moe_layers)
     written = export_pool(pool, checkpoint, arguments.out)
-    complete = pool.complete(checkpoint.config.moe_layers)
-    kept = size_range([len(ids) for ids in complete.expert_ids if ids])
+    served = served_pool(pool, checkpoint.config.moe_layers, f"pool {pool.name!r}")
+    kept = size_range([len(ids) for ids in served.expert_ids if ids])
     experts = [layer.num_experts for layer in checkpoint.config.moe_layers if layer]
     files = "1 file" if written.weight_files == 1 else f"{written.weight_files} files"
     print(

@@ -64,9 +64,10 @@ class PrunedCheckpoint:
 def export_pool(pool: ExpertPool, checkpoint: Checkpoint, out: Path) -> PrunedCheckpoint:
     """Write the checkpoint that computes what `pool` computes in the model, as directory `out`.
 
-    `out` must be absent or empty; afterwards it is complete, or as before. Raises PoolFileError for
-    a pool of another model, ConfigError for an unusable `out`, CheckpointError for a source that
-    cannot be read and PoolStoreError for a disk that cannot be written.
+    A pool with a default size is written at that size, as it is served. `out` must be absent or
+    empty; afterwards it is complete, or as before. Raises PoolFileError for a pool of another
+    model, ConfigError for an unusable `out`, CheckpointError for a source that cannot be read and
+    PoolStoreError for a disk that cannot be written.
     """
     moe_layers = checkpoint.config.moe_layers
     fingerprint = checkpoint.fingerprint()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,21 @@ def test_export_of_a_union(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     united = PoolCatalog.read(POOLS).resolve("c+python")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_experts_per_layer"] == [len(ids) for ids in united.expert_ids]
+
+
+def test_export_of_a_size_and_of_a_default_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = replace(read_pool(POOLS / "c.json"), default_experts=4)
+    write_pool(small, tmp_path / "c.json")
+    for pool, directory in (("c@4", POOLS), ("c", tmp_path), (str(tmp_path / "c.json"), None)):
+        out = tmp_path / f"out-of-{directory and directory.name}"
+        pools = ["--pools", str(directory)] if directory else []
+        assert run("export", pool, *pools, "--model", MODEL, "--out", str(out)) == 0
+        (line,) = lines_of(capsys)
+        assert "4 of 32 experts per layer" in line
+        kept = json.loads((out / "pruning_metadata.json").read_text())["experts_kept_per_layer"]
+        assert kept == [list(ids) for ids in PoolCatalog.read(POOLS).resolve("c@4").expert_ids]
 
 
 def test_export_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
