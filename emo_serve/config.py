@@ -45,7 +45,7 @@ AUTO_METHODS = ("tfidf", "router")
 
 GIB = 2**30
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
-_OPEN_PATHS = ("/health", "/ready", "/ping", "/version", "/metrics")
+_OPEN_PATHS = ("/health", "/ready", "/ping", "/version", "/metrics", "/metrics/routing")
 
 
 # -- sizes --

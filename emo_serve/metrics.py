@@ -3,7 +3,7 @@
 Counters and histograms are fed by explicit calls. Gauges are never set: a collector takes a frozen
 snapshot at each scrape, so that an idle server shows every pool and no gauge drifts. With
 PROMETHEUS_MULTIPROC_DIR, counters are in the files of that directory, which /metrics then shows
-alone; gauges are not, so they have a registry of their own and are added to the answer.
+alone; gauges are not, so they are in no registry there and are added to the answer.
 
 Requests
     emo_serve_requests_total{pool,outcome}       engine requests: finished, aborted or failed
@@ -61,9 +61,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -81,7 +80,7 @@ __all__ = [
     "MetricsSnapshot",
     "PoolMetrics",
     "PoolSnapshot",
-    "gauge_text",
+    "gauges",
     "pool_label",
     "register_gauges",
 ]
@@ -319,15 +318,6 @@ def register_gauges(
     registry.register(_GaugeCollector(snapshot, step_age_seconds))
 
 
-def gauge_text(
-    snapshot: Callable[[], MetricsSnapshot], step_age_seconds: Callable[[], float]
-) -> Callable[[], bytes]:
-    """Return a function that returns the gauges as they are now, in Prometheus's format."""
-    registry = CollectorRegistry()
-    register_gauges(registry, snapshot, step_age_seconds)
-    return partial(generate_latest, registry)
-
-
 class _GaugeCollector(Collector):
     """Turn one snapshot into gauges at each scrape."""
 
@@ -338,14 +328,15 @@ class _GaugeCollector(Collector):
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Name the gauges without a snapshot, because there is none at registration."""
-        yield from _gauges(MetricsSnapshot((), 0, 0, 0, 0, 0), 0.0)
+        yield from gauges(MetricsSnapshot((), 0, 0, 0, 0, 0), 0.0)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the gauges as they are now."""
-        yield from _gauges(self._snapshot(), self._step_age_seconds())
+        yield from gauges(self._snapshot(), self._step_age_seconds())
 
 
-def _gauges(snapshot: MetricsSnapshot, step_age_seconds: float) -> Iterator[GaugeMetricFamily]:
+def gauges(snapshot: MetricsSnapshot, step_age_seconds: float) -> Iterator[GaugeMetricFamily]:
+    """Yield the gauges of one moment; they are made as they are asked for, in any thread."""
     running, waiting = {_UNION_LABEL: 0}, {_UNION_LABEL: 0}
     resident: dict[str, int] = {}
     pinned: dict[str, int] = {}

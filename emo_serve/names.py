@@ -19,6 +19,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 from emo_serve.errors import ConfigError, PoolConflict, PoolFileError, RequestError
 
@@ -79,6 +80,7 @@ REQUEST_RULE = (
 """What a request may name, in words."""
 
 _SIZE_PATTERN = r"[1-9][0-9]{0,4}"
+_ORDERED = 3  # pools of a union
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 80
@@ -230,6 +232,19 @@ class ModelNames:
                 f" or in the header beside model {self.base[0]!r}"
             )
         return next(iter(asked), canonical_name(self.default_pool))
+
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """Return the model names by which requests ask for a pool or union, its own name first.
+
+        `choose` makes each of them this name again. A union may be joined in any order; beyond
+        _ORDERED pools only the canonical order is named, because there are too many others.
+        """
+        parts = split_name(name)
+        orders = permutations(parts) if len(parts) <= _ORDERED else [parts]
+        own = dict.fromkeys([name, *map(UNION.join, orders)])
+        prefixed = [f"{base}:{way}" for base in self.base for way in own]
+        is_default = canonical_name(name) == canonical_name(self.default_pool)
+        return (*own, *prefixed, *(self.base if is_default else ()))
 
     def _pool_part(self, model: str | None) -> str | None:
         if not model or model in self.base:

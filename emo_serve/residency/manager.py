@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -91,7 +91,7 @@ class ResidencyManager:
 
     def is_resident(self, pool: ExpertPool) -> bool:
         """Tell whether all the pool's experts are in device memory, whichever pool loaded them."""
-        return self._room.slots.covers(pool.expert_ids)
+        return self._room.covers(pool)
 
     def is_pinned(self, pool: ExpertPool) -> bool:
         """Tell whether an operator wants the pool to stay resident."""
@@ -100,6 +100,19 @@ class ResidencyManager:
     def fits_now(self, pool: ExpertPool) -> bool:
         """Tell whether the pool is resident, or could be loaded without evicting anything."""
         return pool.content_hash in self._resident or self._room.fits(self._room.demand(pool))
+
+    def would_hit(self, pool: ExpertPool) -> bool:
+        """Tell whether a lease would need neither a copy nor a wait in the queue."""
+        if (resident := self._resident.get(pool.content_hash)) is not None:
+            return resident.is_open
+        return self.is_resident(pool)
+
+    def num_fitting(self, pools: Iterable[ExpertPool]) -> int:
+        """Return how many of these pools, taken in turn, could be loaded with no eviction.
+
+        Pools that have room already are not counted.
+        """
+        return self._room.num_fitting(pools)
 
     def check_admissible(self, pool: ExpertPool) -> None:
         """Raise the error with which a new request for the pool must be refused, before it waits.
@@ -146,7 +159,7 @@ class ResidencyManager:
         its end, even if that takes several leases (beam search). Also raises LoadDeadlineExceeded
         and whatever a load raised.
         """
-        is_hit = self._would_hit(pool)
+        is_hit = self.would_hit(pool)
         if not is_own:
             self._counts.count_ask(pool.name, is_hit=is_hit)
         resident = await self._queue.acquire(pool, Purpose.LEASE, is_counted=not is_own)
@@ -289,9 +302,3 @@ class ResidencyManager:
                 ask.name for ask in (pending.waiters.values() if pending is not None else ())
             ),
         )
-
-    def _would_hit(self, pool: ExpertPool) -> bool:
-        """Tell whether a lease would need neither a copy nor a wait in the queue."""
-        if (resident := self._resident.get(pool.content_hash)) is not None:
-            return resident.is_open
-        return self.is_resident(pool)

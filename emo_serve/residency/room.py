@@ -9,7 +9,7 @@ pool, so what a pool takes is worked out once, as a `Demand`.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from emo_serve.errors import ConfigError, PoolTooLarge
@@ -19,6 +19,7 @@ from emo_serve.residency.slots import LoadPlan, SlotTable
 __all__ = ["Demand", "Room"]
 
 _BASE_ROW = 0
+_REMEMBERED_DEMANDS = 4096  # pools; unions make their number the clients' choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Room:
         self._base_ids = tuple(tuple(range(count)) for count in slots.experts_per_layer)
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(_BASE_ROW + 1, num_rows))  # a heap
+        self._demands: dict[str, Demand] = {}
 
     # -- questions --
 
@@ -63,7 +65,17 @@ class Room:
 
     def demand(self, pool: ExpertPool) -> Demand:
         """Return what a pool takes."""
-        return Demand(self.slots.bits(pool.expert_ids), not self._is_base(pool))
+        demand = self._demands.get(pool.content_hash)
+        if demand is None:
+            demand = Demand(self.slots.bits(pool.expert_ids), not self._is_base(pool))
+            if len(self._demands) == _REMEMBERED_DEMANDS:
+                self._demands.clear()
+            self._demands[pool.content_hash] = demand
+        return demand
+
+    def covers(self, pool: ExpertPool) -> bool:
+        """Tell whether every one of a pool's experts is resident."""
+        return self.slots.covers_bits(self.demand(pool).experts)
 
     def kept(self, without: Collection[str] = ()) -> Demand:
         """Return what all pools but these take."""
@@ -76,6 +88,20 @@ class Room:
     def fits(self, wanted: Demand, without: Collection[str] = ()) -> bool:
         """Tell whether there is room for this beside what is there, but for `without`."""
         return self.can_hold(self.kept(without) | wanted)
+
+    def num_fitting(self, pools: Iterable[ExpertPool]) -> int:
+        """Return how many of these pools, taken in turn, fit together beside what is there.
+
+        Pools that are there themselves are not counted.
+        """
+        taken, count, seen = self.kept(), 0, set(self._row_of)
+        for pool in pools:
+            if pool.content_hash not in seen:
+                seen.add(pool.content_hash)
+                with_it = taken | self.demand(pool)
+                if self.can_hold(with_it):
+                    taken, count = with_it, count + 1
+        return count
 
     def choose(self, wanted: Demand, candidates: Sequence[str]) -> list[str] | None:
         """Return which of the candidates, the first to go first, must go so that `wanted` fits.

@@ -140,10 +140,6 @@ class SlotTable:
         held = self._layers[layer]
         return None if expert in held.loading else held.slot_of.get(expert)
 
-    def covers(self, expert_ids: ExpertIds) -> bool:
-        """Tell whether every one of these experts is resident."""
-        return self.covers_bits(self.bits(expert_ids))
-
     def needs(self, expert_ids: ExpertIds) -> tuple[LayerNeed, ...]:
         """Return, for each layer, what making these experts resident would take now."""
         return tuple(

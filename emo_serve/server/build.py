@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,13 +14,14 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 
 from emo_serve.errors import EngineDead, PoolLoadFailed, PoolTooLarge, Unavailable
-from emo_serve.metrics import PoolMetrics, gauge_text
+from emo_serve.metrics import PoolMetrics, gauges
 from emo_serve.names import BASE_POOL
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.backlog import BacklogLimits
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.policy import make_policy
 from emo_serve.residency.slots import SlotTable
+from emo_serve.router_metrics import pools_family
 from emo_serve.server.asgi.admission import Admission
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.asgi.keys import KeyGuard
@@ -28,6 +30,7 @@ from emo_serve.server.auto.choice import make_chooser, text_of
 from emo_serve.server.health import Health, child_processes, stopped_among
 from emo_serve.server.layers import put_layers
 from emo_serve.server.pool_admin.api import create_router
+from emo_serve.server.pool_admin.at_hand import pools_at_hand
 from emo_serve.server.pool_admin.builder import PoolBuilder
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.pool_admin.residency import NamedResidency
@@ -43,12 +46,8 @@ from emo_serve.server.vllm_adapter.capacity import backlog_limits, cache_tokens,
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.engine import OwnRequests, has_work, note_steps
 from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
-from emo_serve.server.vllm_adapter.openai import (
-    add_to_metrics,
-    build_http_app,
-    create_http_server,
-    metrics_registry,
-)
+from emo_serve.server.vllm_adapter.metrics_routes import add_metrics_routes, metrics_registry
+from emo_serve.server.vllm_adapter.openai import build_http_app, create_http_server
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 from emo_serve.server.vllm_adapter.tokenizer import EngineTokenizer
 from emo_serve.server.vllm_adapter.worker_calls import EngineFacts, WorkerCalls
@@ -204,7 +203,11 @@ async def _wrap_app(
         find_stopped=partial(stopped_among, child_processes()),
     )
     note_steps(engine, health.note_step)
-    add_to_metrics(app, gauge_text(service.statuses.snapshot, health.step_age_seconds))
+    add_metrics_routes(
+        app,
+        lambda: gauges(service.statuses.snapshot(), health.step_age_seconds()),
+        lambda: pools_family(pools_at_hand(service.lookup, pools.manager), time.time()),
+    )
     _add_routes(app, health, service, builder)
     return admission, health
 

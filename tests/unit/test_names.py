@@ -159,6 +159,28 @@ def test_a_pool_that_was_chosen_is_not_refused() -> None:
     check_chosen("automatic+math@8")
 
 
+@pytest.mark.parametrize("default", ["base", "a", "c+b"])
+@pytest.mark.parametrize("name", ["base", "a", "a+b", "b+c", "a+b+c", "a+b+c+d"])
+def test_every_spelling_means_the_pool_it_spells(name: str, default: str) -> None:
+    names = ModelNames(("emo", "org/Emo:1"), default)
+    spellings = names.spellings(name)
+    assert spellings[0] == name
+    assert len(set(spellings)) == len(spellings)
+    assert {names.choose(spelling) for spelling in spellings} == {name}
+    assert ("emo" in spellings) is (canonical_name(default) == name)
+
+
+def test_a_pool_is_asked_for_with_and_without_the_models_name() -> None:
+    names = ModelNames(("emo", "x"))
+    assert names.spellings("a+b") == (
+        *("a+b", "b+a"),
+        *("emo:a+b", "emo:b+a", "x:a+b", "x:b+a"),
+    )
+    assert names.spellings("base") == ("base", "emo:base", "x:base", "emo", "x")
+    assert len(names.spellings("a+b+c")) == 6 * 3
+    assert names.spellings("a+b+c+d") == ("a+b+c+d", "emo:a+b+c+d", "x:a+b+c+d")
+
+
 def test_a_union_has_one_spelling() -> None:
     assert canonical_name("b+a+b") == "a+b"
     assert canonical_name("a") == "a"

@@ -10,7 +10,7 @@ things are replaced, each named in tests/unit/server/vllm_adapter/test_contract.
   types.
 - `OpenAIServingModels.show_available_models`, which lists pools beside the model.
 - How the renderer tokenizes, in `tokenization`.
-- `GET /metrics`, which appends our gauges to vLLM's answer.
+- `GET /metrics`, in `metrics_routes`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ import asyncio
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
-from fastapi.routing import APIRoute
-from starlette.concurrency import run_in_threadpool
-from starlette.routing import Route
+from fastapi import FastAPI
 from starlette.types import ASGIApp
 from vllm import envs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -39,7 +36,6 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 from vllm.lora.request import LoRARequest
-from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from emo_serve.errors import ConfigError, EmoServeError
 from emo_serve.metrics import PoolMetrics
@@ -54,12 +50,10 @@ from emo_serve.server.vllm_adapter.refusal_log import log_refusals_in_one_line
 from emo_serve.server.vllm_adapter.tokenization import BoundedTokenization
 
 __all__ = [
-    "add_to_metrics",
     "bind_socket",
     "build_http_app",
     "create_http_server",
     "innermost",
-    "metrics_registry",
     "replace_innermost",
     "run_beside_server",
 ]
@@ -148,29 +142,6 @@ def innermost(app: FastAPI) -> ASGIApp:
 def replace_innermost(app: FastAPI, layers: ASGIApp) -> None:
     """Put ASGI layers around what `innermost` returned, inside vLLM's middleware."""
     app.router.middleware_stack = layers  # type: ignore[assignment]
-
-
-def metrics_registry() -> Any:
-    """Return a registry whose counters and histograms vLLM's /metrics shows."""
-    return get_prometheus_registry()
-
-
-def add_to_metrics(app: FastAPI, gauges: Callable[[], bytes]) -> None:
-    """Append Prometheus text to vLLM's answer to GET /metrics.
-
-    That shows a registry, or with PROMETHEUS_MULTIPROC_DIR only the files in that directory.
-    `gauges` is called on the event loop, where nothing that it reads changes meanwhile.
-    """
-    (theirs,) = (
-        route for route in app.routes if isinstance(route, APIRoute) and route.path == "/metrics"
-    )
-
-    async def metrics(request: Request) -> Response:
-        ours = gauges()
-        answer: Response = await run_in_threadpool(theirs.endpoint, request)
-        return Response(bytes(answer.body) + ours, media_type=answer.headers["content-type"])
-
-    app.router.routes.insert(0, Route("/metrics", metrics, include_in_schema=False))
 
 
 # -- HTTP server --

@@ -80,6 +80,15 @@ def test_the_base_pools_row_is_no_row_to_win() -> None:
     assert choose(room, B, BASE, A) == ["a"]
 
 
+def test_what_fits_in_turn_is_counted_without_what_is_there() -> None:
+    room = a_room(A, slots=6)
+    assert room.num_fitting([A, B, C, D]) == 2
+    assert room.num_fitting([AB, B, C, C, D]) == 3  # a union's experts are there for its parts
+    assert room.num_fitting([BASE, D]) == 1
+    assert a_room(A, slots=6, rows=3).num_fitting([B, C]) == 1
+    assert room.num_fitting([]) == 0
+
+
 # -- who must go --
 
 

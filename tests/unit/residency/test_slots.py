@@ -59,8 +59,8 @@ def test_an_eviction_frees_only_what_no_other_pool_uses(table: SlotTable) -> Non
     load(table, "a", [[0, 4], [], [1]])
     load(table, "b", [[4, 5], [], [1]])
     assert table.evict("a") == (Copy(0, 0, 0),)
-    assert table.covers([[4, 5], [], [1]])
-    assert not table.covers([[0], [], []])
+    assert table.covers_bits(table.bits([[4, 5], [], [1]]))
+    assert not table.covers_bits(table.bits([[0], [], []]))
     assert table.evict("b") == (Copy(0, 4, 1), Copy(0, 5, 2), Copy(2, 1, 0))
     table.check_integrity()
     assert table.usage() == SlotTable(EXPERTS, SLOTS).usage()
@@ -77,7 +77,7 @@ def test_what_is_loading_is_neither_free_nor_resident(table: SlotTable) -> None:
     table.begin(table.plan_load("a", [[2, 3], [], []]))
     assert table.usage()[0] == LayerSlots(slots=5, free=3, resident=0, loading=2)
     assert table.slot_of(0, 2) is None
-    assert not table.covers([[2], [], []])
+    assert not table.covers_bits(table.bits([[2], [], []]))
     assert [table.slot_of(0, expert) for expert in (2, 5)] == [None, None]
     table.finish("a")
     assert table.usage()[0] == LayerSlots(slots=5, free=3, resident=2, loading=0)
@@ -92,7 +92,7 @@ def test_an_abandoned_load_never_happened(table: SlotTable) -> None:
     table.check_integrity()
     assert table.usage() == before
     assert table.keys == {"a"}
-    assert table.covers([[0, 1], [], []])
+    assert table.covers_bits(table.bits([[0, 1], [], []]))
     assert load(table, "c", [[5], [], []]) == (Copy(0, 5, 2),)
 
 
@@ -101,7 +101,7 @@ def test_a_load_keeps_what_it_shares_when_the_other_pool_goes(table: SlotTable) 
     table.begin(table.plan_load("b", [[1, 2], [], []]))
     assert table.evict("a") == (Copy(0, 0, 0),)
     table.finish("b")
-    assert table.covers([[1, 2], [], []])
+    assert table.covers_bits(table.bits([[1, 2], [], []]))
     table.check_integrity()
 
 
@@ -144,7 +144,7 @@ def test_a_load_under_way_counts_as_there(table: SlotTable) -> None:
     table.begin(table.plan_load("a", [[0, 1, 2], [], []]))
     assert not table.fits([[3, 4, 5], [], []])
     assert table.slots_of(["a"]) == 3
-    assert not table.covers([[0], [], []])
+    assert not table.covers_bits(table.bits([[0], [], []]))
 
 
 def test_shared_slots_count_once(table: SlotTable) -> None:
@@ -350,7 +350,7 @@ class Tables(RuleBasedStateMachine):
         chosen = data.draw(st.sets(st.sampled_from(settled), min_size=1, max_size=3))
         places = self.places(chosen)
         ids = [sorted(e for at, e in places if at == layer) for layer in range(len(EXPERTS))]
-        assert self.table.covers(ids)
+        assert self.table.covers_bits(self.table.bits(ids))
         key = self.start(ids)
         assert key is not None
         assert not self.loading.pop(key)
