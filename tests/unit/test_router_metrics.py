@@ -1,9 +1,9 @@
 """Golden text of the series of pools, and what routers read out of it.
 
-`Picker` reads as routers do that follow vLLM's `vllm:lora_requests_info`: of the series whose lists
-are not both empty, the one with the greatest value is the state; without one, the last state stays.
-Lists are split at commas, and nothing is trimmed. A name in the running list scores highest; then
-any name, while both lists together are shorter than `max_lora`; then one in the waiting list.
+`Picker` reads as the endpoint pickers are described that follow vLLM's series. Of the series whose
+lists are not both empty, the one with the greatest value is the state; without one, the last state
+stays. Lists are split at commas, and nothing is trimmed. A name in the running list scores highest;
+then any name, while both lists together are shorter than `max_lora`; then one in the waiting list.
 """
 
 from __future__ import annotations

@@ -1,0 +1,68 @@
+"""What a request asks of a cluster: a pool by its one spelling, or nothing in particular.
+
+A router sees a request before any server has. So it reads names as a server does, but refuses
+nothing: whatever a server would refuse, any server may refuse.
+
+    model and headers               what is asked
+    a pool, base:pool               the pool
+    a+b, b+a                        the union a+b
+    the model's name, or none       the default pool, which is the base pool unless told otherwise
+    base, a+base                    the base pool
+    auto                            anything: the server that gets it chooses the pool
+    an unknown name                 anything: any server answers 404
+    contradictions, malformed names anything: any server answers 400
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from emo_serve.errors import RequestError
+from emo_serve.names import AUTO_POOL, BASE_POOL, ModelNames, is_pool_or_union, split_name
+
+__all__ = ["ANYTHING", "Asked", "read_asked"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The pool or union that a request is for, and the pools it joins; empty for anything."""
+
+    name: str
+    parts: tuple[str, ...]
+
+    @property
+    def is_anything(self) -> bool:
+        """Tell whether all servers are equally good for it, but for their load."""
+        return not self.parts
+
+
+ANYTHING = Asked("", ())
+
+
+def read_asked(
+    names: ModelNames,
+    pools: Collection[str] | None,
+    model: object,
+    headers: Sequence[str] = (),
+) -> Asked:
+    """Read the `model` of a request's body, None if it has none, and its x-emo-pool headers.
+
+    `pools` are the names of the pools that exist, without the base pool; None if that is not known,
+    and then every name that could be a pool's counts as one.
+    """
+    if not (model is None or isinstance(model, str)):
+        return ANYTHING
+    try:
+        name = names.choose(model, headers)
+    except RequestError:
+        return ANYTHING
+    if name == AUTO_POOL or not is_pool_or_union(name):
+        return ANYTHING
+    parts = split_name(name)
+    exists = pools is None or all(part == BASE_POOL or part in pools for part in parts)
+    if not exists or AUTO_POOL in parts:  # no union has `auto` in it
+        return ANYTHING
+    if BASE_POOL in parts:  # it has all experts of the others
+        return Asked(BASE_POOL, (BASE_POOL,))
+    return Asked(name, parts)
