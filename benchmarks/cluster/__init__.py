@@ -1,0 +1,1 @@
+"""Several replicas in virtual time: which one gets a request, and how many are needed."""
