@@ -47,7 +47,7 @@ bench: install ## Run the benchmarks (BENCH=serving.start for one, ARGS= for its
 		echo "$(BIN)/python -m benchmarks.$$bench $(ARGS)"; \
 		$(BIN)/python -m benchmarks.$$bench $(ARGS); done
 
-BENCH = accuracy.auto accuracy.calibration cluster.simulation decoding.run \
+BENCH = accuracy.auto accuracy.calibration cluster.autoscaling cluster.simulation decoding.run \
 	kernels.run reliability.abort reliability.drain reliability.kill reliability.overload \
 	residency.loading residency.policies residency.switching serving.build serving.coverage \
 	serving.recording serving.scraping serving.start serving.throughput
