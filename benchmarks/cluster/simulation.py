@@ -12,7 +12,7 @@ Requests are Zipf; five times a pool of the less popular half becomes the most p
 fifth of the time a crowd comes for the least popular one, half as many requests again. Time is
 virtual: equal arguments give equal figures on any machine.
 
-    python -m benchmarks.cluster.simulation                       # ten minutes
+    python -m benchmarks.cluster.simulation                       # half an hour
     python -m benchmarks.cluster.simulation --replicas 8 --pools 100
     python -m benchmarks.cluster.simulation --vary margins --replicas 8 --pools 100
 """
