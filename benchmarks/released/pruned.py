@@ -23,10 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.page_cache import drop_from_page_cache
 from benchmarks.harness.pairs import Spread, in_turn
 from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint, write_pools
 from benchmarks.harness.results import append_result
-from benchmarks.released.serving import POOL_SIZE, POOLS, Server
+from benchmarks.released.serving import POOL_SIZE, POOLS, Server, num_layers
 from benchmarks.serving.throughput import load
 
 _TRAFFIC = {"even": (2, 2, 2, 2), "skewed": (5, 1, 1, 1)}
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds [5]")
     parser.add_argument("--model", type=Path, help="an existing checkpoint [a temporary one]")
     parser.add_argument("--directory", type=Path, help="for the temporary checkpoints")
+    parser.add_argument("--cold", action="store_true", help="servers start from the disk")
     args = parser.parse_args()
     flags = ["--enforce-eager"]
     with ExitStack() as stack:
@@ -86,8 +88,11 @@ def main() -> None:
         model = args.model or write_checkpoint(
             place / "model", RELEASED | {"num_hidden_layers": args.layers}
         )
+        args.layers = num_layers(model)
         pools = write_pools(place / "pools" / "four", model, list(POOLS), POOL_SIZE)
         pruned = [export(model, pools, domain, place / domain) for domain in POOLS]
+        for checkpoint in [model, *pruned] if args.cold else []:
+            drop_from_page_cache(checkpoint)
         started = time.perf_counter()
         alone = [
             stack.enter_context(OfDomain(domain, checkpoint, flags))

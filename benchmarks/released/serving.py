@@ -5,6 +5,7 @@ Makes a random checkpoint of the released sizes (`--layers`, 1.6 GiB each) and p
 
     stock   vLLM's own API server and its own kernel, all experts in memory, no pools. vLLM has no
             class for EMO: the plugin's is used, kept from our kernel by hiding the compiler
+    base    emo-serve with all experts in memory; every request in the base pool
     one     emo-serve with slots for one pool; every request in it
     four    emo-serve with slots for four pools; requests in each of them, mixed
     *-spare the same, with a core left to the other processes, as vLLM does
@@ -20,21 +21,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import shutil
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from benchmarks.harness.page_cache import drop_from_page_cache
 from benchmarks.harness.pairs import Spread, in_turn
 from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint, write_pools
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
-from benchmarks.serving.throughput import Sample, load
+from benchmarks.serving.throughput import load
 
 POOLS = ("one", "two", "three", "four")
 POOL_SIZE = 16
@@ -43,6 +47,39 @@ FLAGS = (
     *("--kv-cache-memory-bytes", str(2**30), "--no-enable-prefix-caching"),
     *("--served-model-name", "base"),
 )
+
+
+@dataclass(frozen=True)
+class Load:
+    """What clients send at once: `requests` each, one after the other."""
+
+    what: str
+    clients: int
+    prompt: int
+    tokens: int
+    requests: int
+
+    @property
+    def name(self) -> str:
+        """Return what tells it from the others."""
+        return f"{self.what}-{self.clients}"
+
+
+LOADS = (
+    Load("prefill", clients=1, prompt=512, tokens=2, requests=4),
+    Load("decode", clients=1, prompt=8, tokens=24, requests=4),
+    Load("decode", clients=8, prompt=8, tokens=24, requests=2),
+    Load("decode", clients=32, prompt=8, tokens=24, requests=2),
+)
+
+
+class Target(Protocol):
+    """What is measured."""
+
+    kind: str
+
+    def rate(self, sent: Load) -> float:
+        """Return tokens/s: of the prompt for prefill, of the answers for decoding."""
 
 
 class Server(ServerProcess):
@@ -56,8 +93,9 @@ class Server(ServerProcess):
         if base == "stock":
             command += ["vllm.entrypoints.launchers.api_server.entry", "--model", str(model)]
         else:
-            command += ["emo_serve", "serve", str(model), "--pools", str(pools / base)]
-            command += ["--expert-slots", str(slots_for(pools / base))]
+            slots = num_experts(model) if base == "base" else slots_for(pools / base)
+            command += ["emo_serve", "serve", str(model), "--expert-slots", str(slots)]
+            command += [] if base == "base" else ["--pools", str(pools / base)]
         variables = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"} if kind != base else {}
         if base == "stock":
             variables["CXX"] = shutil.which("false") or "false"
@@ -65,12 +103,27 @@ class Server(ServerProcess):
 
     def model_of(self, domain: str) -> str:
         """Return the model name for a request of a domain."""
-        return "base" if self.kind.startswith("stock") else domain
+        return "base" if self.kind.startswith(("stock", "base")) else domain
 
     def texts_of(self, domain: str) -> list[list[int]]:
         """Return token ids that prompts of a domain are cut from."""
-        base = 1000 * POOLS.index(domain)
-        return [[10 + (base + 37 * i + j * j + 7 * j) % 3000 for j in range(512)] for i in range(8)]
+        return prompts_of(domain)
+
+    def rate(self, sent: Load) -> float:
+        """Load the server, which is suspended before and after."""
+        with self.running():
+            sample = asyncio.run(
+                load(self, sent.clients, sent.requests, sent.tokens, prompt_characters=sent.prompt)
+            )
+        if sent.what == "prefill":
+            return sent.prompt / sample.ttft_seconds
+        return sample.tokens_per_second
+
+
+def prompts_of(domain: str) -> list[list[int]]:
+    """Return 64 prompts of 512 token ids: 32 clients at once send no two that are equal."""
+    base = 1000 * POOLS.index(domain)
+    return [[10 + (base + 37 * i + j * j + 7 * j) % 3000 for j in range(512)] for i in range(64)]
 
 
 def slots_for(pools: Path) -> int:
@@ -82,26 +135,39 @@ def slots_for(pools: Path) -> int:
     return max(len(set().union(*layer)) for layer in layers)
 
 
-def measure(server: Server, clients: int, prompt: int, tokens: int, requests: int) -> Sample:
-    """Load a server, which is suspended before and after."""
-    with server.running():
-        return asyncio.run(load(server, clients, requests, tokens, prompt_characters=prompt))
+def num_experts(model: Path) -> int:
+    """Return how many experts a layer has."""
+    return int(json.loads((model / "config.json").read_text())["num_experts"])
 
 
-def compare(a: Server, b: Server, rounds: int) -> list[dict[str, Any]]:
-    """Return a row per load: medians of both, and the ratio of each round."""
-    loads = [("prefill", 1, 512, 2, 4)]
-    loads += [("decode", clients, 8, 24, 2 if clients > 1 else 4) for clients in (1, 8, 32)]
+def num_layers(model: Path) -> int:
+    """Return how many layers a checkpoint has."""
+    return int(json.loads((model / "config.json").read_text())["num_hidden_layers"])
+
+
+def write_pool_files(place: Path, model: Path) -> Path:
+    """Write the pools of each kind of server that has some; return the place."""
+    for kind, names in (("one", POOLS[:1]), ("four", POOLS)):
+        write_pools(place / kind, model, list(names), POOL_SIZE)
+    return place
+
+
+def add_load_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Add --rounds and --loads, which `compare` takes."""
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"counted rounds [{rounds}]")
+    names = [sent.name for sent in LOADS]
+    parser.add_argument("--loads", nargs="+", choices=names, default=names, help="[all]")
+
+
+def compare(a: Target, b: Target, rounds: int, loads: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a row per load named: medians of both, and the ratio of each round."""
     rows = []
-    for what, clients, prompt, tokens, requests in loads:
-        sizes = (clients, prompt, tokens, requests)
-        pairs = in_turn(rounds, *(partial(measure, server, *sizes) for server in (a, b)))
-        if what == "prefill":
-            values = [[prompt / sample.ttft_seconds for sample in pair] for pair in pairs]
-        else:
-            values = [[sample.tokens_per_second for sample in pair] for pair in pairs]
+    for sent in LOADS:
+        if sent.name not in loads:
+            continue
+        values = in_turn(rounds, *(partial(target.rate, sent) for target in (a, b)))
         rows.append(
-            {"a": a.kind, "b": b.kind, "load": what, "clients": clients}
+            {"a": a.kind, "b": b.kind, "load": sent.what, "clients": sent.clients}
             | {"tokens_per_second": [statistics.median(each) for each in zip(*values, strict=True)]}
             | {"ratio": Spread.of_ratios(values).to_json()}
         )
@@ -124,9 +190,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=4, help="of the released 16 [4]")
     parser.add_argument("--pairs", nargs="+", default=["stock:one", "stock:four"], help="A:B ...")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds [5]")
+    add_load_options(parser, rounds=5)
     parser.add_argument("--model", type=Path, help="an existing checkpoint [a temporary one]")
     parser.add_argument("--directory", type=Path, help="for the temporary checkpoint")
+    parser.add_argument("--cold", action="store_true", help="servers start from the disk")
     parser.add_argument("--compiled", action="store_true", help="without --enforce-eager")
     args = parser.parse_args()
     flags = [] if args.compiled else ["--enforce-eager"]
@@ -139,11 +206,13 @@ def main() -> None:
         model = args.model or write_checkpoint(
             place / "model", RELEASED | {"num_hidden_layers": args.layers}
         )
-        for kind, names in (("one", POOLS[:1]), ("four", POOLS)):
-            write_pools(place / "pools" / kind, model, list(names), POOL_SIZE)
+        args.layers = num_layers(model)
+        write_pool_files(place / "pools", model)
 
         def started(kind: str) -> Server:
             if kind not in servers:
+                if args.cold:
+                    drop_from_page_cache(model)
                 server = stack.enter_context(Server(kind, model, place / "pools", flags))
                 own = server.own_bytes() / 2**30
                 figures[kind] = {"start_seconds": server.start_seconds, "own_gib": own}
@@ -156,7 +225,7 @@ def main() -> None:
         print("| A, B | load | clients | A tok/s | B tok/s | B/A (min-max) |")
         print("|---|---|---|---|---|---|")
         for a, b in pairs:
-            rows += compare(a, b, args.rounds)
+            rows += compare(a, b, args.rounds, args.loads)
     append_result("released_serving", vars(args), {"rows": rows, "servers": figures})
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import os
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.engines import engine_arguments
+from benchmarks.harness.page_cache import drop_from_page_cache
 from benchmarks.harness.results import append_result
 from benchmarks.residency.loading_models import MODELS, Pool, make_pools
 from emo_serve.emo.checkpoint import Checkpoint
@@ -171,14 +171,6 @@ def gaps_while_all_decode(arrivals: Sequence[Sequence[float]]) -> list[float]:
         for before, after in itertools.pairwise(times)
         if start <= before and after <= end
     ]
-
-
-def drop_from_page_cache(directory: Path) -> None:
-    """Have the next read of each weight come from the disk."""
-    for path in directory.glob("*.safetensors"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())  # pages that are not written yet stay
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 # -- running --
