@@ -3,11 +3,13 @@
 Each figure takes the latest recorded line that has what it shows; a figure whose results are not
 there is left out with a message. SVG files go to `results/plots/`.
 
-    python benchmarks/plot.py
+    python -m benchmarks.plot
+    python -m benchmarks.plot released_serving
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks.accuracy.report import headline, of_seeds
+from benchmarks.released.figure import Pair, memory, name_of, of_one_size, speeds
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PLOTS = RESULTS / "plots"
@@ -232,23 +235,83 @@ def _draw_memory(axis: Any, result: Row, key: str, scale: float, role: str, colo
         axis.plot(x, y, ":", marker=".", color=color, label=f"{role}, at random")
 
 
+# -- the released size --
+
+_COLORS = {"stock": "0.6", "pruned": "C1"}
+_OURS, _OTHERS = "C0", "C2"
+
+
+def released() -> Iterator[tuple[str, Figure]]:
+    """Draw tokens/s of pools beside stock vLLM and others, a panel per load, and their GiB."""
+    recorded = ("released_serving", "released_pruned", "released_llama_cpp")
+    sizes = of_one_size(*map(lines, recorded))
+    if not sizes[0]:
+        return
+    panels, gib = speeds(*sizes), memory(*sizes)
+    rows = (len(panels) + 3) // 3
+    longest = max(map(len, panels.values()), default=0)
+    size = (14, rows * (1 + 0.5 * longest))
+    figure, axes = plt.subplots(rows, 3, figsize=size, layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (title, pairs) in zip(axes.flat, panels.items(), strict=False):
+        _draw_pairs(axis, pairs)
+        axis.set(title=title, xlabel="tokens/s")
+    _draw_bars(axes.flat[len(panels)], [(place, *item) for place, item in enumerate(gib.items())])
+    axes.flat[len(panels)].set(title="memory", xlabel="GiB")
+    latest = sizes[0][0]
+    layers = latest["arguments"]["layers"]
+    figure.suptitle(f"Released sizes, {layers} layers, random weights; {latest['device'][-1]}")
+    yield "released", figure
+
+
+def _draw_pairs(axis: Any, pairs: Sequence[Pair]) -> None:
+    bars = []
+    for place, pair in enumerate(pairs):
+        bars += [(place - 0.2, pair.peer, pair.peer_rate), (place + 0.2, pair.ours, pair.our_rate)]
+    _draw_bars(axis, bars, 0.4)
+    for place, pair in enumerate(pairs):
+        end = max(pair.peer_rate, pair.our_rate)
+        axis.annotate(f" x {pair.ratio:.2f}", (end, place), va="center")
+    axis.margins(x=0.15)
+
+
+def _draw_bars(axis: Any, bars: Sequence[tuple[float, str, float]], height: float = 0.8) -> None:
+    """Draw a bar per place, kind of server and value, the first on top."""
+    axis.set_axis_on()
+    places, kinds, values = zip(*bars, strict=True)
+    axis.barh(places, values, height, color=[_color(kind) for kind in kinds])
+    axis.set_yticks(places, [name_of(kind) for kind in kinds], fontsize="small")
+    axis.invert_yaxis()
+
+
+def _color(kind: str) -> str:
+    if kind.startswith("llama.cpp"):
+        return _OTHERS
+    return _COLORS.get(kind.removesuffix("-all"), _OURS)
+
+
 FIGURES = {
     "residency": residency,
     "loading": loading,
     "decode": decode,
     "kernels": kernels,
     "memory_accuracy": memory_accuracy,
+    "released_serving": released,
 }
 """Results file -> what draws it; a later benchmark adds a line here."""
 
 
 def main() -> None:
-    """Draw every figure that has results."""
+    """Draw the figures named, or all, as far as they have results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("benchmarks", nargs="*", choices=list(FIGURES), help="[all]")
+    chosen = parser.parse_args().benchmarks or list(FIGURES)
     PLOTS.mkdir(parents=True, exist_ok=True)
     plt.rcParams["svg.hashsalt"] = "emo-serve"  # equal results, equal files
-    for benchmark, draw in FIGURES.items():
+    for benchmark in chosen:
         drawn = False
-        for name, figure in draw():
+        for name, figure in FIGURES[benchmark]():
             path = PLOTS / f"{name}.svg"
             figure.savefig(path, metadata={"Date": None})
             plt.close(figure)
