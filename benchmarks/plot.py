@@ -288,7 +288,7 @@ def _draw_bars(axis: Any, bars: Sequence[tuple[float, str, float]], height: floa
 def _color(kind: str) -> str:
     if kind.startswith("llama.cpp"):
         return _OTHERS
-    return _COLORS.get(kind.removesuffix("-all"), _OURS)
+    return _COLORS.get(kind.removesuffix("-spare"), _OURS)
 
 
 FIGURES = {

@@ -29,7 +29,7 @@ _OPTIONS = {
 }
 """Program -> those of our options that it has."""
 
-_PAIRS_OF_LLAMA_CPP = ("llama.cpp-1:one", "llama.cpp-1:base")
+_PAIRS_OF_LLAMA_CPP = ("llama.cpp-2:one", "llama.cpp-2:base")
 
 
 def command(program: str, options: dict[str, object]) -> list[str]:

@@ -99,5 +99,5 @@ def name_of(kind: str) -> str:
     program, _, threads = kind.partition("-")
     if program == "llama.cpp" and threads:
         return f"{program}, {threads} thread" + ("s" if threads != "1" else "")
-    base = kind.removesuffix("-all")
-    return _NAMES.get(base, base) + (", all cores" if base != kind else "")
+    base = kind.removesuffix("-spare")
+    return _NAMES.get(base, base) + (", a core spared" if base != kind else "")

@@ -7,10 +7,10 @@ start in one step; its tokens choose among all experts, where pools have 16 (`ba
 See `gguf_file` for what an OLMoE is to an EMO.
 
     llama.cpp-N     llama.cpp with N threads
-    one, base ...   the servers of `serving`; "-all" computes on every core, the others leave one
+    one, base ...   the servers of `serving`; with "-spare" they leave a core
 
     python -m benchmarks.released.llama_cpp --layers 4
-    python -m benchmarks.released.llama_cpp --pairs llama.cpp-1:one llama.cpp-1:base
+    python -m benchmarks.released.llama_cpp --pairs llama.cpp-2:one llama.cpp-2:base
 
 It needs two packages that emo-serve does not, of which the first is compiled:
 

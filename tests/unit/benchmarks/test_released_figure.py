@@ -105,7 +105,7 @@ def test_only_lines_of_one_machine_and_size_are_shown_together() -> None:
 
 
 def test_kinds_have_names() -> None:
-    assert figure.name_of("one-all") == "one pool, all cores"
+    assert figure.name_of("one-spare") == "one pool, a core spared"
     assert figure.name_of("llama.cpp-1") == "llama.cpp, 1 thread"
     assert figure.name_of("llama.cpp-2") == "llama.cpp, 2 threads"
     assert figure.name_of("llama.cpp") == "llama.cpp"
