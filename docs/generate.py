@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from fastapi import APIRouter
 from prometheus_client import CollectorRegistry
 
 from docs.openapi import render_openapi
 from emo_serve.config import add_serve_flags
 from emo_serve.metrics import MetricsSnapshot, PoolMetrics, PoolSnapshot, register_gauges
+from emo_serve.server.access import create_access_router
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.pool_admin.api import create_router
+from emo_serve.server.pool_admin.live import create_live_router
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.routes import document_of
 
@@ -111,7 +114,11 @@ def _metric_row(family: Any) -> tuple[str, str, str, str]:
 def render_http_api() -> str:
     """Return our routes and their objects, from their OpenAPI document."""
     # The routes only hold the service; none is called here.
-    router = create_router(cast(PoolService, object()), lambda error: error)
+    nothing = cast(Any, object())
+    router = APIRouter()
+    router.include_router(create_router(cast(PoolService, nothing), lambda error: error))
+    router.include_router(create_live_router(nothing, nothing, lambda error: error))
+    router.include_router(create_access_router())
     return render_openapi(document_of(router))
 
 

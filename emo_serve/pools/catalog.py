@@ -161,6 +161,11 @@ class PoolCatalog:
         """Return why each refused file was left out."""
         return tuple(self._refused.values())
 
+    @property
+    def revision(self) -> int:
+        """Return a number that grows with every change."""
+        return self._revision
+
     def version(self, name: str) -> int:
         """Return how often a pool of that name was defined since the start, 0 if never."""
         return self._versions.get(name, 0)

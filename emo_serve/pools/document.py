@@ -68,6 +68,7 @@ __all__ = [
     "DocumentLayer",
     "DocumentModel",
     "PoolDocument",
+    "format_pool",
     "is_build",
     "parse_build",
     "parse_pool",
@@ -223,7 +224,7 @@ def write_pool(pool: ExpertPool, path: Path) -> None:
             with partial.open("w", encoding="utf-8") as file:
                 if target.exists():
                     os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
-                file.write(_format(pool))
+                file.write(format_pool(pool))
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)
@@ -234,8 +235,8 @@ def write_pool(pool: ExpertPool, path: Path) -> None:
         raise PoolFileError(f"{path}: cannot be written: {reason}") from error
 
 
-def _format(pool: ExpertPool) -> str:
-    """Return the file's text: one line per field and per layer, optional fields only when set."""
+def format_pool(pool: ExpertPool) -> str:
+    """Return a pool as its file's text: a line per field and layer, optional fields when set."""
     fields: dict[str, object] = {"format": FORMAT, "name": pool.name}
     if pool.description:
         fields["description"] = pool.description

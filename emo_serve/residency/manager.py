@@ -24,7 +24,7 @@ from emo_serve.residency.queue import LoadQueue
 from emo_serve.residency.records import PendingPool, Purpose, ResidentPool
 from emo_serve.residency.resident import ResidentPools
 from emo_serve.residency.room import Room
-from emo_serve.residency.slots import SlotTable
+from emo_serve.residency.slots import LayerMap, SlotTable
 from emo_serve.residency.statistics import (
     EventCounts,
     PoolResidency,
@@ -277,6 +277,16 @@ class ResidencyManager:
             failed_loads=self._counts.failed_loads,
             evictions=self._counts.evictions,
         )
+
+    @property
+    def slots_version(self) -> int:
+        """Return a number that grows whenever a slot changes, or who refers to it."""
+        return self._room.slots.version
+
+    def slot_maps(self) -> tuple[tuple[ExpertPool, ...], tuple[LayerMap, ...]]:
+        """Return the pools that hold slots, and every layer's slots with places among them."""
+        pools = tuple(resident.pool for resident in self._resident)
+        return pools, self._room.slots.layer_maps([pool.content_hash for pool in pools])
 
     def check_integrity(self) -> None:
         """Assert that slots, rows, leases and the queue agree."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 from emo_serve.errors import ConfigError
 
-__all__ = ["Copy", "ExpertIds", "LayerNeed", "LayerSlots", "LoadPlan", "SlotTable"]
+__all__ = ["Copy", "ExpertIds", "LayerMap", "LayerNeed", "LayerSlots", "LoadPlan", "SlotTable"]
 
 ExpertIds = Sequence[Sequence[int]]
 """Expert ids of each layer; an empty entry for a dense one."""
@@ -75,6 +75,18 @@ class LayerSlots:
     free: int
     resident: int
     loading: int
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The slots of one layer, in order: the expert in each, or None, and who refers to it.
+
+    `holders` are places in a list of pools. The experts in the slots `loading` are on their way.
+    """
+
+    experts: tuple[int | None, ...]
+    holders: tuple[tuple[int, ...], ...]
+    loading: tuple[int, ...]
 
 
 @dataclass
@@ -226,6 +238,28 @@ class SlotTable:
             )
             for held in self._layers
         )
+
+    @property
+    def version(self) -> int:
+        """Return a number that grows with every change."""
+        return self._version
+
+    def layer_maps(self, keys: Sequence[str]) -> tuple[LayerMap, ...]:
+        """Return what is in every slot; holders are places in `keys`, which must be all keys."""
+        maps = []
+        for index, held in enumerate(self._layers):
+            holders: list[list[int]] = [[] for _ in held.expert_in]
+            for place, key in enumerate(keys):
+                for expert in self._pools[key][index]:
+                    holders[held.slot_of[expert]].append(place)
+            maps.append(
+                LayerMap(
+                    experts=tuple(held.expert_in),
+                    holders=tuple(map(tuple, holders)),
+                    loading=tuple(sorted(held.slot_of[expert] for expert in held.loading)),
+                )
+            )
+        return tuple(maps)
 
     # -- changes --
 

@@ -22,16 +22,21 @@ from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.policy import make_policy
 from emo_serve.residency.slots import SlotTable
 from emo_serve.router_metrics import pools_family
+from emo_serve.server.access import create_access_router
 from emo_serve.server.asgi.admission import Admission
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.auto.candidates import Candidates
 from emo_serve.server.auto.choice import make_chooser, text_of
+from emo_serve.server.console.routes import CONSOLE_PATHS, create_console_router
 from emo_serve.server.health import Health, child_processes, stopped_among
 from emo_serve.server.layers import put_layers
+from emo_serve.server.pool_admin.activity import PoolActivity
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.at_hand import pools_at_hand
 from emo_serve.server.pool_admin.builder import PoolBuilder
+from emo_serve.server.pool_admin.feed import ResidencyFeed
+from emo_serve.server.pool_admin.live import create_live_router
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.pool_admin.residency import NamedResidency
 from emo_serve.server.pool_admin.responses import READY_RESPONSES
@@ -79,6 +84,7 @@ class _PoolParts:
     calls: WorkerCalls
     facts: EngineFacts
     metrics: PoolMetrics
+    activity: PoolActivity
     manager: ResidencyManager
     service: PoolService
 
@@ -93,7 +99,7 @@ async def build_server(
     """
     pools = await _start_pools(launch, engine, progress)
     args, manager, service = launch.args, pools.manager, pools.service
-    coverage = CoverageBook(pools.calls.read_coverage, pools.metrics.observe_coverage)
+    coverage = CoverageBook(pools.calls.read_coverage, partial(_observe_coverage, pools))
     llm = PooledLLM(
         engine,
         service.residency,
@@ -138,7 +144,8 @@ async def _start_pools(launch: Launch, engine: Any, progress: StartProgress) -> 
         limits.max_running,
         limits.max_queued,
     )
-    manager = _manager(launch, calls, facts, limits, metrics)
+    activity = PoolActivity(metrics)
+    manager = _manager(launch, calls, facts, limits, activity)
     service = PoolService.over(
         plan.names,
         plan.base_pool,
@@ -146,10 +153,11 @@ async def _start_pools(launch: Launch, engine: Any, progress: StartProgress) -> 
         manager,
         metrics,
         calls.usage_of if facts.records_routing else None,
+        activity,
     )
     progress.stage("loading experts")
     await _load_pools(manager, service.residency, plan)
-    return _PoolParts(calls, facts, metrics, manager, service)
+    return _PoolParts(calls, facts, metrics, activity, manager, service)
 
 
 async def _wrap_app(
@@ -180,7 +188,7 @@ async def _wrap_app(
         KeyGuard,
         api_keys=launch.keys.api,
         admin_keys=launch.keys.admin,
-        open_paths=launch.settings.open_paths,
+        open_paths=(*launch.settings.open_paths, *CONSOLE_PATHS),
         is_local=is_local,
     )
     admission = put_layers(
@@ -208,7 +216,8 @@ async def _wrap_app(
         lambda: gauges(service.statuses.snapshot(), health.step_age_seconds()),
         lambda: pools_family(pools_at_hand(service.lookup, pools.manager), time.time()),
     )
-    _add_routes(app, health, service, builder)
+    feed = ResidencyFeed(service.statuses, lambda: app.state.server.should_exit)
+    _add_routes(app, health, service, builder, feed)
     return admission, health
 
 
@@ -231,7 +240,7 @@ def _manager(
     calls: WorkerCalls,
     facts: EngineFacts,
     limits: BacklogLimits,
-    metrics: PoolMetrics,
+    activity: PoolActivity,
 ) -> ResidencyManager:
     settings, plan = launch.settings, launch.plan
     return ResidencyManager(
@@ -243,7 +252,7 @@ def _manager(
         max_waiting=settings.max_waiting,
         limits=limits,
         load_deadline_seconds=settings.load_deadline_seconds,
-        observer=metrics,
+        observer=activity,
     )
 
 
@@ -271,7 +280,18 @@ async def _warm_up(own: OwnRequests, manager: ResidencyManager, lookup: PoolLook
         await own.warm_up(pool, lease.row)
 
 
-def _add_routes(app: FastAPI, health: Health, service: PoolService, builder: PoolBuilder) -> None:
+def _observe_coverage(pools: _PoolParts, pool: str, share: float) -> None:
+    pools.metrics.observe_coverage(pool, share)
+    pools.activity.add_coverage(pool, share)
+
+
+def _add_routes(
+    app: FastAPI,
+    health: Health,
+    service: PoolService,
+    builder: PoolBuilder,
+    feed: ResidencyFeed,
+) -> None:
     router = APIRouter()
 
     @router.get("/ready", responses=READY_RESPONSES)
@@ -281,7 +301,11 @@ def _add_routes(app: FastAPI, health: Health, service: PoolService, builder: Poo
             return JSONResponse({"ready": True})
         return JSONResponse({"ready": False, "reason": reason}, status_code=503)
 
-    router.include_router(create_router(service, partial(to_http_error, param=None), builder))
+    as_http_error = partial(to_http_error, param=None)
+    router.include_router(create_router(service, as_http_error, builder))
+    router.include_router(create_live_router(service.statuses, feed, as_http_error))
+    router.include_router(create_access_router())
+    router.include_router(create_console_router())
     add_routes(app, router)
 
 

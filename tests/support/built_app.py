@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers.registry import renderer_from_config
@@ -22,12 +22,17 @@ from emo_serve.config import ServeSettings
 from emo_serve.errors import EmoServeError
 from emo_serve.metrics import PoolMetrics
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.server.access import create_access_router
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.auto.prompt_text import Prompt
+from emo_serve.server.console.routes import CONSOLE_PATHS, create_console_router
 from emo_serve.server.coverage import CoverageSum
 from emo_serve.server.layers import put_layers
 from emo_serve.server.pool_admin.api import create_router
+from emo_serve.server.pool_admin.feed import ResidencyFeed
+from emo_serve.server.pool_admin.live import create_live_router
+from emo_serve.server.routes import add_routes
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.flags import (
     engine_args,
@@ -148,11 +153,23 @@ class BuiltApp:
         self.chooser = ScriptedChooser()
         self.root = args.root_path or ""
         guard = partial(
-            KeyGuard, api_keys=keys[0], admin_keys=keys[1], open_paths=("/health",), is_local=True
+            KeyGuard,
+            api_keys=keys[0],
+            admin_keys=keys[1],
+            open_paths=("/health", *CONSOLE_PATHS),
+            is_local=True,
         )
         names = service.lookup.names
         self.admission = put_layers(app, guard, names, self.chooser, metrics, MAX_BODY)
-        app.include_router(create_router(service, partial(to_http_error, param=None), None))
+        self.is_ending = False
+        as_http_error = partial(to_http_error, param=None)
+        feed = ResidencyFeed(service.statuses, lambda: self.is_ending)
+        router = APIRouter()
+        router.include_router(create_router(service, as_http_error, None))
+        router.include_router(create_live_router(service.statuses, feed, as_http_error))
+        router.include_router(create_access_router())
+        router.include_router(create_console_router())
+        add_routes(app, router)
 
     @classmethod
     async def of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,14 @@ from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.backlog import BacklogLimits
 from emo_serve.residency.manager import ResidencyManager
+from emo_serve.residency.ports import NullObserver
 from emo_serve.residency.slots import SlotTable
+from emo_serve.server.pool_admin.activity import PoolActivity
 from emo_serve.server.pool_admin.service import PoolService
 from tests.support.fake_engine import SLOT_BYTES, FakeEngine
 
 NUM_EXPERTS = 8
+NOW = 1_700_000_000
 MOE_LAYERS = (None, *[MoeLayer(NUM_EXPERTS, 1, (), 3)] * 2)  # a dense layer, two MoE layers
 EXPERTS_PER_LAYER = (0, NUM_EXPERTS, NUM_EXPERTS)
 
@@ -41,6 +45,7 @@ class ServiceUnderTest(PoolService):
 
     manager: ResidencyManager
     catalog: PoolCatalog
+    activity: PoolActivity | None = None
 
 
 def service_over(
@@ -52,7 +57,8 @@ def service_over(
 ) -> ServiceUnderTest:
     """Return a service over these, as `PoolService.over` builds it."""
     parts = PoolService.over(names, base, catalog, manager, **options)
-    return ServiceUnderTest(**vars(parts), manager=manager, catalog=catalog)
+    activity = options.get("activity")
+    return ServiceUnderTest(**vars(parts), manager=manager, catalog=catalog, activity=activity)
 
 
 def service_of(
@@ -62,15 +68,21 @@ def service_of(
     rows: int = 6,
     default_pool: str = "base",
     limits: BacklogLimits | None = None,
+    pools: Sequence[ExpertPool] = POOLS,
 ) -> ServiceUnderTest:
-    """Return a service of the model `emo` with four pools, none loaded yet."""
+    """Return a service of the model `emo` with these pools, none loaded yet.
+
+    Clients' requests are remembered as of the second NOW.
+    """
+    activity = PoolActivity(NullObserver(), lambda: NOW)
     manager = ResidencyManager(
         SlotTable(EXPERTS_PER_LAYER, slots),
         rows,
         engine or FakeEngine(),
         slot_bytes=SLOT_BYTES,
         limits=limits,
+        observer=activity,
     )
     names = ModelNames(("emo",), default_pool)
     base = ExpertPool.base(MOE_LAYERS)
-    return service_over(names, base, PoolCatalog(POOLS, MOE_LAYERS), manager)
+    return service_over(names, base, PoolCatalog(pools, MOE_LAYERS), manager, activity=activity)

@@ -20,8 +20,11 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Collection
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from http import HTTPStatus
+from typing import Literal
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -30,9 +33,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from emo_serve.server.asgi.bodies import READING_METHODS
 from emo_serve.server.asgi.errors import error_response, route_path
 
-__all__ = ["KeyGuard"]
+__all__ = ["Access", "KeyGuard", "KeyWord", "access_of"]
 
 _POOLS = "/v1/pools"
+_ACCESS = "emo_serve.access"
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 _NO_ADMIN_KEY = (
     "pools cannot be changed: other machines can reach this server, and it has no admin key; start"
@@ -43,10 +47,35 @@ _NO_ADMIN_KEY = (
 class _Key(Enum):
     """The kind of key in a request's Authorization header."""
 
-    MISSING = "no key"
+    NONE = "no key"
     UNKNOWN = "a key the server does not know"
     API = "an API key"
     ADMIN = "an admin key"
+
+
+KeyWord = Literal["none", "unknown", "api", "admin"]
+"""What a request's key is, for clients."""
+
+_WORDS: dict[_Key, KeyWord] = {
+    _Key.NONE: "none",
+    _Key.UNKNOWN: "unknown",
+    _Key.API: "api",
+    _Key.ADMIN: "admin",
+}
+
+
+@dataclass(frozen=True)
+class Access:
+    """What one request may do beside reading; `refusal` says why not, None if it may."""
+
+    key: KeyWord
+    refusal: str | None
+
+
+def access_of(scope: Scope) -> Access:
+    """Return what the client of a request that passed the guard may do to pools."""
+    access: Access = scope[_ACCESS]()
+    return access
 
 
 class KeyGuard:
@@ -73,6 +102,7 @@ class KeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one ASGI connection on, or refuse it with 401 or 403."""
+        scope[_ACCESS] = partial(self._access, scope)
         opened_by = self._opened_by(scope)
         key = self._key(scope) if opened_by else _Key.ADMIN
         if not opened_by or key in opened_by:
@@ -88,18 +118,28 @@ class KeyGuard:
         if scope["type"] not in ("http", "websocket") or method == "OPTIONS":
             return ()  # OPTIONS: a browser's preflight carries no key
         path = route_path(scope)
-        changes_pools = path.startswith(_POOLS) and method not in READING_METHODS
-        if changes_pools and (self._admin_hashes or not self._is_local):
-            return (_Key.ADMIN,)
-        if not self._api_hashes or (path in self._open_paths and not changes_pools):
+        if path.startswith(_POOLS) and method not in READING_METHODS:
+            return self._changing_opened_by()
+        if not self._api_hashes or path in self._open_paths:
             return ()
         return (_Key.API, _Key.ADMIN)
+
+    def _changing_opened_by(self) -> tuple[_Key, ...]:
+        """Return the kinds of keys that may change pools; empty if that needs no key."""
+        if self._admin_hashes or not self._is_local:
+            return (_Key.ADMIN,)
+        return (_Key.API, _Key.ADMIN) if self._api_hashes else ()
+
+    def _access(self, scope: Scope) -> Access:
+        key, opened_by = self._key(scope), self._changing_opened_by()
+        may_change = not opened_by or key in opened_by
+        return Access(_WORDS[key], None if may_change else self._reason(key, opened_by)[1])
 
     def _key(self, scope: Scope) -> _Key:
         value = Headers(scope=scope).get("authorization", "")
         scheme, _, token = value.partition(" ")
         if scheme.lower() != "bearer" or not token:
-            return _Key.MISSING
+            return _Key.NONE
         digest = hashlib.sha256(token.encode("latin-1")).digest()
         # Every hash is compared, in constant time, so that timing tells nothing about the keys.
         is_admin, is_api = (
@@ -109,17 +149,19 @@ class KeyGuard:
         return _Key.ADMIN if is_admin else _Key.API if is_api else _Key.UNKNOWN
 
     def _refused(self, scope: Scope, key: _Key, opened_by: tuple[_Key, ...]) -> JSONResponse:
+        status, message = self._reason(key, opened_by)
+        asks = {"www-authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else {}
+        return error_response(scope, status, message, asks)
+
+    def _reason(self, key: _Key, opened_by: tuple[_Key, ...]) -> tuple[HTTPStatus, str]:
         """Return 403 if no key or a better key would do, 401 for a missing or unknown key."""
         if opened_by == (_Key.ADMIN,) and not self._admin_hashes:
-            return error_response(scope, HTTPStatus.FORBIDDEN, _NO_ADMIN_KEY)
+            return HTTPStatus.FORBIDDEN, _NO_ADMIN_KEY
         if key is _Key.API:
             message = "this key may not change pools; use a key given by --admin-api-key"
-            return error_response(scope, HTTPStatus.FORBIDDEN, message)
-        message = (
+            return HTTPStatus.FORBIDDEN, message
+        return HTTPStatus.UNAUTHORIZED, (
             f"{key.value} was sent; send 'Authorization: Bearer KEY' with a key of this server"
-        )
-        return error_response(
-            scope, HTTPStatus.UNAUTHORIZED, message, {"www-authenticate": "Bearer"}
         )
 
 

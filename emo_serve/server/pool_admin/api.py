@@ -5,6 +5,7 @@
                                      in the body; ?replace=true redefines one
     GET    /v1/pools/{name}          one pool, size or union, with its expert ids; ?experts=K shows
                                      it as it would be at another size
+    GET    /v1/pools/{name}/document the pool as a file, with its scores
     GET    /v1/pools/{name}/usage    how often tokens chose each of its experts
     DELETE /v1/pools/{name}          remove it and its file
     POST   /v1/pools/{name}/load     make it resident; also evict, pin and unpin
@@ -25,9 +26,11 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from pydantic import BaseModel
 
 from emo_serve.errors import EmoServeError, PoolFileError, RequestError, Unavailable
+from emo_serve.names import is_derived
 from emo_serve.pools.document import (
     BuildRequest,
     PoolDocument,
+    format_pool,
     is_build,
     parse_build,
     parse_pool,
@@ -107,6 +110,24 @@ def _add_reading(
         with _answering(to_http_error):
             status = service.statuses.of(service.lookup.find(name, experts=options.experts))
             return details_of(service.statuses.overview(), status)
+
+    @router.get(
+        "/{name}/document",
+        response_class=Response,
+        responses={
+            200: {"description": "the pool as its file has it", "model": PoolDocument},
+            **responses(*READING, 404),
+        },
+    )
+    async def show_document(name: str) -> Response:
+        """Return a pool as a document, with its scores, to be kept or defined elsewhere."""
+        with _answering(to_http_error):
+            pool = service.lookup.find(name)
+            if is_derived(pool.name):
+                raise RequestError(
+                    f"{pool.name!r} is made of pools and has no document; ask for each of its pools"
+                )
+            return Response(format_pool(pool), media_type="application/json")
 
     @router.get("/{name}/usage", responses=responses(*READING, 404, 500, 503))
     async def show_usage(name: str) -> UsageAnswer:

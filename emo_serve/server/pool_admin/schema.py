@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from emo_serve.pools.limits import MOST_EXPERTS
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.strict_model import StrictModel
-from emo_serve.server.pool_admin.status import Overview, PoolStatus
+from emo_serve.server.pool_admin.status import Overview, PoolStatus, SlotMap
 from emo_serve.vllm_plugin.contract import PoolUsage
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "EvictOptions",
     "LayerUsage",
     "ListOptions",
+    "LayerSlots",
     "LoadOptions",
     "NoOptions",
     "PoolCard",
@@ -29,11 +30,14 @@ __all__ = [
     "ReplaceOptions",
     "ShowOptions",
     "SlotAccount",
+    "SlotHolder",
+    "SlotMapAnswer",
     "UsageAnswer",
     "body_schema",
     "card_of",
     "details_of",
     "list_of",
+    "slot_map_answer",
     "usage_answer",
 ]
 
@@ -169,6 +173,14 @@ class PoolCard(_Answer):
     content_hash: str = Field(
         description="hash of experts and temperature, which determine the answers"
     )
+    hits: int = Field(description="requests of clients that found it resident")
+    misses: int = Field(description="requests of clients that did not")
+    coverage: float | None = Field(
+        description="mean coverage of its requests that have ended; null if none has"
+    )
+    last_used: int | None = Field(
+        description="Unix time of the last client's request; null before the first"
+    )
     experts: list[list[int]] | None = Field(
         None, description="expert ids per layer; only if requested"
     )
@@ -211,6 +223,36 @@ class PoolList(_Answer):
         None,
         description="for each layer and each expert of the model, how many resident pools hold it;"
         " only if requested",
+    )
+
+
+class SlotHolder(_Answer):
+    """A pool that holds slots; pools of equal content hold them as one."""
+
+    name: str = Field(description="the name that was loaded first")
+    content_hash: str
+
+
+class LayerSlots(_Answer):
+    """The slots of one MoE layer, in order."""
+
+    experts: list[int | None] = Field(description="the expert in each slot; null for a free one")
+    holders: list[list[int]] = Field(
+        description="for each slot, the pools that need its expert: places in `pools`"
+    )
+    loading: list[int] = Field(description="the slots whose expert is being copied")
+
+
+class SlotMapAnswer(_Answer):
+    """Which expert is in which slot, and which pools need it there.
+
+    A slot is leased while a pool that needs it has running requests.
+    """
+
+    object: Literal["slots"] = "slots"
+    pools: list[SlotHolder]
+    layers: list[LayerSlots | None] = Field(
+        description="one entry per layer, null for a dense layer"
     )
 
 
@@ -290,6 +332,23 @@ def list_of(overview: Overview, *, experts: bool) -> PoolList:
     )
 
 
+def slot_map_answer(slots: SlotMap) -> SlotMapAnswer:
+    """Build the answer about what is in every slot."""
+    return SlotMapAnswer(
+        pools=[SlotHolder(name=one.name, content_hash=one.content_hash) for one in slots.pools],
+        layers=[
+            LayerSlots(
+                experts=list(layer.experts),
+                holders=list(map(list, layer.holders)),
+                loading=list(layer.loading),
+            )
+            if layer.experts
+            else None
+            for layer in slots.layers
+        ],
+    )
+
+
 def usage_answer(pool: ExpertPool, usage: PoolUsage) -> UsageAnswer:
     """Build the answer about how often a pool's experts were chosen."""
     layers = [
@@ -327,6 +386,10 @@ def _fields(status: PoolStatus) -> dict[str, object]:
         "bytes": status.num_bytes,
         "router_temperature": pool.router_temperature,
         "content_hash": pool.content_hash,
+        "hits": status.use.hits,
+        "misses": status.use.misses,
+        "coverage": status.use.coverage,
+        "last_used": status.use.last_used,
     }
 
 

@@ -14,6 +14,8 @@ from emo_serve.names import ModelNames
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
+from emo_serve.residency.ports import NullObserver
+from emo_serve.server.pool_admin.activity import PoolActivity
 from emo_serve.server.pool_admin.definitions import PoolDefinitions
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.pool_admin.residency import NamedResidency
@@ -43,15 +45,18 @@ class PoolService:
         manager: ResidencyManager,
         metrics: PoolMetrics | None = None,
         usage_of: Callable[[ExpertPool], Awaitable[PoolUsage]] | None = None,
+        activity: PoolActivity | None = None,
     ) -> PoolService:
         """Build the parts over one catalog and one manager.
 
         `usage_of` asks the engine what a pool's content has used; None if no routing is recorded.
+        `activity` observes the manager; without it, pools look as if no client had used them.
         Raises ConfigError for pools named like the model, and UnknownPool for the default pool.
         """
         lookup = PoolLookup(names, base_pool, catalog)
         temporary = TemporaryPools(lookup, manager)
-        statuses = PoolStatuses(lookup, catalog, manager, usage_of)
+        activity = activity or PoolActivity(NullObserver())
+        statuses = PoolStatuses(lookup, catalog, manager, usage_of, activity)
         residency = NamedResidency(lookup, manager, statuses)
         return cls(
             lookup,

@@ -18,11 +18,13 @@ from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.sizes import sizes_of
 from emo_serve.residency.manager import ResidencyManager
+from emo_serve.residency.slots import LayerMap
 from emo_serve.residency.statistics import PoolResidency, PoolState, ResidencyStats
+from emo_serve.server.pool_admin.activity import PoolActivity, PoolUse
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.vllm_plugin.contract import PoolUsage
 
-__all__ = ["Overview", "PoolKind", "PoolStatus", "PoolStatuses", "Shares", "Sharing"]
+__all__ = ["Overview", "PoolKind", "PoolStatus", "PoolStatuses", "Shares", "Sharing", "SlotMap"]
 
 PoolKind = Literal["base", "pool", "size", "union"]
 
@@ -50,6 +52,7 @@ class Sharing:
             if pool.content_hash not in self._keys:
                 self._keys.add(pool.content_hash)
                 self._counts.update(_experts(pool))
+        self._shares: dict[str, Shares] = {}
 
     def count(self, layer: int, expert: int) -> int:
         """Return how many resident pools hold one expert."""
@@ -57,6 +60,12 @@ class Sharing:
 
     def shares(self, pool: ExpertPool) -> Shares:
         """Count a pool's experts by the resident pools that hold them."""
+        key = pool.content_hash
+        if key not in self._shares:
+            self._shares[key] = self._counted(pool)
+        return self._shares[key]
+
+    def _counted(self, pool: ExpertPool) -> Shares:
         held = [self._counts[place] for place in _experts(pool)]
         missing = held.count(0)
         alone = held.count(1) if pool.content_hash in self._keys else 0
@@ -89,6 +98,7 @@ class PoolStatus:
     waiting_requests: int
     num_bytes: int
     shares: Shares
+    use: PoolUse
 
 
 @dataclass(frozen=True)
@@ -106,10 +116,19 @@ class Overview:
     persists: bool
 
 
+@dataclass(frozen=True)
+class SlotMap:
+    """What is in every slot; the holders of a slot are places in `pools`."""
+
+    pools: tuple[ExpertPool, ...]
+    layers: tuple[LayerMap, ...]
+
+
 class PoolStatuses:
     """Report the state of pools, from the manager's statistics at one moment.
 
     `usage_of` asks the engine what a pool's content has used; None if no routing is recorded.
+    `activity` knows what clients have asked for.
     """
 
     def __init__(
@@ -118,9 +137,11 @@ class PoolStatuses:
         catalog: PoolCatalog,
         manager: ResidencyManager,
         usage_of: Callable[[ExpertPool], Awaitable[PoolUsage]] | None,
+        activity: PoolActivity,
     ) -> None:
         self._lookup, self._catalog, self._manager = lookup, catalog, manager
-        self._usage_of = usage_of
+        self._usage_of, self._activity = usage_of, activity
+        self._last_sharing: tuple[frozenset[str], Sharing] = (frozenset(), Sharing(()))
 
     def of(self, pool: ExpertPool) -> PoolStatus:
         """Return one pool's state now."""
@@ -155,6 +176,19 @@ class PoolStatuses:
             persists=self._catalog.persists,
         )
 
+    def slot_map(self) -> SlotMap:
+        """Return what is in every slot now."""
+        return SlotMap(*self._manager.slot_maps())
+
+    def version(self) -> tuple[object, ...]:
+        """Return a value that differs whenever `overview` does; much cheaper than that."""
+        stats = self._manager.statistics()
+        return stats, self._activity.version, self._catalog.revision
+
+    def slots_version(self) -> int:
+        """Return a number that grows whenever `slot_map` changes."""
+        return self._manager.slots_version
+
     def snapshot(self) -> MetricsSnapshot:
         """Return what the gauges show: all pools, and others with running or waiting requests."""
         return _metrics_snapshot(self._lookup.pools, self._manager)
@@ -167,7 +201,10 @@ class PoolStatuses:
                 pool = by_hash.get(entry.content_hash) or self._lookup.known(entry.name)
                 if pool is not None and pool.content_hash == entry.content_hash:
                     resident.append(pool)
-        return Sharing(resident)
+        keys = frozenset(pool.content_hash for pool in resident)
+        if self._last_sharing[0] != keys:
+            self._last_sharing = keys, Sharing(resident)
+        return self._last_sharing[1]
 
     def _status(self, pool: ExpertPool, stats: ResidencyStats, sharing: Sharing) -> PoolStatus:
         held = next((p for p in stats.pools if p.content_hash == pool.content_hash), None)
@@ -187,6 +224,7 @@ class PoolStatuses:
             waiting_requests=held.waiting_by_name.get(pool.name, 0) if held else 0,
             num_bytes=sum(map(len, pool.expert_ids)) * stats.slot_bytes,
             shares=sharing.shares(pool),
+            use=self._activity.use_of(pool.name),
         )
 
     def _kind(self, pool: ExpertPool) -> PoolKind:

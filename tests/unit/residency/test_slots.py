@@ -383,3 +383,27 @@ class Tables(RuleBasedStateMachine):
 
 TestTables = Tables.TestCase
 TestTables.settings = PROFILE
+
+
+def test_a_map_shows_every_slot_with_who_refers_to_it(table: SlotTable) -> None:
+    load(table, "a", [[0, 1], [], [0]])
+    table.begin(table.plan_load("b", [[1, 2], [], []]))
+    first, dense, last = table.layer_maps(["a", "b"])
+    assert first.experts == (0, 1, 2, None, None)
+    assert first.holders == ((0,), (0, 1), (1,), (), ())
+    assert first.loading == (2,)
+    assert dense.experts == ()
+    assert last.holders[0] == (0,)
+    table.finish("b")
+    assert table.layer_maps(["b", "a"])[0].holders[1] == (0, 1)
+    assert table.layer_maps(["b", "a"])[0].loading == ()
+
+
+def test_the_version_grows_with_every_change(table: SlotTable) -> None:
+    versions = [table.version]
+    plan = table.plan_load("a", [[0], [], []])
+    assert table.version == versions[0]
+    for change in (lambda: table.begin(plan), lambda: table.finish("a"), lambda: table.evict("a")):
+        change()
+        versions.append(table.version)
+    assert versions == sorted(set(versions))

@@ -15,8 +15,12 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from emo_serve.errors import EmoServeError
+from emo_serve.server.access import create_access_router
 from emo_serve.server.asgi.errors import status_of
+from emo_serve.server.console.routes import create_console_router
 from emo_serve.server.pool_admin.api import create_router
+from emo_serve.server.pool_admin.feed import ResidencyFeed
+from emo_serve.server.pool_admin.live import create_live_router
 from emo_serve.server.pool_admin.responses import READY_RESPONSES
 from emo_serve.server.routes import add_routes, document_of
 from tests.support.pool_services import service_of
@@ -26,6 +30,9 @@ ALLOWED = {
     "/v1/pools/math": "DELETE, GET, OPTIONS",
     "/v1/pools/math/usage": "GET, OPTIONS",
     "/v1/pools/math/load": "OPTIONS, POST",
+    "/v1/residency": "GET, OPTIONS",
+    "/v1/access": "GET, OPTIONS",
+    "/console": "GET, OPTIONS",
     "/ready": "GET, OPTIONS",
 }
 
@@ -43,7 +50,12 @@ def our_router() -> APIRouter:
         """Tell whether the server is ready."""
         return {"ready": True}
 
-    router.include_router(create_router(service_of(), to_http_error))
+    service = service_of()
+    router.include_router(create_router(service, to_http_error))
+    feed = ResidencyFeed(service.statuses)
+    router.include_router(create_live_router(service.statuses, feed, to_http_error))
+    router.include_router(create_access_router())
+    router.include_router(create_console_router())
     return router
 
 
@@ -104,6 +116,8 @@ def test_every_status_of_ours_is_documented_with_its_shape() -> None:
         for method, operation in operations.items():
             statuses[f"{method} {path}"] = set(operation["responses"])
             for status, response in operation["responses"].items():
+                if "text/event-stream" in response["content"]:
+                    continue
                 schema = response["content"]["application/json"]["schema"]
                 is_error = status >= "400" and (path, status) != ("/ready", "503")
                 assert (schema == error) is is_error, (method, path, status)
@@ -114,6 +128,10 @@ def test_every_status_of_ours_is_documented_with_its_shape() -> None:
         "post /v1/pools": changing - {"404"} | {"201"},
         "get /v1/pools/{name}": {"200", "400", "401", "404"},
         "delete /v1/pools/{name}": changing,
+        "get /v1/pools/{name}/document": {"200", "400", "401", "404"},
+        "get /v1/residency": {"200", "400", "401"},
+        "get /v1/residency/events": {"200", "400", "401", "503"},
+        "get /v1/access": {"200", "400", "401"},
         "get /v1/pools/{name}/usage": {"200", "400", "401", "404", "500", "503"},
         **{f"post /v1/pools/{{name}}/{verb}": changing for verb in ("load", "evict")},
         **{f"post /v1/pools/{{name}}/{verb}": changing for verb in ("pin", "unpin")},

@@ -24,6 +24,7 @@ from tests.support.fake_engine import SLOT_BYTES, FakeEngine
 from tests.support.pool_services import (
     EXPERTS_PER_LAYER,
     MOE_LAYERS,
+    NOW,
     ServiceUnderTest,
     service_of,
     service_over,
@@ -108,6 +109,10 @@ async def test_the_list_shows_pools_and_slots(
         "bytes": 6 * SLOT_BYTES,
         "router_temperature": 1.0,
         "content_hash": service.lookup.find("math").content_hash,
+        "hits": 1,
+        "misses": 0,
+        "coverage": None,
+        "last_used": NOW,
     }
     assert answer["data"][0]["default"] is True
     assert answer["data"][1]["row"] is None
@@ -142,6 +147,23 @@ async def test_one_pool_shows_its_experts_and_a_union_is_a_pool(
         assert union["version"] is None
     assert (await client.get("/v1/pools/base")).json()["kind"] == "base"
     assert (await client.get("/v1/pools/emo")).json()["kind"] == "base"
+
+
+async def test_a_pool_comes_back_as_a_document_that_defines_it(client: httpx.AsyncClient) -> None:
+    scores = [0.5, 0.25, 0, 0, 0, 0.25, 0, 0]
+    layers = [None, {"experts": [0, 5], "scores": scores}, {"experts": [5, 6], "scores": scores}]
+    poems = {**POEMS, "layers": layers, "description": "verse", "router_temperature": 1.5}
+    defined = (await client.post("/v1/pools", json=poems)).json()
+    answer = await client.get("/v1/pools/poems/document")
+    assert answer.headers["content-type"] == "application/json"
+    document = answer.json()
+    assert document["layers"][1] == {"experts": [0, 5, 7], "scores": scores}
+    again = await client.post("/v1/pools", json={**document, "name": "again"})
+    assert again.json()["content_hash"] == defined["content_hash"]
+    assert (await client.get("/v1/pools/base/document")).json()["name"] == "base"
+    union = await client.get("/v1/pools/math+code/document")
+    assert union.status_code == 400
+    assert "is a union, which has no document" in union.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -459,6 +481,7 @@ def test_every_route_is_documented(service: ServiceUnderTest) -> None:
         "GET /v1/pools",
         "POST /v1/pools",
         "GET /v1/pools/{name}",
+        "GET /v1/pools/{name}/document",
         "GET /v1/pools/{name}/usage",
         "DELETE /v1/pools/{name}",
         *(f"POST /v1/pools/{{name}}/{verb}" for verb in ("load", "evict", "pin", "unpin")),

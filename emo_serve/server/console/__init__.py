@@ -1,0 +1,1 @@
+"""The operators' console: a page for browsers, served by the server itself."""
