@@ -279,6 +279,11 @@ class ResidencyManager:
         )
 
     @property
+    def slot_bytes(self) -> int:
+        """Return the size of one expert in one layer, over all ranks."""
+        return self._room.slot_bytes
+
+    @property
     def slots_version(self) -> int:
         """Return a number that grows whenever a slot changes, or who refers to it."""
         return self._room.slots.version

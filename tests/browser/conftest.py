@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
+from emo_serve.pools.pool import ExpertPool
+from emo_serve.vllm_plugin.contract import PoolUsage
 from tests.support.console_server import ConsoleServer, console_server
 from tests.support.golden.checkpoints import write_checkpoint
-from tests.support.pool_services import POOLS, pool, service_of
+from tests.support.pool_services import EXPERTS_PER_LAYER, POOLS, pool, service_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `dev`")
 CHROMIUM = (
@@ -35,6 +37,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="needs Chromium: apt-get install chromium"))
+
+
+async def nothing_used(pool: ExpertPool) -> PoolUsage:
+    """Return what a server has recorded of a pool that no request has used."""
+    return PoolUsage(tokens=0, counts=tuple((0,) * count for count in EXPERTS_PER_LAYER))
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +61,9 @@ def chromium() -> Iterator[Any]:
 def server(checkpoint: Path) -> Iterator[ConsoleServer]:
     """A server with four pools; the description of `law` is markup."""
     pools = [replace(one, description=MARKUP) if one.name == "law" else one for one in POOLS]
-    with console_server(checkpoint, lambda: service_of(pools=pools)) as running:
+    with console_server(
+        checkpoint, lambda: service_of(pools=pools, usage_of=nothing_used)
+    ) as running:
         yield running
 
 

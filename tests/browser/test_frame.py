@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.console_server import ConsoleServer
 
-VIEWS = ("residency", "playground", "traffic")
+VIEWS = ("residency", "pool/math", "memory", "playground", "traffic")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,26 @@ def test_a_server_that_goes_away_is_noticed_and_so_is_its_return(
     expect(page.get_by_role("alert")).to_contain_text("What you see is old; trying again.")
 
 
+def test_a_hidden_tab_follows_nothing(
+    server: ConsoleServer, open_page: Callable[..., Any], expect: Any
+) -> None:
+    page = open_page(server)
+    expect(page.locator("#status")).to_have_text("Live")
+
+    def hide(is_hidden: bool) -> None:
+        page.evaluate(
+            "hidden => { Object.defineProperty(document, 'hidden', {value: hidden, configurable:"
+            " true}); document.dispatchEvent(new Event('visibilitychange')); }",
+            is_hidden,
+        )
+
+    for is_hidden, readers in ((True, 0), (False, 1)):
+        hide(is_hidden)
+        while server.call(lambda: server.site.feed.num_readers) != readers:
+            page.wait_for_timeout(20)
+    expect(page.locator("#status")).to_have_text("Live")
+
+
 @pytest.mark.parametrize("size", ["wide", "narrow"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_page_is_as_wide_as_the_window(
@@ -107,12 +127,18 @@ def test_axe_finds_nothing(
     """axe-core looks at every view; the policy is set aside for it, since it makes markup."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs `dev`").Axe()
     page = open_page(server, theme=theme, size=size, bypass_csp=True)
+
+    def check(what: str) -> None:
+        found = axe.run(page).response["violations"]
+        told = [(one["id"], [node["html"] for node in one["nodes"]]) for one in found]
+        assert told == [], what
+
     for view in VIEWS:
         page.goto(f"{server.url}/console#{view}")
         expect(page.locator("#status")).to_have_text("Live")
-        found = axe.run(page).response["violations"]
-        told = [(one["id"], [node["html"] for node in one["nodes"]]) for one in found]
-        assert told == [], view
+        check(view)
+    page.get_by_role("button", name="Key", exact=True).click()
+    check("the dialog")
 
 
 def test_the_keyboard_reaches_everything(

@@ -102,13 +102,13 @@ def test_a_pool_that_is_not_there_fails_alone(
     expect(answer_of(page, "math").locator(".state")).to_have_text("done")
 
 
-def test_nothing_is_asked_without_a_pool_and_of_seven(
+def test_nothing_is_asked_without_a_pool_and_of_five(
     server: ConsoleServer, open_page: Callable[..., Any], expect: Any
 ) -> None:
     page = open_page(server, "playground")
     choose(page)
     page.get_by_role("button", name="Answer").click()
     expect(page.get_by_text("Choose a pool first.")).to_be_visible()
-    choose(page, "math", "code", "law", "hot", "base", "auto", "math+law")
-    expect(page.get_by_text("At most 6 pools side by side")).to_be_visible()
-    expect(page.locator(".chips li")).to_have_count(6)
+    choose(page, "math", "code", "law", "hot", "base")
+    expect(page.get_by_text("At most 4 pools side by side")).to_be_visible()
+    expect(page.locator(".chips li")).to_have_count(4)

@@ -17,6 +17,12 @@ def expect() -> Any:
     return expect
 
 
+def stop_the_clock(page: Any) -> None:
+    """Have time pass only when a test says so."""
+    page.clock.install(time="2026-01-01T00:00:00")
+    page.clock.pause_at("2026-01-01T00:00:02")
+
+
 def metrics(requests: int, refused: int) -> str:
     """Return Prometheus text as the server writes it, after so many requests."""
     pools = {"math": requests, 'we\\"ird': 1}
@@ -44,7 +50,7 @@ def test_it_draws_what_the_metrics_say(
     server: ConsoleServer, open_page: Callable[..., Any], expect: Any
 ) -> None:
     page = open_page(server)
-    page.clock.install()
+    stop_the_clock(page)
     readings = iter([(0, 0), (40, 3), (40, 3)])
     page.route("**/metrics", lambda route: route.fulfill(body=metrics(*next(readings))))
     page.get_by_role("link", name="Traffic").click()
@@ -77,7 +83,7 @@ def test_it_asks_only_while_it_is_seen_and_says_what_is_wrong(
     server: ConsoleServer, open_page: Callable[..., Any], expect: Any
 ) -> None:
     page = open_page(server, statuses=(401,))
-    page.clock.install()
+    stop_the_clock(page)
     asked = []
 
     def refuse(route: Any) -> None:

@@ -163,10 +163,10 @@ class BuiltApp:
         self.admission = put_layers(app, guard, names, self.chooser, metrics, MAX_BODY)
         self.is_ending = False
         as_http_error = partial(to_http_error, param=None)
-        feed = ResidencyFeed(service.statuses, lambda: self.is_ending)
+        self.feed = ResidencyFeed(service.statuses, lambda: self.is_ending)
         router = APIRouter()
         router.include_router(create_router(service, as_http_error, None))
-        router.include_router(create_live_router(service.statuses, feed, as_http_error))
+        router.include_router(create_live_router(service.statuses, self.feed, as_http_error))
         router.include_router(create_access_router())
         router.include_router(create_console_router())
         add_routes(app, router)

@@ -69,6 +69,7 @@ def service_of(
     default_pool: str = "base",
     limits: BacklogLimits | None = None,
     pools: Sequence[ExpertPool] = POOLS,
+    **options: Any,
 ) -> ServiceUnderTest:
     """Return a service of the model `emo` with these pools, none loaded yet.
 
@@ -85,4 +86,6 @@ def service_of(
     )
     names = ModelNames(("emo",), default_pool)
     base = ExpertPool.base(MOE_LAYERS)
-    return service_over(names, base, PoolCatalog(pools, MOE_LAYERS), manager, activity=activity)
+    return service_over(
+        names, base, PoolCatalog(pools, MOE_LAYERS), manager, activity=activity, **options
+    )

@@ -5,6 +5,8 @@
                                      in the body; ?replace=true redefines one
     GET    /v1/pools/{name}          one pool, size or union, with its expert ids; ?experts=K shows
                                      it as it would be at another size
+    GET    /v1/pools/{name}/cuts     the sizes it can be cut to
+    POST   /v1/pools/{name}/cut      define it in another size
     GET    /v1/pools/{name}/document the pool as a file, with its scores
     GET    /v1/pools/{name}/usage    how often tokens chose each of its experts
     DELETE /v1/pools/{name}          remove it and its file
@@ -39,6 +41,7 @@ from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.strict_json import parse_json
 from emo_serve.pools.strict_model import validated
 from emo_serve.server.pool_admin.build_schema import BuiltPool, built_of
+from emo_serve.server.pool_admin.cuts import CutList, CutRequest
 from emo_serve.server.pool_admin.responses import CHANGING, READING, responses
 from emo_serve.server.pool_admin.schema import (
     DeletedPool,
@@ -175,6 +178,27 @@ def _add_definitions(
         response.status_code = HTTPStatus.CREATED if is_new else HTTPStatus.OK
         return card
 
+    @router.get("/{name}/cuts", responses=responses(*READING, 404))
+    async def show_cuts(name: str) -> CutList:
+        """Show the sizes that a pool with scores can be cut to, and what each keeps and takes."""
+        with _answering(to_http_error):
+            pool = service.lookup.find(name)
+            cuts = await asyncio.to_thread(service.definitions.cuts_of, pool)
+            return CutList(name=pool.name, data=cuts)
+
+    @router.post(
+        "/{name}/cut",
+        response_model_exclude_unset=True,
+        status_code=HTTPStatus.CREATED,
+        responses=responses(*CHANGING, 404),
+        openapi_extra=body_schema(CutRequest, required=True),
+    )
+    async def cut_pool(name: str, request: Request) -> PoolCard:
+        """Define a pool that keeps the best-scored experts of another one."""
+        with _answering(to_http_error):
+            wanted = await _read_options(request, CutRequest)
+            return card_of(await service.definitions.cut(name, wanted))
+
     @router.delete("/{name}", responses=responses(*CHANGING, 404))
     async def remove_pool(name: str) -> DeletedPool:
         """Remove a pool and its file; running requests in it finish."""
@@ -260,7 +284,7 @@ def _parse_definition(body: bytes) -> ExpertPool | BuildRequest:
 
 async def _read_options(request: Request, model: type[_Options]) -> _Options:
     body = await _read_body(request, _MAX_OPTIONS_BYTES)
-    if not body.strip():
+    if not body.strip() and not any(field.is_required() for field in model.model_fields.values()):
         return model()
     try:
         return validated(model, "body", parse_json("body", body), "the body")

@@ -35,7 +35,7 @@ from emo_serve.pools.document import BuildRequest
 from emo_serve.pools.pool import ExpertPool, LayerExperts, keep_best
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.server.pool_admin.service import PoolService
-from emo_serve.server.pool_admin.status import PoolStatus
+from emo_serve.server.pool_admin.status import BuildProgress, PoolStatus
 from emo_serve.server.router_probe import LOW_PRIORITY, RouterProbe
 from emo_serve.server.tokenizer import ServedTokenizer
 from emo_serve.vllm_plugin.contract import RouterMass
@@ -88,7 +88,7 @@ class PoolBuilder:
         self._manager, self._tokenizer = manager, tokenizer
         self._learn = learn
         self._moe_layers: _MoeLayers = checkpoint.config.moe_layers
-        self._building: str | None = None
+        self._building: BuildProgress | None = None
 
     async def build(self, wanted: BuildRequest, *, replace: bool = False) -> PoolBuild:
         """Find the pool and define it; continues even if the client disconnects.
@@ -101,14 +101,14 @@ class PoolBuilder:
     async def _build(self, wanted: BuildRequest, is_replacing: bool) -> PoolBuild:
         if self._building is not None:
             raise StateConflict(
-                f"pool {self._building!r} is being built, and a server builds one pool at a time;"
-                " try again when it is done"
+                f"pool {self._building.name!r} is being built, and a server builds one pool at a"
+                " time; try again when it is done"
             )
-        self._building = wanted.name
+        self._note(BuildProgress(wanted.name))
         try:
             return await self._build_alone(wanted, is_replacing)
         finally:
-            self._building = None
+            self._note(None)
 
     async def _build_alone(self, wanted: BuildRequest, is_replacing: bool) -> PoolBuild:
         start = time.monotonic()
@@ -118,6 +118,8 @@ class PoolBuilder:
             "building pool %s from %d documents, %d tokens",
             *(wanted.name, len(documents.ids), documents.num_tokens),
         )
+        passes = len(documents.ids) * sum(moe is not None for moe in self._moe_layers)
+        self._note(BuildProgress(wanted.name, 0, passes))
         found = await self._find(documents, wanted.experts)
         made_for = await asyncio.to_thread(model_record, self._checkpoint)
         pool = replace(
@@ -191,6 +193,7 @@ class PoolBuilder:
         async def run_some() -> None:
             for place in places:
                 rows[place] = (await self._mass(pool, documents[place])).layers[index]
+                self._note_pass()
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -199,6 +202,14 @@ class PoolBuilder:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return rows
+
+    def _note_pass(self) -> None:
+        assert self._building is not None
+        self._note(replace(self._building, done=self._building.done + 1))
+
+    def _note(self, progress: BuildProgress | None) -> None:
+        self._building = progress
+        self._service.statuses.note_build(progress)
 
     async def _mass(self, pool: ExpertPool, ids: list[int]) -> RouterMass:
         """Return the mass of one document, with each token counted once.

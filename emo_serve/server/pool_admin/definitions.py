@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
+from emo_serve.emo.config import MoeLayer
 from emo_serve.errors import (
     ConfigError,
     EmoServeError,
@@ -30,6 +31,7 @@ from emo_serve.names import BASE_POOL, pools_of
 from emo_serve.pools.catalog import CatalogChange, PoolCatalog
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
+from emo_serve.server.pool_admin.cuts import Cut, CutRequest, cut_pool, cuts_of
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.pool_admin.residency import NamedResidency
 from emo_serve.server.pool_admin.status import PoolStatus, PoolStatuses
@@ -77,6 +79,20 @@ class PoolDefinitions:
         Raises UnknownPool, PoolStoreError, and StateConflict for the base and the default pool.
         """
         await self.to_the_end(self._remove(name))
+
+    async def cut(self, name: str, request: CutRequest) -> PoolStatus:
+        """Define a pool of another's best-scored experts; raises as `add` and `cut_pool` do."""
+        pool = cut_pool(self._lookup.find(name), request, self._moe_layers)
+        return (await self.add(pool))[0]
+
+    def cuts_of(self, pool: ExpertPool) -> list[Cut]:
+        """Return every size of a pool; raises RequestError if its file has no scores."""
+        return cuts_of(pool, self._moe_layers, self._manager.slot_bytes)
+
+    @property
+    def _moe_layers(self) -> Sequence[MoeLayer | None]:
+        assert self._catalog.moe_layers is not None, "the catalog must know the model"
+        return self._catalog.moe_layers
 
     def check_add(self, pool: ExpertPool, *, replace: bool) -> None:
         """Raise what `add` would raise at once: RequestError, PoolExists or StateConflict."""

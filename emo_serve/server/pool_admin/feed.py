@@ -20,7 +20,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from emo_serve.errors import Unavailable
-from emo_serve.server.pool_admin.schema import list_of, slot_map_answer
+from emo_serve.server.pool_admin.schema import list_of
+from emo_serve.server.pool_admin.slot_schema import slot_map_answer
 from emo_serve.server.pool_admin.status import PoolStatuses
 
 __all__ = ["ResidencyFeed"]

@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from emo_serve.errors import EmoServeError, Unavailable
 from emo_serve.server.pool_admin.feed import ResidencyFeed
 from emo_serve.server.pool_admin.responses import READING, responses
-from emo_serve.server.pool_admin.schema import SlotMapAnswer, slot_map_answer
+from emo_serve.server.pool_admin.slot_schema import SlotMapAnswer, slot_map_answer
 from emo_serve.server.pool_admin.status import PoolStatuses
 
 __all__ = ["create_live_router"]

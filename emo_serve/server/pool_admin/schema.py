@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from emo_serve.pools.limits import MOST_EXPERTS
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.strict_model import StrictModel
-from emo_serve.server.pool_admin.status import Overview, PoolStatus, SlotMap
+from emo_serve.server.pool_admin.status import Overview, PoolStatus
 from emo_serve.vllm_plugin.contract import PoolUsage
 
 __all__ = [
@@ -20,24 +20,21 @@ __all__ = [
     "EvictOptions",
     "LayerUsage",
     "ListOptions",
-    "LayerSlots",
     "LoadOptions",
     "NoOptions",
     "PoolCard",
     "PoolDetails",
+    "PoolInBuilding",
     "PoolList",
     "PoolSizes",
     "ReplaceOptions",
     "ShowOptions",
     "SlotAccount",
-    "SlotHolder",
-    "SlotMapAnswer",
     "UsageAnswer",
     "body_schema",
     "card_of",
     "details_of",
     "list_of",
-    "slot_map_answer",
     "usage_answer",
 ]
 
@@ -206,6 +203,14 @@ class SlotAccount(_Answer):
     used_bytes: int
 
 
+class PoolInBuilding(_Answer):
+    """A pool that is being built, one layer after the other, each by a pass over all examples."""
+
+    name: str
+    done: int = Field(description="passes of one example that have ended")
+    total: int = Field(description="passes of one example in all; 0 until they are counted")
+
+
 class PoolList(_Answer):
     """All pools: the base pool, defined pools, and sizes and unions while they are in use."""
 
@@ -219,40 +224,13 @@ class PoolList(_Answer):
     slots: SlotAccount
     running_requests: int
     waiting_requests: int
+    building: PoolInBuilding | None = Field(
+        description="the pool that is being built from examples; null if there is none"
+    )
     holders: list[list[int]] | None = Field(
         None,
         description="for each layer and each expert of the model, how many resident pools hold it;"
         " only if requested",
-    )
-
-
-class SlotHolder(_Answer):
-    """A pool that holds slots; pools of equal content hold them as one."""
-
-    name: str = Field(description="the name that was loaded first")
-    content_hash: str
-
-
-class LayerSlots(_Answer):
-    """The slots of one MoE layer, in order."""
-
-    experts: list[int | None] = Field(description="the expert in each slot; null for a free one")
-    holders: list[list[int]] = Field(
-        description="for each slot, the pools that need its expert: places in `pools`"
-    )
-    loading: list[int] = Field(description="the slots whose expert is being copied")
-
-
-class SlotMapAnswer(_Answer):
-    """Which expert is in which slot, and which pools need it there.
-
-    A slot is leased while a pool that needs it has running requests.
-    """
-
-    object: Literal["slots"] = "slots"
-    pools: list[SlotHolder]
-    layers: list[LayerSlots | None] = Field(
-        description="one entry per layer, null for a dense layer"
     )
 
 
@@ -308,7 +286,7 @@ def details_of(overview: Overview, status: PoolStatus) -> PoolDetails:
 
 def list_of(overview: Overview, *, experts: bool) -> PoolList:
     """Build the answer about all pools; without `experts`, it has no ids and no holders."""
-    stats = overview.stats
+    stats, building = overview.stats, overview.building
     maps = {"holders": _holders(overview)} if experts else {}
     return PoolList.model_validate(
         {
@@ -327,25 +305,9 @@ def list_of(overview: Overview, *, experts: bool) -> PoolList:
             ),
             "running_requests": stats.running_requests,
             "waiting_requests": stats.waiting_requests,
+            "building": building and vars(building),
             **maps,
         }
-    )
-
-
-def slot_map_answer(slots: SlotMap) -> SlotMapAnswer:
-    """Build the answer about what is in every slot."""
-    return SlotMapAnswer(
-        pools=[SlotHolder(name=one.name, content_hash=one.content_hash) for one in slots.pools],
-        layers=[
-            LayerSlots(
-                experts=list(layer.experts),
-                holders=list(map(list, layer.holders)),
-                loading=list(layer.loading),
-            )
-            if layer.experts
-            else None
-            for layer in slots.layers
-        ],
     )
 
 

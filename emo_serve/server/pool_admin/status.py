@@ -24,7 +24,16 @@ from emo_serve.server.pool_admin.activity import PoolActivity, PoolUse
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.vllm_plugin.contract import PoolUsage
 
-__all__ = ["Overview", "PoolKind", "PoolStatus", "PoolStatuses", "Shares", "Sharing", "SlotMap"]
+__all__ = [
+    "BuildProgress",
+    "Overview",
+    "PoolKind",
+    "PoolStatus",
+    "PoolStatuses",
+    "Shares",
+    "Sharing",
+    "SlotMap",
+]
 
 PoolKind = Literal["base", "pool", "size", "union"]
 
@@ -102,6 +111,18 @@ class PoolStatus:
 
 
 @dataclass(frozen=True)
+class BuildProgress:
+    """A pool that is being built: each document passes once per layer, `done` of `total` times.
+
+    `total` is 0 until the documents are tokenized.
+    """
+
+    name: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
 class Overview:
     """All pools at one moment: base pool, the catalog's, sizes and unions while they are in use.
 
@@ -114,6 +135,7 @@ class Overview:
     sharing: Sharing
     refused: tuple[str, ...]
     persists: bool
+    building: BuildProgress | None
 
 
 @dataclass(frozen=True)
@@ -141,6 +163,7 @@ class PoolStatuses:
     ) -> None:
         self._lookup, self._catalog, self._manager = lookup, catalog, manager
         self._usage_of, self._activity = usage_of, activity
+        self._building: BuildProgress | None = None
         self._last_sharing: tuple[frozenset[str], Sharing] = (frozenset(), Sharing(()))
 
     def of(self, pool: ExpertPool) -> PoolStatus:
@@ -174,7 +197,12 @@ class PoolStatuses:
             sharing,
             refused=tuple(map(str, self._catalog.refused)),
             persists=self._catalog.persists,
+            building=self._building,
         )
+
+    def note_build(self, progress: BuildProgress | None) -> None:
+        """Note how far the pool is that is being built; None once it is built, or failed."""
+        self._building = progress
 
     def slot_map(self) -> SlotMap:
         """Return what is in every slot now."""
@@ -183,7 +211,7 @@ class PoolStatuses:
     def version(self) -> tuple[object, ...]:
         """Return a value that differs whenever `overview` does; much cheaper than that."""
         stats = self._manager.statistics()
-        return stats, self._activity.version, self._catalog.revision
+        return stats, self._activity.version, self._catalog.revision, self._building
 
     def slots_version(self) -> int:
         """Return a number that grows whenever `slot_map` changes."""

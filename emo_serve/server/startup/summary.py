@@ -135,10 +135,10 @@ def format_summary(summary: Summary) -> str:
             f"  {pool.state}{default}"
         )
     lines += [f"    refused: {reason}" for reason in summary.refused]
-    lines += [
-        f"  URL      {summary.address.url}/v1",
-        f"  try      {summary.address.curl(summary.try_model)}",
-    ]
+    lines.append(f"  URL      {summary.address.url}/v1")
+    if summary.address.uds is None:
+        lines.append(f"  console  {summary.address.url}/console")
+    lines.append(f"  try      {summary.address.curl(summary.try_model)}")
     return "\n".join(lines)
 
 

@@ -128,6 +128,8 @@ def test_every_status_of_ours_is_documented_with_its_shape() -> None:
         "post /v1/pools": changing - {"404"} | {"201"},
         "get /v1/pools/{name}": {"200", "400", "401", "404"},
         "delete /v1/pools/{name}": changing,
+        "get /v1/pools/{name}/cuts": {"200", "400", "401", "404"},
+        "post /v1/pools/{name}/cut": changing - {"200"} | {"201"},
         "get /v1/pools/{name}/document": {"200", "400", "401", "404"},
         "get /v1/residency": {"200", "400", "401"},
         "get /v1/residency/events": {"200", "400", "401", "503"},

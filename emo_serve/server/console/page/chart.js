@@ -1,5 +1,4 @@
-// One line over time, or over any other number, as SVG: a title, the newest value, an axis that begins
-// at zero.
+// One line over time as SVG: a title, the newest value, an axis that begins at zero.
 
 import { el, newId, setText, svg } from "./dom.js";
 
@@ -22,9 +21,16 @@ export class TimeChart {
     this.title = title;
     const id = newId("chart");
     this.now = el("strong", { class: "now" }, "-");
-    this.drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-labelledby": id });
+    this.drawing = svg("svg", {
+      viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+      role: "img",
+      "aria-labelledby": id,
+    });
     this.words = svg("title", { id }, title);
-    this.axis = svg("path", { class: "axis", d: `M${LEFT} ${TOP}V${HEIGHT - BOTTOM}H${WIDTH - RIGHT}` });
+    this.axis = svg("path", {
+      class: "axis",
+      d: `M${LEFT} ${TOP}V${HEIGHT - BOTTOM}H${WIDTH - RIGHT}`,
+    });
     this.line = svg("path", { class: "line" });
     this.top = svg("text", { x: LEFT - 6, y: TOP + 8, "text-anchor": "end" });
     const zero = svg("text", { x: LEFT - 6, y: HEIGHT - BOTTOM, "text-anchor": "end" }, "0");

@@ -1,5 +1,5 @@
-// A map of rows x columns on a canvas, with a cursor for mouse and keyboard and a line that says what
-// is under it. Rows are layers; what a cell looks like is up to the view.
+// A map of rows x columns on a canvas, with a cursor for mouse and keyboard and a line that says
+// what is under it. Rows are layers; what a cell looks like is up to the view.
 
 import { el, setText } from "./dom.js";
 
@@ -7,6 +7,7 @@ const LABEL = 34; // for the numbers of the rows
 const HEAD = 16; // for the numbers of the columns
 const LEAST = 5;
 const MOST = 20;
+const COLORS = ["accent", "tint", "line", "text", "quiet", "surface"];
 
 export class Grid {
   #rows = [];
@@ -17,7 +18,8 @@ export class Grid {
   #describe;
 
   /**
-   * `draw(context, x, y, size, value)` paints one cell; `describe(label, value)` says what it is.
+   * `draw(context, x, y, size, value, colors)` paints one cell, with colors by their names in the
+   * style sheet; `describe(label, value)` says what it is.
    */
   constructor(name, draw, describe) {
     this.#draw = draw;
@@ -57,19 +59,32 @@ export class Grid {
     canvas.style.height = `${h}px`;
     const context = canvas.getContext("2d");
     context.scale(scale, scale);
-    this.#paintLabels(context);
+    const colors = this.#colors();
+    this.#paintLabels(context, colors);
     this.#rows.forEach((row, y) => {
       row.values.forEach((value, x) => {
-        this.#draw(context, LABEL + x * this.#cell, HEAD + y * this.#cell, this.#cell - 1, value);
+        this.#draw(
+          context,
+          LABEL + x * this.#cell,
+          HEAD + y * this.#cell,
+          this.#cell - 1,
+          value,
+          colors,
+        );
       });
     });
-    this.#paintCursor(context);
+    this.#paintCursor(context, colors);
   }
 
-  #paintLabels(context) {
+  #colors() {
     const style = getComputedStyle(this.element);
-    context.fillStyle = style.getPropertyValue("--quiet");
-    context.font = `10px ${style.fontFamily}`;
+    const named = COLORS.map((name) => [name, style.getPropertyValue(`--${name}`)]);
+    return { ...Object.fromEntries(named), font: style.fontFamily };
+  }
+
+  #paintLabels(context, colors) {
+    context.fillStyle = colors.quiet;
+    context.font = `10px ${colors.font}`;
     context.textBaseline = "middle";
     context.textAlign = "right";
     const every = Math.ceil(12 / this.#cell);
@@ -84,12 +99,17 @@ export class Grid {
     }
   }
 
-  #paintCursor(context) {
+  #paintCursor(context, colors) {
     if (this.#cursor === null) return;
     const { x, y } = this.#cursor;
-    context.strokeStyle = getComputedStyle(this.element).getPropertyValue("--text");
+    context.strokeStyle = colors.text;
     context.lineWidth = 2;
-    context.strokeRect(LABEL + x * this.#cell - 1, HEAD + y * this.#cell - 1, this.#cell + 1, this.#cell + 1);
+    context.strokeRect(
+      LABEL + x * this.#cell - 1,
+      HEAD + y * this.#cell - 1,
+      this.#cell + 1,
+      this.#cell + 1,
+    );
   }
 
   #point(event) {

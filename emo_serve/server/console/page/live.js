@@ -1,5 +1,6 @@
 // What the server says of its pools and slots, as it happens: one stream for all views of the page.
-// When the stream ends it is opened again, after pauses that grow.
+// When the stream ends it is opened again, after pauses that grow. While the tab is hidden there is
+// none: browsers open six connections to a server at most, for all their tabs together.
 
 import { eventsOf } from "./server.js";
 
@@ -23,6 +24,10 @@ export class Live extends EventTarget {
     super();
     this.#server = server;
     server.addEventListener("key", () => this.restart());
+    document.addEventListener("visibilitychange", () => {
+      if (document.hidden) this.#abort?.abort();
+      else this.restart();
+    });
   }
 
   /** Open the stream, anew if it is open. */

@@ -3,12 +3,14 @@
 import { Dialogs } from "./dialogs.js";
 import { el, setShown, setText } from "./dom.js";
 import { Live } from "./live.js";
+import { Memory } from "./memory.js";
 import { Playground } from "./playground.js";
+import { Pool } from "./pool.js";
 import { Residency } from "./residency.js";
 import { Server } from "./server.js";
 import { Traffic } from "./traffic.js";
 
-const VIEWS = [Residency, Playground, Traffic];
+const VIEWS = [Residency, Pool, Memory, Playground, Traffic];
 const READY_PAUSE = 15_000;
 
 /** What every view is given. */
@@ -99,13 +101,22 @@ async function askKey(text) {
   if (key !== null) app.server.setKey(key);
 }
 byId("key").addEventListener("click", () => {
-  askKey(app.refusal === null ? "This server takes what you have." : `Without another key: ${app.refusal}.`);
+  askKey(
+    app.refusal === null
+      ? "This server takes what you have."
+      : `Without another key: ${app.refusal}.`,
+  );
 });
 app.server.addEventListener("key", askAccess);
 
 // -- is the server there --
 
-const WORDS = { connecting: "Connecting", live: "Live", lost: "No connection", refused: "Key needed" };
+const WORDS = {
+  connecting: "Connecting",
+  live: "Live",
+  lost: "No connection",
+  refused: "Key needed",
+};
 
 function tell() {
   const { status: now, reason } = app.live;
@@ -114,7 +125,8 @@ function tell() {
   if (now === "lost") say(`No connection: ${reason}. What you see is old; trying again.`);
   else if (now === "refused") say(`The server needs a key: ${reason}.`);
   else say("");
-  if (now === "refused") askKey(app.server.hasKey ? "The server does not know this key." : "This server needs a key.");
+  if (now === "refused")
+    askKey(app.server.hasKey ? "The server does not know this key." : "This server needs a key.");
   if (now === "live") {
     if (app.access === null) askAccess();
     askReady();

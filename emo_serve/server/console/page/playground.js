@@ -4,7 +4,7 @@ import { el, newId, setText } from "./dom.js";
 import { count, figure, percent, seconds } from "./format.js";
 import { eventsOf } from "./server.js";
 
-const MOST_POOLS = 6;
+const MOST_POOLS = 4; // with `auto` and the stream of what happens, six connections: see live.js
 const MODES = {
   completion: {
     title: "Completion",
@@ -45,24 +45,48 @@ export class Playground {
   // -- parts --
 
   #makeForm() {
-    const ids = Object.fromEntries(["prompt", "pool", "names", "tokens", "heat"].map((word) => [word, newId(word)]));
+    const ids = Object.fromEntries(
+      ["prompt", "pool", "names", "tokens", "heat"].map((word) => [word, newId(word)]),
+    );
     this.prompt = el("textarea", { id: ids.prompt, rows: "5", spellcheck: "false" });
     this.prompt.value = "def add(a, b):\n";
     this.names = el("datalist", { id: ids.names });
-    this.pool = el("input", { id: ids.pool, list: ids.names, autocomplete: "off", spellcheck: "false" });
+    this.pool = el("input", {
+      id: ids.pool,
+      list: ids.names,
+      autocomplete: "off",
+      spellcheck: "false",
+    });
     this.pool.addEventListener("keydown", (event) => {
       if (event.key !== "Enter") return;
       event.preventDefault();
       this.#add(this.pool.value);
     });
     this.chips = el("ul", { class: "chips", "aria-label": "Chosen pools" });
-    this.tokens = el("input", { id: ids.tokens, type: "number", min: "1", max: "4096", value: "64" });
-    this.heat = el("input", { id: ids.heat, type: "number", min: "0", max: "2", step: "0.1", value: "0" });
+    this.tokens = el("input", {
+      id: ids.tokens,
+      type: "number",
+      min: "1",
+      max: "4096",
+      value: "64",
+    });
+    this.heat = el("input", {
+      id: ids.heat,
+      type: "number",
+      min: "0",
+      max: "2",
+      step: "0.1",
+      value: "0",
+    });
     this.send = el("button", { class: "primary", type: "submit" }, "Answer");
     this.stop = el("button", { type: "button", on: { click: () => this.#abort?.abort() } }, "Stop");
     this.stop.disabled = true;
     this.said = el("p", { class: "result", role: "status" });
-    const add = el("button", { type: "button", on: { click: () => this.#add(this.pool.value) } }, "Add");
+    const add = el(
+      "button",
+      { type: "button", on: { click: () => this.#add(this.pool.value) } },
+      "Add",
+    );
     const form = el(
       "form",
       { class: "playground" },
@@ -79,7 +103,12 @@ export class Playground {
         "div",
         { class: "fields" },
         this.#makeModes(),
-        el("span", { class: "field" }, el("label", { for: ids.tokens }, "Most tokens"), this.tokens),
+        el(
+          "span",
+          { class: "field" },
+          el("label", { for: ids.tokens }, "Most tokens"),
+          this.tokens,
+        ),
         el("span", { class: "field" }, el("label", { for: ids.heat }, "Temperature"), this.heat),
         this.send,
         this.stop,
@@ -97,7 +126,13 @@ export class Playground {
     const set = el("fieldset", {}, el("legend", { class: "unseen" }, "Kind of request"));
     for (const [value, { title }] of Object.entries(MODES)) {
       const id = newId("mode");
-      const button = el("input", { id, type: "radio", name: "mode", value, checked: value === "completion" });
+      const button = el("input", {
+        id,
+        type: "radio",
+        name: "mode",
+        value,
+        checked: value === "completion",
+      });
       set.append(button, el("label", { for: id }, title));
     }
     this.modes = set;

@@ -2,53 +2,11 @@
 // operator's actions, and who waits for what.
 
 import { el, newId, setShown, setText, table } from "./dom.js";
-import { ago, count, percent, perLayer, plural, size } from "./format.js";
+import { count, plural, size } from "./format.js";
 import { Grid } from "./grid.js";
+import { COLUMNS, PoolRow, roomReason } from "./poolrow.js";
 import { poolPath } from "./server.js";
 import { KINDS, countSlots, describe, readSlots } from "./slots.js";
-
-const ACTIONS = [
-  ["load", "Load", (card, room) => (card.state === "resident" ? "it is resident" : room)],
-  ["evict", "Evict", (card) => (card.row === null ? "it is not resident" : pinnedReason(card))],
-  ["pin", "Pin", (card, room) => (card.pinned ? "it is pinned" : room)],
-  ["unpin", "Unpin", (card) => (card.pinned ? null : "it is not pinned")],
-  ["remove", "Remove", removeReason],
-];
-
-const COLUMNS = [
-  ["Pool"],
-  ["State"],
-  ["Experts per layer", true],
-  ["Size", true],
-  ["Running", true],
-  ["Waiting", true],
-  ["Hits", true],
-  ["Coverage", true],
-  ["Last used", true],
-  ["Actions"],
-];
-
-/** Why a pool can never be loaded; null if it can. */
-function roomReason(card, slots) {
-  for (const [layer, needed] of card.experts_per_layer.entries()) {
-    const there = slots.layers[layer]?.experts.length ?? 0;
-    if (needed > there) return `it needs ${needed} slots in layer ${layer}, which has ${there}`;
-  }
-  return null;
-}
-
-/** Columns that take a whole line where rows are blocks. */
-const WHOLE = new Set(["State", "Last used", "Actions"]);
-
-function pinnedReason(card) {
-  return card.pinned ? "it is pinned" : null;
-}
-
-function removeReason(card) {
-  if (card.kind === "base") return "it is the model itself";
-  if (card.kind === "union") return "a union is removed with its pools";
-  return card.default ? "it is the default pool" : null;
-}
 
 export class Residency {
   static path = "residency";
@@ -119,9 +77,18 @@ export class Residency {
         "div",
         { class: "heading" },
         el("h2", { id: "slots-title" }, "Slots"),
-        el("span", { class: "field" }, el("label", { for: id }, "Outline the slots of"), this.highlight),
+        el(
+          "span",
+          { class: "field" },
+          el("label", { for: id }, "Outline the slots of"),
+          this.highlight,
+        ),
       ),
-      el("p", { class: "quiet" }, "Rows are layers, columns are slots. Move over the map, or focus it and use the arrow keys."),
+      el(
+        "p",
+        { class: "quiet" },
+        "Rows are layers, columns are slots. Move over the map, or focus it and use the arrow keys.",
+      ),
       this.#grid.element,
       legend,
     );
@@ -194,7 +161,9 @@ export class Residency {
     const there = Array.from(this.highlight.options, (option) => option.value);
     if (wanted.join("\n") === there.join("\n")) return;
     if (!wanted.includes(this.#highlighted)) this.#highlighted = "";
-    this.highlight.replaceChildren(...wanted.map((name) => el("option", { value: name }, name || "none")));
+    this.highlight.replaceChildren(
+      ...wanted.map((name) => el("option", { value: name }, name || "none")),
+    );
     this.highlight.value = this.#highlighted;
   }
 
@@ -284,35 +253,23 @@ export class Residency {
     this.result.classList.toggle("error", isError);
   }
 
-  #drawSlot(context, x, y, side, slot) {
-    const style = this.colors();
-    drawSlot(context, x, y, side, slot, style);
+  #drawSlot(context, x, y, side, slot, colors) {
+    drawSlot(context, x, y, side, slot, colors);
     if (this.#highlighted && slot.pools.some((pool) => pool.name === this.#highlighted)) {
-      context.strokeStyle = style.text;
+      context.strokeStyle = colors.text;
       context.lineWidth = Math.max(1, side / 8);
       context.strokeRect(x + 0.5, y + 0.5, side - 1, side - 1);
     }
   }
-
-  colors() {
-    const theme = document.documentElement.dataset.theme;
-    if (this.theme !== theme) {
-      this.theme = theme;
-      const style = getComputedStyle(this.#grid.element);
-      const names = ["accent", "tint", "line", "text", "surface"];
-      this.palette = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`)]));
-    }
-    return this.palette;
-  }
 }
 
 /** Paint one slot: kinds differ in filling and pattern, not in colour alone. */
-function drawSlot(context, x, y, side, slot, style) {
+function drawSlot(context, x, y, side, slot, colors) {
   if (slot.kind === "one" || slot.kind === "shared") {
-    context.fillStyle = slot.kind === "one" ? style.tint : style.accent;
+    context.fillStyle = slot.kind === "one" ? colors.tint : colors.accent;
     context.fillRect(x, y, side, side);
   } else {
-    context.strokeStyle = slot.kind === "free" ? style.line : style.accent;
+    context.strokeStyle = slot.kind === "free" ? colors.line : colors.accent;
     context.lineWidth = 1;
     context.strokeRect(x + 0.5, y + 0.5, side - 1, side - 1);
   }
@@ -329,72 +286,7 @@ function drawSlot(context, x, y, side, slot, style) {
   if (slot.isLeased) {
     const inner = Math.max(2, Math.round(side / 2.5));
     const start = (side - inner) / 2;
-    context.fillStyle = slot.kind === "shared" ? style.surface : style.text;
+    context.fillStyle = slot.kind === "shared" ? colors.surface : colors.text;
     context.fillRect(x + start, y + start, inner, inner);
-  }
-}
-
-/** One row of the table of pools; its elements stay while the pool does. */
-class PoolRow {
-  constructor(name, act) {
-    this.cells = COLUMNS.map(([title, isNumber], place) => {
-      const kinds = [isNumber ? "number" : "", WHOLE.has(title) ? "whole" : ""].join(" ").trim();
-      const role = place ? "cell" : "rowheader";
-      const attributes = { role, "data-label": title, class: kinds || null };
-      return el(place ? "td" : "th", place ? attributes : { ...attributes, scope: "row" });
-    });
-    this.name = el("span", { class: "name" }, name);
-    this.about = el("span", { class: "about" });
-    this.cells[0].append(this.name, this.about);
-    this.state = el("span", { class: "state" });
-    this.cells[1].append(this.state);
-    this.buttons = new Map();
-    const actions = el("div", { class: "row-actions" });
-    for (const [verb, title, reason] of ACTIONS) {
-      const attributes = { type: "button", class: "small", "aria-label": `${title} ${name}` };
-      const button = el("button", { ...attributes, on: { click: () => act(verb) } }, title);
-      this.buttons.set(verb, { button, reason });
-      actions.append(button);
-    }
-    this.cells[9].append(actions);
-    this.element = el("tr", { role: "row", "data-pool": name }, ...this.cells);
-    this.busy = null;
-  }
-
-  setBusy(verb) {
-    this.busy = verb;
-    if (this.card) this.update(this.card, this.refusal, this.room);
-  }
-
-  update(card, refusal, room) {
-    this.card = card;
-    this.refusal = refusal;
-    this.room = room;
-    const words = [card.description];
-    if (card.default) words.unshift("default");
-    setText(this.about, words.filter(Boolean).join(": "));
-    this.state.dataset.state = card.state;
-    setText(this.state, `${card.state}${card.pinned ? ", pinned" : ""}`);
-    const asked = card.hits + card.misses;
-    const hits = asked ? `${count(card.hits)} of ${count(asked)}` : "-";
-    [
-      perLayer(card.experts_per_layer),
-      size(card.bytes),
-      count(card.running_requests),
-      count(card.waiting_requests),
-      hits,
-      percent(card.coverage),
-    ].forEach((text, place) => setText(this.cells[2 + place], text));
-    this.updateTime();
-    for (const [verb, { button, reason }] of this.buttons) {
-      const why = refusal ?? (this.busy ? `${this.busy} is under way` : reason(card, room));
-      button.disabled = why !== null;
-      button.title = why === null ? "" : `Not now: ${why}`;
-      setShown(button, (verb !== "pin" || !card.pinned) && (verb !== "unpin" || card.pinned));
-    }
-  }
-
-  updateTime() {
-    if (this.card) setText(this.cells[8], ago(this.card.last_used));
   }
 }

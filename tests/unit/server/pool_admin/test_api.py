@@ -481,6 +481,8 @@ def test_every_route_is_documented(service: ServiceUnderTest) -> None:
         "GET /v1/pools",
         "POST /v1/pools",
         "GET /v1/pools/{name}",
+        "GET /v1/pools/{name}/cuts",
+        "POST /v1/pools/{name}/cut",
         "GET /v1/pools/{name}/document",
         "GET /v1/pools/{name}/usage",
         "DELETE /v1/pools/{name}",

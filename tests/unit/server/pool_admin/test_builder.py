@@ -110,6 +110,35 @@ async def test_a_chat_is_an_example(directories: dict[str, Path]) -> None:
 # -- beside other requests --
 
 
+async def test_the_list_of_pools_tells_how_far_a_build_is(directories: dict[str, Path]) -> None:
+    world = World(directories["shared1"])
+    layers = sum(moe is not None for moe in world.moe_layers)
+
+    def told() -> tuple[str, int, int] | None:
+        building = world.service.statuses.overview().building
+        return building and (building.name, building.done, building.total)
+
+    assert told() is None
+    world.probe.may_continue.clear()
+    version = world.service.statuses.version()
+    building = asyncio.create_task(world.build())
+    while world.probe.calls < 3:
+        await settle()
+    assert told() == ("math", 0, 3 * layers)
+    assert world.service.statuses.version() != version
+    seen = {0}
+    world.probe.may_continue.set()
+    while not building.done():
+        seen.add((told() or ("", 0, 0))[1])
+        await asyncio.sleep(0)
+    assert len(seen) > layers
+    assert told() is None
+    world.probe.fails_at = world.probe.calls + 2
+    with pytest.raises(EngineDead):
+        await world.build("other")
+    assert told() is None
+
+
 @pytest.mark.parametrize("slots", [K, K + 1, 32])
 async def test_no_expert_is_copied_twice_and_little_room_is_enough(
     directories: dict[str, Path], slots: int

@@ -62,9 +62,15 @@ def test_it_says_what_an_operator_asks() -> None:
         "math    16-20 experts per layer  resident  (default)",
         "refused: bad.json: layer 1: an expert is 999",
         "URL      http://127.0.0.1:8000/v1",
+        "console  http://127.0.0.1:8000/console",
         "try      curl ",
     ):
         assert line in text
+
+
+def test_a_browser_cannot_open_a_unix_socket() -> None:
+    address = ServerAddress(None, 8000, uds="/run/emo.sock")
+    assert "console" not in format_summary(replace(SUMMARY, address=address))
 
 
 MEMORY = MemoryPlan(
