@@ -28,9 +28,10 @@ def spin_briefly() -> None:
 
     if END_WITH_PARENT_VARIABLE not in os.environ or not current_platform.is_cpu():
         return
-    condition = shm_broadcast.SpinCondition
+    if shm_broadcast.SpinCondition.__name__ == "BriefSpin":
+        return
 
-    class BriefSpin(condition):
+    class BriefSpin(shm_broadcast.SpinCondition):
         """Waits for a notification when nothing has come for _SPIN_SECONDS."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,5 +39,4 @@ def spin_briefly() -> None:
             if self.is_reader:
                 self.busy_loop_s = _SPIN_SECONDS
 
-    if condition.__name__ != BriefSpin.__name__:
-        shm_broadcast.SpinCondition = BriefSpin
+    shm_broadcast.SpinCondition = BriefSpin
