@@ -28,7 +28,7 @@ def stamp() -> dict[str, object]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "command": " ".join([_program(), *sys.argv[1:]]),
+        "command": " ".join([_program(), *map(_without_place, sys.argv[1:])]),
         "device": _devices(),
         "load_averages": os.getloadavg(),  # of the last 1, 5 and 15 minutes
         "python": platform.python_version(),
@@ -50,10 +50,20 @@ def append_result(
 
 
 def _plain(value: object) -> object:
-    """Return what JSON can hold; a path inside the repository is made relative to its root."""
-    if isinstance(value, Path) and value.resolve().is_relative_to(ROOT):
-        return str(value.resolve().relative_to(ROOT))
+    """Return what JSON can hold; of a path, what says nothing of the machine it lies on."""
+    if isinstance(value, Path):
+        return _without_place(str(value))
     return value if isinstance(value, str | int | float | list | None) else str(value)
+
+
+def _without_place(word: str) -> str:
+    """Return an argument with an absolute path, if it is one, relative to the root, or its name."""
+    flag, sign, value = word.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    inside = path.resolve().is_relative_to(ROOT)
+    return flag + sign + (str(path.resolve().relative_to(ROOT)) if inside else path.name)
 
 
 def _program() -> str:
