@@ -124,7 +124,9 @@ def test_every_module_that_a_page_runs_is_there(page: str) -> None:
 def test_every_flag_of_a_benchmark_that_a_page_shows_is_there(page: str) -> None:
     commands = PAGES[page].replace("\\\n", " ")
     for module, rest in re.findall(r"python -m (benchmarks[\w.]+)([^`\n#]*)", commands):
-        source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+        place = ROOT / module.replace(".", "/")
+        file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+        source = file.read_text()
         for flag in re.findall(r"--[a-z][a-z-]*", rest):
             assert f'"{flag}"' in source or flag == "--help", (module, flag)
 
