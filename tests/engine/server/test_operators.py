@@ -229,6 +229,7 @@ def test_the_routes_are_in_the_servers_own_documentation(http: httpx.Client) -> 
         ("GET", "/health", 200, 200),
         ("GET", "/ready", 200, 200),
         ("GET", "/metrics", 200, 200),
+        ("GET", "/metrics/routing", 200, 200),
         ("GET", "/version", 200, 200),
         ("GET", "/v1/models", 401, 200),
         ("GET", "/v1/pools", 401, 200),

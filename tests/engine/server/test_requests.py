@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.server.conftest import POOLS
 from tests.support.progress import wait_for
@@ -214,6 +216,28 @@ def test_metrics_count_requests_and_tokens_by_pool(
         assert metric(http, "emo_serve_pool_resident", pool=pool) == 1
     assert metric(http, "emo_serve_slots") == metric(http, "emo_serve_slots_in_use") == 96
     assert "vllm:prompt_tokens_total" in http.get("/metrics").text
+
+
+def test_routers_read_which_pools_are_resident_and_how_busy_the_server_is(
+    http: httpx.Client,
+) -> None:
+    text = http.get("/metrics/routing").text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert set(families) == {
+        "vllm:lora_requests_info",
+        "vllm:cache_config_info",
+        "vllm:kv_cache_usage_perc",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:prefix_cache_hits",
+        "vllm:prefix_cache_queries",
+    }
+    (sample,) = families["vllm:lora_requests_info"].samples
+    names = sample.labels["running_lora_adapters"].split(",")
+    assert {"base", *POOLS} <= set(names)
+    assert sample.labels["waiting_lora_adapters"] == ""
+    assert int(sample.labels["max_lora"]) >= len(names)
+    assert abs(sample.value - time.time()) < 60
 
 
 def test_refusals_are_counted_by_reason(client: openai.OpenAI, http: httpx.Client) -> None:

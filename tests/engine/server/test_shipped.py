@@ -119,7 +119,7 @@ def test_the_key_guards_everything_but_what_monitors_ask(server: RunningServer) 
             assert no_key.get(path).status_code == 401, path
         for path in ("/v1/completions", "/v1/pools/python/evict", "/tokenize"):
             assert no_key.post(path, json={"prompt": "a"}).status_code == 401, path
-        for path in ("/health", "/ready", "/metrics"):
+        for path in ("/health", "/ready", "/metrics", "/metrics/routing"):
             assert no_key.get(path).status_code == 200, path
 
 
