@@ -52,6 +52,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """Playwright's loop runs in this thread while it is open: no test of asyncio could."""
+    # The server's stream rests for 200 times what a snapshot took: seconds on a busy machine.
+    playwright.expect.set_options(timeout=60_000)
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM)
         yield browser
@@ -106,7 +108,7 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
         viewport = {"width": width, "height": height}
         context = chromium.new_context(viewport=viewport, color_scheme=theme, **options)
         page, faults = context.new_page(), list[str]()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         expected = tuple(f"status of {status} " for status in statuses)
 
         def note(message: Any) -> None:

@@ -113,7 +113,9 @@ def test_it_is_cut_to_another_size(
     experts = scored.call(lambda: scored.site.service.lookup.find("scored-k2").expert_ids)
     assert experts == ((), (0, 7), (0, 7))
     page.get_by_label("Pool", exact=True).select_option("scored")
+    expect(page.get_by_text("3 experts: 70.0 % kept")).to_be_visible()
     size.fill("2")
+    expect(page.get_by_text("2 experts: 40.0 % kept")).to_be_visible()
     define.click()
     expect(page.get_by_text("Not defined: pool 'scored-k2' is defined already")).to_be_visible()
 
