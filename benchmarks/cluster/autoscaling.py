@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import math
 import random
 from collections import deque
@@ -23,7 +22,7 @@ from typing import Any, Protocol
 
 from benchmarks.cluster.fleet import Fleet, FleetSettings, play
 from benchmarks.cluster.replica import Replica, ReplicaSize
-from benchmarks.cluster.simulation import LINK, MAX_RUNNING, SERVICE_SECONDS, pool_set
+from benchmarks.cluster.simulation import LINK, MAX_RUNNING, SERVICE_SECONDS, pool_set, without_logs
 from benchmarks.cluster.traces import fleet_trace
 from benchmarks.harness.results import append_result
 from benchmarks.residency.traces import Arrival
@@ -113,6 +112,7 @@ class Controller:
         )
 
 
+@without_logs()
 def simulate(
     name: str,
     make_policy: Callable[[ScalingLimits], Policy] | None,
@@ -120,7 +120,6 @@ def simulate(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Play the day with a policy, or with a fixed fleet."""
-    logging.disable(logging.CRITICAL)
     pools = pool_set(args.pools)
     trace = day_trace(list(pools.pools), args.peak_rate, args.seconds, args.seed)
     size = ReplicaSize(args.slots, MAX_RUNNING, args.slots, LINK)

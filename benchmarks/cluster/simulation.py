@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -83,9 +84,20 @@ def pool_set(count: int) -> PoolSet:
     return replace(made, slot_bytes=made.slot_bytes * _RELEASED_LAYERS // _LAYERS)
 
 
+@contextmanager
+def without_logs() -> Iterator[None]:
+    """Log nothing: a simulation makes tens of thousands of loads."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@without_logs()
 def simulate(case: Case) -> dict[str, Any]:
     """Run one simulation; return its identity and its figures."""
-    logging.disable(logging.CRITICAL)
     pools = pool_set(case.pools)
     trace = fleet_trace(
         list(pools.pools),

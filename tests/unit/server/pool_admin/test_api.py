@@ -163,7 +163,7 @@ async def test_a_pool_comes_back_as_a_document_that_defines_it(client: httpx.Asy
     assert (await client.get("/v1/pools/base/document")).json()["name"] == "base"
     union = await client.get("/v1/pools/math+code/document")
     assert union.status_code == 400
-    assert "is a union, which has no document" in union.json()["detail"]
+    assert "is made of pools and has no document" in union.json()["detail"]
 
 
 @pytest.mark.parametrize(
