@@ -76,4 +76,6 @@ def test_what_cannot_be_measured_is_said(
     expect(page.get_by_text("Not measured:")).to_contain_text("nope")
     pools.fill("math@2")
     measure.click()
-    expect(page.get_by_text("Not measured: pool 'math' has no scores")).to_be_visible()
+    expect(
+        page.get_by_text("Not measured: there is no pool 'math@2': pool 'math' has no scores")
+    ).to_be_visible()

@@ -1,10 +1,8 @@
 // A pool from examples: pasted or dropped texts, and what comes back.
 
-import { el, newId, setText } from "./dom.js";
+import { el, field, newId, setText } from "./dom.js";
 import { count, percent, plural } from "./format.js";
-import { readExamples } from "./examples.js";
-
-const ACCEPT = ".txt,.jsonl";
+import { FILES, takeFiles } from "./examples.js";
 
 export class Building {
   #app;
@@ -36,8 +34,7 @@ export class Building {
     this.size = el("input", { id: ids.size, type: "number", min: "1", value: "8", required: true });
     this.about = el("input", { id: ids.about, autocomplete: "off" });
     this.text = el("textarea", { id: ids.text, rows: "5", spellcheck: "false" });
-    this.files = el("input", { id: ids.files, type: "file", accept: ACCEPT, multiple: true });
-    this.files.addEventListener("change", () => this.#take(this.files.files));
+    this.files = el("input", { id: ids.files, ...FILES });
     this.taken = el("ul", { class: "chips", "aria-label": "Files" });
     this.start = el("button", { class: "primary", type: "submit" }, "Build");
     this.said = el("p", { class: "result", role: "status" });
@@ -45,8 +42,6 @@ export class Building {
     this.progress.hidden = true;
     this.percent = el("span", { class: "quiet" });
     this.notes = el("ul", {});
-    const field = (id, title, input) =>
-      el("span", { class: "field" }, el("label", { for: id }, title), input);
     const form = el(
       "form",
       { class: "playground dropzone" },
@@ -81,10 +76,13 @@ export class Building {
       event.preventDefault();
       this.#build();
     });
-    form.addEventListener("dragover", (event) => event.preventDefault());
-    form.addEventListener("drop", (event) => {
-      event.preventDefault();
-      this.#take(event.dataTransfer.files);
+    takeFiles(form, this.files, {
+      taken: (name, examples) => {
+        this.#examples.push({ name, examples });
+        this.#say("");
+      },
+      refused: (error) => this.#say(error.message, true),
+      ended: () => this.#showFiles(),
     });
     return el("section", {}, el("h2", {}, "A new pool from examples"), form);
   }
@@ -108,22 +106,6 @@ export class Building {
     const { refusal } = this.#app;
     this.start.disabled = refusal !== null;
     this.start.title = refusal === null ? "" : `Not now: ${refusal}`;
-  }
-
-  async #take(files) {
-    for (const file of files) {
-      try {
-        this.#examples.push({
-          name: file.name,
-          examples: readExamples(file.name, await file.text()),
-        });
-        this.#say("");
-      } catch (error) {
-        this.#say(error.message, true);
-      }
-    }
-    this.files.value = "";
-    this.#showFiles();
   }
 
   #showFiles() {

@@ -48,6 +48,11 @@ export function newId(word) {
   return `${word}-${numbers}`;
 }
 
+/** A control, which has this id, with its label before it. */
+export function field(id, title, control) {
+  return el("span", { class: "field" }, el("label", { for: id }, title), control);
+}
+
 /** A table with a caption for screen readers; columns are `[title, isNumber]`. */
 export function table(caption, columns) {
   const head = el("tr", { role: "row" });

@@ -1,6 +1,35 @@
 // Files of texts, read as emo-serve reads them: a .txt file is one document, a .jsonl file has one
 // per line, a string, {"text": ...} or {"messages": [...]}.
 
+/** Attributes of an input of such files. */
+export const FILES = { type: "file", accept: ".txt,.jsonl", multiple: true };
+
+/**
+ * Have a form read the files that its input is given, or that are dropped on it.
+ *
+ * `taken(name, documents)` is called for each file and `refused(error)` for one that cannot be
+ * read; `ended()` when all have been.
+ */
+export function takeFiles(form, input, { taken, refused, ended }) {
+  const take = async (files) => {
+    for (const file of files) {
+      try {
+        taken(file.name, readExamples(file.name, await file.text()));
+      } catch (error) {
+        refused(error);
+      }
+    }
+    input.value = "";
+    ended();
+  };
+  input.addEventListener("change", () => take(input.files));
+  form.addEventListener("dragover", (event) => event.preventDefault());
+  form.addEventListener("drop", (event) => {
+    event.preventDefault();
+    take(event.dataTransfer.files);
+  });
+}
+
 /** Return a file's documents; throws an Error that names file and line. */
 export function readExamples(name, text) {
   if (!name.toLowerCase().endsWith(".jsonl")) {

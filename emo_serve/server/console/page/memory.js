@@ -1,8 +1,8 @@
 // Memory against accuracy on the operator's own text: the loss of every pool and size chosen, from
 // the log-probabilities that the server gives the text's tokens.
 
-import { el, newId, setText, table } from "./dom.js";
-import { readExamples } from "./examples.js";
+import { el, field, newId, setText, table } from "./dom.js";
+import { FILES, takeFiles } from "./examples.js";
 import { count, perLayer, plural, size } from "./format.js";
 import { Plot } from "./plot.js";
 import { poolPath } from "./server.js";
@@ -59,13 +59,7 @@ export class Memory {
       ["text", "files", "pools", "most"].map((word) => [word, newId(word)]),
     );
     this.text = el("textarea", { id: ids.text, rows: "7", spellcheck: "false" });
-    this.files = el("input", {
-      id: ids.files,
-      type: "file",
-      accept: ".txt,.jsonl",
-      multiple: true,
-    });
-    this.files.addEventListener("change", () => this.#take(this.files.files));
+    this.files = el("input", { id: ids.files, ...FILES });
     this.taken = el("span", { class: "quiet" });
     this.pools = el("input", {
       id: ids.pools,
@@ -86,18 +80,13 @@ export class Memory {
       el(
         "p",
         { class: "quiet" },
-        "Give text of your domain that no pool was found on: each pool reads it and tells how well it foresaw every token. Lower is better. A size other than a pool's own (math@8) needs scores in its file and leave to change pools: it is defined for the measurement, and removed after it.",
+        "Give text of your domain that no pool was found on: each pool reads it and tells how well it foresaw every token. Lower is better. A size other than a pool's own (math@8) needs scores in its file.",
       ),
       el("div", { class: "stack" }, el("label", { for: ids.text }, "Held-out text"), this.text),
       el(
         "div",
         { class: "fields" },
-        el(
-          "span",
-          { class: "field" },
-          el("label", { for: ids.files }, "or files: .txt or .jsonl, which may be dropped here"),
-          this.files,
-        ),
+        field(ids.files, "or files: .txt or .jsonl, which may be dropped here", this.files),
         this.taken,
       ),
       el(
@@ -109,12 +98,7 @@ export class Memory {
       el(
         "div",
         { class: "fields" },
-        el(
-          "span",
-          { class: "field" },
-          el("label", { for: ids.most }, "Most pieces of text"),
-          this.most,
-        ),
+        field(ids.most, "Most pieces of text", this.most),
         this.start,
         this.stop,
         this.progress,
@@ -125,10 +109,13 @@ export class Memory {
       event.preventDefault();
       this.#measure();
     });
-    form.addEventListener("dragover", (event) => event.preventDefault());
-    form.addEventListener("drop", (event) => {
-      event.preventDefault();
-      this.#take(event.dataTransfer.files);
+    takeFiles(form, this.files, {
+      taken: (_, documents) => {
+        this.#files.push(...documents.map(textOf));
+        this.#say("");
+      },
+      refused: (error) => this.#say(error.message, true),
+      ended: () => setText(this.taken, plural(this.#files.length, "document")),
     });
     return form;
   }
@@ -138,19 +125,6 @@ export class Memory {
     const pools = cards.filter((card) => card.kind === "pool").map((card) => card.name);
     if (pools.length && !this.pools.value)
       this.pools.value = ["base", ...pools.slice(0, 2)].join(", ");
-  }
-
-  async #take(files) {
-    for (const file of files) {
-      try {
-        this.#files.push(...readExamples(file.name, await file.text()).map(textOf));
-        this.#say("");
-      } catch (error) {
-        this.#say(error.message, true);
-      }
-    }
-    this.files.value = "";
-    setText(this.taken, plural(this.#files.length, "document"));
   }
 
   // -- the measurement --
@@ -171,7 +145,6 @@ export class Memory {
     }
     this.#abort = new AbortController();
     const { signal } = this.#abort;
-    const made = []; // names of the pools defined here
     const rows = [];
     this.start.disabled = true;
     this.stop.disabled = false;
@@ -180,7 +153,7 @@ export class Memory {
       const pieces = await this.#pieces(texts);
       for (const [place, name] of wanted.entries()) {
         this.#say(`${name}: ${plural(pieces.length, "piece")} of text ...`);
-        const card = await this.#cardOf(name, made);
+        const card = await this.#app.server.json("GET", poolPath(name));
         const tell = (done) =>
           (this.progress.value = (place + done / pieces.length) / wanted.length);
         const found = await this.#lossOf(card.name, pieces, signal, tell);
@@ -196,7 +169,6 @@ export class Memory {
         error.name !== "AbortError",
       );
     } finally {
-      await this.#remove(made);
       this.start.disabled = false;
       this.stop.disabled = true;
       this.progress.hidden = true;
@@ -213,30 +185,6 @@ export class Memory {
         pieces.push(text.slice(start, start + longest));
     }
     return pieces.filter((piece) => piece.trim().length > 1).slice(0, Number(this.most.value));
-  }
-
-  async #cardOf(name, made) {
-    const [pool, experts] = name.split("@");
-    const { server } = this.#app;
-    if (experts === undefined) return server.json("GET", poolPath(pool));
-    const random = crypto.getRandomValues(new Uint32Array(1))[0].toString(36);
-    const body = { name: `measured-${random}`, experts: Number(experts) };
-    const card = await server.json("POST", poolPath(pool, "cut"), { body });
-    made.push(card.name);
-    return card;
-  }
-
-  async #remove(made) {
-    for (const name of made) {
-      try {
-        await this.#app.server.ask("DELETE", poolPath(name));
-      } catch (error) {
-        this.#say(
-          `The pool ${name}, made for the measurement, is still there: ${error.message}`,
-          true,
-        );
-      }
-    }
   }
 
   /** Return the mean loss of a pool over pieces of text, a few of which are read at once. */

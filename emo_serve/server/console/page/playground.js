@@ -1,6 +1,6 @@
 // One prompt, answered by several pools side by side, as it streams.
 
-import { el, newId, setText } from "./dom.js";
+import { el, field, newId, setText } from "./dom.js";
 import { count, figure, percent, seconds } from "./format.js";
 import { eventsOf } from "./server.js";
 
@@ -103,13 +103,8 @@ export class Playground {
         "div",
         { class: "fields" },
         this.#makeModes(),
-        el(
-          "span",
-          { class: "field" },
-          el("label", { for: ids.tokens }, "Most tokens"),
-          this.tokens,
-        ),
-        el("span", { class: "field" }, el("label", { for: ids.heat }, "Temperature"), this.heat),
+        field(ids.tokens, "Most tokens", this.tokens),
+        field(ids.heat, "Temperature", this.heat),
         this.send,
         this.stop,
       ),

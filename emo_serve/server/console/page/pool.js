@@ -1,7 +1,7 @@
 // One pool: which experts it has and uses, which pools are like it, and other sizes of it.
 
 import { Building } from "./building.js";
-import { el, newId, setShown, setText, table } from "./dom.js";
+import { el, field, newId, setShown, setText, table } from "./dom.js";
 import { count, percent, perLayer, size } from "./format.js";
 import { Grid } from "./grid.js";
 import { Plot } from "./plot.js";
@@ -83,11 +83,10 @@ export class Pool {
       this.facts[key] = el("dd", {}, "-");
       list.append(el("div", {}, el("dt", {}, title), this.facts[key]));
     }
-    const field = el("span", { class: "field" }, el("label", { for: id }, "Pool"), this.choice);
     return el(
       "div",
       {},
-      el("div", { class: "fields" }, field, this.keep),
+      el("div", { class: "fields" }, field(id, "Pool", this.choice), this.keep),
       this.about,
       this.said,
       list,
@@ -151,18 +150,13 @@ export class Pool {
       el(
         "div",
         { class: "fields" },
-        el(
-          "span",
-          { class: "field" },
-          el("label", { for: id }, "Experts per layer"),
-          this.sizeInput,
-        ),
+        field(id, "Experts per layer", this.sizeInput),
         this.cutWords,
       ),
       el(
         "div",
         { class: "fields" },
-        el("span", { class: "field" }, el("label", { for: nameId }, "Name"), this.cutName),
+        field(nameId, "Name", this.cutName),
         this.define,
       ),
     );

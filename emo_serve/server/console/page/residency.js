@@ -1,7 +1,7 @@
 // What sits in device memory: the slab as a map of layers x slots, the pools as a table with the
 // operator's actions, and who waits for what.
 
-import { el, newId, setShown, setText, table } from "./dom.js";
+import { el, field, newId, setShown, setText, table } from "./dom.js";
 import { count, plural, size } from "./format.js";
 import { Grid } from "./grid.js";
 import { COLUMNS, PoolRow, roomReason } from "./poolrow.js";
@@ -77,12 +77,7 @@ export class Residency {
         "div",
         { class: "heading" },
         el("h2", { id: "slots-title" }, "Slots"),
-        el(
-          "span",
-          { class: "field" },
-          el("label", { for: id }, "Outline the slots of"),
-          this.highlight,
-        ),
+        field(id, "Outline the slots of", this.highlight),
       ),
       el(
         "p",
@@ -115,7 +110,7 @@ export class Residency {
         "div",
         { class: "heading" },
         el("h2", {}, "Pools"),
-        el("span", { class: "field" }, el("label", { for: id }, "Filter"), this.filter),
+        field(id, "Filter", this.filter),
       ),
       this.refusal,
       this.result,
