@@ -203,8 +203,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.variants is None:
-        is_amx = may_use_tiles() and args.dtype == "bfloat16"
-        args.variants = ["ours", "amx" if is_amx else "vec"]
+        from emo_serve.vllm_plugin.cpu_backend import VllmCpuBackend
+
+        args.variants = ["ours", VllmCpuBackend.fastest(getattr(torch, args.dtype))]
     if len(args.threads) == len(args.pools) == 1:
         rows = measure(args)
         show(rows)

@@ -66,8 +66,7 @@ class CpuBackend(_PackedOnCpu):
             "experts are computed by vLLM's operation: ours needs float32 or bfloat16, AVX-512"
             " (for bfloat16 with BF16 or AMX), and a C++ compiler (g++, or CXX)"
         )
-        is_amx = activations == torch.bfloat16 and may_use_tiles()
-        return VllmCpuBackend("amx" if is_amx else "vec")
+        return VllmCpuBackend(VllmCpuBackend.fastest(activations))
 
     def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
         """Write rows of a matrix as the kernel reads them."""
@@ -89,6 +88,11 @@ class VllmCpuBackend(_PackedOnCpu):
         from vllm import _custom_ops
 
         self._ops, self._variant = _custom_ops, variant
+
+    @staticmethod
+    def fastest(activations: torch.dtype) -> str:
+        """Return the fastest variant for activations of this dtype on this machine."""
+        return "amx" if activations == torch.bfloat16 and may_use_tiles() else "vec"
 
     def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
         """Write rows of a matrix as the variant reads them."""

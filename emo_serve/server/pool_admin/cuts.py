@@ -12,6 +12,7 @@ from emo_serve.emo.config import MoeLayer
 from emo_serve.errors import ConfigError, PoolFileError, RequestError
 from emo_serve.names import FILE_NAME_RULE, NAME_PATTERN
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.pools.sizes import sizes_of
 from emo_serve.pools.strict_model import Expected, StrictModel
 
 __all__ = ["Cut", "CutList", "CutRequest", "cut_pool", "cuts_of"]
@@ -54,18 +55,16 @@ class CutList(BaseModel):
 
 def cuts_of(pool: ExpertPool, moe_layers: Sequence[MoeLayer | None], slot_bytes: int) -> list[Cut]:
     """Return every size of the pool; raises RequestError if its file has no scores."""
-    pairs = [pair for pair in zip(pool.layers, moe_layers, strict=True) if pair[1] is not None]
-    least = max((len(moe.implied) for _, moe in pairs if moe), default=0)
-    most = max((moe.num_experts for _, moe in pairs if moe), default=0)
     _check_scores(pool)
-    kept = [_kept(layer.scores or (), moe) for layer, moe in pairs if layer and moe]
+    layers = zip(pool.layers, moe_layers, strict=True)
+    kept = [_kept(layer.scores or (), moe) for layer, moe in layers if layer and moe]
     return [
         Cut(
             experts=k,
             share=sum(each[min(k, len(each) - 1)] for each in kept) / len(kept),
             bytes=sum(min(k, len(each) - 1) for each in kept) * slot_bytes,
         )
-        for k in range(max(1, least), most + 1)
+        for k in sizes_of(pool, moe_layers) or ()
     ]
 
 
@@ -84,7 +83,7 @@ def cut_pool(
 
 
 def _check_scores(pool: ExpertPool) -> None:
-    if any(layer is not None and layer.scores is None for layer in pool.layers):
+    if not pool.has_scores:
         raise RequestError(
             f"pool {pool.name!r} has no scores, by which it could be cut; build it anew, or define"
             " it from a file that has them"
