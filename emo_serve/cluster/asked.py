@@ -5,6 +5,7 @@ nothing: whatever a server would refuse, any server may refuse.
 
     model and headers               what is asked
     a pool, base:pool               the pool
+    a@8, base:a@8                   the pool at a size
     a+b, b+a                        the union a+b
     the model's name, or none       the default pool, which is the base pool unless told otherwise
     base, a+base                    the base pool
@@ -19,14 +20,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from emo_serve.errors import RequestError
-from emo_serve.names import AUTO_POOL, BASE_POOL, ModelNames, is_pool_or_union, split_name
+from emo_serve.names import (
+    AUTO_POOL,
+    BASE_POOL,
+    ModelNames,
+    is_pool_or_union,
+    pools_of,
+    split_name,
+)
 
 __all__ = ["ANYTHING", "Asked", "read_asked"]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The pool or union that a request is for, and the pools it joins; empty for anything."""
+    """What a request is for: a pool, size or union, and the names it joins; empty for anything."""
 
     name: str
     parts: tuple[str, ...]
@@ -57,12 +65,13 @@ def read_asked(
         name = names.choose(model, headers)
     except RequestError:
         return ANYTHING
-    if name == AUTO_POOL or not is_pool_or_union(name):
+    parts, joined = split_name(name), pools_of(name)
+    if AUTO_POOL in joined or not is_pool_or_union(name):  # no union has `auto` in it
         return ANYTHING
-    parts = split_name(name)
-    exists = pools is None or all(part == BASE_POOL or part in pools for part in parts)
-    if not exists or AUTO_POOL in parts:  # no union has `auto` in it
+    exists = pools is None or all(pool == BASE_POOL or pool in pools for pool in joined)
+    has_base = BASE_POOL in parts
+    if not exists or (BASE_POOL in joined and not has_base):  # base@8: it has one size
         return ANYTHING
-    if BASE_POOL in parts:  # it has all experts of the others
+    if has_base:  # it has all experts of the others
         return Asked(BASE_POOL, (BASE_POOL,))
     return Asked(name, parts)

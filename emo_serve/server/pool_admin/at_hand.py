@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 
-from emo_serve.names import is_union
+from emo_serve.names import is_derived
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.residency.statistics import PoolResidency
@@ -21,11 +21,11 @@ def pools_at_hand(lookup: PoolLookup, manager: ResidencyManager) -> PoolsAtHand:
     """Return the resident and the awaited pools under every name that clients may use.
 
     A pool counts as resident if a request for it would run at once, so a closing pool does not.
-    Unions count while they have room or are waited for. Of the absent pools the first _MANY are
-    asked whether they fit.
+    Sizes and unions count while they have room or are waited for. Of the absent pools the
+    first _MANY are asked whether they fit.
     """
     held = {entry.content_hash: entry for entry in manager.statistics().pools}
-    pools = [*lookup.pools, *_unions(lookup, held.values())]
+    pools = [*lookup.pools, *_derived(lookup, held.values())]
     resident = [pool for pool in pools if manager.would_hit(pool)]
     here = {pool.content_hash for pool in resident}
     awaited = [
@@ -39,13 +39,13 @@ def pools_at_hand(lookup: PoolLookup, manager: ResidencyManager) -> PoolsAtHand:
     return PoolsAtHand(_names(lookup, resident), _names(lookup, awaited), num_more)
 
 
-def _unions(lookup: PoolLookup, entries: Iterable[PoolResidency]) -> list[ExpertPool]:
-    """Return the unions that have room or are waited for, as they are defined now."""
+def _derived(lookup: PoolLookup, entries: Iterable[PoolResidency]) -> list[ExpertPool]:
+    """Return the sizes and unions that have room or are waited for, as they are defined now."""
     hashes = {
         name: entry.content_hash
         for entry in entries
         for name in (entry.name, *entry.running_by_name, *entry.waiting_by_name)
-        if is_union(name)
+        if is_derived(name)
     }
     known = ((lookup.known(name), content_hash) for name, content_hash in sorted(hashes.items()))
     return [pool for pool, key in known if pool is not None and pool.content_hash == key]

@@ -23,6 +23,7 @@ from emo_serve.names import ModelNames
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.asgi.errors import status_of
 from emo_serve.server.pool_admin.api import create_router
+from emo_serve.server.pool_admin.at_hand import pools_at_hand
 from emo_serve.server.pool_admin.status import Shares
 from tests.support.fake_engine import SLOT_BYTES, FakeEngine, settle
 from tests.support.pool_services import (
@@ -55,6 +56,13 @@ def with_sums(
 @pytest.fixture
 def service() -> ServiceUnderTest:
     return with_sums()
+
+
+async def test_routers_are_told_of_a_size_in_use(service: ServiceUnderTest) -> None:
+    await service.residency.load("sums@2")
+    resident = pools_at_hand(service.lookup, service.manager).resident
+    assert {"sums@2", "emo:sums@2"} <= set(resident)
+    assert "sums" not in resident
 
 
 # -- names --
