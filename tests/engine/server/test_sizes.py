@@ -129,8 +129,10 @@ def test_nested_sizes_share_their_slots(pools: httpx.Client, client: openai.Open
     assert pools.get("/v1/pools").json()["slots"]["used"] == NUM_LAYERS * 8
     models = {model["id"] for model in pools.get("/v1/models").json()["data"]}
     assert "sums" in models and not any("@" in name for name in models)
-    metrics = pools.get("/metrics").text
-    assert 'emo_serve_request_experts_count{pool="sums"}' in metrics and "sums@" not in metrics
+    metrics = pools.get("/metrics").text.splitlines()
+    ours = [line for line in metrics if line.startswith("emo_serve_")]
+    assert any(line.startswith('emo_serve_request_experts_count{pool="sums"}') for line in ours)
+    assert not any("@" in line for line in ours), "one series per pool, not one per size"
 
 
 def test_a_default_size_is_what_the_bare_name_means(
