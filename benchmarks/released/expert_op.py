@@ -3,9 +3,9 @@
 The roofline of a batch is max(bytes of the experts hit / read bandwidth, FLOPs / dense rate), both
 measured here, in the same process, between the rows. Each variant computes the same batches, all
 layers of them before the next variant's turn, so that weights come from memory and not from a
-cache; a time is the median over layers and rounds. Variants that pack weights alike read the same
-memory: on a virtual machine some of it may be slower than the rest. Random weights of the released
-sizes.
+cache; a time is the median over layers and rounds, the first of which is not counted. Variants that
+pack weights alike read the same memory: on a virtual machine some of it may be slower than the
+rest. Random weights of the released sizes.
 
     python -m benchmarks.released.expert_op
     python -m benchmarks.released.expert_op --threads 1 --dtype float32 --pools 16
@@ -144,10 +144,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     for tokens in args.tokens:
         batch = draw_batch(tokens, pool, dtype)
         times: dict[str, list[float]] = {variant: [] for variant in ops}
-        for _ in range(args.rounds):
+        for counted in range(-1, args.rounds):  # the first round warms up
             for variant, op in ops.items():
                 for layer in range(layers):
-                    times[variant].append(seconds(partial(op.run, layer, *batch)))
+                    taken = seconds(partial(op.run, layer, *batch))
+                    if counted >= 0:
+                        times[variant].append(taken)
         machine.measure()
         rows.append((tokens, int(batch[2].unique().numel()), times))
     results = []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from typing import Any
+
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -16,6 +20,11 @@ logger = init_logger(f"vllm.{__name__}")  # only vLLM's loggers print in its pro
 class EmoCpuWorker(PoolRowsWorker, CPUWorker):
     """Serve pools on a CPU."""
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the trunk as upstream does; what it was read through goes back to the kernel."""
+        super().load_model(*args, **kwargs)
+        _return_freed_memory()
+
     def determine_available_memory(self) -> int:
         """Return the KV cache that the front end planned, after warming up as upstream does.
 
@@ -27,5 +36,12 @@ class EmoCpuWorker(PoolRowsWorker, CPUWorker):
             return super().determine_available_memory()  # type: ignore[no-any-return]
         if self._should_warm_up_model():
             self.model_runner.warming_up_model()
+            _return_freed_memory()
         logger.info("Planned (%.2f) GiB for KV cache.", planned / 2**30)
         return planned
+
+
+def _return_freed_memory() -> None:
+    """Have glibc's allocator give the kernel back what is free in its heap."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
