@@ -24,6 +24,7 @@ from benchmarks.cluster.fleet import Fleet, FleetSettings, play
 from benchmarks.cluster.replica import Replica, ReplicaSize
 from benchmarks.cluster.simulation import LINK, MAX_RUNNING, SERVICE_SECONDS, pool_set, without_logs
 from benchmarks.cluster.traces import fleet_trace
+from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from benchmarks.residency.traces import Arrival
 from emo_serve.cluster.autoscaling import Autoscaler, ReplicaReport, ScalingLimits
@@ -151,7 +152,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = [simulate("work, loads and hits", Autoscaler, 4, args)]
     rows.append(simulate("work only", WorkOnly, 4, args))
-    for count in sorted({round(row["mean_replicas"]) for row in rows} | {rows[0]["most_replicas"]}):
+    counts = {round(row["mean_replicas"]) for row in rows} | {rows[0]["most_replicas"]}
+    for count in steps(sorted(counts), "fixed fleets"):
         rows.append(simulate(f"{count} replicas, fixed", None, count, args))
     print("| policy | replicas, mean | most | hits, % | wait p50, ms | wait p99, ms | refused, % |")
     print("|---|---|---|---|---|---|---|")

@@ -31,6 +31,7 @@ from benchmarks.cluster.fleet import FleetSettings, play
 from benchmarks.cluster.replica import ReplicaSize
 from benchmarks.cluster.strategies import STRATEGIES
 from benchmarks.cluster.traces import fleet_trace
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import append_result
 from benchmarks.residency.simulation import Link
 from benchmarks.residency.traces import PoolSet, released_pools
@@ -182,9 +183,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     rows = []
-    for case in cases(args):
+    for case in steps(list(cases(args)), "simulations"):
         rows.append(simulate(case))
-        print(rows[-1], flush=True)
+        say(rows[-1])
     print_table(rows)
     print(f"\nappended to {append_result('cluster', vars(args), rows)}")
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
+from benchmarks.harness.progress import steps
+
 __all__ = ["Spread", "in_turn"]
 
 _Sample = TypeVar("_Sample")
@@ -14,7 +16,8 @@ _Sample = TypeVar("_Sample")
 
 def in_turn(rounds: int, *measures: Callable[[], _Sample]) -> list[list[_Sample]]:
     """Take each measurement once per round; return the rounds but the first, which warms up."""
-    return [[measure() for measure in measures] for _ in range(rounds + 1)][1:]
+    turns = steps(range(rounds + 1), "rounds")
+    return [[measure() for measure in measures] for _ in turns][1:]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from typing import IO
 import httpx
 import psutil
 
+from benchmarks.harness.progress import waiting
+
 __all__ = ["ServerProcess", "free_port"]
 
 _START_TIMEOUT_SECONDS = 900
@@ -47,14 +49,15 @@ class ServerProcess:
 
     def __enter__(self) -> ServerProcess:
         deadline = time.monotonic() + _START_TIMEOUT_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise SystemExit(f"{self._command} ended with status {self.process.returncode}")
-            if not self.is_up():
+        with waiting("starting a server") as show:
+            while time.monotonic() < deadline:
+                if self.process.poll() is not None:
+                    raise SystemExit(f"{self._command} ended with status {self.process.returncode}")
+                if self.is_up():
+                    self.start_seconds = time.perf_counter() - self._start
+                    return self
                 time.sleep(0.5)
-                continue
-            self.start_seconds = time.perf_counter() - self._start
-            return self
+                show()
         self.__exit__()
         raise SystemExit(f"{self._command} did not start in {_START_TIMEOUT_SECONDS} s")
 

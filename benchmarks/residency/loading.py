@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks.harness.engines import engine_arguments
 from benchmarks.harness.page_cache import drop_from_page_cache
+from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from benchmarks.residency.loading_models import MODELS, Pool, make_pools
 from emo_serve.emo.checkpoint import Checkpoint
@@ -182,7 +183,7 @@ async def run(directory: Path, pools: Sequence[Pool], args: argparse.Namespace) 
     try:
         await bench.load_served()
         windows: dict[str, list[Window]] = {"quiet": [], "loading": [], "idle": []}
-        for pair in range(args.pairs + 1):
+        for pair in steps(range(args.pairs + 1), "pairs"):
             # The order alternates too, since a drift would favour the second.
             order = ("quiet", "loading") if pair % 2 else ("loading", "quiet")
             windows["idle"].append(await bench.idle())

@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from benchmarks.residency.simulation import Belady, Link, simulate
 from benchmarks.residency.traces import (
@@ -176,11 +177,13 @@ def main() -> None:
     for name in args.pools:
         overlaps[name] = mean_overlap(list(pool_set(name).pools.values()))
         print(f"{name}: {len(pool_set(name).pools)} pools, mean overlap {overlaps[name]:.2f}")
+    wanted = list(cases(args))
     if args.jobs > 1:
         with ProcessPoolExecutor(args.jobs) as executor:
-            rows = list(executor.map(play, cases(args)))
+            played = executor.map(play, wanted)
+            rows = [next(played) for _ in steps(wanted, "simulations")]
     else:
-        rows = list(map(play, cases(args)))
+        rows = [play(case) for case in steps(wanted, "simulations")]
     print_tables(rows)
     result = {"rows": rows, "mean_overlap": overlaps}
     print(f"\nappended to {append_result('residency', vars(args), result)}")

@@ -30,6 +30,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
 from emo_serve import demo
@@ -128,7 +129,8 @@ async def ask_in_turn(
     """Ask one pool after another and return the times of hits and of misses."""
     skipped = len(foreground(log, background))
     chance = random.Random(requests)
-    seconds = [await first_token_seconds(http, chance.choice(pools)) for _ in range(requests)]
+    wanted = steps(range(requests), "requests")
+    seconds = [await first_token_seconds(http, chance.choice(pools)) for _ in wanted]
     await asyncio.sleep(0.2)  # the last line is written when the stream has ended
     lines = foreground(log, background)[skipped:]
     assert len(lines) == requests, (len(lines), requests)
@@ -172,7 +174,7 @@ async def starvation_part(server: ServerProcess, requests: int) -> dict[str, flo
         clients = [asyncio.create_task(client(http, pool)) for pool in busy * 4]
         await asyncio.sleep(3)
         waits = []
-        for _ in range(requests):
+        for _ in steps(range(requests), "requests"):
             waits.append(await first_token_seconds(http, third))
             await asyncio.sleep(0.5)
         for task in clients:
@@ -196,7 +198,7 @@ async def memory_part(server: ServerProcess, loads: int) -> dict[str, Any]:
             (await http.post(f"/v1/pools/{pool}/load")).raise_for_status()
         await evict_everything(http)
         before = await state(http, server)
-        for number in range(loads):
+        for number in steps(range(loads), "loads"):
             pool = demo.domains()[number % len(demo.domains())]
             (await http.post(f"/v1/pools/{pool}/load")).raise_for_status()
         loaded = await state(http, server)

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.harness.progress import steps
 from benchmarks.harness.random_checkpoint import write_checkpoint
 from benchmarks.harness.results import ROOT, append_result
 from emo_serve import demo
@@ -83,7 +84,8 @@ def main() -> None:
             result[name] = {"checkpoint_mib": files / 2**20, "whole_fp32_mib": 2 * files / 2**20}
             num_experts = sum(m.num_experts for m in Checkpoint.open(model).config.moe_layers if m)
             for method in METHODS:
-                runs = [build(model, method, KEPT[name], place) for _ in range(arguments.repeats)]
+                repeats = steps(range(arguments.repeats), f"{name} by {method}")
+                runs = [build(model, method, KEPT[name], place) for _ in repeats]
                 seconds = [run["seconds"] for run in runs]
                 row = {**runs[0], "seconds": statistics.median(seconds), "all_seconds": seconds}
                 row["peak_mib"] = max(run["peak_mib"] for run in runs)

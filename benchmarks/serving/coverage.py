@@ -31,6 +31,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import append_result
 from benchmarks.serving.throughput import Sample, Server, load
 from emo_serve import demo
@@ -145,17 +146,16 @@ def main() -> None:
         windows = {"off": Window(off, {}), "on": Window(on, {}), "told": Window(on, _TOLD)}
         print("| load | clients | off tok/s | on / off (quartiles) | told / off (quartiles) |")
         print("|---|---|---|---|---|")
-        for load_of in loads_of(args):
+        for load_of in steps(list(loads_of(args)), "loads"):
             row = compare(windows, load_of, args.rounds)
             rows.append(row)
             cells = (
                 f"{found['median']:.3f} ({found['quartiles'][0]:.3f}-{found['quartiles'][1]:.3f})"
                 for found in row["ratio"].values()
             )
-            print(
+            say(
                 f"| {load_of.name} | {load_of.concurrency} | {row['tokens_per_second']['off']:.0f}"
-                f" | {' | '.join(cells)} |",
-                flush=True,
+                f" | {' | '.join(cells)} |"
             )
     if not args.no_record:
         arguments = {key: value for key, value in vars(args).items() if key != "no_record"}

@@ -23,6 +23,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is within reach
 from vllm import LLM, SamplingParams
 
 from benchmarks.harness.engines import engine_arguments, load_pools
+from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from emo_serve import demo
 from emo_serve.emo.config import load_config
@@ -111,7 +112,7 @@ def compare(batch: Callable[[], None], recording: Recording, rounds: int) -> dic
 
     kinds = ["off", "on", "off again"]
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for number in range(rounds):
+    for number in steps(range(rounds), "rounds"):
         turn = number % len(kinds)
         for kind in (*kinds[turn:], *kinds[:turn]):
             seconds[kind].append(window(kind))

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import ROOT, append_result
 from emo_serve import demo
 
@@ -124,14 +125,14 @@ def main() -> None:
     head = "experts mode start_s slots slab_MiB read_MiB peak_MiB over_empty_MiB tok/s@1 tok/s@32"
     print("| " + " | ".join(head.split()) + " |\n|" + "---|" * len(head.split()))
     results = []
-    for experts, eager in _VARIANTS:
+    for experts, eager in steps(_VARIANTS, "engines"):
         row = in_process(args, experts, eager)
         results.append(row)
         sizes = ("slab_bytes", "bytes_read", "peak_bytes", "over_empty_bytes")
         cells = [row["experts"], row["mode"], f"{row['start_seconds']:.1f}", str(row["slots"])]
         cells += [f"{row[size] / 2**20:.1f}" for size in sizes]
         cells += [f"{row[f'tokens_per_second_{batch}']:.0f}" for batch in (1, 32)]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        say("| " + " | ".join(cells) + " |")
     arguments = {key: value for key, value in vars(args).items() if key != "variant"}
     print(f"appended to {append_result('start', arguments, results)}")
 

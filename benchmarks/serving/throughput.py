@@ -36,6 +36,7 @@ from typing import Any
 import httpx
 
 from benchmarks.harness.pairs import Spread, in_turn
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
 from emo_serve import demo
@@ -207,17 +208,16 @@ def main() -> None:
         print(f"A = {a.kind}, up in {a.start_seconds:.0f} s; B = {b.kind}, {b.start_seconds:.0f} s")
         print("| concurrent | A tok/s | B tok/s | B/A (min-max) | TTFT ms A, B | gap ms A, B |")
         print("|---|---|---|---|---|---|")
-        for concurrency in args.concurrency:
+        for concurrency in steps(args.concurrency, "loads"):
             row = compare(a, b, concurrency, args)
             results.append(row)
             ratio = Spread(**row["ratio"])
             ttft, gap = ([1e3 * row[k][f] for k in "ab"] for f in ("ttft_seconds", "gap_seconds"))
-            print(
+            say(
                 f"| {concurrency} | {row['a']['tokens_per_second']:.0f}"
                 f" | {row['b']['tokens_per_second']:.0f}"
                 f" | {ratio}"
-                f" | {ttft[0]:.0f}, {ttft[1]:.0f} | {gap[0]:.1f}, {gap[1]:.1f} |",
-                flush=True,
+                f" | {ttft[0]:.0f}, {ttft[1]:.0f} | {gap[0]:.1f}, {gap[1]:.1f} |"
             )
         starts = {"a": a.start_seconds, "b": b.start_seconds}
     outcome = {"rows": results, "start_seconds": starts}

@@ -13,14 +13,13 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emo_serve.cli.commands import AddCommand
-from emo_serve.cli.model_flag import ModelFacts, add_model_flag
+from emo_serve.cli.model_flag import ModelFacts, add_model_flag, checkpoint_of
+from emo_serve.cli.progress import steps_of
 from emo_serve.cli.rendering.outcome import coverage_line, found_by, size_line
 from emo_serve.cli.rendering.tables import facts, size_range
 from emo_serve.cli.server_flags import BUILD_SECONDS, add_server_flags
@@ -57,7 +56,7 @@ def add_build_commands(add: AddCommand, default_model: Path | None) -> None:
     build.add_argument("name", metavar="NAME", help=f"name of the pool: {NAME_RULE}")
     shipped = " (default: the small shipped model)" if default_model else ""
     build.set_defaults(default_model=default_model)  # so that a given --model is recognized
-    add_model_flag(build, f"checkpoint directory{shipped}")
+    add_model_flag(build, f"checkpoint of the model{shipped}")
     build.add_argument(
         "--examples",
         type=Path,
@@ -83,7 +82,7 @@ def add_build_commands(add: AddCommand, default_model: Path | None) -> None:
         action="store_true",
         help="with --server: redefine an existing pool of that name",
     )
-    add_server_flags(build, is_required=False, seconds=BUILD_SECONDS)
+    add_server_flags(build, seconds=BUILD_SECONDS)
 
     cut = add("cut", _run_cut, _CUT)
     cut.add_argument("path", type=Path, metavar="FILE", help="pool file that has scores")
@@ -98,7 +97,7 @@ def add_build_commands(add: AddCommand, default_model: Path | None) -> None:
         help="file to write (default: the new name, beside FILE)",
     )
     add_model_flag(
-        cut, "checkpoint directory; only for a file that does not say which experts are implied"
+        cut, "checkpoint of the model; only for a file that does not say which experts are implied"
     )
 
 
@@ -119,10 +118,9 @@ def _run_build(arguments: argparse.Namespace) -> int:
     check_text("pools build", "description", arguments.description)
     _check_place(out)
     if arguments.model is None:
-        raise ConfigError("pools build: give --model DIR, the pool's checkpoint")
+        raise ConfigError("pools build: give --model MODEL, the pool's checkpoint")
     if arguments.examples is None and arguments.method != "random":
         raise ConfigError("pools build: give --examples FILE; only random needs none")
-    from emo_serve.emo.checkpoint import Checkpoint
     from emo_serve.pools.calibration.advice import cut_notes, notes
     from emo_serve.pools.calibration.build import (
         calibrate,
@@ -131,7 +129,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
         num_steps,
     )
 
-    checkpoint = Checkpoint.open(arguments.model)
+    checkpoint = checkpoint_of(arguments.model)
     config = checkpoint.config
     seed = arguments.seed or 0
     request = {"method": arguments.method, "k": arguments.experts, "seed": seed}
@@ -139,7 +137,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
     documents = _read_documents(arguments.examples or [], checkpoint)
     steps = num_steps(config, arguments.method, arguments.experts, len(documents.ids))
     before = _peak_resident_bytes()
-    with _progress(steps) as advance:
+    with steps_of("calibrating", steps) as advance:
         found = calibrate(checkpoint, documents.ids, **request, advance=advance)
     pool = found.pool(arguments.name, model_record(checkpoint), arguments.description)
     write_pool(pool, out)
@@ -196,17 +194,6 @@ def _peak_resident_bytes() -> int:
         scale = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr if it is a terminal."""
-    from tqdm import tqdm
-
-    form = "{l_bar}{bar}| {elapsed}<{remaining}"
-    bar = tqdm(total=steps, desc="calibrating", bar_format=form, leave=False, disable=None)
-    with bar:
-        yield bar.update
 
 
 # -- cut --

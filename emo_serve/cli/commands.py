@@ -8,14 +8,26 @@ on stderr.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from emo_serve.cli.output import drop_output
 from emo_serve.cli.rendering.tables import printable
 from emo_serve.errors import EmoServeError, Unavailable
 
-__all__ = ["FAILED", "REFUSED", "AddCommand", "Command", "adder", "refuse", "report_refused"]
+__all__ = [
+    "FAILED",
+    "REFUSED",
+    "AddCommand",
+    "Command",
+    "add_json_flag",
+    "adder",
+    "print_json",
+    "refuse",
+    "report_refused",
+]
 
 REFUSED = 2
 """Exit status where the user must change something."""
@@ -35,6 +47,19 @@ def adder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> AddC
         return command
 
     return add
+
+
+def add_json_flag(*commands: argparse.ArgumentParser) -> None:
+    """Add --json to commands that list something."""
+    for command in commands:
+        command.add_argument(
+            "--json", action="store_true", help="print JSON for programs, and no tables"
+        )
+
+
+def print_json(document: Any) -> None:
+    """Print what --json asks for."""
+    print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def refuse(error: EmoServeError, status: int) -> int:

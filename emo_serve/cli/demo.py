@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from emo_serve import demo
+from emo_serve.cli.progress import steps_of
 
 __all__ = ["add_demo_parser"]
 
@@ -68,6 +69,8 @@ def _run_corpus(arguments: argparse.Namespace) -> None:
 
 def _run_train(arguments: argparse.Namespace) -> None:
     _show_progress()
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     from emo_serve.demo.training.corpus import build_corpus
     from emo_serve.demo.training.release import release_model
     from emo_serve.demo.training.train import Recipe, demo_config, train
@@ -83,7 +86,9 @@ def _run_train(arguments: argparse.Namespace) -> None:
             (first, _), (second, _) = recipe.stages
             recipe = replace(recipe, stages=((first, short), (second, long)))
         trained = directory / "trained" / f"{name}-{recipe.seed}"
-        model = train(recipe, demo_config(), directory / "tokens.npz", trained)
+        tokens = directory / "tokens.npz"
+        with logging_redirect_tqdm(), steps_of(f"training {name}", recipe.total_steps) as advance:
+            model = train(recipe, demo_config(), tokens, trained, advance=advance)
         release_model(name, model, directory, out)
         print(f"wrote {name} and its pools below {out}")
 

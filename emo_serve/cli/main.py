@@ -1,4 +1,4 @@
-"""The command `emo-serve`: serve, pools, demo. Parses flags, runs commands, reports refusals.
+"""The command `emo-serve`: parses flags, runs commands, reports refusals.
 
 Heavy imports wait until a command needs them, so that `--help`, `--version` and refused flags are
 fast.
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from emo_serve import __version__
-from emo_serve.cli.commands import FAILED, REFUSED, refuse
+from emo_serve.cli.commands import FAILED, REFUSED, adder, refuse
+from emo_serve.cli.completion import add_completion_command, complete, is_completing
 from emo_serve.cli.output import (
     CUT_OFF,
     announce,
@@ -20,6 +21,7 @@ from emo_serve.cli.output import (
     open_standard_streams,
     run_to_the_last_byte,
 )
+from emo_serve.cli.parsing import CommandParser
 from emo_serve.config import ServeSettings, add_serve_flags
 from emo_serve.errors import ConfigError, EmoServeError
 
@@ -45,6 +47,8 @@ the server listens on 127.0.0.1, not on every interface.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; 2 for anything the user must change."""
+    if is_completing():
+        complete(_parser())
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_server = arguments[:1] == ["serve"] and not _asks_short_help(arguments[1:])
     open_standard_streams()
@@ -76,10 +80,12 @@ def _asks_short_help(arguments: Sequence[str]) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     from emo_serve import demo
+    from emo_serve.cli.chat import add_chat_command
     from emo_serve.cli.demo import add_demo_parser
+    from emo_serve.cli.doctor import add_doctor_command
     from emo_serve.cli.pools import add_pools_parser
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="emo-serve",
         description="Serve EMO models: one vLLM engine, many expert pools, the OpenAI API.",
     )
@@ -100,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_serve_flags(serve)
     add_pools_parser(commands, demo.model_dir())
+    add = adder(commands)
+    add_chat_command(add)
+    add_doctor_command(add)
     add_demo_parser(commands)
+    add_completion_command(add)
     return parser
 
 

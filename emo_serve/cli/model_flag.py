@@ -1,6 +1,7 @@
 """The flag --model of commands on pool files, and what they learn from the checkpoint.
 
-transformers and torch are imported when a checkpoint is opened.
+It takes what `emo-serve serve` takes: a directory, or a name on the Hub, whose files are downloaded
+once and kept in the Hub's cache. transformers and torch are imported when a checkpoint is opened.
 """
 
 from __future__ import annotations
@@ -11,14 +12,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from emo_serve.emo.checkpoint import Checkpoint
     from emo_serve.emo.config import MoeLayer
 
-__all__ = ["ModelFacts", "add_model_flag"]
+__all__ = ["ModelFacts", "add_model_flag", "checkpoint_of"]
 
 
-def add_model_flag(command: argparse.ArgumentParser, purpose: str) -> None:
+def add_model_flag(
+    command: argparse.ArgumentParser, purpose: str, *, is_required: bool = False
+) -> None:
     """Add --model; `purpose` is its line of help."""
-    command.add_argument("--model", type=Path, metavar="DIR", help=purpose)
+    command.add_argument(
+        "--model",
+        required=is_required,
+        metavar="MODEL",
+        help=f"{purpose}: a directory, or a name on the Hub",
+    )
+
+
+def checkpoint_of(model: str | Path) -> Checkpoint:
+    """Open the checkpoint that --model names, downloaded first if need be; raises ConfigError."""
+    from emo_serve.emo.checkpoint import Checkpoint
+    from emo_serve.server.startup.checkpoint import resolve_checkpoint
+
+    directory = resolve_checkpoint(str(model), None, None, None, flag="--model")
+    return Checkpoint.open(directory)
 
 
 @dataclass(frozen=True)
@@ -30,13 +48,11 @@ class ModelFacts:
     expert_bytes: int | None = None
 
     @classmethod
-    def open(cls, directory: Path | None) -> ModelFacts:
-        """Read the checkpoint of that directory; raises ConfigError."""
-        if directory is None:
+    def open(cls, model: str | None) -> ModelFacts:
+        """Read the checkpoint that --model names; raises ConfigError."""
+        if model is None:
             return cls()
-        from emo_serve.emo.checkpoint import Checkpoint
-
-        checkpoint = Checkpoint.open(directory)
+        checkpoint = checkpoint_of(model)
         layers = checkpoint.config.moe_layers
         return cls(layers, checkpoint.fingerprint(), checkpoint.expert_bytes)
 

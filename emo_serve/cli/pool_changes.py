@@ -7,7 +7,7 @@ from pathlib import Path
 
 from emo_serve.cli.commands import AddCommand
 from emo_serve.cli.rendering.server_tables import status_line
-from emo_serve.cli.server_flags import CHANGE_SECONDS, NAME_HELP, add_server_flags, server_of
+from emo_serve.cli.server_flags import CHANGE_SECONDS, add_name, add_server_flags, server_of
 from emo_serve.pools.document import read_pool
 
 __all__ = ["add_change_commands"]
@@ -27,8 +27,8 @@ def add_change_commands(add: AddCommand) -> None:
     unpin = add("unpin", _run_unpin, "Allow a server to evict a pool again.")
     remove = add("remove", _run_remove, "Remove a pool and its file from a server.")
     for command in (load, evict, pin, unpin):
-        command.add_argument("name", metavar="NAME", help=NAME_HELP)
-    remove.add_argument("name", metavar="NAME", help="a pool's name")
+        add_name(command)
+    add_name(remove, "a pool's name")
     added = add(
         "add", _run_add, "Add a pool to a server, which stores it in its --pools directory."
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emo_serve.cli.commands import AddCommand, report_refused
-from emo_serve.cli.model_flag import ModelFacts, add_model_flag
+from emo_serve.cli.commands import AddCommand, add_json_flag, print_json, report_refused
+from emo_serve.cli.completion import completed_by, pools_of_directory
+from emo_serve.cli.model_flag import ModelFacts, add_model_flag, checkpoint_of
+from emo_serve.cli.progress import progress_of_bytes
 from emo_serve.cli.rendering.comparison import describe_comparison
+from emo_serve.cli.rendering.documents import comparison_record
 from emo_serve.cli.rendering.tables import size_range
 from emo_serve.errors import ConfigError
 from emo_serve.names import NAME_RULE
@@ -41,17 +45,16 @@ def add_file_commands(add: AddCommand) -> None:
     imported.add_argument("path", type=Path, metavar="FILE", help="its pruning_metadata.json")
     imported.add_argument("--name", required=True, help=f"name of the pool: {NAME_RULE}")
     imported.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
-    add_model_flag(imported, "checkpoint directory of the pool's model; checks that the pool fits")
+    add_model_flag(imported, "checkpoint of the pool's model; checks that the pool fits")
 
     export = add("export", _run_export, _EXPORT)
-    export.add_argument(
+    pool = export.add_argument(
         "pool",
         metavar="NAME|FILE",
         help="pool file; with --pools a pool's name, a size of it: a@8, or a union: a+b",
     )
-    export.add_argument(
-        "--model", required=True, type=Path, metavar="DIR", help="checkpoint directory to prune"
-    )
+    completed_by(pool, pools_of_directory)
+    add_model_flag(export, "checkpoint to prune", is_required=True)
     export.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="directory to write, new or empty"
     )
@@ -60,9 +63,7 @@ def add_file_commands(add: AddCommand) -> None:
     compare = add("compare", _run_compare, _COMPARE)
     compare.epilog = _COMPARE_EPILOG
     compare.add_argument("path", type=Path, metavar="DIR", help="directory of pool files")
-    add_model_flag(
-        compare, "checkpoint directory of the pools' model; adds bytes and implied experts"
-    )
+    add_model_flag(compare, "checkpoint of the pools' model; adds bytes and implied experts")
     compare.add_argument(
         "--experts",
         type=int,
@@ -72,6 +73,7 @@ def add_file_commands(add: AddCommand) -> None:
     compare.add_argument(
         "--png", type=Path, metavar="FILE", help="draw heat maps; needs matplotlib"
     )
+    add_json_flag(compare)
 
 
 # -- import --
@@ -91,12 +93,12 @@ def _run_import(arguments: argparse.Namespace) -> int:
 
 
 def _run_export(arguments: argparse.Namespace) -> int:
-    from emo_serve.emo.checkpoint import Checkpoint
     from emo_serve.pools.pruned.checkpoint import export_pool
 
-    checkpoint = Checkpoint.open(arguments.model)
+    checkpoint = checkpoint_of(arguments.model)
     pool = _named(arguments.pool, arguments.pools, checkpoint.config.moe_layers)
-    written = export_pool(pool, checkpoint, arguments.out)
+    with progress_of_bytes("writing") as tell:
+        written = export_pool(pool, checkpoint, arguments.out, tell)
     served = served_pool(pool, checkpoint.config.moe_layers, f"pool {pool.name!r}")
     kept = size_range([len(ids) for ids in served.expert_ids if ids])
     experts = [layer.num_experts for layer in checkpoint.config.moe_layers if layer]
@@ -142,13 +144,17 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         pools = [pool.cut(arguments.experts, model.layers) for pool in pools]
     refused = report_refused(catalog.refused)
     if not pools:
-        if not refused:
+        if not refused and not arguments.json:
             print(f"no pool files (*.json) in {arguments.path}")
         return refused
     comparison = PoolComparison(pools)
-    print(describe_comparison(comparison, model.experts_per_layer, model.expert_bytes))
+    if arguments.json:
+        print_json(comparison_record(comparison, model.experts_per_layer, model.expert_bytes))
+    else:
+        print(describe_comparison(comparison, model.experts_per_layer, model.expert_bytes))
     if arguments.png is not None:
         _draw(comparison, arguments.png)
+        print(f"drew {arguments.png}", file=sys.stderr if arguments.json else sys.stdout)
     return refused
 
 
@@ -156,4 +162,3 @@ def _draw(comparison: PoolComparison, path: Path) -> None:
     from emo_serve.cli.plots import comparison_png, write_picture
 
     write_picture(comparison_png(comparison), path)
-    print(f"drew {path}")

@@ -1,25 +1,33 @@
 """`emo-serve pools build --server URL`: have a running server build a pool from examples here.
 
 The files are read and checked here and sent as one request, which returns when the pool is defined.
-The output is that of an offline build, without the experts read from the checkpoint. Mixed domains
-are detected between documents, not between their passages.
+Meanwhile the server's stream of events tells how far it is, for a bar in a terminal. The output is
+that of an offline build, without the experts read from the checkpoint. Mixed domains are detected
+between documents, not between their passages.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
+from emo_serve.cli.progress import progress_of
 from emo_serve.cli.rendering.outcome import coverage_line, found_by, size_line
 from emo_serve.cli.rendering.tables import facts, printable
 from emo_serve.cli.server_flags import server_of
-from emo_serve.errors import ConfigError
+from emo_serve.errors import ConfigError, EmoServeError
 from emo_serve.names import check_pool_name
 from emo_serve.pools.calibration import DEFAULT_METHOD
 from emo_serve.pools.calibration.examples import read_examples
 from emo_serve.pools.limits import check_text
 
 __all__ = ["run_server_build"]
+
+_LAST_WORD_SECONDS = 2.0  # the stream tells of a pool that is defined within one
 
 
 def run_server_build(arguments: argparse.Namespace) -> int:
@@ -32,7 +40,7 @@ def run_server_build(arguments: argparse.Namespace) -> int:
         "method": arguments.method,
         "description": arguments.description,
     }
-    with server_of(arguments) as server:
+    with server_of(arguments) as server, _followed(arguments):
         card = server.add(json.dumps(document).encode(), replace=arguments.replace)
         url = server.url
     made = card["calibration"]
@@ -50,6 +58,39 @@ def run_server_build(arguments: argparse.Namespace) -> int:
         print(f"note: {printable(note)}")
     print(f'\nthen ask:    "model": "{card["name"]}"')
     return 0
+
+
+@contextmanager
+def _followed(arguments: argparse.Namespace) -> Iterator[None]:
+    """Show how far the server is, as long as the block runs; nothing where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    is_over = threading.Event()
+    with progress_of(f"building {arguments.name}") as tell:
+        # It reads until the server says something more, or the process ends.
+        follower = threading.Thread(target=_follow, args=(arguments, tell, is_over), daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            follower.join(_LAST_WORD_SECONDS)
+
+
+def _follow(
+    arguments: argparse.Namespace, tell: Callable[[int, int], None], is_over: threading.Event
+) -> None:
+    was_seen = False
+    with suppress(EmoServeError), server_of(arguments) as server, server.follow() as events:
+        for kind, document in events:
+            building = document["building"] if kind == "pools" else None
+            is_ours = building is not None and building["name"] == arguments.name
+            if is_over.is_set() or (was_seen and kind == "pools" and not is_ours):
+                return
+            if building is not None and is_ours:
+                was_seen = True
+                tell(building["done"], building["total"])
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from emo_serve.names import (
 )
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.sizes import at_size, sizes_of
+from emo_serve.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from emo_serve.emo.config import MoeLayer
@@ -92,7 +93,8 @@ def _part(part: str, pools: _Pools, moe_layers: Sequence[MoeLayer | None] | None
 
 def _no_such_pool(part: str, pools: _Pools) -> UnknownPool:
     there_are = ", ".join(pools) or "none"
-    return UnknownPool(f"there is no pool {part[:80]!r}; the pools are: {there_are}")
+    meant = did_you_mean(split_size(part)[0], pools)
+    return UnknownPool(f"there is no pool {part[:80]!r}{meant}; the pools are: {there_are}")
 
 
 def _no_such_size(

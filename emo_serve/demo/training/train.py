@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -178,9 +178,16 @@ class Batches:
 
 
 def train(
-    recipe: Recipe, config: EmoConfig, tokens: Path, directory: Path, save_every: int = 1000
+    recipe: Recipe,
+    config: EmoConfig,
+    tokens: Path,
+    directory: Path,
+    save_every: int = 1000,
+    advance: Callable[[int], None] = lambda steps: None,
 ) -> EmoForCausalLM:
     """Train one model and return it; it is saved to `directory` regularly and at the end.
+
+    `advance` is called with the number of steps made, of `recipe.total_steps` in all.
 
     One thread, and the same result on the same machine for the same recipe and corpus.
     """
@@ -196,6 +203,7 @@ def train(
     for length, steps in recipe.stages:
         for batch_BT in batches.draw(length, steps):
             trainer.step(batch_BT)
+            advance(1)
             if trainer.steps_done % save_every == 0:
                 save_checkpoint(model, directory, torch.float32)
     save_checkpoint(model, directory, torch.float32)

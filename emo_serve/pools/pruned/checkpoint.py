@@ -22,15 +22,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.pruning import kept_tensors, scaled_gate_dtype
-from emo_serve.emo.shards import write_shards
+from emo_serve.emo.shards import NewTensor, write_shards
 from emo_serve.emo.tensor_file import TensorFile
 from emo_serve.emo.tensor_names import expert_tensor_name, gate_name
 from emo_serve.errors import ConfigError, PoolStoreError
@@ -61,12 +62,18 @@ class PrunedCheckpoint:
     notes: tuple[str, ...]
 
 
-def export_pool(pool: ExpertPool, checkpoint: Checkpoint, out: Path) -> PrunedCheckpoint:
+def export_pool(
+    pool: ExpertPool,
+    checkpoint: Checkpoint,
+    out: Path,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> PrunedCheckpoint:
     """Write the checkpoint that computes what `pool` computes in the model, as directory `out`.
 
-    A pool with a default size is written at that size, as it is served. `out` must be absent or
-    empty; afterwards it is complete, or as before. Raises PoolFileError for a pool of another
-    model, ConfigError for an unusable `out`, CheckpointError for a source that cannot be read and
+    A pool with a default size is written at that size, as it is served. `tell` is called with the
+    bytes of weights written so far, and with those of all. `out` must be absent or empty;
+    afterwards it is complete, or as before. Raises PoolFileError for a pool of another model,
+    ConfigError for an unusable `out`, CheckpointError for a source that cannot be read and
     PoolStoreError for a disk that cannot be written.
     """
     moe_layers = checkpoint.config.moe_layers
@@ -82,7 +89,7 @@ def export_pool(pool: ExpertPool, checkpoint: Checkpoint, out: Path) -> PrunedCh
     is_sharded = (checkpoint.directory / _INDEX).exists() or len(sources) > 1
     shard_bytes = max(file.path.stat().st_size for file in sources) if is_sharded else None
     with _directory_to_be(out, sum(tensor.num_bytes for tensor in tensors)) as partial_out:
-        files = write_shards(partial_out, tensors, shard_bytes)
+        files = write_shards(partial_out, _telling(tensors, tell), shard_bytes)
         for file in companions:
             shutil.copyfile(file, partial_out / file.name)
         _write_json(partial_out / METADATA_FILE, metadata)
@@ -151,6 +158,20 @@ def _notes(pool: ExpertPool, checkpoint: Checkpoint, top_k: int) -> tuple[str, .
 
 
 # -- files --
+
+
+def _telling(tensors: Sequence[NewTensor], tell: Callable[[int, int], None]) -> list[NewTensor]:
+    """Return the same tensors, which tell of each piece once it has been written."""
+    total, done = sum(tensor.num_bytes for tensor in tensors), 0
+
+    def told(pieces: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+        nonlocal done
+        for piece in pieces():
+            yield piece
+            done += piece.nbytes
+            tell(done, total)
+
+    return [replace(tensor, pieces=partial(told, tensor.pieces)) for tensor in tensors]
 
 
 def _sources(pool: ExpertPool, checkpoint: Checkpoint) -> set[TensorFile]:

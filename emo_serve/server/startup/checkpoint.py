@@ -16,17 +16,23 @@ _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
 
 def resolve_checkpoint(
-    model: str, revision: str | None, download_dir: str | None, token: bool | str | None
+    model: str,
+    revision: str | None,
+    download_dir: str | None,
+    token: bool | str | None,
+    *,
+    flag: str = "MODEL",
 ) -> Path:
     """Return the directory of a checkpoint, downloaded from the Hub if it is not a local one.
 
-    Raises ConfigError if there is neither a directory nor a repository of that name.
+    `flag` is what the user calls it. Raises ConfigError if there is neither a directory nor a
+    repository of that name.
     """
     directory = Path(model).expanduser()
     if directory.is_dir():
         return directory.resolve()
     if model.startswith(("/", "./", "../", "~")):
-        raise ConfigError(f"MODEL {model!r} is not a directory")
+        raise ConfigError(f"{flag} {model!r} is not a directory")
     from huggingface_hub import snapshot_download
 
     try:
@@ -40,6 +46,6 @@ def resolve_checkpoint(
     except Exception as error:  # the Hub's own, and what proxies and certificates make of a call
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"MODEL {model!r} is neither a directory nor a model that can be downloaded: {reason}"
+            f"{flag} {model!r} is neither a directory nor a model that can be downloaded: {reason}"
         ) from error
     return Path(snapshot)

@@ -11,6 +11,7 @@ from emo_serve.errors import ConfigError, RequestError
 from emo_serve.names import BASE_POOL, pools_of, split_name
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.spelling import did_you_mean
 
 __all__ = [
     "check_default_experts",
@@ -58,7 +59,10 @@ def check_names(settings: ServeSettings, catalog: PoolCatalog, base_pool: Expert
         for name in single_names(asked):
             if pools_of(name)[0] not in known:
                 names = ", ".join(known)
-                raise ConfigError(f"{flag}: there is no pool {name!r}; the pools are: {names}")
+                meant = did_you_mean(pools_of(name)[0], known)
+                raise ConfigError(
+                    f"{flag}: there is no pool {name!r}{meant}; the pools are: {names}"
+                )
         for name in asked:
             try:
                 named_pool(name, catalog, base_pool)

@@ -19,6 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from emo_serve.config import ServeSettings, add_serve_flags
 from emo_serve.errors import ConfigError, EmoServeError
+from emo_serve.spelling import meant_flags
 from emo_serve.vllm_plugin import WORKER_EXTENSION_CLS, worker_cls_for
 from emo_serve.vllm_plugin.contract import (
     LOAD_FORMAT,
@@ -47,7 +48,9 @@ _T = TypeVar("_T")
 def parse_serve_args(
     argv: Sequence[str], defaults_without_model: Mapping[str, object]
 ) -> argparse.Namespace:
-    """Parse the flags of `vllm serve` and ours; raises ConfigError if vLLM's quick checks fail.
+    """Parse the flags of `vllm serve` and ours.
+
+    Raises ConfigError for an unknown flag, and if vLLM's quick checks fail.
 
     Without `--host`, only this machine can connect. `is_memory_share_given` in the result says
     whether the user gives --gpu-memory-utilization: on a CPU its default is not used.
@@ -56,7 +59,7 @@ def parse_serve_args(
     `defaults_without_model`, by the names in the namespace, replaces vLLM's defaults.
     """
     cli_env_setup()
-    parser = FlexibleArgumentParser(prog="emo-serve serve", conflict_handler="resolve")
+    parser = _ServeParser(prog="emo-serve serve", conflict_handler="resolve")
     make_arg_parser(parser)
     _accept_lower_case(parser, "--log-level")
     parser.set_defaults(host=_LOOPBACK)
@@ -80,6 +83,17 @@ def parse_serve_args(
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     return args
+
+
+class _ServeParser(FlexibleArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            raise ConfigError(
+                f"unrecognized arguments: {' '.join(unknown)}{meant_flags(unknown, known)}"
+            )
+        return found, unknown
 
 
 def _accept_lower_case(parser: argparse.ArgumentParser, flag: str) -> None:

@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from emo_serve.cli.client import KEY_VARIABLES
+from emo_serve.cli.connection import KEY_VARIABLES
 from emo_serve.cli.main import main
 from emo_serve.pools.document import read_pool
 from tests.engine.server.conftest import ADMIN, API, TIGHT_SLOTS, document

@@ -137,7 +137,7 @@ REFUSED = [
     (("--experts", 6, "--seed", -1), "seed is -1; give 0 or more"),
     (("--experts", 6, "--out", "absent/x.json"), "there is no directory absent"),
     (("--experts", 6, "--out", "."), "--out . is a directory"),
-    (("--experts", 6, "--model", "nowhere"), "config.json does not exist"),
+    (("--experts", 6, "--model", "./nowhere"), "--model './nowhere' is not a directory"),
     (("--experts", 6, "--examples", "nothing.txt"), "nothing.txt cannot be read"),
 ]
 

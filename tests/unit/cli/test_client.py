@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from emo_serve.cli.client import PoolServer, key_from
+from emo_serve.cli.client import PoolServer
+from emo_serve.cli.connection import key_from
 from emo_serve.errors import ConfigError, EmoServeError, RequestError, Unavailable
 
 CARD = {"object": "pool", "name": "math"}
@@ -172,3 +173,25 @@ def test_a_key_may_hold_any_letters() -> None:
 
     server_of(answer, key="schl\u00fcssel").list_pools()
     assert sent == ["Bearer schl\u00fcssel".encode()]
+
+
+def test_a_stream_that_breaks_off_is_said() -> None:
+    class Broken(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"event: pools\ndata: {}\n\n"
+            raise httpx.RemoteProtocolError("peer closed connection")
+
+    breaking = server_of(lambda request: httpx.Response(200, stream=Broken()))
+    with breaking as server, server.follow() as events:
+        assert next(events) == ("pools", {})
+        with pytest.raises(Unavailable, match="http://emo broke off its answer: peer closed"):
+            next(events)
+
+
+def test_a_refused_stream_is_a_refusal() -> None:
+    with (
+        answering(401, error("a key is needed", 401)) as server,
+        pytest.raises(RequestError, match="a key is needed; set EMO_SERVE_API_KEY"),
+        server.follow(),
+    ):
+        raise AssertionError("there is no stream")

@@ -17,7 +17,7 @@ from fastapi import APIRouter, FastAPI, HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from emo_serve.cli.client import KEY_VARIABLES
+from emo_serve.cli.connection import KEY_VARIABLES
 from emo_serve.errors import EmoServeError
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.document import read_pool, write_pool

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi import APIRouter
 
+from emo_serve.cli import server_build
 from emo_serve.server.pool_admin.api import create_router
+from emo_serve.server.pool_admin.feed import ResidencyFeed
+from emo_serve.server.pool_admin.live import create_live_router
 from tests.support.build_world import K, World, texts
 from tests.support.golden.checkpoints import write_checkpoint
 from tests.unit.cli.test_pools import run
 from tests.unit.cli.test_pools_of_server import API, Cli, Served, cli_of, to_http_error
+from tests.unit.cli.test_progress import Terminal
 
 
 class Building(Served):
@@ -26,7 +34,11 @@ class Building(Served):
 
     def _router(self) -> APIRouter:
         self.service = self.world.service
-        return create_router(self.service, to_http_error, self.world.builder)
+        router = APIRouter()
+        router.include_router(create_router(self.service, to_http_error, self.world.builder))
+        feed = ResidencyFeed(self.service.statuses, look_seconds=0.01, pause_seconds=0.01)
+        router.include_router(create_live_router(self.service.statuses, feed, to_http_error))
+        return router
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +93,51 @@ def test_the_server_builds_what_the_offline_build_finds(
     assert (status, "replace=true" in err) == (2, True)
     status, out, err = cli("math", "--examples", examples, "--experts", K, "--replace")
     assert (status, err, out.splitlines()[0][:22]) == (0, "", "built        version 2")
+
+
+def test_a_terminal_sees_how_far_the_server_is(
+    cli: Cli, examples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        status, out, _ = cli("math", "--examples", examples, "--experts", K)
+    assert (status, out.splitlines()[0][:15]) == (0, "built        ve")
+    assert "building math: " in terminal.getvalue()
+
+
+class Following:
+    """A server that says what happens."""
+
+    def __init__(self, *events: tuple[str, Any]) -> None:
+        self._events = events
+
+    def follow(self) -> Any:
+        return nullcontext(iter(self._events))
+
+
+def test_the_stream_tells_of_our_pool_until_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def building(name: str, done: int) -> tuple[str, Any]:
+        return "pools", {"building": {"name": name, "done": done, "total": 8}}
+
+    server = Following(
+        ("slots", {}),
+        ("pools", {"building": None}),
+        building("law", 7),
+        building("math", 0),
+        ("slots", {}),
+        building("math", 5),
+        ("pools", {"building": None}),
+        building("math", 99),
+    )
+    monkeypatch.setattr(server_build, "server_of", lambda arguments: nullcontext(server))
+    told: list[tuple[int, int]] = []
+    arguments, is_over = argparse.Namespace(name="math"), threading.Event()
+    server_build._follow(arguments, lambda *news: told.append(news), is_over)
+    assert told == [(0, 8), (5, 8)]
+    is_over.set()
+    server_build._follow(arguments, lambda *news: told.append(news), is_over)
+    assert len(told) == 2
 
 
 def test_chats_and_whole_files_are_sent_as_they_are(

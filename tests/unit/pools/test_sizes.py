@@ -121,7 +121,10 @@ def test_sizes_unite_like_pools_however_they_are_written() -> None:
         ("math@x", "no pool 'math@x': the sizes"),
         ("math@-4", "no pool 'math@-4': the sizes"),
         ("code+math@99", "no pool 'math@99': the sizes"),
-        ("math@4@4", "no pool 'math@4@4'; the pools are: code, law, math"),
+        (
+            "math@4@4",
+            r"no pool 'math@4@4' \(did you mean 'math'\?\); the pools are: code, law, math",
+        ),
         ("nope@4", "no pool 'nope@4'; the pools are: code, law, math"),
         ("@4", "no pool '@4'; the pools are"),
         ("law@4", "no pool 'law@4': pool 'law' has no scores by which.*with sizes are: code, math"),

@@ -107,7 +107,7 @@ def test_every_command_of_emo_serve_that_a_page_names_exists(
         main(["--help"])
     help_text = capsys.readouterr().out
     for command in set(re.findall(r"`emo-serve (\w+)", "\n".join(PAGES.values()))):
-        assert re.search(rf"^    {command} ", help_text, re.M), command
+        assert re.search(rf"^    {command}(?: |$)", help_text, re.M), command
 
 
 @each_page

@@ -135,7 +135,9 @@ def test_training_learns_and_repeats_itself(tokens: Path, tmp_path: Path) -> Non
 
 def test_the_twin_differs_by_the_rule_alone(tokens: Path, tmp_path: Path) -> None:
     twin = Recipe(**{**vars(TINY_RECIPE), "emo": False})
-    emo_model = train(TINY_RECIPE, _tiny_config(), tokens, tmp_path / "emo")
+    made: list[int] = []
+    emo_model = train(TINY_RECIPE, _tiny_config(), tokens, tmp_path / "emo", advance=made.append)
+    assert sum(made) == TINY_RECIPE.total_steps
     twin_model = train(twin, _tiny_config(), tokens, tmp_path / "twin")
     rules = [m.choose_pool for m in emo_model.modules() if isinstance(m, EmoMoe)]
     assert all(isinstance(rule, EmoPools) for rule in rules)

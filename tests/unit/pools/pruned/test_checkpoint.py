@@ -57,7 +57,11 @@ def shared1(tmp_path: Path) -> Path:
 def test_the_released_reference_gives_the_same_values(
     tmp_path: Path, shared1: Path, name: str
 ) -> None:
-    export_pool(a_pool(golden().pools[name]), Checkpoint.open(shared1), tmp_path / "out")
+    told: list[tuple[int, int]] = []
+    pool, checkpoint = a_pool(golden().pools[name]), Checkpoint.open(shared1)
+    export_pool(pool, checkpoint, tmp_path / "out", lambda *news: told.append(news))
+    done, totals = zip(*told, strict=True)
+    assert list(done) == sorted(done) and {done[-1]} == set(totals)
     got = logprobs(load_model(tmp_path / "out"), golden().prompts)
     torch.testing.assert_close(got, torch.tensor(golden().prompt_logprobs[name]), atol=1e-4, rtol=0)
     other = "law" if name == "code" else "code"
