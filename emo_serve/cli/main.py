@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     from emo_serve.cli.doctor import add_doctor_command
     from emo_serve.cli.pools import add_pools_parser
 
-    parser = CommandParser(
+    parser: argparse.ArgumentParser = CommandParser(
         prog="emo-serve",
         description="Serve EMO models: one vLLM engine, many expert pools, the OpenAI API.",
     )
