@@ -54,6 +54,7 @@ from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
 from emo_serve.server.vllm_adapter.metrics_routes import add_metrics_routes, metrics_registry
 from emo_serve.server.vllm_adapter.openai import build_http_app, create_http_server
 from emo_serve.server.vllm_adapter.request_log import RequestLog
+from emo_serve.server.vllm_adapter.spans import trace_requests
 from emo_serve.server.vllm_adapter.tokenizer import EngineTokenizer
 from emo_serve.server.vllm_adapter.worker_calls import EngineFacts, WorkerCalls
 
@@ -106,6 +107,7 @@ async def build_server(
         pools.metrics,
         coverage,
         request_log,
+        trace_requests(engine),
         honours_priority=args.scheduling_policy == "priority",
         max_sequences=max_sequences(engine),
     )

@@ -26,6 +26,7 @@ _PERIOD_SECONDS = 1.0  # a read is one short call between two steps of the engin
 @dataclass
 class _Account:
     pool: str
+    on_final: Callable[[CoverageSum | None], None]
     total: CoverageSum | None = None
     is_closed: bool = False
 
@@ -61,10 +62,15 @@ class CoverageBook:
         """Return how many accounts are open, or closed but not read since."""
         return len(self._accounts)
 
-    def open(self, pool: str) -> int:
-        """Open an account and return its number, which is at least 1 and never used again."""
+    def open(
+        self, pool: str, on_final: Callable[[CoverageSum | None], None] = lambda total: None
+    ) -> int:
+        """Open an account and return its number, which is at least 1 and never used again.
+
+        `on_final` gets its sum once nothing can be added: None if no token was routed.
+        """
         number = next(self._numbers)
-        self._accounts[number] = _Account(pool)
+        self._accounts[number] = _Account(pool, on_final)
         self._has_accounts.set()
         return number
 
@@ -112,6 +118,7 @@ class CoverageBook:
             entry = self._accounts.pop(number)
             if entry.total is not None:
                 self._observe(entry.pool, share_of(entry.total))
+            entry.on_final(entry.total)
         if not self._accounts:
             self._has_accounts.clear()
 

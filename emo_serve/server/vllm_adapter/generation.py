@@ -43,6 +43,7 @@ from emo_serve.server.vllm_adapter.request_faults import (
     refused_value,
 )
 from emo_serve.server.vllm_adapter.request_log import RequestLog
+from emo_serve.server.vllm_adapter.spans import RequestSpans
 from emo_serve.server.vllm_adapter.tokenization import check_bad_words
 from emo_serve.vllm_plugin.contract import NO_ACCOUNT, NO_MASS_SLOT, RequestTag
 
@@ -95,6 +96,7 @@ class PooledLLM:
         metrics: PoolMetrics,
         coverage: CoverageBook | None = None,
         request_log: RequestLog | None = None,
+        spans: RequestSpans | None = None,
         *,
         honours_priority: bool = False,
         max_sequences: int | None = None,
@@ -102,6 +104,7 @@ class PooledLLM:
         self._engine, self._max_sequences = engine, max_sequences
         self._residency, self._metrics, self._request_log = residency, metrics, request_log
         self._coverage, self._honours_priority = coverage, honours_priority
+        self._spans = spans
         self._running: dict[asyncio.Task[None], _Reader] = {}  # asyncio keeps weak references
         self._reports: set[asyncio.Task[None]] = set()
 
@@ -141,7 +144,7 @@ class PooledLLM:
         if context.wants_coverage:
             covered = asyncio.get_running_loop().create_future()
             context.coverages.append(covered)
-        account = NO_ACCOUNT if self._coverage is None else self._coverage.open(pool.name)
+        account = self._open_account(pool, request_id)
         collector = RequestOutputCollector(sampling_params.output_kind, request_id)
         request = (salted, sampling_params, request_id, options)
         pump = asyncio.create_task(
@@ -152,7 +155,7 @@ class PooledLLM:
         context.running.add(running)
         pump.add_done_callback(lambda _: context.running.discard(running))
         pump.add_done_callback(lambda _: place.release())
-        pump.add_done_callback(partial(self._settle, account, covered))
+        pump.add_done_callback(partial(self._settle, request_id, account, covered))
         stream = _collected(collector, running)
         # A generator never iterated runs no `finally`. The end of the HTTP request cancels its
         # pump; this does so where there is no such request.
@@ -174,6 +177,17 @@ class PooledLLM:
         raise VLLMValidationError(
             "this server generates text only; it does not serve pooling requests"
         )
+
+    def _open_account(self, pool: ExpertPool, request_id: str) -> int:
+        """Open the request's account of coverage, whose final sum its spans get, if there are any.
+
+        Without accounts return NO_ACCOUNT.
+        """
+        if self._coverage is None:
+            return NO_ACCOUNT
+        if self._spans is None:
+            return self._coverage.open(pool.name)
+        return self._coverage.open(pool.name, partial(self._spans.settle, request_id))
 
     def _admit(
         self, model: str | None, num_sequences: int, context: RequestContext
@@ -235,6 +249,11 @@ class PooledLLM:
         try:
             async with self._residency.lease(pool) as lease:
                 account.note_granted(is_hit=lease.is_hit)
+                if self._spans is not None:
+                    waited = account.wait_seconds
+                    self._spans.note(
+                        request_id, pool.name, is_hit=lease.is_hit, wait_seconds=waited
+                    )
                 placed = place_in_row(params, lease.row, account=number)
                 stream = outputs_of(self._engine, on_taken, prompt, placed, request_id, **options)
                 async with aclosing(stream):  # an abort is sent before the lease ends
@@ -271,6 +290,7 @@ class PooledLLM:
 
     def _settle(
         self,
+        request_id: str,
         account: int,
         covered: asyncio.Future[CoverageSum | None] | None,
         pump: asyncio.Task[None],
@@ -285,6 +305,8 @@ class PooledLLM:
             reading.add_done_callback(self._reports.discard)
         elif self._coverage is not None:
             self._coverage.close(account)
+        elif self._spans is not None:
+            self._spans.settle(request_id, None)
 
     async def _report(self, account: int, covered: asyncio.Future[CoverageSum | None]) -> None:
         found: CoverageSum | None = None

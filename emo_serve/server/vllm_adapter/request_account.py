@@ -32,6 +32,11 @@ class RequestAccount:
         """Return the tokens generated so far, of all completions."""
         return sum(self._tokens_of.values())
 
+    @property
+    def wait_seconds(self) -> float:
+        """Return how long the request waited for its pool, or has waited so far."""
+        return (time.monotonic() if self._granted is None else self._granted) - self._start
+
     def note_granted(self, *, is_hit: bool) -> None:
         """Note that the pool is leased now; `is_hit` if it needed no load."""
         self._granted, self._is_hit = time.monotonic(), is_hit

@@ -21,6 +21,7 @@ from emo_serve.pools.document import write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from tests.support.golden.checkpoints import pools_of, write_checkpoint
 from tests.support.server_process import RunningServer, serve
+from tests.support.trace_collector import TraceCollector, trace_collector
 
 POOLS = ("math", "code", "law", "tiny")
 API, ADMIN = "clients-Ke9", "operators-Wa4"
@@ -53,6 +54,7 @@ TIGHT = (
 SHIPPED = (
     *("--expert-slots", "9", "--preload", "python,math", "--default-pool", "python"),
     *("--api-key", API, "--drain-timeout", "300", "--enforce-eager"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
 """The shipped model: pools of 8 experts per layer, and room for 9."""
 
@@ -114,8 +116,16 @@ def tight_pools(golden_pools: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def collector() -> Iterator[TraceCollector]:
+    """Where the shipped server sends its spans."""
+    with trace_collector() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def server(
     request: pytest.FixtureRequest,
+    collector: TraceCollector,
     golden_checkpoint: Path,
     golden_pools: Path,
     tight_pools: Path,
@@ -125,10 +135,13 @@ def server(
     flags = {
         "whole": (str(golden_checkpoint), "--pools", str(golden_pools), *WHOLE),
         "tight": (str(golden_checkpoint), "--pools", str(tight_pools), *TIGHT),
-        "shipped": SHIPPED,
+        "shipped": (*SHIPPED, "--otlp-traces-endpoint", collector.url),
     }
-    with serve(tmp_path_factory.mktemp(request.param), *flags[request.param]) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in collector.variables.items():
+            patched.setenv(name, value)
+        with serve(tmp_path_factory.mktemp(request.param), *flags[request.param]) as running:
+            yield running
 
 
 @pytest.fixture
