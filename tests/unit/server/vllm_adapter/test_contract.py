@@ -44,6 +44,7 @@ from vllm.lora.request import LoRARequest
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tracing import instrument_manual
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -81,6 +82,7 @@ from emo_serve.errors import (
 from emo_serve.server.asgi.errors import refusal, status_of
 from emo_serve.server.startup.unsupported_flags import _UNSUPPORTED
 from emo_serve.server.vllm_adapter import flags, generation, openai
+from emo_serve.server.vllm_adapter.spans import RequestSpans
 from emo_serve.vllm_plugin.contract import PluginSettings
 from emo_serve.vllm_plugin.settings import has_front_end, read_settings
 from tests.unit.vllm_plugin.test_settings import vllm_config
@@ -467,3 +469,23 @@ def test_without_a_model_some_defaults_are_others() -> None:
     given = ["--kv-cache-memory-bytes", "1M", "--no-enforce-eager"]
     asked = flags.parse_serve_args(given, others)
     assert (asked.kv_cache_memory_bytes, asked.enforce_eager) == (2**20, False)
+
+
+# -- spans --
+
+
+def test_vllm_writes_one_span_per_request_by_that_name_and_with_its_callers_id() -> None:
+    assert inspect.signature(RequestSpans.hold).parameters.keys() - {"self"} == set(
+        inspect.signature(instrument_manual).parameters
+    )
+    text = source(OutputProcessor.do_tracing)
+    assert "SpanAttributes.GEN_AI_REQUEST_ID: req_state.external_req_id" in text
+    calls = [
+        node
+        for node in ast.walk(ast.parse(textwrap.dedent(text)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "instrument_manual"
+    ]
+    (call,) = calls
+    assert {"span_name", "start_time", "attributes", "context", "kind"} == {
+        keyword.arg for keyword in call.keywords
+    }
