@@ -136,9 +136,9 @@ def format_summary(summary: Summary) -> str:
         )
     lines += [f"    refused: {reason}" for reason in summary.refused]
     lines.append(f"  URL      {summary.address.url}/v1")
+    lines.append(f"  try      {summary.address.curl(summary.try_model)}")
     if summary.address.uds is None:
         lines.append(f"  console  {summary.address.url}/console")
-    lines.append(f"  try      {summary.address.curl(summary.try_model)}")
     return "\n".join(lines)
 
 

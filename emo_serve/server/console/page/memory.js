@@ -4,6 +4,7 @@
 import { el, field, newId, setText, table } from "./dom.js";
 import { FILES, takeFiles } from "./examples.js";
 import { count, perLayer, plural, size } from "./format.js";
+import { roundUp } from "./chart.js";
 import { Plot } from "./plot.js";
 import { poolPath } from "./server.js";
 
@@ -30,9 +31,10 @@ export class Memory {
     this.#app = app;
     this.plot = new Plot({
       title: "Loss against memory",
-      x: "experts in memory, GiB",
+      x: "experts in memory",
       y: "loss, nats per token",
-      formatX: (value) => (value < 0.1 ? value.toFixed(4) : value.toFixed(2)),
+      formatX: size,
+      roundX: (bytes) => roundUp(bytes / unitOf(bytes)) * unitOf(bytes),
       formatY: (value) => value.toFixed(2),
     });
     const { table: made, body } = table("Loss by pool", COLUMNS);
@@ -221,7 +223,7 @@ export class Memory {
     for (const { name, card, loss } of rows) {
       const line = name.split("@")[0];
       const point = {
-        x: card.bytes / 2 ** 30,
+        x: card.bytes,
         y: loss,
         label: `${name}: ${loss.toFixed(3)} at ${size(card.bytes)}`,
       };
@@ -255,6 +257,11 @@ export class Memory {
     setText(this.said, text);
     this.said.classList.toggle("error", isError);
   }
+}
+
+/** The bytes of the unit that `size` writes. */
+function unitOf(bytes) {
+  return bytes >= 0.1 * 2 ** 30 ? 2 ** 30 : 2 ** 20;
 }
 
 function textOf(example) {

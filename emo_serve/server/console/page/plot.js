@@ -4,7 +4,8 @@ import { el, newId, setText, svg } from "./dom.js";
 import { roundUp } from "./chart.js";
 
 const [WIDTH, HEIGHT] = [640, 300];
-const [LEFT, RIGHT, TOP, BOTTOM] = [56, 16, 12, 40];
+const [LEFT, RIGHT, TOP, BOTTOM] = [56, 120, 12, 40]; // on the right are names
+const LINE = 14; // between two names
 const DASHES = ["", "6 4", "2 3", "10 3 2 3"];
 const MARKS = [
   (x, y) => `M${x - 4} ${y}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0`,
@@ -16,9 +17,12 @@ const MARKS = [
 export class Plot {
   #options;
 
-  /** `options` are `{title, x, y, formatX, formatY}`: both axes' titles, and how to write them. */
+  /**
+   * `options` are `{title, x, y, formatX, formatY, roundX}`: both axes' titles, how to write them,
+   * and what number the x axis ends at, given the largest.
+   */
   constructor(options) {
-    this.#options = options;
+    this.#options = { roundX: roundUp, ...options };
     const id = newId("plot");
     this.words = svg("title", { id }, options.title);
     this.body = svg("g");
@@ -40,28 +44,34 @@ export class Plot {
   /** Show series `{name, points}` of points `{x, y, label}`; x begins at zero, y near its least. */
   show(series) {
     const points = series.flatMap((one) => one.points);
-    const { title, formatX, formatY } = this.#options;
+    const { title, formatX, formatY, roundX } = this.#options;
     this.body.replaceChildren();
     setText(
       this.words,
       points.length ? `${title}: ${series.map(inWords(formatX, formatY)).join("; ")}` : title,
     );
     if (!points.length) return;
-    const mostX = roundUp(Math.max(...points.map((point) => point.x)));
-    const [low, high] = rangeOf(points.map((point) => point.y));
+    const mostX = roundX(Math.max(...points.map((point) => point.x)));
+    const ticks = ticksOf(points.map((point) => point.y));
+    const [low, high] = [ticks[0], ticks.at(-1)];
     const x = (value) => LEFT + (value / mostX) * (WIDTH - LEFT - RIGHT);
     const y = (value) => HEIGHT - BOTTOM - ((value - low) / (high - low)) * (HEIGHT - BOTTOM - TOP);
-    for (const part of [0, 0.25, 0.5, 0.75, 1]) {
-      const [atX, atY] = [part * mostX, low + part * (high - low)];
+    for (const tick of ticks) {
       this.body.append(
-        svg("path", { class: "rule", d: `M${LEFT} ${y(atY)}H${WIDTH - RIGHT}` }),
-        svg("text", { x: LEFT - 6, y: y(atY) + 4, "text-anchor": "end" }, formatY(atY)),
-        svg("text", { x: x(atX), y: HEIGHT - BOTTOM + 15, "text-anchor": "middle" }, formatX(atX)),
+        svg("path", { class: "rule", d: `M${LEFT} ${y(tick)}H${WIDTH - RIGHT}` }),
+        svg("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, formatY(tick)),
       );
     }
-    series.forEach((one, place) => this.#draw(one, place, x, y));
+    for (const part of [0, 0.25, 0.5, 0.75, 1]) {
+      const anchor = part ? "middle" : "start"; // beside the lowest number of the other axis
+      const place = { x: x(part * mostX), y: HEIGHT - BOTTOM + 16, "text-anchor": anchor };
+      this.body.append(svg("text", place, formatX(part * mostX)));
+    }
+    const ends = series.map((one, place) => this.#draw(one, place, x, y));
+    this.#name(ends);
   }
 
+  /** Draw a series; return its name and where it ends. */
   #draw({ name, points }, place, x, y) {
     const sorted = [...points].sort((a, b) => a.x - b.x);
     const path = sorted.map((point, at) => `${at ? "L" : "M"}${x(point.x)} ${y(point.y)}`).join("");
@@ -75,22 +85,26 @@ export class Plot {
       this.body.append(made);
     }
     const last = sorted.at(-1);
-    const anchor = x(last.x) > WIDTH - 120 ? "end" : "start";
-    const shift = anchor === "end" ? -8 : 8;
-    this.body.append(
-      svg(
-        "text",
-        { class: "name", x: x(last.x) + shift, y: y(last.y) - 8, "text-anchor": anchor },
-        name,
-      ),
-    );
+    return { name, x: x(last.x), y: y(last.y) };
+  }
+
+  /** Write the names to the right of the ends, each below the one before. */
+  #name(ends) {
+    let lowest = -LINE;
+    for (const end of [...ends].sort((a, b) => a.y - b.y)) {
+      lowest = Math.max(end.y + 4, lowest + LINE);
+      this.body.append(svg("text", { class: "name", x: end.x + 10, y: lowest }, end.name));
+    }
   }
 }
 
-function rangeOf(values) {
+/** Return numbers that are easy to read, from below the least of these to above the largest. */
+function ticksOf(values) {
   const [least, most] = [Math.min(...values), Math.max(...values)];
-  const margin = (most - least || Math.abs(most) || 1) * 0.1;
-  return [least - margin, most + margin];
+  const step = roundUp((most - least || Math.abs(most) || 1) / 4);
+  const [first, last] = [Math.floor(least / step), Math.ceil(most / step)];
+  const count = Math.max(last - first, 1);
+  return Array.from({ length: count + 1 }, (_, place) => (first + place) * step);
 }
 
 function inWords(formatX, formatY) {

@@ -234,7 +234,7 @@ export class Pool {
     setText(
       this.usage,
       hasUsage
-        ? `Rows are layers, columns are experts; the darker, the more often chosen by ${count(usage.tokens)} tokens since the server started.`
+        ? `Rows are layers, columns are experts; the stronger its colour, the more often one was chosen by ${count(usage.tokens)} tokens since the server started.`
         : `How often experts are chosen is not known: ${usage.message}`,
     );
     const rows = [];

@@ -62,8 +62,8 @@ def test_it_says_what_an_operator_asks() -> None:
         "math    16-20 experts per layer  resident  (default)",
         "refused: bad.json: layer 1: an expert is 999",
         "URL      http://127.0.0.1:8000/v1",
-        "console  http://127.0.0.1:8000/console",
         "try      curl ",
+        "console  http://127.0.0.1:8000/console",
     ):
         assert line in text
 
