@@ -111,6 +111,16 @@ class ServeSettings:
         help="experts per layer of a pool that is named without a size, if its file has scores and"
         " no default_experts: its K best (default: the experts that the file lists)",
     )
+    elastic_min_experts: int | None = flag(
+        "--elastic-min-experts",
+        read_int,
+        default=None,
+        metavar="K",
+        help="serve a request whose pool is not resident at once in the largest smaller size of it"
+        " that is, of at least K experts per layer, while the pool loads, the best experts first;"
+        " applies to pools with scores (default: requests wait for the whole pool, except those"
+        " that send x-emo-min-experts)",
+    )
     expert_memory_bytes: int | None = flag(
         "--expert-memory",
         parse_size,
@@ -332,6 +342,10 @@ class ServeSettings:
     def _check_memory(self) -> None:
         if self.default_experts is not None and self.default_experts < 1:
             raise ConfigError(f"--default-experts is {self.default_experts}; give at least 1")
+        if self.elastic_min_experts is not None and self.elastic_min_experts < 1:
+            raise ConfigError(
+                f"--elastic-min-experts is {self.elastic_min_experts}; give at least 1"
+            )
         if self.expert_memory_bytes is not None and self.expert_slots is not None:
             raise ConfigError("--expert-memory and --expert-slots set the same limit; give one")
         if self.expert_slots is not None and self.expert_slots < 1:

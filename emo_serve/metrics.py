@@ -33,14 +33,18 @@ Residency
 Loads
     emo_serve_pool_hits_total{pool}              requests that found their pool resident
     emo_serve_pool_misses_total{pool}            requests that did not
+    emo_serve_smaller_requests_total{pool}       requests served in a smaller size, since the pool
+                                                 was not resident (--elastic-min-experts); each is
+                                                 also a hit or a miss of that size
     emo_serve_pool_loads_total{pool,outcome}     loads that ended: loaded or failed
     emo_serve_pool_load_seconds                  histogram: from a load's start to its publication
     emo_serve_pool_load_bytes_total              bytes copied into slots, on all ranks
     emo_serve_file_read_bytes_total              bytes read from checkpoint files, on all ranks
     emo_serve_expert_reads_total{tier}           experts that loads needed, by where they were
                                                  found: slab (nothing to copy), host or disk
-    emo_serve_pool_evictions_total{pool,reason}  pools that gave up their slots: to make room, by
-                                                 the operator, or retired (the definition is gone)
+    emo_serve_pool_evictions_total{pool,reason}  pools that gave up their slots: to make room, or
+                                                 shrunk for that to a size that stays, by the
+                                                 operator, or retired (the definition is gone)
 Server
     emo_serve_step_age_seconds                   time since the engine's last step, or since work
                                                  came to it; 0 while it has none
@@ -88,7 +92,7 @@ __all__ = [
 OUTCOMES = ("finished", "aborted", "failed")
 WAIT_OUTCOMES = ("granted", "deadline", "failed", "left")
 LOAD_OUTCOMES = ("loaded", "failed")
-EVICTION_REASONS = ("room", "operator", "retired")
+EVICTION_REASONS = ("room", "shrunk", "operator", "retired")
 TIERS = ("slab", "host", "disk")
 
 AUTO_PROBE_POOL = "(auto)"
@@ -183,6 +187,9 @@ class PoolMetrics:
         self._waits = seconds("waiting", "Time requests waited for a pool to be loaded", "outcome")
         self._hits = counter("pool_hits", "Requests that found their pool resident", "pool")
         self._misses = counter("pool_misses", "Requests whose pool was not resident", "pool")
+        self._smaller = counter(
+            "smaller_requests", "Requests served in a smaller size than asked for", "pool"
+        )
         self._loads = counter("pool_loads", "Loads of pools that ended", "pool", "outcome")
         self._load_seconds = seconds("pool_load", "Time from a load's start to its publication")
         self._copied = counter("pool_load_bytes", "Bytes copied into expert slots, on all ranks")
@@ -199,7 +206,7 @@ class PoolMetrics:
             (self._loads, LOAD_OUTCOMES),
             (self._evictions, EVICTION_REASONS),
             *((c, ()) for c in (self._prompt_tokens, self._generation_tokens)),
-            *((c, ()) for c in (self._hits, self._misses)),
+            *((c, ()) for c in (self._hits, self._misses, self._smaller)),
             (self._coverage, ()),
             (self._request_experts, ()),
             (self._choices, ()),
@@ -274,6 +281,10 @@ class PoolMetrics:
     def count_ask(self, pool: str, *, is_hit: bool) -> None:
         """Count a request for a pool that was resident, or was not."""
         (self._hits if is_hit else self._misses).labels(self._label(pool)).inc()
+
+    def count_smaller(self, pool: str) -> None:
+        """Count a request that a smaller size serves, since its pool was not resident."""
+        self._smaller.labels(self._label(pool)).inc()
 
     def count_wait(self, pool: str, outcome: str, seconds: float) -> None:
         """Count a request whose wait for a load has ended; `outcome` is one of WAIT_OUTCOMES."""

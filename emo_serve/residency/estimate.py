@@ -122,7 +122,7 @@ class WaitEstimate:
                     self._room_seconds(seconds) + load if is_first else (seconds + self._one_turn())
                 )
                 is_first = False
-            yield pending.key, len(pending.waiters), seconds
+            yield pending.key, pending.num_clients, seconds
 
     def _room_seconds(self, seconds: float) -> float:
         """Return when the leases have ended that the first pool must wait for, and the link."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from emo_serve.errors import Draining, PoolInUse
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.backlog import Backlog, BacklogLimits, Place
+from emo_serve.residency.elastic import Growth, Nested, NestedSizes
 from emo_serve.residency.policy import EvictionPolicy, LruPolicy
 from emo_serve.residency.ports import NullObserver, PoolEngine, ResidencyObserver
 from emo_serve.residency.queue import LoadQueue
@@ -52,7 +53,8 @@ class ResidencyManager:
 
     `num_rows` counts the rows of the engine's pool table, including the base pool's; `slot_bytes`
     is the size of one expert in one layer, over all ranks. Pools must be complete and match the
-    model. Without `limits`, any number of requests is admitted for resident pools.
+    model. Without `limits`, any number of requests is admitted for resident pools. `shrink_to`
+    names the sizes that a pool may leave behind when it makes room for another; without it, none.
     """
 
     def __init__(
@@ -68,11 +70,12 @@ class ResidencyManager:
         load_deadline_seconds: float = 60.0,
         observer: ResidencyObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
+        shrink_to: NestedSizes | None = None,
     ) -> None:
         self._room = Room(slots, num_rows, slot_bytes)
         self._policy: EvictionPolicy = policy or LruPolicy()
         self._counts = EventCounts(observer or NullObserver())
-        self._deadline_seconds = load_deadline_seconds
+        self._deadline_seconds, self._clock = load_deadline_seconds, clock
         self._resident = ResidentPools(self._room, self._counts)
         self._queue = LoadQueue(
             self._room,
@@ -83,7 +86,9 @@ class ResidencyManager:
             clock,
             max_waiting,
             load_deadline_seconds,
+            shrink_to,
         )
+        self._growth = Growth(lambda pool: self._queue.acquire(pool, Purpose.GROW))
         self._backlog = Backlog(limits, clock)
         self._is_draining = False
 
@@ -147,6 +152,27 @@ class ResidencyManager:
         of one that was admitted before.
         """
         return self._backlog.enter(pool, num_sequences, is_continued=is_continued)
+
+    def begin(self, nested: Nested) -> ExpertPool:
+        """Return what a request for an elastic pool is served in, and have the rest follow.
+
+        The whole pool if a lease on it can be had at once, or when its load ends; else the largest
+        size that can; else the smallest, for which the request waits. The pool then grows behind
+        what requests wait for, step by step.
+        """
+        whole = nested.whole
+        if self._is_draining or self.would_hit(whole):
+            return whole
+        size = nested.largest(self._room.covers)
+        if size is not None and not self._queue.may_begin(nested.at(size)):
+            size = None
+        resident = self._resident.get(whole.content_hash)
+        if size is None and resident is not None and not resident.is_published:
+            return whole
+        self._policy.note_asked(whole.content_hash, self._clock())
+        self._counts.count_smaller(whole.name)
+        self._growth.start(nested, size)
+        return nested.smallest if size is None else nested.at(size)
 
     @asynccontextmanager
     async def lease(self, pool: ExpertPool, *, is_own: bool = False) -> AsyncIterator[Lease]:
@@ -223,6 +249,7 @@ class ResidencyManager:
         Requests that wait for it are served first; waiting operators get StateConflict.
         """
         self._policy.forget(pool.content_hash)
+        self._growth.stop(pool.content_hash)
         self._queue.retire(pool.content_hash)
 
     def revive(self, pool: ExpertPool) -> None:
@@ -242,6 +269,7 @@ class ResidencyManager:
     def start_draining(self) -> None:
         """Have `check_admissible` refuse everything; running and waiting requests go on."""
         self._is_draining = True
+        self._growth.stop_all()
 
     async def drained(self, timeout_seconds: float) -> bool:
         """Wait until no lease is held or waited for; return False if that takes too long."""
@@ -314,6 +342,8 @@ class ResidencyManager:
             is_pinned=self._resident.is_pinned(known.key),
             running_by_name=Counter(resident.leases_by_name if resident is not None else ()),
             waiting_by_name=Counter(
-                ask.name for ask in (pending.waiters.values() if pending is not None else ())
+                ask.name
+                for ask in (pending.waiters.values() if pending is not None else ())
+                if ask.purpose is not Purpose.GROW
             ),
         )

@@ -39,7 +39,7 @@ class PendingPools:
     @property
     def num_waiters(self) -> int:
         """Return how many requests and operators wait."""
-        return sum(len(pending.waiters) for pending in self)
+        return sum(pending.num_clients for pending in self)
 
     # -- waiters --
 

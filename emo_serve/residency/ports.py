@@ -77,8 +77,12 @@ class ResidencyObserver(Protocol):
         """Count a load that failed, or could not begin; what it copied is not known."""
         ...
 
+    def count_smaller(self, pool: str) -> None:
+        """Count a client's request that a smaller size serves, since the pool is not resident."""
+        ...
+
     def count_eviction(self, pool: str, reason: str) -> None:
-        """Count an eviction; `reason` is room, operator or retired."""
+        """Count an eviction; `reason` is room, shrunk, operator or retired."""
         ...
 
 
@@ -95,6 +99,9 @@ class NullObserver:
         """Do nothing."""
 
     def count_failed_load(self, pool: str) -> None:
+        """Do nothing."""
+
+    def count_smaller(self, pool: str) -> None:
         """Do nothing."""
 
     def count_eviction(self, pool: str, reason: str) -> None:

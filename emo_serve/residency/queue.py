@@ -8,6 +8,8 @@ First come, first served, one place per pool:
   the policy's order. If those do not make enough room, the coldest leased ones are *closed*: their
   requests run to the end, new ones wait in the queue, and after the last lease they are evicted.
 - A pool further back may pass if it can be loaded without taking what the first is waiting for.
+- A step of an elastic pool's growth comes after everything that is waited for, and closes nothing.
+  A pool evicted for another may leave behind a smaller size of itself, if that has room.
 - So a wait is bounded by the queue ahead: each place costs at most the longest running request and
   a load, plus a second load if another pool passed and is using the link when room is made.
 - When a load is done, its waiters have their leases before any other request can ask.
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.elastic import NestedSizes
 from emo_serve.residency.estimate import LeaseTimes, WaitEstimate
 from emo_serve.residency.loads import RunningLoads
 from emo_serve.residency.pending import PendingPools
@@ -50,6 +53,7 @@ class LoadQueue:
         clock: Callable[[], float],
         max_waiting: int,
         deadline_seconds: float,
+        shrink_to: NestedSizes | None = None,
     ) -> None:
         self._room = room
         self._resident = resident
@@ -57,6 +61,7 @@ class LoadQueue:
         self._observer = observer
         self._clock = clock
         self._deadline_seconds = deadline_seconds
+        self._shrink_to = shrink_to
         self._pending = PendingPools(room)
         self._loads = RunningLoads(resident, engine, observer, self._end_wait, self.schedule)
         self._times = LeaseTimes(clock)
@@ -86,6 +91,14 @@ class LoadQueue:
         """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless a request may wait for it."""
         self._refusals.check_may_wait(pool)
 
+    def may_begin(self, pool: ExpertPool) -> bool:
+        """Tell whether a request for the pool would begin without a copy and without a turn."""
+        if (resident := self._resident.get(pool.content_hash)) is not None:
+            return resident.is_open
+        if self._closing_for is not None or not self._room.covers(pool):
+            return False
+        return self._room.fits(self._room.demand(pool))
+
     def check_integrity(self) -> None:
         """Assert that slots, rows, leases and the queue agree."""
         self._resident.check_integrity()
@@ -107,7 +120,8 @@ class LoadQueue:
         as `check_may_wait`, LoadDeadlineExceeded, and whatever the load raised.
         """
         key, ask = pool.content_hash, Ask(purpose, pool.name)
-        self._policy.note_asked(key, self._clock())
+        if purpose is not Purpose.GROW:
+            self._policy.note_asked(key, self._clock())
         if purpose is Purpose.PIN:
             self._resident.reopen(key)
         if (resident := self._resident.get_open(key)) is not None:
@@ -228,7 +242,9 @@ class LoadQueue:
 
     def _serve_waiting(self) -> bool:
         """Walk the queue once; True after a change that may let others in: walk it again."""
-        if self._closing_for is not None and self._closing_for not in self.pending:
+        if self._closing_for is not None and (
+            self._closing_for not in self.pending or self._closing_for.is_growth
+        ):
             self._reopen()
         for pending in self._pending:
             if (resident := self._resident.get_open(pending.key)) is not None:
@@ -238,14 +254,14 @@ class LoadQueue:
         waiting = [p for p in self._pending if p.key not in self._resident and p.is_wanted]
         if not waiting:
             return False
-        first, *others = waiting
+        first, *others = [p for p in waiting if not p.is_growth] or waiting
         coldest_first = self._coldest_first()
         idle = [resident.key for resident in coldest_first if not resident.leases]
         victims = self._room.choose(first.demand, idle)
         if victims is not None and self._has_link(first):
             self._start(first, victims)
             return True
-        if victims is None and self._close_for(first, coldest_first):
+        if victims is None and not first.is_growth and self._close_for(first, coldest_first):
             return True
         reserved = {resident.key for resident in self._resident if resident.is_closing}
         reserved.update(victims or ())
@@ -272,9 +288,37 @@ class LoadQueue:
 
     def _start(self, pending: PendingPool, victims: list[str]) -> None:
         """Evict the victims and begin a load in their place."""
+        self._shrink(victims, pending)
         plan = self._room.plan(pending.pool, victims)
-        if self._loads.start(pending.pool, plan) and self._closing_for is pending:
+        if not self._loads.start(pending.pool, plan):
+            for resident in self._resident:
+                resident.shrunk_to = None
+        elif self._closing_for is pending:
             self._reopen()
+
+    def _shrink(self, victims: list[str], pending: PendingPool) -> None:
+        """Of each victim, the warmest first, have the largest size stay that fits as well."""
+        if self._shrink_to is None:
+            return
+        for key in reversed(victims):
+            victim = self._resident.get(key)
+            assert victim is not None
+            victim.shrunk_to = None
+            nested = None if victim.is_retired else self._shrink_to(victim.pool)
+            if nested is None:
+                continue
+
+            def fits(size: ExpertPool) -> bool:
+                both = pending.demand | self._room.demand(size)
+                return self._room.num_free_rows > 0 and self._room.fits(both, without=victims)
+
+            k = nested.largest(fits)
+            size = None if k is None else nested.at(k)
+            if size is None or size.content_hash in victims:
+                continue
+            if size.content_hash not in self._resident:
+                self._loads.start(size, self._room.plan(size, ()))  # a row; nothing is copied
+            victim.shrunk_to = size.name
 
     def _has_link(self, pending: PendingPool) -> bool:
         """Tell whether the link is free, or not needed."""

@@ -18,11 +18,15 @@ __all__ = ["Ask", "PendingPool", "Purpose", "ResidentPool", "Waiter"]
 
 
 class Purpose(Enum):
-    """What a waiting request or operator wants of the pool once it is resident."""
+    """What a waiting request or operator wants of the pool once it is resident.
+
+    GROW is the server's own wish: a step of an elastic pool, which makes no request wait.
+    """
 
     LEASE = "lease"
     PIN = "pin"
     LOAD = "load"
+    GROW = "grow"
 
 
 class Ask(NamedTuple):
@@ -37,7 +41,8 @@ class ResidentPool:
     """One pool that was given slots and a row; until it is published, its load is running.
 
     `leases_by_name` counts its leases by the name that was asked for, without zeros. `drains`
-    counts the operators who wait for its eviction; `gone` is set once it is evicted.
+    counts the operators who wait for its eviction; `gone` is set once it is evicted. `shrunk_to`
+    names the size that stays when it must make room; None if nothing does.
     """
 
     pool: ExpertPool
@@ -47,6 +52,7 @@ class ResidentPool:
     is_closing: bool = False
     leases_by_name: Counter[str] = field(default_factory=Counter)
     drains: int = 0
+    shrunk_to: str | None = None
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -92,3 +98,13 @@ class PendingPool:
     def is_wanted(self) -> bool:
         """Tell whether any waiter is left; a cancelled one leaves a moment later."""
         return any(not waiter.done() for waiter in self.waiters)
+
+    @property
+    def is_growth(self) -> bool:
+        """Tell whether no request and no operator waits for it, only the server itself."""
+        return all(ask.purpose is Purpose.GROW for ask in self.waiters.values())
+
+    @property
+    def num_clients(self) -> int:
+        """Return how many requests and operators wait for it."""
+        return sum(ask.purpose is not Purpose.GROW for ask in self.waiters.values())

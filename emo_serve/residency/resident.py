@@ -84,7 +84,8 @@ class ResidentPools:
         """Evict the plan's victims, and take slots and a row for a pool that will be loaded."""
         row = self._room.take(pool, plan)
         for victim in plan.evictions:
-            self._note_eviction(self._drop(victim), "room")
+            dropped = self._drop(victim)
+            self._note_eviction(dropped, "room" if dropped.shrunk_to is None else "shrunk")
         resident = ResidentPool(pool, row, is_retired=plan.key in self._retired)
         self._pools[plan.key] = resident
         return resident
@@ -115,7 +116,8 @@ class ResidentPools:
 
     def _note_eviction(self, resident: ResidentPool, reason: str) -> None:
         self._observer.count_eviction(resident.pool.name, reason)
-        logger.info("evicted pool %s (%s)", resident.pool.name, reason)
+        kept = f", {resident.shrunk_to} stays" if resident.shrunk_to else ""
+        logger.info("evicted pool %s (%s%s)", resident.pool.name, reason, kept)
 
     # -- leases, pins and drains --
 

@@ -113,6 +113,10 @@ class EventCounts:
         self.failed_loads += 1
         self._observer.count_failed_load(pool)
 
+    def count_smaller(self, pool: str) -> None:
+        """Pass on a request that a smaller size serves, which is not counted here."""
+        self._observer.count_smaller(pool)
+
     def count_eviction(self, pool: str, reason: str) -> None:
         """Count an eviction, whatever its reason."""
         self.evictions += 1

@@ -38,6 +38,7 @@ from emo_serve.server.pool_admin.builder import PoolBuilder
 from emo_serve.server.pool_admin.feed import ResidencyFeed
 from emo_serve.server.pool_admin.live import create_live_router
 from emo_serve.server.pool_admin.lookup import PoolLookup
+from emo_serve.server.pool_admin.nested import PoolSizes
 from emo_serve.server.pool_admin.residency import NamedResidency
 from emo_serve.server.pool_admin.responses import READY_RESPONSES
 from emo_serve.server.pool_admin.service import PoolService
@@ -156,6 +157,7 @@ async def _start_pools(launch: Launch, engine: Any, progress: StartProgress) -> 
         metrics,
         calls.usage_of if facts.records_routing else None,
         activity,
+        launch.settings.elastic_min_experts,
     )
     progress.stage("loading experts")
     await _load_pools(manager, service.residency, plan)
@@ -245,6 +247,7 @@ def _manager(
     activity: PoolActivity,
 ) -> ResidencyManager:
     settings, plan = launch.settings, launch.plan
+    least, sizes = settings.elastic_min_experts, PoolSizes(plan.catalog)
     return ResidencyManager(
         SlotTable(plan.experts_per_layer, plan.num_slots),
         settings.max_pools,
@@ -255,6 +258,7 @@ def _manager(
         limits=limits,
         load_deadline_seconds=settings.load_deadline_seconds,
         observer=activity,
+        shrink_to=partial(sizes.of, least=least) if least else None,
     )
 
 

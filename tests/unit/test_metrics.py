@@ -67,6 +67,7 @@ NAMES = {
     "emo_serve_pool_pinned",
     "emo_serve_pool_hits",
     "emo_serve_pool_misses",
+    "emo_serve_smaller_requests",
     "emo_serve_pool_loads",
     "emo_serve_pool_load_seconds",
     "emo_serve_pool_load_bytes",
@@ -140,6 +141,7 @@ def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> No
     metrics.count_auto("math", 0.04)
     metrics.count_ask("math", is_hit=True)
     metrics.count_ask("a+b", is_hit=False)
+    metrics.count_smaller("math")
     metrics.count_wait("math", "granted", 0.3)
     metrics.count_load("math", LOAD)
     metrics.count_load("a+b", replace(LOAD, seconds=3.0))
@@ -165,6 +167,8 @@ def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> No
         ("pool_hits_total", {"pool": "math"}, 1),
         ("pool_misses_total", {"pool": "math"}, 0),
         ("pool_misses_total", {"pool": "(union)"}, 1),
+        ("smaller_requests_total", {"pool": "math"}, 1),
+        ("smaller_requests_total", {"pool": "base"}, 0),
         ("waiting_seconds_count", {"outcome": "granted"}, 1),
         ("waiting_seconds_count", {"outcome": "deadline"}, 0),
         ("waiting_seconds_bucket", {"outcome": "granted", "le": "0.5"}, 1),

@@ -22,6 +22,7 @@ from emo_serve.server.asgi.answer import Answer
 from emo_serve.server.asgi.bodies import READING_METHODS
 from emo_serve.server.asgi.context import RequestContext, entered
 from emo_serve.server.asgi.coverage import COVERAGE_HEADER, wants_coverage
+from emo_serve.server.asgi.elastic import MIN_EXPERTS_HEADER, wanted_min_experts
 from emo_serve.server.asgi.errors import refusal
 
 __all__ = ["Admission"]
@@ -66,10 +67,11 @@ class Admission:
         headers = Headers(scope=scope)
         try:
             wants = wants_coverage(headers.getlist(COVERAGE_HEADER))
+            least = wanted_min_experts(headers.getlist(MIN_EXPERTS_HEADER))
         except RequestError as bad_header:
             await refusal(scope, bad_header)(scope, receive, send)
             return
-        context = RequestContext(tuple(headers.getlist(POOL_HEADER)), wants)
+        context = RequestContext(tuple(headers.getlist(POOL_HEADER)), wants, least)
         self._enter(is_counted)
         try:
             with entered(context):

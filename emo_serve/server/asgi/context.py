@@ -44,6 +44,9 @@ class RequestContext:
     no token was routed), which must be resolved however the request ends. `retry_after_seconds` is
     set with a 503.
 
+    `min_experts` is how small a part of its pool may serve it, None if the client does not say.
+    `begun` names, by the pool asked for, the size that serves the request; it keeps that.
+
     `running` are the engine requests that have not ended; `is_under_way` once one has finished, so
     that further ones are steps of an admitted request. `cut_by` is the error that ended them all.
     `text_size` is what the request has had tokenized, in characters, and detokenized, in tokens.
@@ -52,8 +55,10 @@ class RequestContext:
 
     pool_headers: tuple[str, ...] = ()
     wants_coverage: bool = False
+    min_experts: int | None = None
     retry_after_seconds: int | None = None
     admissions: list[asyncio.Future[EmoServeError | None]] = field(default_factory=list)
+    begun: dict[str, str] = field(default_factory=dict)
     pool_names: list[str] = field(default_factory=list)
     coverages: list[asyncio.Future[CoverageSum | None]] = field(default_factory=list)
     running: set[EngineRequest] = field(default_factory=set)

@@ -82,6 +82,10 @@ class PoolActivity:
         """Pass on a failed load."""
         self._observer.count_failed_load(pool)
 
+    def count_smaller(self, pool: str) -> None:
+        """Pass on a request that a smaller size serves."""
+        self._observer.count_smaller(pool)
+
     def count_eviction(self, pool: str, reason: str) -> None:
         """Pass on an eviction."""
         self._observer.count_eviction(pool, reason)

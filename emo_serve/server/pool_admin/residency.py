@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.backlog import BacklogLimits, Place
 from emo_serve.residency.manager import Lease, ResidencyManager
 from emo_serve.server.pool_admin.lookup import PoolLookup
+from emo_serve.server.pool_admin.nested import PoolSizes
 from emo_serve.server.pool_admin.status import PoolStatus, PoolStatuses
 
 __all__ = ["NamedResidency"]
@@ -17,21 +18,49 @@ __all__ = ["NamedResidency"]
 class NamedResidency:
     """Admit requests, and load, evict and pin pools by name.
 
-    The manager pins contents; here is which names the operator has pinned. Raises the errors of
-    PoolLookup.find and of the manager's methods.
+    The manager pins contents; here is which names the operator has pinned. `min_experts` is how
+    small a part of its pool may serve a request that does not say; without it, none. Raises the
+    errors of PoolLookup.find and of the manager's methods.
     """
 
     def __init__(
-        self, lookup: PoolLookup, manager: ResidencyManager, statuses: PoolStatuses
+        self,
+        lookup: PoolLookup,
+        manager: ResidencyManager,
+        statuses: PoolStatuses,
+        sizes: PoolSizes,
+        min_experts: int | None = None,
     ) -> None:
         self._lookup, self._manager, self._statuses = lookup, manager, statuses
+        self._sizes, self._min_experts = sizes, min_experts
         self._pinned_names: set[str] = set()
 
     # -- requests --
 
-    def admit(self, model: str | None, headers: Sequence[str] = ()) -> ExpertPool:
-        """Return the pool a request asks for; raises if the request may not wait for it."""
-        return self._admitted(self._lookup.find(model, headers))
+    def admit(
+        self,
+        model: str | None,
+        headers: Sequence[str] = (),
+        *,
+        least: int | None = None,
+        begun: MutableMapping[str, str] | None = None,
+    ) -> ExpertPool:
+        """Return the pool that serves a request; raises if the request may not wait for it.
+
+        That is the pool asked for or, as far as `least` allows (0: never, None: as the operator
+        says), a smaller size of it. `begun` has, by the name asked for, what serves the earlier
+        engine requests of this client's request, and so this one.
+        """
+        begun = {} if begun is None else begun
+        asked = self._lookup.find(model, headers)
+        if asked.name in begun:
+            return self._admitted(self._lookup.find(begun[asked.name]))
+        self._manager.revive(asked)
+        least = self._min_experts if least is None else least
+        nested = self._sizes.of(asked, least) if least else None
+        served = self._admitted(asked if nested is None else self._manager.begin(nested))
+        begun[asked.name] = served.name
+        return served
 
     @property
     def limits(self) -> BacklogLimits | None:

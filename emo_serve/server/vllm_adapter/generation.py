@@ -195,7 +195,9 @@ class PooledLLM:
         """Find the pool and count the request as admitted; raises vLLM's exceptions."""
         param = "model"
         try:
-            pool = self._residency.admit(model, context.pool_headers)
+            pool = self._residency.admit(
+                model, context.pool_headers, least=context.min_experts, begun=context.begun
+            )
             param = "n"
             return pool, self._enter(pool, num_sequences, context)
         except EmoServeError as error:

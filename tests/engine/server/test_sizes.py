@@ -144,6 +144,30 @@ def test_a_default_size_is_what_the_bare_name_means(
     assert answer_of(client, "sums@12")[1] != answer_of(client, "sums")[1]
 
 
+def test_an_elastic_pool_answers_in_the_size_that_is_there_and_says_which(
+    pools: httpx.Client, client: openai.OpenAI, reference: EmoForCausalLM, tmp_path: Path
+) -> None:
+    """One prompt, while the pool grows: each answer is the reference's at the size it names."""
+
+    def ask(least: str) -> Any:
+        return answer_of(client, "sums", extra_headers={"x-emo-min-experts": least})
+
+    sizes = {k: f"sums@{k}" for k in range(3, 12)} | {12: "sums"}
+    experts = {name: cut(tmp_path, k) for k, name in sizes.items()}
+    first = ask("3")
+    assert_computed(reference, first, experts["sums@3"], "sums@3")
+    for _ in range(3):
+        answer = ask("3")
+        assert_computed(reference, answer, experts[answer[2]], answer[2])
+    assert ask("all")[2] == "sums"
+    assert_computed(reference, ask("3"), experts["sums"], "sums")
+    hold_only(pools, "sums@7")
+    answer = ask("4")
+    assert_computed(reference, answer, experts["sums@7"], "sums@7")
+    with pytest.raises(openai.BadRequestError, match="a whole number from 1, or 'all'"):
+        ask("few")
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

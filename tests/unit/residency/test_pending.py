@@ -71,10 +71,10 @@ async def test_turning_away_tells_every_waiter(pending: PendingPools) -> None:
 
 
 async def test_only_operators_are_told_of_a_retired_pool(pending: PendingPools) -> None:
-    lease, pin, load = (pending.join(A, purpose) for purpose in Purpose)
+    lease, *others = (pending.join(A, purpose) for purpose in Purpose)
     pending.turn_away_operators(A.content_hash)
     pending.turn_away_operators(B.content_hash)  # no one waits for it: a no-op
     assert not lease.done()
-    for waiter in (pin, load):
+    for waiter in others:
         assert isinstance(waiter.exception(), StateConflict)
-    assert pending.num_waiters == 3  # the operators leave when their tasks run
+    assert pending.num_waiters == 3  # growth is no client; the operators leave when their tasks run

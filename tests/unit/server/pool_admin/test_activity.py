@@ -25,6 +25,9 @@ class Recorder(NullObserver):
     def count_failed_load(self, pool: str) -> None:
         self.calls.append(("failed", pool))
 
+    def count_smaller(self, pool: str) -> None:
+        self.calls.append(("smaller", pool))
+
     def count_eviction(self, pool: str, reason: str) -> None:
         self.calls.append(("eviction", pool, reason))
 
@@ -64,12 +67,14 @@ def test_it_passes_everything_on() -> None:
     found.count_wait("math", "granted", 0.2)
     found.count_load("math", report)
     found.count_failed_load("law")
+    found.count_smaller("law")
     found.count_eviction("law", "room")
     assert recorder.calls == [
         ("ask", "math", True),
         ("wait", "math", "granted", 0.2),
         ("load", "math", report),
         ("failed", "law"),
+        ("smaller", "law"),
         ("eviction", "law", "room"),
     ]
 
