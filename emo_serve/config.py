@@ -22,8 +22,10 @@ from emo_serve.flags import (
     read_int,
     read_list,
     read_path,
+    read_range,
     read_seconds,
     read_share,
+    read_switch,
     read_text,
 )
 from emo_serve.names import AUTO_POOL, REQUEST_RULE, is_pool_or_union
@@ -191,6 +193,14 @@ class ServeSettings:
         metavar="SECONDS",
         help="how long a request waits for its pool before it gets 503",
     )
+    router_temperatures: tuple[float, float] | None = flag(
+        "--router-temperatures",
+        read_range,
+        default=None,
+        metavar="LOW,HIGH",
+        help="the lowest and the highest router temperature that a request may ask for with"
+        " x-emo-router-temperature (default: none, requests route at their pool's)",
+    )
     moe_backend: str = flag(
         "--moe-backend",
         read_text,
@@ -331,6 +341,13 @@ class ServeSettings:
             raise ConfigError(
                 f"--drain-timeout is {self.drain_timeout_seconds}; give a finite number, 0 or more"
             )
+        if self.router_temperatures is not None:
+            low, high = self.router_temperatures
+            if not 0 < low <= high < math.inf:
+                raise ConfigError(
+                    f"--router-temperatures is {low:g},{high:g}; give two finite numbers above 0,"
+                    " the lower first"
+                )
         self._check_names()
         if not all(self.admin_api_keys):
             raise ConfigError("--admin-api-key is empty; give a key, or leave it out")

@@ -24,8 +24,10 @@ __all__ = [
     "read_int",
     "read_list",
     "read_path",
+    "read_range",
     "read_seconds",
     "read_share",
+    "read_switch",
     "read_text",
 ]
 
@@ -135,6 +137,20 @@ def read_share(flag: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise ConfigError(f"{flag} is {text!r}; give a number from 0 to 1") from None
+
+
+def read_range(flag: str, text: str) -> tuple[float, float]:
+    """Return the two numbers around a comma, the lower first; raises ConfigError."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag} is {text!r}; give two numbers, such as 0.5,2") from None
+    return low, high
+
+
+def read_switch(flag: str, text: str) -> bool:
+    """Return True: the flag of a switch takes no text."""
+    return True
 
 
 def flags_of(kind: type[Any]) -> list[tuple[str, Flag, object]]:

@@ -307,6 +307,12 @@ class ResidencyManager:
         )
 
     @property
+    def pools(self) -> tuple[ExpertPool, ...]:
+        """Return the pools that have room or are waited for."""
+        known = {one.key: one.pool for one in (*self._queue.pending, *self._resident)}
+        return tuple(known.values())
+
+    @property
     def slot_bytes(self) -> int:
         """Return the size of one expert in one layer, over all ranks."""
         return self._room.slot_bytes

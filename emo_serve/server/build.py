@@ -158,6 +158,7 @@ async def _start_pools(launch: Launch, engine: Any, progress: StartProgress) -> 
         calls.usage_of if facts.records_routing else None,
         activity,
         launch.settings.elastic_min_experts,
+        launch.settings.router_temperatures,
     )
     progress.stage("loading experts")
     await _load_pools(manager, service.residency, plan)

@@ -93,6 +93,8 @@ def test_flags_become_settings(tmp_path: Path) -> None:
         *("--auto-method", "router"),
         *("--auto-examples", str(tmp_path)),
         *("--auto-tokens", "64"),
+        *("--elastic-min-experts", "4"),
+        *("--router-temperatures", "0.5,2"),
         *("--auto-min-coverage", "0.3"),
     )
     assert settings == ServeSettings(
@@ -108,6 +110,8 @@ def test_flags_become_settings(tmp_path: Path) -> None:
         auto_method="router",
         auto_examples=tmp_path,
         auto_tokens=64,
+        elastic_min_experts=4,
+        router_temperatures=(0.5, 2.0),
         auto_min_coverage=0.3,
     )
 
@@ -142,6 +146,14 @@ def test_settings_are_frozen() -> None:
         (["--drain-timeout", "nan"], "0 or more"),
         (["--drain-timeout", "soon"], "give a number of seconds"),
         (["--default-experts", "0"], "--default-experts is 0; give at least 1"),
+        (["--elastic-min-experts", "0"], "--elastic-min-experts is 0; give at least 1"),
+        (["--router-temperatures", "2"], "is '2'; give two numbers, such as 0.5,2"),
+        (
+            ["--router-temperatures", "2,0.5"],
+            "is 2,0.5; give two finite numbers above 0, the",
+        ),
+        (["--router-temperatures", "0,1"], "--router-temperatures is 0,1; give two finite"),
+        (["--router-temperatures", "1,inf"], "--router-temperatures is 1,inf; give two finite"),
         (["--default-pool", "math@08"], "--default-pool: 'math@08' cannot be the name of a pool"),
         (["--default-pool", "Math"], "--default-pool: 'Math' cannot be the name of a pool"),
         (["--preload", "math,co de"], "--preload: 'co de' cannot be the name of a pool"),

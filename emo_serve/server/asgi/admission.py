@@ -24,6 +24,7 @@ from emo_serve.server.asgi.context import RequestContext, entered
 from emo_serve.server.asgi.coverage import COVERAGE_HEADER, wants_coverage
 from emo_serve.server.asgi.elastic import MIN_EXPERTS_HEADER, wanted_min_experts
 from emo_serve.server.asgi.errors import refusal
+from emo_serve.server.asgi.temperature import ROUTER_TEMPERATURE_HEADER, wanted_temperature
 
 __all__ = ["Admission"]
 
@@ -68,10 +69,12 @@ class Admission:
         try:
             wants = wants_coverage(headers.getlist(COVERAGE_HEADER))
             least = wanted_min_experts(headers.getlist(MIN_EXPERTS_HEADER))
+            temperature = wanted_temperature(headers.getlist(ROUTER_TEMPERATURE_HEADER))
         except RequestError as bad_header:
             await refusal(scope, bad_header)(scope, receive, send)
             return
-        context = RequestContext(tuple(headers.getlist(POOL_HEADER)), wants, least)
+        pools = tuple(headers.getlist(POOL_HEADER))
+        context = RequestContext(pools, wants, least, temperature)
         self._enter(is_counted)
         try:
             with entered(context):

@@ -25,6 +25,7 @@ from emo_serve.server.asgi.bodies import READING_METHODS
 from emo_serve.server.asgi.context import RequestContext
 from emo_serve.server.asgi.coverage import EventTail, body_with
 from emo_serve.server.asgi.errors import cause_of, last_events, refusal
+from emo_serve.server.asgi.temperature import ROUTER_TEMPERATURE_HEADER
 
 __all__ = ["Answer"]
 
@@ -210,7 +211,13 @@ class Answer:
             logger.warning("%s %s %s: %s", self._scope["method"], self._scope["path"], what, error)
 
     def _pool_header(self) -> dict[str, str]:
-        return {POOL_HEADER: self._context.pools} if self._context.pool_names else {}
+        context = self._context
+        if not context.pool_names:
+            return {}
+        headers = {POOL_HEADER: context.pools}
+        if context.router_temperature is not None:
+            headers[ROUTER_TEMPERATURE_HEADER] = f"{context.router_temperature:g}"
+        return headers
 
 
 def _kind_of(start: Message) -> str:

@@ -45,6 +45,7 @@ class RequestContext:
     set with a 503.
 
     `min_experts` is how small a part of its pool may serve it, None if the client does not say.
+    `router_temperature` is what its tokens route at, None for the pool's own.
     `begun` names, by the pool asked for, the size that serves the request; it keeps that.
 
     `running` are the engine requests that have not ended; `is_under_way` once one has finished, so
@@ -56,6 +57,7 @@ class RequestContext:
     pool_headers: tuple[str, ...] = ()
     wants_coverage: bool = False
     min_experts: int | None = None
+    router_temperature: float | None = None
     retry_after_seconds: int | None = None
     admissions: list[asyncio.Future[EmoServeError | None]] = field(default_factory=list)
     begun: dict[str, str] = field(default_factory=dict)

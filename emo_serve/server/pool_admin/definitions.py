@@ -164,7 +164,9 @@ class PoolDefinitions:
             self._manager.revive(pool)
         current = {pool.content_hash for pool in (*self._lookup.pools, *new, *self._in_use())}
         current |= self._temporary.content_hashes
-        for pool in old:
+        # A request may have a router temperature of its own, and so a pool that no name finds.
+        held = [pool for pool in self._manager.pools if change.name in pools_of(pool.name)]
+        for pool in (*old, *held):
             if pool.content_hash not in current:
                 self._manager.retire(pool)
         return pinned

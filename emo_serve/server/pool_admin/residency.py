@@ -11,6 +11,7 @@ from emo_serve.residency.manager import Lease, ResidencyManager
 from emo_serve.server.pool_admin.lookup import PoolLookup
 from emo_serve.server.pool_admin.nested import PoolSizes
 from emo_serve.server.pool_admin.status import PoolStatus, PoolStatuses
+from emo_serve.server.pool_admin.temperatures import RouterTemperatures
 
 __all__ = ["NamedResidency"]
 
@@ -29,10 +30,12 @@ class NamedResidency:
         manager: ResidencyManager,
         statuses: PoolStatuses,
         sizes: PoolSizes,
+        temperatures: RouterTemperatures,
         min_experts: int | None = None,
     ) -> None:
         self._lookup, self._manager, self._statuses = lookup, manager, statuses
         self._sizes, self._min_experts = sizes, min_experts
+        self._temperatures = temperatures
         self._pinned_names: set[str] = set()
 
     # -- requests --
@@ -44,15 +47,19 @@ class NamedResidency:
         *,
         least: int | None = None,
         begun: MutableMapping[str, str] | None = None,
+        temperature: float | None = None,
     ) -> ExpertPool:
         """Return the pool that serves a request; raises if the request may not wait for it.
 
         That is the pool asked for or, as far as `least` allows (0: never, None: as the operator
         says), a smaller size of it. `begun` has, by the name asked for, what serves the earlier
-        engine requests of this client's request, and so this one.
+        engine requests of this client's request, and so this one. At a router `temperature` of the
+        client's it is a pool of its own, with the same name, which is served whole.
         """
         begun = {} if begun is None else begun
         asked = self._lookup.find(model, headers)
+        if temperature is not None:
+            return self._admitted(self._temperatures.pool_at(asked, temperature))
         if asked.name in begun:
             return self._admitted(self._lookup.find(begun[asked.name]))
         self._manager.revive(asked)

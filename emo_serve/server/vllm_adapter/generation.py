@@ -196,7 +196,11 @@ class PooledLLM:
         param = "model"
         try:
             pool = self._residency.admit(
-                model, context.pool_headers, least=context.min_experts, begun=context.begun
+                model,
+                context.pool_headers,
+                least=context.min_experts,
+                begun=context.begun,
+                temperature=context.router_temperature,
             )
             param = "n"
             return pool, self._enter(pool, num_sequences, context)

@@ -47,7 +47,7 @@ TIGHT = (
     *("--default-pool", "math", "--preload", "math,code", "--auto-tokens", "32"),
     *("--load-deadline", "300", "--drain-timeout", "300", "--max-waiting", str(MAX_WAITING)),
     *("--api-key", API, "--admin-api-key", ADMIN),
-    *("--block-size", "32", "--enforce-eager"),
+    *("--block-size", "32", "--enforce-eager", "--router-temperatures", "0.5,2"),
 )
 """The golden checkpoint with room for two of three pools, and keys; pools may be defined."""
 

@@ -1,9 +1,10 @@
 """Never stale: pools change under traffic, and every answer is compared with the reference.
 
-One real server with room for about two pools. Clients ask for pools, sizes and unions, stream, wait
-and leave; operators define, redefine, remove, load, evict and pin, all at random. An answer may
-follow any definition its pool had while the request was out; one computed with an expert that
-another load has overwritten, or on a prefix of another definition or size, follows none.
+One real server with room for about two pools. Clients ask for pools, sizes and unions, some at a
+router temperature of their own or in as much of the pool as is there, stream, wait and leave;
+operators define, redefine, remove, load, evict and pin, all at random. An answer may follow any
+definition its pool had while the request was out; one computed with an expert that another load has
+overwritten, or on a prefix of another definition, size or temperature, follows none.
 
     EMO_SERVE_STRESS_OPERATIONS=5000 python -m pytest tests/engine/server/test_never_stale.py
 """
@@ -16,7 +17,7 @@ import os
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ class Definition:
         )
         return Definition(tuple(layers), self.temperature)
 
+    def routed_at(self, temperature: float | None) -> Definition:
+        return self if temperature is None else replace(self, temperature=temperature)
+
     def union(self, other: Definition) -> Definition:
         both = zip(self.experts, other.experts, strict=True)
         united = (tuple(sorted({*mine, *theirs})) for mine, theirs in both)
@@ -75,11 +79,8 @@ class Definition:
 
 
 def a_definition(chance: random.Random) -> Definition:
-    layers = (
-        tuple(sorted({SHARED, *chance.sample(range(NUM_EXPERTS), chance.randint(6, 12))}))
-        for _ in range(NUM_LAYERS)
-    )
-    best = (tuple(chance.sample(range(NUM_EXPERTS), NUM_EXPERTS)) for _ in range(NUM_LAYERS))
+    best = [tuple(chance.sample(range(NUM_EXPERTS), NUM_EXPERTS)) for _ in range(NUM_LAYERS)]
+    layers = (tuple(sorted({SHARED, *ranked[: chance.randint(6, 12)]})) for ranked in best)
     return Definition(tuple(layers), temperature=1.0, best=tuple(best))
 
 
@@ -143,30 +144,42 @@ class Stress:
             "return_token_ids": True,
             "stream": self.chance.random() < 0.5,
         }
+        temperature = self.chance.choice((None, None, None, 0.5, 1.7))
+        headers = {} if temperature is None else {"x-emo-router-temperature": f"{temperature}"}
+        if self.chance.random() < 0.5:
+            headers["x-emo-min-experts"] = self.chance.choice(("2", "4", "all"))
         start = time.monotonic()
-        choices = await self.choices(body)
+        served, choices = await self.choices(body, headers)
         if not choices:
             return
         tokens = tuple(token for choice in choices for token in choice["token_ids"])
         values = (choice["logprobs"]["token_logprobs"] for choice in choices if choice["logprobs"])
-        allowed = self.allowed(pool, start)
-        answer = Answer(pool, prompt, tokens, tuple(v for vs in values for v in vs), allowed)
+        allowed = tuple(each.routed_at(temperature) for each in self.allowed(served, start))
+        self.seen["smaller"] += served.count("@") > pool.count("@")
+        answer = Answer(served, prompt, tokens, tuple(v for vs in values for v in vs), allowed)
         assert len(answer.tokens) == len(answer.logprobs) == body["max_tokens"]
         self.answers.append(answer)
 
-    async def choices(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the choice of an answer, or those of a stream's events, or of a refusal none."""
-        async with self.http.stream("POST", "/v1/completions", json=body) as response:
+    async def choices(
+        self, body: dict[str, Any], headers: dict[str, str]
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """Return what served, and the choice of an answer, or those of a stream's events.
+
+        Of a refusal, there are none.
+        """
+        path, served = "/v1/completions", ""
+        async with self.http.stream("POST", path, json=body, headers=headers) as response:
+            served = response.headers.get("x-emo-pool", "")
             content = (await response.aread()).decode()
         self.seen[f"completion {response.status_code}"] += 1
         assert response.status_code in (200, 400, 404, 503), content
         if response.status_code != 200:
-            return []
+            return served, []
         if not body["stream"]:
-            return [json.loads(content)["choices"][0]]
+            return served, [json.loads(content)["choices"][0]]
         events = [line.removeprefix("data: ") for line in content.split("\n\n") if line]
         assert events[-1] == "[DONE]", content
-        return [json.loads(event)["choices"][0] for event in events[:-1]]
+        return served, [json.loads(event)["choices"][0] for event in events[:-1]]
 
     def allowed(self, pool: str, start: float) -> tuple[Definition, ...]:
         """Return every definition the pool had since `start`; of a union, every combination."""
@@ -177,6 +190,10 @@ class Stress:
             lives = [life.at(int(size)) for life in lives] if size else lives
             found = [a.union(b) for a in found for b in lives] if found else lives
         return tuple(found)
+
+    async def cards(self) -> list[dict[str, Any]]:
+        data: list[dict[str, Any]] = (await self.http.get("/v1/pools")).json()["data"]
+        return data
 
     # -- operators --
 
@@ -244,7 +261,9 @@ def distance(reference: EmoForCausalLM, answer: Answer, definition: Definition) 
     """Return the worst difference of a token's log-probability from the reference's."""
     prompt = PROMPTS[answer.prompt]
     pool = masks([list(ids) for ids in definition.experts], "shared1")
-    expected = logprobs(reference, [[*prompt, *answer.tokens]], pool=pool)[0, len(prompt) - 1 :]
+    ids = [[*prompt, *answer.tokens]]
+    values = logprobs(reference, ids, pool=pool, temperature=definition.temperature)
+    expected = values[0, len(prompt) - 1 :]
     return float((torch.tensor(answer.logprobs) - expected).abs().max())
 
 
@@ -256,7 +275,8 @@ def is_tied(reference: EmoForCausalLM, answer: Answer, definition: Definition) -
     prompt, record = PROMPTS[answer.prompt], list[RouterRecord]()
     pool = masks([list(ids) for ids in definition.experts], "shared1")
     with torch.no_grad():
-        reference(torch.tensor([[*prompt, *answer.tokens]]), pool=pool, record=record)
+        ids = torch.tensor([[*prompt, *answer.tokens]])
+        reference(ids, pool=pool, temperature=definition.temperature, record=record)
     last = reference.config.num_experts_per_tok - 1  # one of them is the shared expert
     for layer, mask in zip(record, pool, strict=True):
         inside = mask.clone()
@@ -283,6 +303,8 @@ async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
         workers += [stress.operator() for _ in range(NUM_OPERATORS)]
         await asyncio.gather(*workers)
         seconds = time.monotonic() - start
+        while any(card["state"] in ("loading", "waiting") for card in await stress.cards()):
+            await asyncio.sleep(0.1)  # pools that grow
         for pool in (await http.get("/v1/pools")).json()["data"]:
             await http.post(f"/v1/pools/{pool['name']}/unpin")
             evicted = await http.post(f"/v1/pools/{pool['name']}/evict", json={"drain": True})
@@ -309,7 +331,7 @@ async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
         worst = max(worst, nearest)
     print(f"worst difference {worst:.2g} nats per token, {num_ties} routing ties")
     print(f"slots before {before}, after {after}")
-    assert len(stress.answers) > OPERATIONS / 2
+    assert len(stress.answers) > OPERATIONS / 2 and stress.seen["smaller"]
     assert (after["total"], after["used"]) == (before["total"], 0)
 
 

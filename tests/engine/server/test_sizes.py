@@ -168,6 +168,23 @@ def test_an_elastic_pool_answers_in_the_size_that_is_there_and_says_which(
         ask("few")
 
 
+def test_a_request_routes_at_a_temperature_of_its_own_within_the_operators_bound(
+    pools: httpx.Client, client: openai.OpenAI, reference: EmoForCausalLM, tmp_path: Path
+) -> None:
+    """One prompt at two temperatures: a prefix of the other would give other answers."""
+    mask = masks(cut(tmp_path, 5), "shared1")
+    for temperature in ("0.5", "2", "0.5"):
+        headers = {"x-emo-router-temperature": temperature}
+        tokens, found, pool = answer_of(client, "sums@5", extra_headers=headers)
+        ids = [[*PROMPT, *tokens]]
+        expected = logprobs(reference, ids, pool=mask, temperature=float(temperature))
+        expected = expected[0, len(PROMPT) - 1 :]
+        torch.testing.assert_close(torch.tensor(found), expected, atol=TOLERANCE, rtol=0)
+        assert pool == "sums@5"
+    with pytest.raises(openai.BadRequestError, match="this server takes 0.5 to 2"):
+        answer_of(client, "sums@5", extra_headers={"x-emo-router-temperature": "2.5"})
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

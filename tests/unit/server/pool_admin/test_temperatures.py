@@ -1,0 +1,59 @@
+"""Router temperatures of requests: within the operator's bound, and pools of their own."""
+
+from __future__ import annotations
+
+import pytest
+
+from emo_serve.errors import RequestError
+from tests.support.pool_services import ServiceUnderTest, pool, service_of
+
+
+def service_with(bounds: tuple[float, float] | None) -> ServiceUnderTest:
+    return service_of(router_temperatures=bounds)
+
+
+async def test_a_temperature_makes_a_pool_of_its_own_that_shares_all_slots() -> None:
+    service = service_with((0.5, 2.0))
+    own = service.residency.admit("math")
+    cool = service.residency.admit("math", temperature=0.8)
+    assert (cool.name, cool.router_temperature, cool.expert_ids) == ("math", 0.8, own.expert_ids)
+    assert cool.content_hash != own.content_hash
+    assert service.residency.admit("math", temperature=0.8) is cool
+    async with service.residency.lease(own) as one, service.residency.lease(cool) as other:
+        assert one.row != other.row
+        assert service.manager.statistics().used_slots == sum(map(len, own.expert_ids))
+
+
+async def test_the_pools_own_temperature_is_the_pool() -> None:
+    service = service_with((0.5, 2.0))
+    assert service.residency.admit("hot", temperature=2.0) is service.lookup.find("hot")
+    assert service.residency.admit("emo", temperature=1.0) is service.lookup.base_pool
+
+
+@pytest.mark.parametrize(
+    ("bounds", "temperature", "message"),
+    [
+        (None, 0.8, "start the server with --router-temperatures LOW,HIGH"),
+        ((0.5, 2.0), 0.49, "this server takes 0.5 to 2"),
+        ((0.5, 2.0), 2.01, "asks for router temperature 2.01"),
+    ],
+)
+async def test_what_the_operator_does_not_allow_is_refused(
+    bounds: tuple[float, float] | None, temperature: float, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        service_with(bounds).residency.admit("math", temperature=temperature)
+
+
+async def test_a_redefinition_takes_the_pools_of_all_temperatures_with_it() -> None:
+    service = service_with((0.5, 2.0))
+    for temperature in (None, 0.8, 1.5):
+        async with service.residency.lease(
+            service.residency.admit("math", temperature=temperature)
+        ):
+            pass
+    assert len(service.manager.pools) == 3
+    await service.definitions.add(pool("math", 2, 3, 4), replace=True)
+    assert service.manager.pools == ()
+    cool = service.residency.admit("math", temperature=0.8)
+    assert cool.expert_ids[1] == (2, 3, 4, 7)
