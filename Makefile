@@ -47,10 +47,11 @@ bench: install ## Run the benchmarks (BENCH=serving.start for one, ARGS= for its
 		echo "$(BIN)/python -m benchmarks.$$bench $(ARGS)"; \
 		$(BIN)/python -m benchmarks.$$bench $(ARGS); done
 
-BENCH = accuracy.auto accuracy.calibration cluster.autoscaling cluster.simulation decoding.run \
-	kernels.run reliability.abort reliability.drain reliability.kill reliability.overload \
-	residency.loading residency.policies residency.switching serving.build serving.coverage \
-	serving.recording serving.scraping serving.start serving.throughput
+BENCH = accuracy.auto accuracy.auto_classifier accuracy.auto_margins accuracy.calibration \
+	cluster.autoscaling cluster.simulation decoding.run kernels.run reliability.abort \
+	reliability.drain reliability.kill reliability.overload residency.elastic residency.loading \
+	residency.policies residency.switching serving.build serving.coverage serving.recording \
+	serving.scraping serving.start serving.throughput
 
 docs: $(DOCS_STAMP) ## Write the generated pages and build the site into site/
 	$(BIN)/python -m docs.generate

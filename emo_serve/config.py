@@ -86,7 +86,7 @@ class ServeSettings:
     of `expert_memory_bytes` (per device) and `expert_slots` (per layer) is set; with neither, the
     slab holds all experts, on a CPU as many as fit. `host_expert_bytes` is host memory per device,
     0 for none. `preload` None means every pool, in the catalog's order; `auto_method` None means
-    the classifier while all pools have examples, else the router. Raises ConfigError for an
+    both vote while all pools have examples, else the router. Raises ConfigError for an
     invalid value.
     """
 
@@ -282,7 +282,7 @@ class ServeSettings:
         metavar="|".join(AUTO_METHODS),
         help=f"how to choose the pool for model {AUTO_POOL!r}: with a classifier that learns from"
         " examples (tfidf), or with the model's router, which needs none but costs an engine step"
-        " (default: the classifier while all pools have examples, else the router)",
+        " (default: both vote while all pools have examples, else the router)",
     )
     auto_examples: Path | None = flag(
         "--auto-examples",
@@ -290,6 +290,15 @@ class ServeSettings:
         default=None,
         metavar="DIR",
         help="examples for the classifier: NAME.jsonl or NAME.txt has texts of pool NAME's domain",
+    )
+    keep_examples: bool = flag(
+        "--keep-examples",
+        read_switch,
+        default=False,
+        metavar=None,
+        help="keep the examples of pools built on the server beside their files, readable by their"
+        " owner only, so that they can be used again (default: only counts that the classifier of"
+        f" {AUTO_POOL!r} learns from are kept)",
     )
     auto_tokens: int = flag(
         "--auto-tokens",

@@ -34,10 +34,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Flag:
-    """How to set a field on the command line; `read` turns (flag, text) into its value."""
+    """How to set a field on the command line; `read` turns (flag, text) into its value.
+
+    Without a `metavar` it takes no value: it sets its field to True.
+    """
 
     name: str
-    metavar: str
+    metavar: str | None
     read: Callable[[str, str], object]
     help: str
     dest: str
@@ -46,6 +49,9 @@ class Flag:
 
     def add_to(self, group: argparse._ArgumentGroup, default: object) -> None:
         """Add the flag to a parser's group; the help ends with the default, if there is one."""
+        if self.metavar is None:
+            group.add_argument(self.name, dest=self.dest, help=self.help, action="store_true")
+            return
         options: dict[str, Any] = {"action": "append"} if self.is_repeatable else {}
         text = self.default_text or _as_text(default)
         group.add_argument(
@@ -62,6 +68,8 @@ class Flag:
         given = getattr(args, self.dest)
         if given is None:
             return default
+        if self.metavar is None:
+            return given
         if self.is_repeatable:
             return tuple(self.read(self.name, text) for text in given)
         return self.read(self.name, given)
@@ -72,7 +80,7 @@ def flag(
     read: Callable[[str, str], object],
     *,
     default: Any,
-    metavar: str,
+    metavar: str | None,
     help: str,
     dest: str | None = None,
     default_text: str | None = None,

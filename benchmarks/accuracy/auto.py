@@ -1,10 +1,13 @@
 """`model: "auto"`: how often it finds a text's domain, what mistakes cost, and how long it takes.
 
-Every domain's pool is found layerwise on its examples; prompts are the first 16, 64 and 256 tokens
-of its other texts, which share no document with the examples (`accuracy/texts.py`). A real server
-chooses over HTTP, by the router or by the classifier that learned from the same examples, once with
-the base pool resident and once in a slab one slot per layer too small for it. Each prompt's choice
-is read from the answer's `model`.
+Every domain's pool is found layerwise on its examples; prompts are the first 8 to 256 tokens of its
+other texts, which share no document with the examples (`accuracy/texts.py`). A second set, reported
+apart, has fifty short prompts a domain, written by hand: code to go on with, facts to fill in,
+questions and instructions (`accuracy/by_hand/`). Nothing was learned from either set, and no margin
+chosen on them (`accuracy/auto_margins.py`). A real server chooses over HTTP, by the router, by the
+classifier that learned from the same examples, or by the vote of both, once with the base pool
+resident and once in a slab one slot per layer too small for it. Each prompt's choice is read from
+the answer's `model`.
 
 - right: the share of prompts that got their own domain's pool; a prompt sent to the base pool is
   not right and is counted apart.
@@ -16,7 +19,6 @@ is read from the answer's `model`.
 
     python -m benchmarks.accuracy.auto                  # the shipped model
     python -m benchmarks.accuracy.auto --model emo_serve/demo/models/standard-moe-demo
-    python -m benchmarks.accuracy.auto --margins        # no server: where MIN_MARGIN comes from
     python -m benchmarks.accuracy.auto --report         # the latest table of each model
 """
 
@@ -36,22 +38,25 @@ from typing import Any
 
 import torch
 
+from benchmarks.accuracy.prompts import PROMPTS, read_prompts
 from benchmarks.accuracy.scoring import Endpoint, standard_error
 from benchmarks.accuracy.servers import serve
 from benchmarks.accuracy.texts import Domain, read_domain
 from benchmarks.harness.results import RESULTS, append_result
 from emo_serve import demo
-from emo_serve.config import AUTO_METHODS
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.tokenizer import ModelTokenizer
 from emo_serve.pools.calibration.build import calibrate
 from emo_serve.pools.document import write_pool
-from emo_serve.server.auto.by_classifier import MIN_MARGIN
-from emo_serve.server.auto.classifier import PoolClassifier
 
 __all__ = ["Asked", "added_ms", "report", "rows_of"]
 
 _CPU_FLAGS = "--enforce-eager --max-num-seqs 64 --kv-cache-memory-bytes 536870912"
+_METHODS = {
+    "vote": [],  # the default
+    "tfidf": ["--auto-method", "tfidf"],
+    "router": ["--auto-method", "router"],
+}
 _BASE = "base-model"  # the name the servers give to it
 Losses = Mapping[str, Sequence[float]]  # by pool: nats per token, of each text
 
@@ -72,7 +77,7 @@ def main() -> None:
     if not args.report:
         torch.set_num_threads(args.threads)
         arguments = {key: value for key, value in vars(args).items() if key != "report"}
-        result = sent_away(args) if args.margins else measure(args)
+        result = measure(args)
         path = append_result("auto", arguments, result)
         print(f"appended to {path}")
     print("\n".join(report(RESULTS)))
@@ -85,14 +90,16 @@ def parse() -> argparse.Namespace:
     add("--model", type=Path, default=demo.model_dir(), help="[the shipped one]")
     add("--texts", type=Path, default=demo.heldout_dir(), help="DOMAIN.jsonl each [the shipped]")
     add("--experts", type=int, default=8, help="a layer and pool [8]")
-    add("--lengths", type=int, nargs="+", default=[16, 64, 256], help="of prompts, in tokens")
+    add(
+        "--lengths", type=int, nargs="+", default=[8, 16, 32, 64, 256], help="of prompts, in tokens"
+    )
+    add("--prompts", type=Path, default=PROMPTS, help="DOMAIN.jsonl each [written by hand]")
     add("--follow", type=int, default=128, help="tokens after the prompt, for the loss [128]")
     add("--limit", type=int, help="measured texts per domain [every second document's]")
-    add("--methods", nargs="+", choices=AUTO_METHODS, default=list(AUTO_METHODS))
+    add("--methods", nargs="+", choices=_METHODS, default=list(_METHODS))
     add("--dtype", default="bfloat16")
     add("--serve-flags", default=_CPU_FLAGS, help=f"[{_CPU_FLAGS}]")
     add("--threads", type=int, default=2, help="that find pools [2]")
-    add("--margins", action="store_true", help="leave domains out of the classifier instead")
     add("--report", action="store_true", help="print the latest results, measure nothing")
     return parser.parse_args()
 
@@ -109,6 +116,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = Checkpoint.open(args.model)
     largest = max(moe.num_experts for moe in checkpoint.config.moe_layers if moe)
     asked: dict[tuple[str, str, int], list[Asked]] = {}
+    written = read_prompts(args.prompts)
+    short: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         flags = [*shlex.split(args.serve_flags), "--dtype", args.dtype]
         flags += ["--served-model-name", _BASE, "--auto-tokens", str(max(args.lengths))]
@@ -116,13 +125,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         losses: dict[str, list[float]] = {}
         for slots in (largest - 1, largest):
             for method in args.methods:
-                of_run = [*flags, "--auto-method", method, "--expert-slots", str(slots)]
+                of_run = [*flags, *_METHODS[method], "--expert-slots", str(slots)]
                 base = "resident" if slots == largest else "not resident"
                 with serve(args.model, of_run) as (endpoint, _):
                     for length in args.lengths:
                         print(f"{method}, base {base}, {length} tokens", flush=True)
                         prompts = [ids[:length] for _, ids in texts]
                         asked[method, base, length] = ask_all(endpoint, prompts)
+                    row = {"method": method, "base": base}
+                    short.append(row | ask_written(endpoint, written))
                     if slots == largest and not losses:
                         losses = score(endpoint, [ids for _, ids in texts], domains)
     labels = [name for name, _ in texts]
@@ -138,6 +149,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "texts": len(texts),
         "follow": args.follow,
         "rows": rows,
+        "written": short,
+    }
+
+
+def ask_written(endpoint: Endpoint, written: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return how many prompts written by hand got their domain's pool, or the base pool."""
+    chosen = [(name, first_token(endpoint, "auto", text)[1]) for name, text in written]
+    names = sorted({name for name, _ in written})
+    return {
+        "prompts": len(written),
+        "right": statistics.mean(name == got for name, got in chosen),
+        "to_base": statistics.mean(got == _BASE for _, got in chosen),
+        "by_domain": {n: statistics.mean(got == n for of, got in chosen if of == n) for n in names},
     }
 
 
@@ -146,42 +170,6 @@ def read_domains(args: argparse.Namespace, tokenizer: ModelTokenizer) -> list[Do
     longest = max(args.lengths) + args.follow
     paths = sorted(args.texts.glob("*.jsonl"))
     return [read_domain(path, tokenizer.encode, longest, args.limit, None) for path in paths]
-
-
-def sent_away(args: argparse.Namespace) -> dict[str, Any]:
-    """Return how many texts of known and of unknown domains lie below some margins.
-
-    Each domain in turn is left out of the classifier, and its texts are the unknown ones.
-    """
-    tokenizer = ModelTokenizer(args.model)
-    domains = read_domains(args, tokenizer)
-    found: dict[int, dict[bool, list[float]]] = {n: {True: [], False: []} for n in args.lengths}
-    for unknown in domains:
-        examples = {d.name: [tokenizer.decode(t.ids) for t in d.examples] for d in domains}
-        del examples[unknown.name]
-        classifier = PoolClassifier.fit(examples)
-        for domain in domains:
-            for text in domain.measured:
-                for length in args.lengths:
-                    margins = classifier.margins(tokenizer.decode(text.ids[:length]))
-                    found[length][domain is not unknown].append(max(margins.values()))
-    margins_tried = (-0.5, MIN_MARGIN, 0.0)
-    rows = [
-        {
-            "tokens": length,
-            "margin": margin,
-            "known": statistics.mean(value < margin for value in found[length][True]),
-            "unknown": statistics.mean(value < margin for value in found[length][False]),
-        }
-        for length in args.lengths
-        for margin in margins_tried
-    ]
-    for row in rows:
-        print(
-            f"{row['tokens']} tokens, margin {row['margin']}: to the base pool"
-            f" {row['known']:.3f} of known domains, {row['unknown']:.3f} of unknown"
-        )
-    return {"domains": len(domains), "margins": rows}
 
 
 def write_inputs(
@@ -220,11 +208,11 @@ def ask_all(endpoint: Endpoint, prompts: Sequence[Sequence[int]]) -> list[Asked]
     return found
 
 
-def first_token(endpoint: Endpoint, model: str, prompt: Sequence[int]) -> tuple[float, str]:
+def first_token(endpoint: Endpoint, model: str, prompt: Sequence[int] | str) -> tuple[float, str]:
     """Return the seconds to a stream's first event, and the model it names."""
     body = {
         "model": model,
-        "prompt": list(prompt),
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
         "max_tokens": 1,
         "temperature": 0,
         "stream": True,
@@ -293,29 +281,51 @@ def added_ms(found: Sequence[Asked]) -> dict[str, float]:
 
 
 def report(directory: Path) -> list[str]:
-    """Return each model's latest table, as Markdown."""
+    """Return each model's latest tables, each method as it was measured last, as Markdown."""
     path = directory / "auto.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    measured = [line for line in map(json.loads, lines) if "rows" in line["result"]]
-    latest = {line["result"]["model"]: line for line in measured}
-    told: list[str] = []
-    for name, line in latest.items():
+    rows: dict[str, dict[tuple[Any, ...], Mapping[str, Any]]] = {}
+    written: dict[str, dict[tuple[Any, ...], Mapping[str, Any]]] = {}
+    about: dict[str, str] = {}
+    for line in map(json.loads, lines):
         result = line["result"]
-        told += [
-            "",
+        if "rows" not in result:
+            continue
+        name = result["model"]
+        about[name] = (
             f"{name}: {result['domains']} pools of {result['experts']}, {result['texts']} texts,"
-            f" loss over {result['follow']} tokens; {line['device'][0]}, {line['date'][:10]}",
-            "",
-            "| base pool | tokens | method | right | to base | loss | own pool's | base's"
-            " | above own | added ms p50 | p90 | named ms |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        told += map(_line_of, sorted(result["rows"], key=_place))
+            f" loss over {result['follow']} tokens; {line['device'][0]}, {line['date'][:10]}"
+        )
+        rows.setdefault(name, {}).update({_place(row): row for row in result["rows"]})
+        of_model = written.setdefault(name, {})
+        of_model.update({_place(row): row for row in result.get("written", ())})
+    told: list[str] = []
+    for name, text in about.items():
+        told += ["", text, "", _HEAD, "|---" * 12 + "|"]
+        told += [_line_of(rows[name][place]) for place in sorted(rows[name])]
+        if written[name]:
+            told += ["", _WRITTEN_HEAD, "|---" * 5 + "|"]
+            told += [_written_line(written[name][place]) for place in sorted(written[name])]
     return told
 
 
+_HEAD = (
+    "| base pool | tokens | method | right | to base | loss | own pool's | base's"
+    " | above own | added ms p50 | p90 | named ms |"
+)
+_WRITTEN_HEAD = "| base pool | method | of prompts by hand, right | to base | worst domain |"
+
+
+def _written_line(row: Mapping[str, Any]) -> str:
+    worst = min(row["by_domain"], key=row["by_domain"].__getitem__)
+    return (
+        f"| {row['base']} | {row['method']} | {row['right']:.3f} | {row['to_base']:.3f}"
+        f" | {worst} {row['by_domain'][worst]:.2f} |"
+    )
+
+
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["base"] != "resident", row["tokens"], row["method"]
+    return row["base"] != "resident", row.get("tokens", 0), row["method"]
 
 
 def _line_of(row: Mapping[str, Any]) -> str:

@@ -217,8 +217,10 @@ class ResidencyManager:
 
         Raises PoolInUse for a pool that is pinned, loading or leased. With `drain`, a leased pool
         admits no new requests and is evicted when its running ones have ended; if that takes longer
-        than the load deadline, the pool stays and PoolInUse is raised.
+        than the load deadline, the pool stays and PoolInUse is raised. An elastic pool then grows
+        only when it is asked for again.
         """
+        self._growth.stop(pool.content_hash)
         resident = self._resident.get(pool.content_hash)
         if resident is None:
             return

@@ -27,7 +27,8 @@ from emo_serve.server.asgi.admission import Admission
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.auto.candidates import Candidates
-from emo_serve.server.auto.choice import make_chooser, text_of
+from emo_serve.server.auto.choice import make_chooser
+from emo_serve.server.auto.learned import LearnedPools, learn
 from emo_serve.server.console.routes import CONSOLE_PATHS, create_console_router
 from emo_serve.server.health import Health, child_processes, stopped_among
 from emo_serve.server.layers import put_layers
@@ -178,6 +179,8 @@ async def _wrap_app(
     """Put our layers around all routes of vLLM's app, and add our own routes to it."""
     args, checkpoint, service = launch.args, launch.checkpoint, pools.service
     longest = engine.model_config.max_model_len - 1  # and one token that is generated
+    directory = launch.settings.pools_dir if launch.plan.catalog.persists else None
+    learned = LearnedPools(directory, keeps_examples=launch.settings.keep_examples)
     probe = RouterProbe(pools.manager, own.run_probe, pools.calls.read_mass, longest)
     tokenizer = EngineTokenizer(engine.renderer, args)
     chooser = await make_chooser(
@@ -188,7 +191,9 @@ async def _wrap_app(
         tokenizer,
         checkpoint.config,
         launch.auto_examples,
+        lambda: learned.read(launch.plan.catalog.pools),
     )
+    service.definitions.when_removed(learned.forget)
     guard = partial(
         KeyGuard,
         api_keys=launch.keys.api,
@@ -205,7 +210,7 @@ async def _wrap_app(
         service,
         pools.manager,
         tokenizer,
-        lambda name, examples: chooser.add_examples(name, list(map(text_of, examples))),
+        partial(learn, chooser, learned),
     )
     health = Health(
         is_draining=lambda: admission.is_closed,

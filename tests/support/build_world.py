@@ -152,8 +152,11 @@ class World:
             self.service,
             self.manager,
             FileTokenizer(directory),
-            lambda name, examples: self.learned.append((name, examples)),
+            self._learn,
         )
+
+    async def _learn(self, name: str, examples: Sequence[Example]) -> None:
+        self.learned.append((name, examples))
 
     async def build(self, name: str = "math", k: int = K, **changes: Any) -> PoolBuild:
         return await self.builder.build(build_request(name, k=k, **changes))

@@ -3,7 +3,7 @@
 Pure text in, text out; admission decides when. A JSON body gets `emo_serve` as its last field, and
 is otherwise the same bytes. A stream gets one event before `data: [DONE]`, shaped like the usage
 chunk: it has no choices, so OpenAI clients skip it. A stream of /v1/responses has the field in the
-response of its last event. Streams of /v1/messages are left unchanged.
+response of its last event, one of /v1/messages in its last event, `message_stop`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _WORDS = {"true": True, "1": True, "false": False, "0": False}
 _DIGITS = 4
 _DONE = b"data: [DONE]"
 _COMPLETED = b"event: response.completed\ndata: "
+_STOPPED = b"event: message_stop\ndata: "
 _END_OF_EVENT = b"\n\n"  # as vLLM writes it
 _CHUNKS = ("chat.completion.chunk", "text_completion")
 _IDENTITY = ("id", "object", "created", "model")
@@ -106,13 +107,15 @@ class EventTail:
 
     @staticmethod
     def is_last(event: bytes) -> bool:
-        """Tell whether this event is `data: [DONE]`, or a completed response."""
-        return event.startswith((_DONE, _COMPLETED))
+        """Tell whether this event is `data: [DONE]`, a completed response or a message's end."""
+        return event.startswith((_DONE, _COMPLETED, _STOPPED))
 
     def last(self, event: bytes, report: CoverageReport) -> bytes:
         """Return the last event, with the report in it or before it."""
         if event.startswith(_COMPLETED):
             return _completed_with(event, report)
+        if event.startswith(_STOPPED):
+            return _STOPPED + body_with(event.removeprefix(_STOPPED), report) + _END_OF_EVENT
         return self.event(report) + event
 
     def event(self, report: CoverageReport) -> bytes:

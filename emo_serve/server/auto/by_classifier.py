@@ -1,7 +1,7 @@
 """Choose by a linear classifier of character n-grams, fitted on examples of the pools' domains.
 
 It costs no engine step, but can choose only pools that have examples. benchmarks/accuracy/auto.py
-compares it with the router: where every pool has examples, the classifier is better.
+compares it with the router, and with the vote of both.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.server.auto.candidates import Candidates, nothing_to_choose, pool_size
-from emo_serve.server.auto.classifier import PoolClassifier
+from emo_serve.server.auto.candidates import Candidates, nothing_to_choose, ranked
+from emo_serve.server.auto.classifier import (
+    Counts,
+    PoolClassifier,
+    counts_of,
+    counts_of_asking,
+    merged,
+)
 from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
 
@@ -23,11 +29,14 @@ logger = logging.getLogger(__name__)
 MIN_MARGIN = -0.25
 """A prompt goes to the base pool if its margin is below this in every domain.
 
-Measured on 241 held-out texts of the demo's 10 domains, each domain left out once (2026-11-23,
-accuracy/auto.py --margins): at 16, 64 and 256 tokens, 89, 86 and 83 % of texts of an unknown domain
-go to the base pool, and 30, 8 and 2 % of the others."""
+Of the demo's examples, asked of a classifier that learned from others (accuracy/auto_margins.py,
+2026-11-29), at 8, 16 and 64 tokens 75, 82 and 93 % of those of an unknown domain go to the base
+pool, and 27, 19 and 9 % of the others."""
 _MAX_CHARACTERS = 500_000
 """How much of one pool's examples the classifier reads; fitting them takes about a second."""
+
+
+_Examples = tuple[str, ...] | Counts
 
 
 class TfidfChooser:
@@ -40,8 +49,9 @@ class TfidfChooser:
 
     def __init__(self, candidates: Candidates, prefix: PromptPrefix) -> None:
         self._candidates, self._prefix = candidates, prefix
-        self._examples: Mapping[str, tuple[str, ...]] = {}
-        self._fitted_examples: Mapping[str, tuple[str, ...]] = self._examples
+        self._examples: Mapping[str, _Examples] = {}
+        self._fitted_examples: Mapping[str, _Examples] = self._examples
+        self._counted: dict[str, tuple[_Examples, Counts]] = {}  # with what was counted
         self._classifier: PoolClassifier | None = None
         self._fitting: asyncio.Task[None] | None = None
 
@@ -56,36 +66,37 @@ class TfidfChooser:
 
     async def choose(self, prompt: Prompt) -> ExpertPool:
         """Return the pool; raises RequestError if fewer than two pools have been learned."""
-        margins: Mapping[str, float] = {}
-        if self._classifier is not None and self.is_able():
-            text = await self._prefix.text(prompt)
-            margins = await asyncio.to_thread(self._classifier.margins, text)
+        margins = await self.margins(prompt)
+        best = ranked(self._candidates.pools(), margins)[:1]
         base = self._candidates.base()
-        known = [pool for pool in self._candidates.pools() if pool.name in margins]
-        best = min(
-            known, key=lambda pool: (-margins[pool.name], pool_size(pool), pool.name), default=None
-        )
-        if base is not None and (best is None or margins[best.name] < MIN_MARGIN):
+        if base is not None and not (best and margins[best[0].name] >= MIN_MARGIN):
             return base
-        if best is None:
+        if not best:
             raise nothing_to_choose("fewer than two pools have examples (--auto-examples)")
-        return best
+        return best[0]
 
-    def add_examples(self, name: str, texts: Sequence[str]) -> None:
-        """Replace the examples of one pool, and learn them soon.
+    async def margins(self, prompt: Prompt) -> Mapping[str, float]:
+        """Return each learned pool's margin; none while fewer than two have been learned."""
+        if self._classifier is None or not self.is_able():
+            return {}
+        text = await self._prefix.text(prompt)
+        return await asyncio.to_thread(self._classifier.margins, text)
+
+    def add_examples(self, name: str, examples: Sequence[str] | Counts) -> None:
+        """Replace the examples of one pool, or their counts, and learn them soon.
 
         Blank texts and everything after the first 500000 characters are left out.
         """
-        kept = tuple(_bounded(name, texts))
-        if kept:
-            self._change({**self._examples, name: kept})
+        known = examples if isinstance(examples, Counts) else tuple(_bounded(name, examples))
+        if known:
+            self._change({**self._examples, name: known})
 
     async def fitted(self) -> None:
         """Wait until all examples given so far are learned."""
         if self._fitting is not None:
             await asyncio.shield(self._fitting)
 
-    def _change(self, examples: Mapping[str, tuple[str, ...]]) -> None:
+    def _change(self, examples: Mapping[str, _Examples]) -> None:
         self._examples = examples
         if self._fitting is None or self._fitting.done():
             self._fitting = asyncio.ensure_future(self._fit())
@@ -94,10 +105,16 @@ class TfidfChooser:
         while self._fitted_examples is not self._examples:
             examples = self._examples
             is_enough = len(examples) > 1
-            classifier = (
-                await asyncio.to_thread(PoolClassifier.fit, examples) if is_enough else None
-            )
+            classifier = await asyncio.to_thread(self._learned, examples) if is_enough else None
             self._classifier, self._fitted_examples = classifier, examples
+
+    def _learned(self, examples: Mapping[str, _Examples]) -> PoolClassifier:
+        """Fit a classifier, on a thread; what has been counted before is not counted again."""
+        for name, known in examples.items():
+            if name not in self._counted or self._counted[name][0] is not known:
+                counts = known if isinstance(known, Counts) else counts_of(known)
+                self._counted[name] = known, merged([counts, counts_of_asking(name)])
+        return PoolClassifier.fit({name: self._counted[name][1] for name in examples})
 
 
 def _bounded(name: str, texts: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ larger pools are favoured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ import numpy as np
 from emo_serve.emo.config import MoeLayer
 from emo_serve.metrics import AUTO_PROBE_POOL
 from emo_serve.pools.pool import ExpertPool, LayerExperts
-from emo_serve.server.auto.candidates import Candidates, nothing_to_choose, pool_size
+from emo_serve.server.auto.candidates import Candidates, nothing_to_choose, ranked
 from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
 from emo_serve.server.pool_admin.temporary import TemporaryPools
@@ -68,6 +68,13 @@ class RouterChooser:
             return pools[0]
         if base is not None and not pools:
             return base
+        shares = await self.shares(prompt)
+        best = ranked(pools, shares)[0]
+        return base if base is not None and shares[best.name] < self._min_coverage else best
+
+    async def shares(self, prompt: Prompt) -> Mapping[str, float]:
+        """Return each pool's share of the router's mass; raises what a lease raises."""
+        pools, base = self._candidates.pools(), self._candidates.base()
         ids = await self._prefix.ids(prompt)
         if base is None and not self._is_trunk_held:
             # For good: the end of a build with an equal first pool must not retire it.
@@ -76,14 +83,10 @@ class RouterChooser:
         # Under its own name, so that no probe is shown as a request for the base pool.
         asked = replace(base, name=AUTO_PROBE_POOL) if base else self._trunk
         mass = await self._probe.mass(asked, ids[: self._probe.max_tokens])
-        shares = coverages(mass, pools, self._moe_layers)
-        share, best = min(
-            zip(shares, pools, strict=True),
-            key=lambda pair: (-round(pair[0], 9), pool_size(pair[1]), pair[1].name),
-        )
-        return base if base is not None and share < self._min_coverage else best
+        found = coverages(mass, pools, self._moe_layers)
+        return {pool.name: share for pool, share in zip(pools, found, strict=True)}
 
-    def add_examples(self, name: str, texts: Sequence[str]) -> None:
+    def add_examples(self, name: str, examples: object) -> None:
         """Do nothing: the router needs no examples."""
 
 

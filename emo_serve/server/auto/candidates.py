@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from emo_serve.errors import PoolBlocked, PoolTooLarge, RequestError, Unavailable
 from emo_serve.names import AUTO_POOL
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
 from emo_serve.server.pool_admin.lookup import PoolLookup
 
-__all__ = ["Candidates", "nothing_to_choose", "pool_size"]
+__all__ = ["Candidates", "nothing_to_choose", "pool_size", "ranked"]
 
 
 class Candidates:
@@ -34,6 +36,15 @@ class Candidates:
         except Unavailable:  # temporary, or it refuses the request in every pool
             return True
         return True
+
+
+def ranked(pools: Iterable[ExpertPool], votes: Mapping[str, float]) -> list[ExpertPool]:
+    """Return the pools that have votes, by name: the most first, then the smallest, then by name.
+
+    Votes are compared to nine digits.
+    """
+    known = (pool for pool in pools if pool.name in votes)
+    return sorted(known, key=lambda pool: (-round(votes[pool.name], 9), pool_size(pool), pool.name))
 
 
 def nothing_to_choose(reason: str) -> RequestError:

@@ -1,25 +1,28 @@
-"""Which chooser picks a prompt's pool: the router, a classifier, or the classifier with a fallback.
+"""Which chooser picks a prompt's pool: the router, a classifier, or both by vote.
 
-Both choosers see pools as they are added and removed, skip those that the slab cannot hold, and
-fall back to the base pool if it is resident and no other is good enough (`by_router`,
-`by_classifier`).
+All see pools as they are added and removed, skip those that the slab cannot hold, and fall back to
+the base pool if it is resident and no other is good enough (`by_router`, `by_classifier`,
+`by_vote`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from emo_serve.config import ServeSettings
 from emo_serve.emo.config import EmoConfig
 from emo_serve.errors import ConfigError
-from emo_serve.pools.calibration.examples import Example, read_examples
+from emo_serve.pools.calibration.examples import read_examples
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.auto.by_classifier import TfidfChooser
 from emo_serve.server.auto.by_router import RouterChooser
+from emo_serve.server.auto.by_vote import VotingChooser
 from emo_serve.server.auto.candidates import Candidates
-from emo_serve.server.auto.classifier import is_installed
+from emo_serve.server.auto.classifier import Counts, is_installed
+from emo_serve.server.auto.example_text import text_of
 from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
 from emo_serve.server.pool_admin.temporary import TemporaryPools
@@ -28,7 +31,7 @@ from emo_serve.server.tokenizer import ServedTokenizer
 if TYPE_CHECKING:
     from emo_serve.server.router_probe import RouterProbe
 
-__all__ = ["FallbackChooser", "PoolChooser", "make_chooser", "read_auto_examples", "text_of"]
+__all__ = ["PoolChooser", "make_chooser", "read_auto_examples"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,30 +44,8 @@ class PoolChooser(Protocol):
     async def choose(self, prompt: Prompt) -> ExpertPool:
         """Return the pool; raises RequestError, and what a lease raises."""
 
-    def add_examples(self, name: str, texts: Sequence[str]) -> None:
-        """Use these texts as the examples of the pool of that name, replacing earlier ones."""
-
-
-class FallbackChooser:
-    """Ask the classifier while there are two pools or more, all with examples, else the router."""
-
-    def __init__(self, classifier: TfidfChooser, router: RouterChooser) -> None:
-        self._classifier, self._router = classifier, router
-        self._reported: list[str] = []
-
-    async def choose(self, prompt: Prompt) -> ExpertPool:
-        """Return the pool; raises what the chooser that is asked raises."""
-        unknown = self._classifier.pools_without_examples()
-        if self._classifier.is_able() and not unknown:
-            return await self._classifier.choose(prompt)
-        if self._classifier.is_able() and unknown != self._reported:
-            self._reported = unknown
-            logger.warning("auto uses the router: no examples of pool %s", ", ".join(unknown))
-        return await self._router.choose(prompt)
-
-    def add_examples(self, name: str, texts: Sequence[str]) -> None:
-        """Pass the examples to the classifier."""
-        self._classifier.add_examples(name, texts)
+    def add_examples(self, name: str, examples: Sequence[str] | Counts) -> None:
+        """Use these texts, or their counts, as a pool's examples, replacing earlier ones."""
 
 
 # -- at start --
@@ -99,13 +80,6 @@ def read_auto_examples(settings: ServeSettings) -> dict[str, list[str]]:
     return found
 
 
-def text_of(example: Example) -> str:
-    """Return the text that a classifier reads of an example; of a chat, all its messages."""
-    if example.text is not None:
-        return example.text
-    return "\n".join(message["content"] for message in example.messages)
-
-
 async def make_chooser(
     settings: ServeSettings,
     candidates: Candidates,
@@ -114,8 +88,12 @@ async def make_chooser(
     tokenizer: ServedTokenizer,
     config: EmoConfig,
     examples: Mapping[str, Sequence[str]],
+    learned: Callable[[], Mapping[str, Sequence[str] | Counts]] = dict,
 ) -> PoolChooser:
-    """Return the chooser for --auto-method, with the examples of `read_auto_examples` learned."""
+    """Return the chooser for --auto-method, with the examples of `read_auto_examples` learned.
+
+    `learned` reads what is known of pools that were built here; it gives way to examples.
+    """
     prefix = PromptPrefix(tokenizer, settings.auto_tokens, config.vocab_size)
     router = RouterChooser(
         probe, candidates, prefix, config.moe_layers, settings.auto_min_coverage, temporary
@@ -123,7 +101,11 @@ async def make_chooser(
     if settings.auto_method == "router" or not is_installed():
         return router
     classifier = TfidfChooser(candidates, prefix)
-    for name, texts in examples.items():
-        classifier.add_examples(name, texts)
+    for name, known in {**await asyncio.to_thread(learned), **examples}.items():
+        classifier.add_examples(name, known)
     await classifier.fitted()
-    return classifier if settings.auto_method == "tfidf" else FallbackChooser(classifier, router)
+    return (
+        classifier
+        if settings.auto_method == "tfidf"
+        else VotingChooser(candidates, classifier, router)
+    )

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -64,7 +64,7 @@ class PoolBuild:
     seconds: float
 
 
-def _learn_nothing(name: str, examples: Sequence[Example]) -> None:
+async def _learn_nothing(name: str, examples: Sequence[Example]) -> None:
     pass
 
 
@@ -82,7 +82,7 @@ class PoolBuilder:
         service: PoolService,
         manager: ResidencyManager,
         tokenizer: ServedTokenizer,
-        learn: Callable[[str, Sequence[Example]], None] = _learn_nothing,
+        learn: Callable[[str, Sequence[Example]], Awaitable[None]] = _learn_nothing,
     ) -> None:
         self._probe, self._checkpoint, self._service = probe, checkpoint, service
         self._manager, self._tokenizer = manager, tokenizer
@@ -127,7 +127,7 @@ class PoolBuilder:
             router_temperature=wanted.router_temperature,
         )
         status, is_new = await self._service.definitions.add(pool, replace=is_replacing)
-        self._learn(wanted.name, wanted.documents)
+        await self._learn(wanted.name, wanted.documents)
         seconds = time.monotonic() - start
         logger.info("built pool %s in %.1f s", wanted.name, seconds)
         said = (*cut_notes(documents), *notes(found, self._checkpoint.config))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -60,8 +60,13 @@ class PoolDefinitions:
         self._lookup, self._catalog, self._manager = lookup, catalog, manager
         self._residency = residency
         self._temporary, self._statuses, self._metrics = temporary, statuses, metrics
+        self._on_removed: Callable[[str], None] = lambda name: None
         self._one_change = asyncio.Lock()
         self._changes: set[asyncio.Task[object]] = set()  # asyncio keeps weak references
+
+    def when_removed(self, on_removed: Callable[[str], None]) -> None:
+        """Call this, on a thread, with the name of each pool that is removed."""
+        self._on_removed = on_removed
 
     async def add(self, pool: ExpertPool, *, replace: bool = False) -> tuple[PoolStatus, bool]:
         """Define a pool, or with `replace` redefine it; return it and whether it is new.
@@ -139,6 +144,7 @@ class PoolDefinitions:
             except UnknownPool as error:
                 raise self._lookup.explained(error) from None
             await self._apply(change)
+            await asyncio.to_thread(self._on_removed, name)
 
     async def _apply(self, change: CatalogChange) -> list[str]:
         """Carry out a change: retire the contents it replaces, and revive those it defines again.

@@ -143,7 +143,7 @@ def test_a_stream_has_one_more_chunk_without_choices(client: openai.OpenAI, kind
     assert not any("emo_serve" in (chunk.model_extra or {}) for chunk in others)
 
 
-def test_responses_and_messages_tell_in_whole_answers_and_leave_their_streams(
+def test_responses_and_messages_tell_in_whole_answers_and_at_the_end_of_streams(
     client: openai.OpenAI, http: httpx.Client
 ) -> None:
     body: dict[str, Any] = {"model": "math", "max_tokens": 4, "messages": MESSAGES}
@@ -154,10 +154,14 @@ def test_responses_and_messages_tell_in_whole_answers_and_leave_their_streams(
     assert report_of(response)["pool"] == "math"
     events = list(client.responses.create(**asked, stream=True, extra_headers=WANTED))
     assert events[-1].type == "response.completed"
+    assert events[-1].response.model_extra["emo_serve"]["pool"] == "math"
     stream = http.post("/v1/messages", json=body | {"stream": True}, headers=WANTED)
     assert stream.headers["x-emo-pool"] == "math"
-    assert "message_stop" in stream.text
-    assert "emo_serve" not in stream.text
+    kind, data = stream.text.strip().split("\n\n")[-1].split("\n")
+    assert kind == "event: message_stop"
+    told = json.loads(data.removeprefix("data: "))["emo_serve"]
+    assert told["pool"] == "math" and 0 < told["coverage"] < 1
+    assert stream.text.count("emo_serve") == 1
 
 
 def test_beam_search_adds_up_its_many_engine_requests(client: openai.OpenAI) -> None:

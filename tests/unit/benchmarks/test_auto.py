@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from benchmarks.accuracy.auto import Asked, added_ms, report, rows_of
+from benchmarks.accuracy.prompts import PROMPTS, read_prompts
+from emo_serve import demo
 
 LOSSES = {"base-model": [1.0, 2.0, 3.0], "math": [1.5, 4.0, 5.0], "c": [3.0, 2.5, 3.5]}
 LABELS = ["math", "c", "c"]
@@ -35,6 +38,13 @@ def test_times_are_compared_prompt_by_prompt() -> None:
     assert added["named_ms_p50"] == pytest.approx(10.0)
 
 
+def test_the_prompts_by_hand_are_fifty_of_each_domain() -> None:
+    prompts = read_prompts(PROMPTS)
+    counts = Counter(domain for domain, _ in prompts)
+    assert set(counts) == set(demo.domains()) and set(counts.values()) == {50}
+    assert len(set(prompts)) == len(prompts)
+
+
 def test_the_report_has_the_latest_line_of_each_model(tmp_path: Path) -> None:
     assert report(tmp_path) == []
     row = {"method": "router", "base": "resident", "tokens": 16, **rows_of(FOUND, LABELS, LOSSES)}
@@ -42,11 +52,15 @@ def test_the_report_has_the_latest_line_of_each_model(tmp_path: Path) -> None:
     for model, right in (("a", 0.1), ("b", 0.2), ("a", 0.9)):
         result = {"model": model, "experts": 8, "domains": 2, "texts": 3, "follow": 128}
         result["rows"] = [{**row, "right": right, "tokens": length} for length in (64, 16)]
+        by_domain = {"math": 0.5, "c": right}
+        of_prompts = {"base": "resident", "method": "vote", "right": right, "to_base": 0.0}
+        result["written"] = [{**of_prompts, "by_domain": by_domain}]
         lines.append({"result": result, "device": ["a CPU"], "date": "2026-11-23T10:00:00"})
     lines.append({"result": {"domains": 2, "margins": []}})  # of another table
     (tmp_path / "auto.jsonl").write_text("\n".join(map(json.dumps, lines)))
     text = "\n".join(report(tmp_path))
-    assert text.count("| resident |") == 4
+    assert text.count("| resident |") == 6
+    assert "| resident | vote | 0.900 | 0.000 | math 0.50 |" in text
     assert text.index("| resident | 16 |") < text.index("| resident | 64 |")
     assert "| router | 0.900 | 0.333 |" in text
     assert "0.100" not in text

@@ -207,6 +207,24 @@ async def test_growth_ends_with_the_definition_and_with_the_server() -> None:
         manager.check_integrity()
 
 
+async def test_a_pool_that_an_operator_evicts_grows_when_it_is_asked_for_again() -> None:
+    manager = await loaded(FakeEngine(), CODE, slots=6)
+    code = Client(manager, CODE)
+    await settle()
+    async with manager.lease(manager.begin(sizes_of(MATH, least=2))):
+        await settle()
+    assert state(manager, MATH) == "waiting"
+    await manager.evict(MATH)
+    await settle()
+    assert state(manager, MATH) is None and not len(manager._growth)
+    manager.begin(sizes_of(MATH, least=2))
+    await settle()
+    assert state(manager, MATH) == "waiting"
+    await code.finish()
+    await settle()
+    assert state(manager, MATH) == "resident"
+
+
 async def test_a_growth_that_fails_leaves_requests_alone_and_is_tried_again() -> None:
     engine = FakeEngine()
     engine.unreadable = {(0, 5)}

@@ -132,6 +132,16 @@ def test_a_stream_without_a_chunk_gets_no_event(stream: bytes) -> None:
     assert tail.event(REPORT) == b""
 
 
+def test_the_end_of_a_message_gets_the_field() -> None:
+    event = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    tail, _ = fed(b"event: message_start\ndata: {}\n\n" + event, [])
+    assert tail.is_last(event)
+    line, data, *rest = tail.last(event, REPORT).split(b"\n")
+    assert (line, rest) == (b"event: message_stop", [b"", b""])
+    fields = json.loads(data.removeprefix(b"data: "))
+    assert fields == {"type": "message_stop", "emo_serve": FIELD}
+
+
 def test_a_completed_response_gets_the_field() -> None:
     event = b'event: response.completed\ndata: {"response":{"id":"r"},"sequence_number":8}\n\n'
     tail, _ = fed(event, [])

@@ -17,11 +17,12 @@ from emo_serve.emo.config import MoeLayer, load_config
 from emo_serve.errors import ConfigError, LoadDeadlineExceeded, RequestError
 from emo_serve.metrics import AUTO_PROBE_POOL
 from emo_serve.pools.pool import ExpertPool, LayerExperts
-from emo_serve.server.auto import by_classifier, choice
+from emo_serve.server.auto import by_classifier, by_vote, choice
 from emo_serve.server.auto.by_classifier import TfidfChooser
 from emo_serve.server.auto.by_router import RouterChooser, coverages, trunk_pool
+from emo_serve.server.auto.by_vote import VotingChooser
 from emo_serve.server.auto.candidates import Candidates
-from emo_serve.server.auto.choice import FallbackChooser, make_chooser, read_auto_examples
+from emo_serve.server.auto.choice import make_chooser, read_auto_examples
 from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
 from emo_serve.vllm_plugin.contract import RouterMass
@@ -284,6 +285,61 @@ async def test_what_one_pool_may_teach_is_bounded(
     assert (await chooser.choose(Prompt("the court finds the defendant"))).name == "law"
 
 
+# -- both --
+
+
+def vote(service: ServiceUnderTest, classifier: TfidfChooser, probe: FakeProbe) -> VotingChooser:
+    candidates = Candidates(service.lookup, service.manager)
+    return VotingChooser(candidates, classifier, router(service, probe))
+
+
+async def all_taught(service: ServiceUnderTest) -> TfidfChooser:
+    await service.definitions.remove("hot")
+    return await taught(service, *TEXTS)
+
+
+async def test_where_the_classifier_is_sure_the_engine_is_not_asked() -> None:
+    service, probe = service_of(), FakeProbe((1, 1, 0, 0, 0, 0, 0))
+    chooser = vote(service, await all_taught(service), probe)
+    for name, texts in TEXTS.items():
+        assert (await chooser.choose(Prompt(texts[0]))).name == name
+    assert probe.asked == []
+
+
+async def test_where_it_is_not_sure_the_router_votes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = service_of()
+    classifier = await all_taught(service)
+    monkeypatch.setattr(by_vote, "SURE_LEAD", 9.0)
+    for mass, expected in (
+        ((1, 1, 0, 0, 0, 0, 0), "math"),
+        ((0, 0, 1, 1, 0, 0, 0), "code"),
+        ((0, 0, 0, 0, 1, 1, 1), "law"),
+    ):
+        probe = FakeProbe(mass)
+        assert (await vote(service, classifier, probe).choose(Prompt("xyz"))).name == expected
+        assert len(probe.asked) == 1
+
+
+async def test_the_classifier_decides_while_the_router_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(by_vote, "SURE_LEAD", 9.0)
+    service, probe = service_of(), FakeProbe((1, 1, 0, 0, 0, 0, 0))
+    chooser = vote(service, await all_taught(service), probe)
+    probe.error = LoadDeadlineExceeded("too late")
+    assert (await chooser.choose(Prompt(TEXTS["law"][0]))).name == "law"
+
+
+async def test_a_vote_that_nobody_wins_goes_to_the_base_pool_where_it_is_resident(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(by_vote, "SURE_LEAD", 9.0)
+    monkeypatch.setattr(by_vote, "UNSURE_LEAD", 9.0)
+    for service, expected in ((await with_base(), "base"), (service_of(), "code")):
+        chooser = vote(service, await all_taught(service), FakeProbe((0, 0, 1, 1, 0, 0, 0)))
+        assert (await chooser.choose(Prompt("xyz"))).name == expected
+
+
 # -- which of them --
 
 
@@ -293,7 +349,7 @@ async def test_the_router_is_asked_while_a_pool_has_no_examples(
     service, probe = service_of(), FakeProbe((1, 1, 0, 0, 0, 0, 0))
     await service.definitions.remove("hot")
     classifier = await taught(service, "math")
-    chooser, code = FallbackChooser(classifier, router(service, probe)), Prompt(TEXTS["code"][0])
+    chooser, code = vote(service, classifier, probe), Prompt(TEXTS["code"][0])
     assert (await chooser.choose(code)).name == "math"
     assert caplog.text == ""  # there never were two pools to tell apart
     chooser.add_examples("code", TEXTS["code"])
@@ -369,7 +425,7 @@ def test_without_scikit_learn_the_router_is_asked_or_the_start_refused(
 @pytest.mark.parametrize(
     ("flags", "kind"),
     [
-        ((), FallbackChooser),
+        ((), VotingChooser),
         (("--auto-method", "tfidf"), TfidfChooser),
         (("--auto-method", "router"), RouterChooser),
     ],

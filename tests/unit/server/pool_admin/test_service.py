@@ -342,6 +342,17 @@ async def test_a_pin_moves_with_its_name_even_if_another_pool_keeps_the_content(
     assert not service.residency.is_pinned("math")
 
 
+async def test_what_was_learned_of_a_pool_goes_with_it() -> None:
+    service, removed = service_of(), list[str]()
+    service.definitions.when_removed(removed.append)
+    await service.definitions.add(pool("math", 5), replace=True)
+    assert removed == []
+    with pytest.raises(UnknownPool):
+        await service.definitions.remove("maths")
+    await service.definitions.remove("math")
+    assert removed == ["math"]
+
+
 async def test_a_removed_pool_is_gone_and_may_come_back() -> None:
     engine = FakeEngine()
     service = service_of(engine)

@@ -1,0 +1,198 @@
+"""What elastic pools are worth: misses that wait, that are refused, and that begin in a part.
+
+The shipped model, ten pools of 8 experts per layer, slots for three (24 per layer). One client asks
+for pools at random, alone and beside four streams of two pools. One server per way to treat a miss:
+
+    wait     the request waits for its whole pool, as without any flag
+    refuse   no request may wait (--max-waiting 0): a miss is a 503, and loads nothing
+    K        --elastic-min-experts K: it begins in a smaller size, which the answer names
+
+Time to first token of hits and misses; a miss is a request whose whole pool was not resident, as
+the request log and the answer's x-emo-pool tell. The loss paid is that of the sizes the answers
+named: every domain's held-out texts, scored at that size and at the whole pool's.
+
+    python -m benchmarks.residency.elastic
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+from benchmarks.harness.results import append_result
+from benchmarks.residency.switching import endless, foreground, start, summary
+from emo_serve import demo
+from emo_serve.names import split_size
+
+_EXPERTS_A_POOL = 8  # of the shipped pools, a layer
+_PROMPT_CHARACTERS = 200
+
+
+class Answered(NamedTuple):
+    """One request: the pool asked for, what served it (None: refused), time to first token."""
+
+    pool: str
+    served: str | None
+    seconds: float
+
+    @property
+    def experts(self) -> int:
+        """Return the experts per layer that served it."""
+        assert self.served is not None
+        return split_size(self.served)[1] or _EXPERTS_A_POOL
+
+
+async def ask(http: httpx.AsyncClient, pool: str, prompt: str) -> Answered:
+    """Stream one completion to its end."""
+    body = {"model": pool, "prompt": prompt, "max_tokens": 32, "ignore_eos": True, "stream": True}
+    began, first = time.perf_counter(), None
+    async with http.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            return Answered(pool, None, 0.0)
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if first is None and line.startswith("data: {"):
+                first = time.perf_counter()
+    assert first is not None
+    return Answered(pool, response.headers["x-emo-pool"], first - began)
+
+
+async def ask_in_turn(
+    http: httpx.AsyncClient, log: Path, pools: Sequence[str], requests: int, pause: float
+) -> dict[str, Any]:
+    """Ask one pool after another; return the times of hits and misses, and what served them."""
+    skipped = len(foreground(log, None))
+    chance = random.Random(requests)
+    answers = []
+    for _ in range(requests):
+        pool = chance.choice(pools)
+        answers.append(
+            await ask(http, pool, chance.choice(demo.heldout(pool))[:_PROMPT_CHARACTERS])
+        )
+        await asyncio.sleep(pause)
+    await asyncio.sleep(0.2)  # the last line is written when the stream has ended
+    lines = [
+        line for line in foreground(log, None)[skipped:] if split_size(line["pool"])[0] in pools
+    ]
+    given = [answer for answer in answers if answer.served is not None]
+    assert [answer.served for answer in given] == [line["pool"] for line in lines]
+    hits, misses = [], []
+    for answer, line in zip(given, lines, strict=True):
+        is_hit = line["is_hit"] and answer.served == answer.pool
+        (hits if is_hit else misses).append(answer)
+    return {
+        "hit": summary([answer.seconds for answer in hits]),
+        "miss": summary([answer.seconds for answer in misses]) if misses else None,
+        "refused": len(answers) - len(given),
+        "smaller": [[a.pool, a.experts] for a in misses if a.experts < _EXPERTS_A_POOL],
+    }
+
+
+async def ask_beside(
+    http: httpx.AsyncClient, log: Path, pools: Sequence[str], requests: int, pause: float
+) -> dict[str, Any]:
+    """Do the same while four streams of two of the pools run; ask for the others."""
+    streams = [asyncio.create_task(endless(http, pool, 200)) for pool in pools[:2] * 2]
+    try:
+        return await ask_in_turn(http, log, pools[2:], requests, pause)
+    finally:
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+
+
+async def measure(url: str, log: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one way to treat misses."""
+    pools = demo.domains()
+    async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+        for pool in [*pools[3:], *pools[:3]]:  # warms up, and loads three
+            (await http.post(f"/v1/pools/{pool}/load")).raise_for_status()
+            await ask(http, pool, "a")
+        alone = await ask_in_turn(http, log, pools, args.requests, args.pause)
+        return {
+            "alone": alone,
+            "beside_4_streams": await ask_beside(http, log, pools, args.requests, args.pause),
+        }
+
+
+async def losses(url: str, texts: int, sizes: Sequence[int]) -> dict[str, dict[int, float]]:
+    """Return each domain's loss in nats per token on held-out texts, by size."""
+    found: dict[str, dict[int, float]] = {}
+    async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+        for pool in demo.domains():
+            found[pool] = {k: await loss(http, f"{pool}@{k}", pool, texts) for k in sizes}
+    return found
+
+
+async def loss(http: httpx.AsyncClient, model: str, domain: str, texts: int) -> float:
+    """Return the loss of one domain's texts in one size, per token."""
+    body = {
+        "model": model,
+        "prompt": [text[:1500] for text in demo.heldout(domain)[:texts]],
+        "max_tokens": 1,
+        "prompt_logprobs": 0,
+    }
+    whole = {"x-emo-min-experts": "all"}
+    answer = await http.post("/v1/completions", json=body, headers=whole)
+    answer.raise_for_status()
+    values = [
+        next(iter(token.values()))["logprob"]
+        for choice in answer.json()["choices"]
+        for token in choice["prompt_logprobs"]
+        if token is not None
+    ]
+    return -statistics.fmean(values)
+
+
+def paid(part: dict[str, Any], loss_at: dict[str, dict[int, float]]) -> dict[str, Any]:
+    """Return a part with its smaller answers as counts by size, and the loss they paid."""
+    smaller = part.pop("smaller")
+    extra = [loss_at[pool][k] - loss_at[pool][_EXPERTS_A_POOL] for pool, k in smaller]
+    sizes = [k for _, k in smaller]
+    part["sizes"] = {k: sizes.count(k) for k in sorted(set(sizes))}
+    part["loss_paid"] = statistics.fmean(extra) if extra else 0.0
+    return part
+
+
+def main() -> None:
+    """Measure each way, print, append a result."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--requests", type=int, default=300, help="of each half [300]")
+    parser.add_argument(
+        "--ways", default="wait,refuse,2,4", help="wait, refuse or K [wait,refuse,2,4]"
+    )
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between requests [0]")
+    parser.add_argument("--texts", type=int, default=12, help="held-out texts per domain [12]")
+    args = parser.parse_args()
+    flags = {"wait": (), "refuse": ("--max-waiting", "0")}
+    result: dict[str, Any] = {}
+    loss_at: dict[str, dict[int, float]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for way in args.ways.split(","):
+            log = Path(directory) / f"{way}.jsonl"
+            more = flags.get(way, ("--elastic-min-experts", way))
+            with start(3 * _EXPERTS_A_POOL, log, *more) as server:
+                result[way] = asyncio.run(measure(server.url, log, args))
+                if not loss_at and way not in flags:
+                    sizes = range(int(way), _EXPERTS_A_POOL + 1)
+                    loss_at = asyncio.run(losses(server.url, args.texts, sizes))
+            print(f"{way}: {json.dumps(result[way])[:200]}", flush=True)
+    for parts in result.values():
+        for part in parts.values():
+            paid(part, loss_at)
+    print(json.dumps(result, indent=1))
+    print(f"appended to {append_result('elastic', vars(args), result)}")
+
+
+if __name__ == "__main__":
+    main()
