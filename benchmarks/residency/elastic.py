@@ -1,15 +1,15 @@
-"""What elastic pools are worth: misses that wait, that are refused, and that begin in a part.
+"""What elastic pools are worth: misses that wait, and misses that begin in a part of their pool.
 
 The shipped model, ten pools of 8 experts per layer, slots for three (24 per layer). One client asks
 for pools at random, alone and beside four streams of two pools. One server per way to treat a miss:
 
     wait     the request waits for its whole pool, as without any flag
-    refuse   no request may wait (--max-waiting 0): a miss is a 503, and loads nothing
     K        --elastic-min-experts K: it begins in a smaller size, which the answer names
 
-Time to first token of hits and misses; a miss is a request whose whole pool was not resident, as
-the request log and the answer's x-emo-pool tell. The loss paid is that of the sizes the answers
-named: every domain's held-out texts, scored at that size and at the whole pool's.
+A server that refused misses instead would answer only the hits. Time to first token of hits and
+misses; a miss is a request whose whole pool was not resident, as the request log and the answer's
+x-emo-pool tell. The loss paid is that of the sizes the answers named: every domain's held-out
+texts, scored at that size and at the whole pool's.
 
     python -m benchmarks.residency.elastic
 """
@@ -39,16 +39,15 @@ _PROMPT_CHARACTERS = 200
 
 
 class Answered(NamedTuple):
-    """One request: the pool asked for, what served it (None: refused), time to first token."""
+    """One request: the pool asked for, what served it, time to first token."""
 
     pool: str
-    served: str | None
+    served: str
     seconds: float
 
     @property
     def experts(self) -> int:
         """Return the experts per layer that served it."""
-        assert self.served is not None
         return split_size(self.served)[1] or _EXPERTS_A_POOL
 
 
@@ -57,8 +56,6 @@ async def ask(http: httpx.AsyncClient, pool: str, prompt: str) -> Answered:
     body = {"model": pool, "prompt": prompt, "max_tokens": 32, "ignore_eos": True, "stream": True}
     began, first = time.perf_counter(), None
     async with http.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-            return Answered(pool, None, 0.0)
         response.raise_for_status()
         async for line in response.aiter_lines():
             if first is None and line.startswith("data: {"):
@@ -84,16 +81,14 @@ async def ask_in_turn(
     lines = [
         line for line in foreground(log, None)[skipped:] if split_size(line["pool"])[0] in pools
     ]
-    given = [answer for answer in answers if answer.served is not None]
-    assert [answer.served for answer in given] == [line["pool"] for line in lines]
+    assert [answer.served for answer in answers] == [line["pool"] for line in lines]
     hits, misses = [], []
-    for answer, line in zip(given, lines, strict=True):
+    for answer, line in zip(answers, lines, strict=True):
         is_hit = line["is_hit"] and answer.served == answer.pool
         (hits if is_hit else misses).append(answer)
     return {
         "hit": summary([answer.seconds for answer in hits]),
         "miss": summary([answer.seconds for answer in misses]) if misses else None,
-        "refused": len(answers) - len(given),
         "smaller": [[a.pool, a.experts] for a in misses if a.experts < _EXPERTS_A_POOL],
     }
 
@@ -168,13 +163,11 @@ def main() -> None:
     """Measure each way, print, append a result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--requests", type=int, default=300, help="of each half [300]")
-    parser.add_argument(
-        "--ways", default="wait,refuse,2,4", help="wait, refuse or K [wait,refuse,2,4]"
-    )
+    parser.add_argument("--ways", default="wait,2,4", help="wait or K [wait,2,4]")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between requests [0]")
     parser.add_argument("--texts", type=int, default=12, help="held-out texts per domain [12]")
     args = parser.parse_args()
-    flags = {"wait": (), "refuse": ("--max-waiting", "0")}
+    flags: dict[str, tuple[str, ...]] = {"wait": ()}
     result: dict[str, Any] = {}
     loss_at: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as directory:

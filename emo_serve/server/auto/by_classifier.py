@@ -30,8 +30,8 @@ MIN_MARGIN = -0.25
 """A prompt goes to the base pool if its margin is below this in every domain.
 
 Of the demo's examples, asked of a classifier that learned from others (accuracy/auto_margins.py,
-2026-11-29), at 8, 16 and 64 tokens 75, 82 and 93 % of those of an unknown domain go to the base
-pool, and 27, 19 and 9 % of the others."""
+2026-11-29), at 8, 16 and 64 tokens 62, 65 and 66 % of those of an unknown domain go to the base
+pool, and 16, 9 and 3 % of the others."""
 _MAX_CHARACTERS = 500_000
 """How much of one pool's examples the classifier reads; fitting them takes about a second."""
 

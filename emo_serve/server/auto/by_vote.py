@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 ROUTER_WEIGHT = 4.0
 SURE_LEAD = 0.2
 """The classifier decides alone where its best pool leads by as much."""
-UNSURE_LEAD = 0.1
+UNSURE_LEAD = 0.2
 """A prompt goes to the base pool, if that is resident, where the vote's best leads by less."""
 
 

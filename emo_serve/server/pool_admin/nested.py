@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from cachetools import LRUCache
 
 from emo_serve.names import is_union, sized_name, split_size
@@ -39,7 +37,7 @@ class PoolSizes:
         key = (pool.name, self._catalog.version(name), least)
         if key not in self._found:
             self._found[key] = self._nested(named, name, least)
-        return cast("Nested | None", self._found[key])
+        return self._found[key]
 
     def _nested(self, pool: ExpertPool, name: str, least: int) -> Nested | None:
         known = sizes_of(self._catalog.pools[name], self._catalog.moe_layers)

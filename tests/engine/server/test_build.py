@@ -16,6 +16,7 @@ from emo_serve.pools.calibration.build import calibrate
 from emo_serve.pools.calibration.examples import Example, encode_examples
 from emo_serve.pools.calibration.findings import Calibration
 from emo_serve.pools.document import read_pool
+from emo_serve.server.auto.classifier import read_counts
 from tests.engine.server.conftest import TIGHT_SLOTS
 from tests.support.progress import wait_for
 from tests.support.server_process import RunningServer, stopped_engine
@@ -102,6 +103,10 @@ async def test_a_build_beside_requests_finds_the_offline_builds_pool(
                 assert layer is not None
                 assert scores == pytest.approx(layer.scores, rel=1e-3, abs=1e-6)
             assert await ask(f"built-{seed}")
+            learned = read_counts(tight_pools / f"built-{seed}.learned.npz")
+            assert learned.matrix.shape[0] > len(texts(seed)), "known after a restart"
+            (await http.delete(f"/v1/pools/built-{seed}")).raise_for_status()
+            assert not list(tight_pools.glob(f"built-{seed}*"))
 
 
 async def test_the_same_build_gives_the_same_pool_and_leaves_only_that(
