@@ -27,7 +27,7 @@ PACKAGES = {
     "langchain": ["langchain-openai"],
     "litellm": ["litellm"],
     "llm": ["llm"],
-    "lm_eval": ["lm_eval[api]"],
+    "lm_eval": ["lm_eval[api]", "transformers"],
     "guidellm": ["guidellm"],
 }
 """What the blocks that are run apart install from PyPI; `node` installs `openai` from npm."""
