@@ -7,11 +7,12 @@ told to the server that was started again.
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ import psutil
 import pytest
 
 from emo_serve.server.serve import CUT_STATUS
-from tests.engine.server.conftest import GOLDEN, POOLS, document, hold_only
+from tests.browser.test_playground import answer_of, choose
+from tests.engine.server.conftest import ADMIN, GOLDEN, POOLS, document, hold_only
 from tests.engine.server.test_operators import cards_of, text_of
 from tests.engine.server.test_requests import running
 from tests.support.progress import wait_for
@@ -39,6 +41,7 @@ from tests.support.server_process import (
 pytestmark = [pytest.mark.vllm, pytest.mark.server("tight")]
 
 DEADLINE_SECONDS = 5  # for loads, after the restart
+CHROMIUM = shutil.which("chromium")
 
 
 @dataclass(frozen=True)
@@ -135,16 +138,69 @@ def test_a_wait_past_the_deadline_is_a_503_even_for_a_stream(
         client.completions.create(model="math", prompt="a", max_tokens=1)  # open again
 
 
-def test_a_dead_engine_ends_streams_and_the_server(again: RunningServer) -> None:
-    """Ends the server, so it is the last that asks it."""
+@dataclass(frozen=True)
+class Death:
+    """What a client and an open page were told when the engine was killed; no page, no words."""
+
+    received: bytes
+    status: int
+    answer: str = ""
+    notice: str = ""
+
+
+@pytest.fixture(scope="module")
+def death(again: RunningServer) -> Death:
+    """Kill the engine, which ends the server: nothing can be asked of it any more."""
     (engine,) = engines_of(again)
-    with RawRequest(again, model="math", prompt=["a"] * 100) as request:
+    with ExitStack() as stack:
+        page = None if CHROMIUM is None else stack.enter_context(playground(again))
+        http = stack.enter_context(again.http())
+        request = stack.enter_context(RawRequest(again, model="math", prompt=["a"] * 100))
         request.read_events(1)
+        engine.suspend()  # so that nothing ends before the engine does
+        if page is not None:
+            before = running(http, "math")
+            page.get_by_role("button", name="Answer").click()
+            wait_for(lambda: running(http, "math") > before)
         engine.kill()
         request.read_to_end()
-    assert b'"code": 500' in request.received
-    wait_for(lambda: again.has_ended, again.activity)
-    assert again.process.returncode == 1
+        wait_for(lambda: again.has_ended, again.activity)
+        told = (request.received, again.process.returncode)
+        if page is None:
+            return Death(*told)
+        answer, alert = answer_of(page, "math"), page.get_by_role("alert")
+        wait_for(lambda: "failed" in answer.inner_text())
+        wait_for(lambda: "No connection" in alert.inner_text())
+        return Death(*told, answer.inner_text(), alert.inner_text())
+
+
+@contextmanager
+def playground(server: RunningServer) -> Iterator[Any]:
+    """Open the console where math is about to be asked."""
+    sync = pytest.importorskip("playwright.sync_api", reason="needs the extra `dev`")
+    with sync.sync_playwright() as chromium:
+        browser = chromium.chromium.launch(executable_path=CHROMIUM)
+        page = browser.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(f"{server.url}/console#playground")
+        page.get_by_label("API key or admin key").fill(ADMIN)
+        page.keyboard.press("Enter")
+        page.locator("#status").filter(has_text="Live").wait_for()
+        choose(page, "math")
+        yield page
+        browser.close()
+
+
+def test_a_dead_engine_ends_streams_and_the_server(death: Death) -> None:
+    assert b'"code": 500' in death.received
+    assert death.status == 1
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_a_dead_engine_is_told_to_a_page_that_is_open(death: Death) -> None:
+    assert "failed" in death.answer
+    assert death.notice.startswith("No connection: ")
+    assert death.notice.endswith("What you see is old; trying again.")
 
 
 @pytest.mark.server("shipped")
