@@ -22,7 +22,7 @@ __all__ = ["Pacer", "Steps"]
 _Clock = Callable[[], float]
 
 _SHARE_ASIDE = 0.6  # a load takes 1 / 0.6 of its idle time, which leaves some for its publication
-_SHARE_AMONG = 1 / 4  # a step takes 1 / (1 - 1 / 4) = 1.33 of its time, less if threads share work
+_SHARE_AMONG = 1 / 6  # a step takes 1 / (1 - 1 / 6) = 1.2 of its time, and up to a turn more
 _TURNS_PER_STEP = 16
 _SHORTEST_TURN_SECONDS = 2.5e-4  # a sleep overshoots by 60 us
 _TURNS_SAVED = 2  # of rest, in which a step is made longer; for the time between two steps
