@@ -281,17 +281,23 @@ def added_ms(found: Sequence[Asked]) -> dict[str, float]:
 
 
 def report(directory: Path) -> list[str]:
-    """Return each model's latest tables, each method as it was measured last, as Markdown."""
+    """Return each model's latest tables, each method as it was last measured on the same texts."""
     path = directory / "auto.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows: dict[str, dict[tuple[Any, ...], Mapping[str, Any]]] = {}
     written: dict[str, dict[tuple[Any, ...], Mapping[str, Any]]] = {}
     about: dict[str, str] = {}
+    of: dict[str, tuple[Any, ...]] = {}
     for line in map(json.loads, lines):
         result = line["result"]
         if "rows" not in result:
             continue
         name = result["model"]
+        alike = tuple(result[key] for key in ("domains", "experts", "texts", "follow"))
+        if of.setdefault(name, alike) != alike:  # of other texts: not to be compared
+            rows.pop(name, None)
+            written.pop(name, None)
+        of[name] = alike
         about[name] = (
             f"{name}: {result['domains']} pools of {result['experts']}, {result['texts']} texts,"
             f" loss over {result['follow']} tokens; {line['device'][0]}, {line['date'][:10]}"

@@ -179,7 +179,7 @@ def main() -> None:
                 if not loss_at and way not in flags:
                     sizes = range(int(way), _EXPERTS_A_POOL + 1)
                     loss_at = asyncio.run(losses(server.url, args.texts, sizes))
-            print(f"{way}: {json.dumps(result[way])[:200]}", flush=True)
+            print(f"{way}: {json.dumps(result[way])}", flush=True)
     for parts in result.values():
         for part in parts.values():
             paid(part, loss_at)
