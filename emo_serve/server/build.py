@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp
 
 from emo_serve.errors import EngineDead, PoolLoadFailed, PoolTooLarge, Unavailable
 from emo_serve.metrics import PoolMetrics, gauges
@@ -54,25 +55,39 @@ from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.engine import OwnRequests, has_work, note_steps
 from emo_serve.server.vllm_adapter.generation import PooledLLM, to_http_error
 from emo_serve.server.vllm_adapter.metrics_routes import add_metrics_routes, metrics_registry
-from emo_serve.server.vllm_adapter.openai import build_http_app, create_http_server
+from emo_serve.server.vllm_adapter.openai import build_http_app
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 from emo_serve.server.vllm_adapter.spans import trace_requests
 from emo_serve.server.vllm_adapter.tokenizer import EngineTokenizer
 from emo_serve.server.vllm_adapter.worker_calls import EngineFacts, WorkerCalls
 
-__all__ = ["Server", "build_server"]
+__all__ = ["Around", "Server", "build_server", "unchanged"]
 
 logger = logging.getLogger(__name__)
 
 _STATES = ("resident", "loaded on request", "does not fit")
 
 
+Around = Callable[[ASGIApp], ASGIApp]
+"""What puts one more layer around all routes, inside the check of keys and of bodies."""
+
+
+def unchanged(app: ASGIApp) -> ASGIApp:
+    """Put no layer around the routes."""
+    return app
+
+
 @dataclass(frozen=True)
 class Server:
-    """What answers requests and stops the server; `http` has not been started."""
+    """What answers requests.
 
-    http: uvicorn.Server
+    Before the first one, `app.state.server` must be something with a `should_exit`, which vLLM sets
+    when the engine has died, and whoever stops the server before it does.
+    """
+
+    app: FastAPI
     llm: PooledLLM
+    service: PoolService
     admission: Admission
     manager: ResidencyManager
     coverage: CoverageBook
@@ -93,7 +108,11 @@ class _PoolParts:
 
 
 async def build_server(
-    launch: Launch, engine: Any, request_log: RequestLog | None, progress: StartProgress
+    launch: Launch,
+    engine: Any,
+    request_log: RequestLog | None,
+    progress: StartProgress,
+    around: Around = unchanged,
 ) -> Server:
     """Build the server on vLLM's AsyncLLM and load the pools of the start.
 
@@ -122,11 +141,10 @@ async def build_server(
     await asyncio.gather(_warm_up(own, manager, service.lookup), asyncio.to_thread(app.openapi))
     address = ServerAddress.of(args, launch.keys.variable)
     admission, health = await _wrap_app(
-        app, llm, own, engine, launch, pools, is_local=address.is_local
+        app, llm, own, engine, launch, pools, around, is_local=address.is_local
     )
-    http = create_http_server(app, args)
     summary = _summarise(launch, engine, pools, address)
-    return Server(http, llm, admission, manager, coverage, health, summary)
+    return Server(app, llm, service, admission, manager, coverage, health, summary)
 
 
 async def _start_pools(launch: Launch, engine: Any, progress: StartProgress) -> _PoolParts:
@@ -173,6 +191,7 @@ async def _wrap_app(
     engine: Any,
     launch: Launch,
     pools: _PoolParts,
+    around: Around,
     *,
     is_local: bool,
 ) -> tuple[Admission, Health]:
@@ -201,9 +220,8 @@ async def _wrap_app(
         open_paths=(*launch.settings.open_paths, *CONSOLE_PATHS),
         is_local=is_local,
     )
-    admission = put_layers(
-        app, guard, launch.plan.names, chooser, pools.metrics, launch.settings.max_body_bytes
-    )
+    names, most = launch.plan.names, launch.settings.max_body_bytes
+    admission = put_layers(app, guard, names, chooser, pools.metrics, most, around)
     builder = PoolBuilder(
         probe,
         checkpoint,

@@ -33,9 +33,14 @@ def put_layers(
     chooser: PoolChooser,
     metrics: PoolMetrics,
     max_body_bytes: int,
+    around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
 ) -> Admission:
-    """Put the layers around the routes of vLLM's app; `guard` makes the outermost."""
+    """Put the layers around the routes of vLLM's app; `guard` makes the outermost.
+
+    `around` may put one more around `Admission`: it sees requests that may be made, with all of
+    their bodies.
+    """
     routes = Invocations(innermost(app), names.base, metrics.count_refusal)
     admission = Admission(AutoPool(Entry(routes, metrics.count_refusal), names, chooser, metrics))
-    replace_innermost(app, guard(BodyLimit(ReadableBody(admission), max_body_bytes)))
+    replace_innermost(app, guard(BodyLimit(ReadableBody(around(admission)), max_body_bytes)))
     return admission

@@ -18,25 +18,26 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 # First, as in `vllm serve`: if prometheus_client were imported long before vLLM's protocol, a cache
 # of typing's would give some of vLLM's models other types, and so other names in /openapi.json.
-from emo_serve.server.vllm_adapter.openai import bind_socket, run_beside_server
+from emo_serve.server.vllm_adapter.openai import (
+    bind_socket,
+    create_http_server,
+    run_beside_server,
+)
 
 # isort: split
-from emo_serve.errors import Draining, EngineDead
-from emo_serve.server.build import Server, build_server
-from emo_serve.server.health import child_processes
-from emo_serve.server.shutdown import StopSignals, drain, stop_signals
+from emo_serve.server.build import Server
+from emo_serve.server.life import ServerLife
+from emo_serve.server.shutdown import StopSignals, stop_signals
 from emo_serve.server.startup.engine_output import EngineOutput
 from emo_serve.server.startup.launch import DefaultModel, Launch, prepare
 from emo_serve.server.startup.progress import StartProgress
 from emo_serve.server.startup.run_directory import RunDirectory, opened_run_directory
 from emo_serve.server.startup.summary import format_summary
-from emo_serve.server.vllm_adapter.engine import start_engine, stop_engine
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 
 __all__ = ["CUT_STATUS", "run"]
@@ -45,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 CUT_STATUS = 3
 """The exit status of a server that ended requests before they were finished."""
-
-_CUT_SECONDS = 1.0  # for the last events of requests that are cut
 
 
 def run(
@@ -97,14 +96,11 @@ async def _serve(
         sock = stack.enter_context(closing(bind_socket(launch.args)))
         if launch.args.uds:
             stack.callback(Path(launch.args.uds).unlink, missing_ok=True)
-        engine = _started_engine(launch, progress, output)
-        stack.callback(stop_engine, engine)
-        directory.note_shared_memory(process.pid for process in child_processes())
+        life = ServerLife(launch, progress, directory, request_log, output)
+        stack.callback(life.stop)
+        life.start()
         signals = StopSignals(asyncio.get_running_loop())
-        try:
-            server = await build_server(launch, engine, request_log, progress)
-        except EngineDead as error:
-            raise _explained(error, output) from error
+        server = await life.build()
         if output is not None:
             output.started()
             stack.callback(output.ending)
@@ -112,28 +108,7 @@ async def _serve(
                 # uvicorn logs seven lines for start and stop; requests have their own logger.
                 logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         progress.finished()
-        return await _answer(server, launch, sock, signals, announce)
-
-
-def _started_engine(launch: Launch, progress: StartProgress, output: EngineOutput | None) -> Any:
-    progress.stage("starting the engine")
-    try:
-        with nullcontext() if output is None else output.captured():
-            return start_engine(launch.args, on_every_core=launch.plan.has_long_steps)
-    except EngineDead as error:
-        raise _explained(error, output) from error
-
-
-def _explained(error: EngineDead, output: EngineOutput | None) -> EngineDead:
-    """Return the error with its cause, if the output says it, and how to see more."""
-    if output is None:
-        return EngineDead(
-            f"{error}; the first ERROR above says why (on a CPU often memory: see"
-            " --kv-cache-memory-bytes)"
-        )
-    cause = output.cause()
-    reason = f"{error}: {cause}" if cause else f"{error}, and printed no error"
-    return EngineDead(f"{reason} (--log-level info shows all its output)")
+        return await _answer(server, life, launch, sock, signals, announce)
 
 
 def _drop_last_words() -> None:
@@ -153,31 +128,28 @@ def _abandon_start(number: int, _: object) -> None:
 
 async def _answer(
     server: Server,
+    life: ServerLife,
     launch: Launch,
     sock: socket.socket,
     signals: StopSignals,
     announce: Callable[[str], None],
 ) -> int:
     """Answer requests until a signal or the engine's death; return the exit status."""
-    beside = [
-        *run_beside_server(server.http, server.llm, launch.args),
-        asyncio.create_task(server.coverage.run()),
-        asyncio.create_task(server.health.run()),
-    ]
-    serving = asyncio.create_task(server.http.serve(sockets=[sock]))
+    http = create_http_server(server.app, launch.args)
+    beside = [*run_beside_server(http, server.llm, launch.args), *life.run_beside()]
+    serving = asyncio.create_task(http.serve(sockets=[sock]))
     stopping = asyncio.create_task(signals.first.wait())
     is_drained = True
     try:
-        while not server.http.started and not serving.done():
+        while not http.started and not serving.done():
             await asyncio.sleep(0.02)
         if not serving.done():
             announce(format_summary(server.summary))
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
-            is_drained = await _drain_until_second(
-                server, signals, launch.settings.drain_timeout_seconds
-            )
-        server.http.should_exit = True
+            timeout_seconds = launch.settings.drain_timeout_seconds
+            is_drained = await _drain_until_second(server, life, signals, timeout_seconds)
+        http.should_exit = True
         await serving
     finally:
         for task in (*beside, stopping):
@@ -187,7 +159,9 @@ async def _answer(
     return 0 if is_drained else CUT_STATUS
 
 
-async def _drain_until_second(server: Server, signals: StopSignals, timeout_seconds: float) -> bool:
+async def _drain_until_second(
+    server: Server, life: ServerLife, signals: StopSignals, timeout_seconds: float
+) -> bool:
     """Finish the running requests; cut them at the timeout or second signal, and return False."""
     admission = server.admission
     logger.info(
@@ -195,7 +169,7 @@ async def _drain_until_second(server: Server, signals: StopSignals, timeout_seco
         timeout_seconds,
         admission.num_running,
     )
-    draining = asyncio.create_task(drain(admission, server.manager, timeout_seconds))
+    draining = asyncio.create_task(life.drain(timeout_seconds))
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
     is_drained = draining.done() and draining.result()
@@ -203,8 +177,5 @@ async def _drain_until_second(server: Server, signals: StopSignals, timeout_seco
         task.cancel()
     if not is_drained:
         logger.warning("stopping with %d requests still running", admission.num_running)
-        server.llm.cut(
-            Draining("the server stopped before this request was finished; send it again")
-        )
-        await admission.idle(_CUT_SECONDS)
+        await life.cut()
     return is_drained

@@ -13,6 +13,7 @@ import pytest
 
 from emo_serve.config import ServeSettings
 from emo_serve.errors import ConfigError, EngineDead
+from emo_serve.server import life as life_module
 from emo_serve.server import serve
 from emo_serve.server.shutdown import stop_signals
 from emo_serve.server.vllm_adapter.request_log import RequestLog, RequestRecord
@@ -44,8 +45,8 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Life]:
     life = Life(tmp_path)
     monkeypatch.setattr(serve, "prepare", lambda *_: life.launch)
     monkeypatch.setattr(serve, "bind_socket", lambda _: life)
-    monkeypatch.setattr(serve, "start_engine", lambda _, on_every_core: life)
-    monkeypatch.setattr(serve, "stop_engine", lambda engine: engine.stop())
+    monkeypatch.setattr(life_module, "start_engine", lambda _, on_every_core: life)
+    monkeypatch.setattr(life_module, "stop_engine", lambda engine: engine.stop())
     before = {number: signal.getsignal(number) for number in stop_signals()}
     yield life
     for number, handler in before.items():
@@ -61,7 +62,7 @@ def test_the_request_log_outlives_requests_that_end_with_the_event_loop(
 ) -> None:
     running: set[asyncio.Task[None]] = set()
 
-    async def build(launch: Any, engine: Any, request_log: RequestLog, progress: Any) -> None:
+    async def build(launch: Any, engine: Any, request_log: RequestLog, *_: Any) -> None:
         async def request() -> None:
             try:
                 await asyncio.Event().wait()
@@ -74,7 +75,7 @@ def test_the_request_log_outlives_requests_that_end_with_the_event_loop(
     async def answer(*_: object) -> int:
         return 0
 
-    monkeypatch.setattr(serve, "build_server", build)
+    monkeypatch.setattr(life_module, "build_server", build)
     monkeypatch.setattr(serve, "_answer", answer)
     assert run() == 0
     assert life.events == ["engine stopped", "socket closed"]
@@ -88,7 +89,7 @@ def test_what_fails_after_the_engine_started_stops_it(
     async def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(serve, "build_server", fail)
+    monkeypatch.setattr(life_module, "build_server", fail)
     with pytest.raises(type(error), match=str(error)):
         run()
     assert life.events == ["engine stopped", "socket closed"]
@@ -102,7 +103,7 @@ def test_the_unix_socket_is_removed_at_the_end(
 
     async def build(*_: object) -> None: ...
 
-    monkeypatch.setattr(serve, "build_server", build)
+    monkeypatch.setattr(life_module, "build_server", build)
     monkeypatch.setattr(serve, "_answer", answer)
     life.launch.args.uds = str(tmp_path / "socket")
     (tmp_path / "socket").touch()
@@ -116,7 +117,7 @@ def test_an_engine_that_does_not_start_says_where_to_look(
     def fail(_: object, *, on_every_core: bool) -> None:
         raise EngineDead("the engine did not start")
 
-    monkeypatch.setattr(serve, "start_engine", fail)
+    monkeypatch.setattr(life_module, "start_engine", fail)
     with pytest.raises(EngineDead, match=r"the first ERROR above.*--kv-cache-memory-bytes"):
         run()
     assert life.events == ["socket closed"]
@@ -125,6 +126,6 @@ def test_an_engine_that_does_not_start_says_where_to_look(
 def test_a_quiet_start_that_fails_tells_the_cause_in_one_line() -> None:
     for cause, text in (("ValueError: no memory", ": ValueError: no memory"), (None, ", and pr")):
         output: Any = SimpleNamespace(cause=lambda cause=cause: cause)
-        error = serve._explained(EngineDead("the engine did not start"), output)
+        error = life_module.explained(EngineDead("the engine did not start"), output)
         assert str(error).startswith(f"the engine did not start{text}")
         assert "--log-level info shows all its output" in str(error)
