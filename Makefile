@@ -8,17 +8,20 @@ MODEL =
 POOLS =
 HOST = 127.0.0.1
 PORT = 8000
-# serve, test and bench: further arguments
+# cluster: a number, or MIN..MAX
+REPLICAS = 2
+# serve, cluster, test and bench: further arguments
 ARGS =
 
 # install. PYTHON= and TORCH_INDEX= may also come from the environment.
 LOCK := $(if $(shell nvidia-smi >/dev/null 2>&1 && echo yes),requirements/cuda.lock,requirements/cpu.lock)
 STAMP := $(VENV)/installed-$(notdir $(LOCK))
+CLUSTER_STAMP := $(VENV)/installed-cluster.lock
 DOCS_STAMP := $(VENV)/installed-docs.lock
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint bench docs clean
+.PHONY: help install serve cluster test lint bench docs clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -34,7 +37,15 @@ $(STAMP): $(LOCK) pyproject.toml requirements/install.sh
 serve: install ## Serve the shipped model on 127.0.0.1:8000 (MODEL= POOLS= HOST= PORT= ARGS=)
 	$(BIN)/emo-serve serve $(MODEL) --host $(HOST) --port $(PORT) $(if $(POOLS),--pools $(POOLS)) $(ARGS)
 
-test: install ## Run all tests (ARGS="-k pools" and the like go to pytest)
+cluster: $(CLUSTER_STAMP) ## Serve with two replicas behind one address (REPLICAS= and those of serve)
+	$(BIN)/emo-serve cluster serve $(MODEL) --replicas $(REPLICAS) --host $(HOST) --port $(PORT) \
+		$(if $(POOLS),--pools $(POOLS)) $(ARGS)
+
+$(CLUSTER_STAMP): requirements/cluster.lock $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements/cluster.lock
+	@touch $@
+
+test: $(CLUSTER_STAMP) ## Run all tests (ARGS="-k pools" and the like go to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: install ## Check style and types: ruff and mypy

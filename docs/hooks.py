@@ -21,6 +21,7 @@ PLACES = {
     "benchmarks/README.md": "benchmarks.md",
     "kernels/README.md": "kernels.md",
     "deploy/README.md": "deploy.md",
+    "deploy/kubernetes/README.md": "kubernetes.md",
     "emo_serve/demo/README.md": "demo.md",
     "CHANGELOG.md": "changelog.md",
 } | {

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from emo_serve import __version__
 from emo_serve.cli.commands import FAILED, REFUSED, adder, refuse
 from emo_serve.cli.completion import add_completion_command, complete, is_completing
+from emo_serve.cli.early import settings_of
 from emo_serve.cli.output import (
     CUT_OFF,
     announce,
@@ -22,19 +23,12 @@ from emo_serve.cli.output import (
     run_to_the_last_byte,
 )
 from emo_serve.cli.parsing import CommandParser
-from emo_serve.config import ServeSettings, add_serve_flags
+from emo_serve.config import add_serve_flags
 from emo_serve.errors import ConfigError, EmoServeError
 
 __all__ = ["main"]
 
 _INTERRUPTED_STATUS = 130
-_DEMO_FLAG_DEFAULTS = {
-    # Compilation needs a C++ compiler and takes most of the start-up; a model this small gains
-    # little (benchmarks/serving/start.py, serving/throughput.py --a emo --b emo-eager).
-    "enforce_eager": True,
-}
-"""Defaults of vLLM's flags for the shipped model, which must start on any machine."""
-
 _SERVE_EPILOG = """\
 Any flag of `vllm serve` may follow, with its name and default: --port, --dtype, --api-key,
 --max-model-len, --served-model-name, --tensor-parallel-size, ... Only --host differs: without it
@@ -70,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    args = _parser().parse_args(arguments)
+    from emo_serve.cli.cluster import split_arguments
+
+    ours, of_replicas = split_arguments(arguments)
+    args = _parser().parse_args(ours)
+    args.of_replicas = of_replicas
     return int(args.run(args) or 0)
 
 
@@ -81,6 +79,7 @@ def _asks_short_help(arguments: Sequence[str]) -> bool:
 def _parser() -> argparse.ArgumentParser:
     from emo_serve import demo
     from emo_serve.cli.chat import add_chat_command
+    from emo_serve.cli.cluster import add_cluster_parser
     from emo_serve.cli.demo import add_demo_parser
     from emo_serve.cli.doctor import add_doctor_command
     from emo_serve.cli.pools import add_pools_parser
@@ -105,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoint directory or Hub id (default: the small shipped model)",
     )
     add_serve_flags(serve)
+    add_cluster_parser(commands)
     add_pools_parser(commands, demo.model_dir())
     add = adder(commands)
     add_chat_command(add)
@@ -115,29 +115,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: list[str]) -> int:
-    _check_early(arguments)
+    settings_of(arguments)  # refuses bad values at once
     _configure_logging()
-    from emo_serve import demo
     from emo_serve.server.startup.quiet import be_quiet, is_quiet
 
     quiet = is_quiet(arguments)
     if quiet:
         be_quiet()
     from emo_serve.server.serve import run
-    from emo_serve.server.startup.launch import DefaultModel
+    from emo_serve.server.shipped import shipped_model
 
-    defaults = {**_DEMO_FLAG_DEFAULTS, "auto_examples": str(demo.heldout_dir())}
-    default_model = DefaultModel(demo.DEMO_MODEL, demo.model_dir(), demo.pools_dir(), defaults)
-    return run(arguments, announce, default_model, is_quiet=quiet)
-
-
-def _check_early(arguments: list[str]) -> None:
-    """Refuse bad values of our own flags before importing vLLM, which takes seconds."""
-    parser = argparse.ArgumentParser(prog="emo-serve serve", add_help=False, allow_abbrev=False)
-    add_serve_flags(parser)
-    parser.set_defaults(model_tag=None)
-    known, _ = parser.parse_known_args(arguments)
-    ServeSettings.from_args(known)
+    return run(arguments, announce, shipped_model(), is_quiet=quiet)
 
 
 def _configure_logging() -> None:

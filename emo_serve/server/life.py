@@ -94,6 +94,11 @@ class ServerLife:
         )
         await self._server.admission.idle(_CUT_SECONDS)
 
+    @property
+    def has_died(self) -> bool:
+        """Tell whether the engine has died; whoever runs the server starts another one."""
+        return self._engine is not None and bool(self._engine.errored)
+
     def stop(self) -> None:
         """End the engine's processes, if there are any."""
         engine, self._engine = self._engine, None

@@ -26,6 +26,7 @@ from emo_serve.server.access import create_access_router
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.auto.prompt_text import Prompt
+from emo_serve.server.build import Around, unchanged
 from emo_serve.server.console.routes import CONSOLE_PATHS, create_console_router
 from emo_serve.server.coverage import CoverageSum
 from emo_serve.server.layers import put_layers
@@ -148,6 +149,7 @@ class BuiltApp:
         llm: PooledLLM,
         metrics: PoolMetrics,
         keys: Sequence[Sequence[str]],
+        around: Around,
     ) -> None:
         self.app, self.engine, self.service, self.llm = app, engine, service, llm
         self.chooser = ScriptedChooser()
@@ -160,7 +162,7 @@ class BuiltApp:
             is_local=True,
         )
         names = service.lookup.names
-        self.admission = put_layers(app, guard, names, self.chooser, metrics, MAX_BODY)
+        self.admission = put_layers(app, guard, names, self.chooser, metrics, MAX_BODY, around)
         self.is_ending = False
         as_http_error = partial(to_http_error, param=None)
         self.feed = ResidencyFeed(service.statuses, lambda: self.is_ending)
@@ -178,6 +180,7 @@ class BuiltApp:
         *flags: str,
         service: ServiceUnderTest | None = None,
         keys: Sequence[Sequence[str]] = ((), ()),
+        around: Around = unchanged,
     ) -> BuiltApp:
         """Build the app; `keys` are the clients' and the operators'."""
         args, config = serve_args(checkpoint, *flags), engine_config(checkpoint)
@@ -192,7 +195,7 @@ class BuiltApp:
         coverage = CoverageBook(read, lambda pool, share: None)
         llm = PooledLLM(engine, service.residency, metrics, coverage)  # type: ignore[arg-type]
         app = await build_http_app(llm, args, service.lookup, metrics)
-        return cls(app, args, engine, service, llm, metrics, keys)
+        return cls(app, args, engine, service, llm, metrics, keys, around)
 
     def client(self, **headers: str) -> httpx.AsyncClient:
         """Return a client of the app; what the app raises, the client raises."""

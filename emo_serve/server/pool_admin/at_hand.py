@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 
 from emo_serve.names import is_derived
@@ -12,17 +13,28 @@ from emo_serve.residency.statistics import PoolResidency
 from emo_serve.router_metrics import PoolsAtHand
 from emo_serve.server.pool_admin.lookup import PoolLookup
 
-__all__ = ["pools_at_hand"]
+__all__ = ["AtHand", "at_hand", "pools_at_hand"]
 
 _MANY = 64  # pools that would fit; routers only ask whether one more does
 
 
-def pools_at_hand(lookup: PoolLookup, manager: ResidencyManager) -> PoolsAtHand:
-    """Return the resident and the awaited pools under every name that clients may use.
+@dataclass(frozen=True)
+class AtHand:
+    """Pools, sizes and unions as requests would find them now.
+
+    Those in `resident` would run at once, those in `awaited` are loading or waited for, and
+    `absent` has at most _MANY of the other pools.
+    """
+
+    resident: tuple[ExpertPool, ...]
+    awaited: tuple[ExpertPool, ...]
+    absent: tuple[ExpertPool, ...]
+
+
+def at_hand(lookup: PoolLookup, manager: ResidencyManager) -> AtHand:
+    """Sort the pools, and the sizes and unions that are in use, by how soon they can be used.
 
     A pool counts as resident if a request for it would run at once, so a closing pool does not.
-    Sizes and unions count while they have room or are waited for. Of the absent pools the
-    first _MANY are asked whether they fit.
     """
     held = {entry.content_hash: entry for entry in manager.statistics().pools}
     pools = [*lookup.pools, *_derived(lookup, held.values())]
@@ -33,10 +45,20 @@ def pools_at_hand(lookup: PoolLookup, manager: ResidencyManager) -> PoolsAtHand:
         for pool in pools
         if pool.content_hash not in here and _is_awaited(held.get(pool.content_hash))
     ]
-    absent = [pool for pool in lookup.pools if pool.content_hash not in here | held.keys()]
-    num_awaited = manager.num_fitting(awaited)
-    num_more = manager.num_fitting([*awaited, *islice(absent, _MANY)]) - num_awaited
-    return PoolsAtHand(_names(lookup, resident), _names(lookup, awaited), num_more)
+    absent = (pool for pool in lookup.pools if pool.content_hash not in here | held.keys())
+    return AtHand(tuple(resident), tuple(awaited), tuple(islice(absent, _MANY)))
+
+
+def pools_at_hand(lookup: PoolLookup, manager: ResidencyManager) -> PoolsAtHand:
+    """Return the resident and the awaited pools under every name that clients may use.
+
+    Sizes and unions count while they have room or are waited for. Of the absent pools the
+    first _MANY are asked whether they fit.
+    """
+    found = at_hand(lookup, manager)
+    num_awaited = manager.num_fitting(found.awaited)
+    num_more = manager.num_fitting([*found.awaited, *found.absent]) - num_awaited
+    return PoolsAtHand(_names(lookup, found.resident), _names(lookup, found.awaited), num_more)
 
 
 def _derived(lookup: PoolLookup, entries: Iterable[PoolResidency]) -> list[ExpertPool]:

@@ -68,22 +68,27 @@ class PoolDefinitions:
         """Call this, on a thread, with the name of each pool that is removed."""
         self._on_removed = on_removed
 
-    async def add(self, pool: ExpertPool, *, replace: bool = False) -> tuple[PoolStatus, bool]:
+    async def add(
+        self, pool: ExpertPool, *, replace: bool = False, writes: bool = True
+    ) -> tuple[PoolStatus, bool]:
         """Define a pool, or with `replace` redefine it; return it and whether it is new.
+
+        Without `writes`, another server writes the file, in a directory that both read.
 
         Raises RequestError for a pool that does not fit the model, PoolExists, StateConflict and
         PoolStoreError, all before anything has changed. If a redefined pool was pinned and its new
         content cannot be loaded, raises PoolLoadFailed or Unavailable: the pool is then redefined
         but no longer pinned.
         """
-        return await self.to_the_end(self._add(pool, replace))
+        return await self.to_the_end(self._add(pool, replace, writes))
 
-    async def remove(self, name: str) -> None:
+    async def remove(self, name: str, *, writes: bool = True) -> None:
         """Remove a pool and its file; its running requests finish normally.
 
+        Without `writes`, another server removes the file.
         Raises UnknownPool, PoolStoreError, and StateConflict for the base and the default pool.
         """
-        await self.to_the_end(self._remove(name))
+        await self.to_the_end(self._remove(name, writes))
 
     async def cut(self, name: str, request: CutRequest) -> PoolStatus:
         """Define a pool of another's best-scored experts; raises as `add` and `cut_pool` do."""
@@ -120,17 +125,17 @@ class PoolDefinitions:
         task.add_done_callback(self._forget)
         return await asyncio.shield(task)
 
-    async def _add(self, pool: ExpertPool, replace: bool) -> tuple[PoolStatus, bool]:
+    async def _add(self, pool: ExpertPool, replace: bool, writes: bool) -> tuple[PoolStatus, bool]:
         async with self._one_change:
             change = self._plan_add(pool, replace=replace)
             assert change.pool is not None
             self._check_servable(change.pool)
             is_new = pool.name not in self._catalog.pools
-            for name in await self._apply(change):
+            for name in await self._apply(change, writes):
                 await self._pin_again(name, pool.name)
             return self._statuses.of(self._catalog.pools[pool.name]), is_new
 
-    async def _remove(self, name: str) -> None:
+    async def _remove(self, name: str, writes: bool) -> None:
         async with self._one_change:
             if name == BASE_POOL or name in self._lookup.names.base:
                 raise StateConflict("the base pool is the model itself and cannot be removed")
@@ -143,15 +148,16 @@ class PoolDefinitions:
                 change = self._catalog.plan_remove(name)
             except UnknownPool as error:
                 raise self._lookup.explained(error) from None
-            await self._apply(change)
+            await self._apply(change, writes)
             await asyncio.to_thread(self._on_removed, name)
 
-    async def _apply(self, change: CatalogChange) -> list[str]:
+    async def _apply(self, change: CatalogChange, writes: bool) -> list[str]:
         """Carry out a change: retire the contents it replaces, and revive those it defines again.
 
         Returns the pinned names whose content has changed.
         """
-        await asyncio.to_thread(change.write)
+        if writes:
+            await asyncio.to_thread(change.write)
         old = self._containing(change.name)
         self._catalog.commit(change)
         if self._metrics is not None:

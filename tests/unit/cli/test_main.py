@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -73,8 +72,8 @@ class FakeApp:
         self.outcome = outcome
         self.argv: list[str] = []
 
-    def DefaultModel(self, *fields: Any) -> tuple[Any, ...]:
-        return fields
+    def shipped_model(self) -> None:
+        return None
 
     def run(
         self, argv: Sequence[str], announce: object, default_model: object, *, is_quiet: bool
@@ -103,7 +102,7 @@ def test_serve_passes_every_flag_on_and_turns_errors_into_a_status(
     message: str,
 ) -> None:
     app = FakeApp(outcome)
-    for module in ("emo_serve.server.serve", "emo_serve.server.startup.launch"):
+    for module in ("emo_serve.server.serve", "emo_serve.server.shipped"):
         monkeypatch.setitem(sys.modules, module, app)
     monkeypatch.setattr(cli, "_configure_logging", lambda: None)
     monkeypatch.setenv("VLLM_LOGGING_CONFIG_PATH", "")

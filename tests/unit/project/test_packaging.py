@@ -60,14 +60,23 @@ def test_a_lock_holds_every_package_the_project_names(name: str) -> None:
         assert requirement.specifier.contains(version), f"{requirement}, {name}.lock has {version}"
 
 
-def test_the_docs_lock_adds_what_the_docs_need_and_repeats_nothing() -> None:
-    pins = read_lock("docs")
-    for requirement in map(Requirement, read_project()["optional-dependencies"]["docs"]):
-        version = pins.get(canonicalize_name(requirement.name))
-        assert version is not None, f"{requirement} is not in docs.lock"
-        assert requirement.specifier.contains(version), f"{requirement}, docs.lock has {version}"
+@pytest.mark.parametrize("extra", ["docs", "cluster"])
+def test_a_further_lock_adds_what_its_extra_needs_and_repeats_nothing(extra: str) -> None:
+    pins = read_lock(extra)
+    for requirement in map(Requirement, read_project()["optional-dependencies"][extra]):
+        package = canonicalize_name(requirement.name)
+        for name in LOCKS:
+            assert package in pins or package in read_lock(name), f"{requirement} is in no lock"
+            version = pins.get(package) or read_lock(name)[package]
+            assert requirement.specifier.contains(version), f"{requirement}, locked is {version}"
     for name in LOCKS:
         assert set(pins) & set(read_lock(name)) == set()
+
+
+def test_the_further_locks_agree() -> None:
+    docs, cluster = read_lock("docs"), read_lock("cluster")
+    both = set(docs) & set(cluster)
+    assert {name: docs[name] for name in both} == {name: cluster[name] for name in both}
 
 
 def test_the_cpu_build_of_torch_comes_first() -> None:
@@ -83,9 +92,12 @@ def test_both_locks_pin_the_same_tools() -> None:
 def test_every_package_that_is_imported_is_declared() -> None:
     project = read_project()
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["demo"], *extras["plot"], *extras["auto"]]
+    declared = list(project["dependencies"])
+    for extra in ("demo", "plot", "auto", "cluster"):
+        declared += extras[extra]
     names = {canonicalize_name(Requirement(line).name) for line in declared} | {"vllm"}
-    names |= {"sklearn"} if "scikit-learn" in names else set()  # its import name differs
+    import_names = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
+    names |= {imported for name, imported in import_names.items() if name in names}
     paths = [*(ROOT / "emo_serve").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     tops = {
         module.partition(".")[0]
@@ -118,7 +130,17 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_make_alone_lists_every_target() -> None:
     listed = set(re.findall(r"^  make (\w+)", make().stdout, re.M))
-    assert listed == {"help", "install", "serve", "test", "lint", "bench", "docs", "clean"}
+    assert listed == {
+        "help",
+        "install",
+        "serve",
+        "cluster",
+        "test",
+        "lint",
+        "bench",
+        "docs",
+        "clean",
+    }
 
 
 @pytest.mark.parametrize(
@@ -131,6 +153,11 @@ def test_make_alone_lists_every_target() -> None:
 )
 def test_make_serve_passes_its_variables_on(arguments: tuple[str, ...], command: str) -> None:
     assert command in " ".join(make("-n", "serve", *arguments).stdout.split())
+
+
+def test_make_cluster_passes_its_variables_on() -> None:
+    command = " ".join(make("-n", "cluster", "REPLICAS=1..3", "PORT=9000").stdout.split())
+    assert "cluster serve --replicas 1..3 --host 127.0.0.1 --port 9000" in command
 
 
 def test_the_lock_follows_nvidia_smi(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Ray Serve's autoscaling policy around ours: what replicas report, and how many there should be.
+
+Ray asks the policy in its controller, every few seconds. The reports are means over the last
+interval, so shares of hits mean what they say while requests come.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from emo_serve.cluster.autoscaling import Autoscaler, ReplicaReport, ScalingLimits
+
+__all__ = ["PoolPolicy", "report"]
+
+_FIELDS = ("running", "waiting_for_loads", "hits", "misses", "concurrency")
+
+
+def report(
+    *, running: float, waiting_for_loads: float, hits: int, misses: int, concurrency: int
+) -> dict[str, float]:
+    """Return what a replica reports: requests now, and pools found since its last report."""
+    values = (running, waiting_for_loads, hits, misses, concurrency)
+    return dict(zip(_FIELDS, map(float, values), strict=True))
+
+
+class PoolPolicy:
+    """Decide by work, waits for loads and hits; see `emo_serve.cluster.autoscaling`."""
+
+    def __init__(self, min_replicas: int, max_replicas: int) -> None:
+        self._bounds = (min_replicas, max_replicas)
+        self._scaler: Autoscaler | None = None
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        """Return how many replicas there should be, and a state that Ray need not keep."""
+        found = _by_replica(context.aggregated_metrics or {})
+        target: int = context.target_num_replicas
+        running = len(context.running_replicas)
+        if not found or len(found) < running or running < target:
+            return target, {}  # some have not reported yet
+        if self._scaler is None:
+            concurrency = max(1, int(min(one["concurrency"] for one in found.values())))
+            self._scaler = Autoscaler(ScalingLimits(*self._bounds, concurrency))
+        reports = [
+            ReplicaReport(
+                one["running"], one["waiting_for_loads"], int(one["hits"]), int(one["misses"])
+            )
+            for one in found.values()
+        ]
+        now = context.current_time
+        return self._scaler.decide(reports, time.time() if now is None else now), {}
+
+
+def _by_replica(metrics: Mapping[str, Mapping[Any, float]]) -> dict[Any, dict[str, float]]:
+    """Return the reports of the replicas that have reported everything."""
+    if not all(name in metrics for name in _FIELDS):
+        return {}
+    replicas = set.intersection(*(set(metrics[name]) for name in _FIELDS))
+    return {one: {name: metrics[name][one] for name in _FIELDS} for one in replicas}

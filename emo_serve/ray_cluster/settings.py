@@ -1,0 +1,68 @@
+"""What a fleet is made of: how many replicas, of what, behind which address."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from emo_serve.errors import ConfigError
+
+__all__ = ["FleetSettings", "read_replicas"]
+
+
+def read_replicas(text: str) -> tuple[int, int]:
+    """Read N or MIN..MAX; raises ConfigError."""
+    least, dots, most = text.partition("..")
+    counts = [least, most if dots else least]
+    if not all(count.isascii() and count.isdigit() for count in counts):
+        raise ConfigError(f"--replicas is {text!r}; give a number, or MIN..MAX, as in 2..8")
+    low, high = map(int, counts)
+    if not 1 <= low <= high:
+        raise ConfigError(f"--replicas is {text!r}; give at least 1, and MAX no smaller than MIN")
+    return low, high
+
+
+@dataclass(frozen=True)
+class FleetSettings:
+    """One fleet; `argv` are the flags of `emo-serve serve` for each replica.
+
+    `cpus` and `gpus` are what Ray reserves for one replica. On a CPU, `cpus` is also how many
+    threads its engine computes with; 0 leaves that to vLLM, for replicas that have a machine each.
+    `drain_seconds` is how long a replica may finish its requests.
+    """
+
+    argv: tuple[str, ...]
+    min_replicas: int = 2
+    max_replicas: int = 2
+    cpus: float = 0.0
+    gpus: float = 0.0
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--cpus", self.cpus), ("--gpus", self.gpus)):
+            if value < 0:
+                raise ConfigError(f"{flag} is {value:g}; give 0 or more")
+
+    @property
+    def num_ranks(self) -> int:
+        """Return the devices that one engine takes: its --tensor-parallel-size."""
+        for place, argument in enumerate(self.argv):
+            flag, _, value = argument.partition("=")
+            if flag in ("--tensor-parallel-size", "-tp"):
+                text = value or "".join(self.argv[place + 1 : place + 2])
+                return int(text) if text.isdigit() else 1
+        return 1
+
+    def to_args(self) -> dict[str, Any]:
+        """Return the settings as plain values, for a Serve config."""
+        return {**asdict(self), "argv": list(self.argv)}
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any]) -> FleetSettings:
+        """Read what `to_args` returned; raises ConfigError for unknown names."""
+        unknown = sorted(set(args) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ConfigError(f"args of the application: there is no {', '.join(unknown)}")
+        argv: Sequence[str] = args.get("argv", ())
+        return cls(**{**args, "argv": tuple(map(str, argv))})

@@ -1,0 +1,166 @@
+"""Two real replicas of the shipped model behind one address, on a Ray of the test's own."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from emo_serve import demo
+from tests.support.progress import PATIENCE_SECONDS, START_SECONDS, Activity, wait_for
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra `cluster`"),
+]
+
+SLOTS = 16  # of 32; a pool takes 8
+POOLS = sorted(file.stem for file in demo.pools_dir().glob("*.json"))
+
+
+class Fleet:
+    """A running `emo-serve cluster serve`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, output: Path) -> None:
+        self.process, self.url, self._output = process, f"http://127.0.0.1:{port}", output
+        self.activity = Activity(process.pid, [output])
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_SECONDS)
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None, self.output[-4000:]
+        return "replicas are ready" in self.output
+
+    def replicas(self) -> list[str]:
+        """Return the names of the replicas that answer."""
+        return sorted(self.http.get("/v1/pools").raise_for_status().json()["replicas"])
+
+    def complete(self, model: str, replica: str | None = None, **body: Any) -> httpx.Response:
+        """Ask for a short completion, of one replica if it is named."""
+        params = {} if replica is None else {"replica": replica}
+        document = {"model": model, "prompt": "the ", "max_tokens": 2, "temperature": 0, **body}
+        return self.http.post("/v1/completions", params=params, json=document)
+
+    def loads(self) -> int:
+        """Return how many loads there have been on all replicas."""
+        total = 0.0
+        for name in self.replicas():
+            text = self.http.get("/metrics", params={"replica": name}).text
+            lines = [line for line in text.splitlines() if line.startswith("emo_serve_pool_loads_")]
+            total += sum(float(line.split()[-1]) for line in lines if "_total{" in line)
+        return int(total)
+
+    def evict_all(self) -> None:
+        for name in POOLS:
+            answer = self.http.post(f"/v1/pools/{name}/evict", json={"drain": True})
+            assert answer.is_success, answer.text
+
+    def run_trace(self, trace: Sequence[str], replicas: Sequence[str | None]) -> int:
+        """Send a trace, in turn to these replicas (None: the router's choice); return its loads."""
+        self.evict_all()
+        before = self.loads()
+        for place, pool in enumerate(trace):
+            answer = self.complete(pool, replicas[place % len(replicas)])
+            assert (answer.status_code, answer.headers["x-emo-pool"]) == (200, pool), answer.text
+        return self.loads() - before
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    output = tmp_path_factory.mktemp("fleet") / "output"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "emo_serve", "cluster", "serve", "--replicas", "2"]
+    command += ["--port", str(port), "--expert-slots", str(SLOTS), "--drain-timeout", "60"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with output.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=environment, start_new_session=True
+        )
+    try:
+        fleet = Fleet(process, port, output)
+        wait_for(fleet.is_up, fleet.activity, START_SECONDS)
+        yield fleet
+        fleet.http.close()
+    finally:
+        process.terminate()
+        try:
+            process.wait(PATIENCE_SECONDS)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def stream(fleet: Fleet, replica: str | None, tokens: int) -> Iterator[httpx.Response]:
+    body = {"model": POOLS[0], "prompt": "the ", "max_tokens": tokens, "stream": True}
+    params = {} if replica is None else {"replica": replica}
+    with httpx.Client(base_url=fleet.url, timeout=PATIENCE_SECONDS) as http:
+        options: dict[str, Any] = {"params": params, "json": {**body, "ignore_eos": True}}
+        with http.stream("POST", "/v1/completions", **options) as answer:
+            assert answer.status_code == 200
+            yield answer
+
+
+def running(fleet: Fleet) -> int:
+    return int(fleet.http.get("/v1/pools").json()["running_requests"])
+
+
+def test_a_request_goes_where_its_pool_is_resident(fleet: Fleet) -> None:
+    rng = random.Random(14)
+    weights = [1 / (rank + 1) for rank in range(len(POOLS))]
+    trace = rng.choices(POOLS, weights, k=48)
+    in_turn = fleet.run_trace(trace, fleet.replicas())
+    by_pool = fleet.run_trace(trace, [None])
+    assert by_pool <= 0.75 * in_turn, f"{by_pool} loads by pool, {in_turn} in turn"
+
+
+def test_every_name_is_answered_as_by_one_server(fleet: Fleet) -> None:
+    first, second = POOLS[:2]
+    assert fleet.complete(f"{second}+{first}").headers["x-emo-pool"] == f"{first}+{second}"
+    assert fleet.complete("auto").headers["x-emo-pool"] in (*POOLS, "base")
+    assert fleet.complete(f"emo-demo:{first}").headers["x-emo-pool"] == first
+    unknown = fleet.complete("nope")
+    assert unknown.status_code == 404
+    assert "nope" in unknown.json()["error"]["message"]
+    base = fleet.complete("emo-demo")  # needs 32 slots
+    assert (base.status_code, "slots" in base.text) == (400, True)
+
+
+def test_a_change_is_on_both_replicas(fleet: Fleet) -> None:
+    document = fleet.http.get(f"/v1/pools/{POOLS[0]}/document").json()
+    assert fleet.http.post("/v1/pools", json={**document, "name": "mine"}).status_code == 201
+    for name in fleet.replicas():
+        card = fleet.http.get("/v1/pools/mine", params={"replica": name}).json()
+        assert card["content_hash"] == fleet.http.get("/v1/pools/mine").json()["content_hash"]
+    pinned = fleet.http.post("/v1/pools/mine/pin").json()
+    assert [one["pinned"] for one in pinned["replicas"].values()] == [True, True]
+    assert fleet.http.post("/v1/pools/mine/unpin").is_success
+    assert fleet.http.delete("/v1/pools/mine").is_success
+    for name in fleet.replicas():
+        gone = fleet.http.get("/v1/pools/mine", params={"replica": name})
+        assert gone.status_code == 404
+
+
+def test_a_client_that_leaves_ends_its_request(fleet: Fleet) -> None:
+    with stream(fleet, None, 900) as answer:
+        lines = answer.iter_lines()  # dropped, it would close the connection
+        next(lines)
+        wait_for(lambda: running(fleet) == 1, most_seconds=60)
+    wait_for(lambda: running(fleet) == 0, most_seconds=10)
