@@ -1,4 +1,7 @@
-"""Two real replicas of the shipped model behind one address, on a Ray of the test's own."""
+"""Two real replicas of the shipped model behind one address, on a Ray of the test's own.
+
+The tests run in order: the last ones kill a replica and stop the fleet.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from emo_serve import demo
@@ -49,6 +54,11 @@ class Fleet:
     def replicas(self) -> list[str]:
         """Return the names of the replicas that answer."""
         return sorted(self.http.get("/v1/pools").raise_for_status().json()["replicas"])
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the replicas' processes."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [one for one in children if "ServeReplica" in " ".join(one.cmdline())]
 
     def complete(self, model: str, replica: str | None = None, **body: Any) -> httpx.Response:
         """Ask for a short completion, of one replica if it is named."""
@@ -105,6 +115,27 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+class Stream:
+    """A long stream, read to its end in a thread of its own."""
+
+    def __init__(self, fleet: Fleet, replica: str | None = None, tokens: int = 900) -> None:
+        self._fleet, self._replica, self._tokens = fleet, replica, tokens
+        self.lines: list[str] = []
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+        wait_for(lambda: len(self.lines) > 4, most_seconds=60)
+
+    def ended(self) -> list[str]:
+        """Wait for the end, and return the last event and what comes before it."""
+        self._thread.join(PATIENCE_SECONDS)
+        return [line for line in self.lines if line][-2:]
+
+    def _read(self) -> None:
+        with stream(self._fleet, self._replica, self._tokens) as answer:
+            for line in answer.iter_lines():
+                self.lines.append(line)
 
 
 @contextmanager
@@ -164,3 +195,38 @@ def test_a_client_that_leaves_ends_its_request(fleet: Fleet) -> None:
         next(lines)
         wait_for(lambda: running(fleet) == 1, most_seconds=60)
     wait_for(lambda: running(fleet) == 0, most_seconds=10)
+
+
+def test_a_replica_that_is_killed_ends_its_stream_and_comes_back(fleet: Fleet) -> None:
+    streams = [Stream(fleet, name) for name in fleet.replicas()]
+    fleet.processes()[0].kill()
+    for _ in range(8):  # no new request goes to it
+        assert fleet.complete(POOLS[0]).status_code == 200
+    ends = [one.ended() for one in streams]
+    assert [end[-1] for end in ends] == ["data: [DONE]"] * 2
+    assert sorted("the replica that answered has ended" in end[0] for end in ends) == [False, True]
+
+    document = fleet.http.get(f"/v1/pools/{POOLS[0]}/document").json()
+    assert fleet.http.post("/v1/pools", json={**document, "name": "late"}).status_code == 201
+    wait_for(lambda: len(fleet.replicas()) == 2, fleet.activity, START_SECONDS)
+    for name in fleet.replicas():  # before its first request, also the new one has the pool
+        late = fleet.http.get("/v1/pools/late", params={"replica": name})
+        assert late.status_code == 200
+
+
+def test_the_end_drains_streams_and_leaves_nothing(fleet: Fleet) -> None:
+    last = Stream(fleet, tokens=200)
+    everything = psutil.Process(fleet.process.pid).children(recursive=True)
+    fleet.process.terminate()
+    before, done = last.ended()
+    assert done == "data: [DONE]"
+    assert "error" not in before
+    assert fleet.process.wait(PATIENCE_SECONDS) == 0
+    wait_for(lambda: not any(is_alive(one) for one in everything), most_seconds=60)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
