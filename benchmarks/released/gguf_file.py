@@ -20,7 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from emo_serve.emo.tensor_names import MATRICES, expert_tensor_name, gate_name
+from emo_serve.emo.tensor_names import expert_tensor_name, gate_name
+from emo_serve.facts import MATRICES
 
 __all__ = ["GgufTensor", "Weights", "gguf_tensors", "write_gguf"]
 

@@ -34,7 +34,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from benchmarks.harness.results import append_result
 from benchmarks.residency.traces import released_pools
 from emo_serve import demo
-from emo_serve.emo.config import MoeLayer
+from emo_serve.facts import MoeLayer
 from emo_serve.metrics import PoolMetrics, gauges, register_gauges
 from emo_serve.names import BASE_POOL, ModelNames
 from emo_serve.pools.catalog import PoolCatalog

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emo_serve.cli.commands import AddCommand
-from emo_serve.cli.model_flag import ModelFacts, add_model_flag, checkpoint_of
+from emo_serve.cli.model_flag import KnownModel, add_model_flag, directory_of
 from emo_serve.cli.progress import steps_of
 from emo_serve.cli.rendering.outcome import coverage_line, found_by, size_line
 from emo_serve.cli.rendering.tables import facts, size_range
@@ -121,6 +121,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
         raise ConfigError("pools build: give --model MODEL, the pool's checkpoint")
     if arguments.examples is None and arguments.method != "random":
         raise ConfigError("pools build: give --examples FILE; only random needs none")
+    from emo_serve.families.opening import open_with_reference
     from emo_serve.pools.calibration.advice import cut_notes, notes
     from emo_serve.pools.calibration.build import (
         calibrate,
@@ -129,13 +130,16 @@ def _run_build(arguments: argparse.Namespace) -> int:
         num_steps,
     )
 
-    checkpoint = checkpoint_of(arguments.model)
-    config = checkpoint.config
+    checkpoint = open_with_reference(
+        *(directory_of(arguments.model), "pools build"),
+        "start emo-serve serve and build there: --server URL",
+    )
+    model_facts = checkpoint.facts
     seed = arguments.seed or 0
     request = {"method": arguments.method, "k": arguments.experts, "seed": seed}
-    check_request(config, **request)
+    check_request(model_facts, **request)
     documents = _read_documents(arguments.examples or [], checkpoint)
-    steps = num_steps(config, arguments.method, arguments.experts, len(documents.ids))
+    steps = num_steps(model_facts, arguments.method, arguments.experts, len(documents.ids))
     before = _peak_resident_bytes()
     with steps_of("calibrating", steps) as advance:
         found = calibrate(checkpoint, documents.ids, **request, advance=advance)
@@ -148,7 +152,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
     )
     rows["took"] = f"{time.monotonic() - started:.1f} s"
     print(facts(rows))
-    for note in [*cut_notes(documents), *notes(found, config)]:
+    for note in [*cut_notes(documents), *notes(found, model_facts)]:
         print(f"note: {note}")
     print(f"\nserve it:    emo-serve serve {arguments.model} --pools {out.parent}")
     print(f"or add it:   emo-serve pools add {out} --server URL")
@@ -163,13 +167,13 @@ def _read_documents(paths: list[Path], checkpoint: Checkpoint) -> Documents:
     if not paths:
         return Documents(())
     examples = read_examples(paths)
-    return encode_examples(examples, ModelTokenizer(checkpoint.directory), checkpoint.config)
+    return encode_examples(examples, ModelTokenizer(checkpoint.directory), checkpoint.facts)
 
 
 def _outcome(
     pool: ExpertPool, found: Calibration, checkpoint: Checkpoint, out: Path
 ) -> dict[str, str | None]:
-    total = sum(moe.num_experts for moe in checkpoint.config.moe_layers if moe is not None)
+    total = sum(checkpoint.facts.experts_per_layer)
     read, most = sum(found.experts_read), max(found.experts_read)
     layers = [None if layer is None else layer.coverage for layer in found.layers]
     return {
@@ -206,7 +210,7 @@ def _run_cut(arguments: argparse.Namespace) -> int:
     check_pool_name("pools cut", name)
     _check_place(out)
     _check_cut(arguments.path, pool, k, has_model=arguments.model is not None)
-    model = ModelFacts.open(arguments.model)
+    model = KnownModel.open(arguments.model)
     if model.layers is not None:
         pool.check_fits(model.layers, model.fingerprint, str(arguments.path))
     cut = replace(pool.cut(k, model.layers), name=name)

@@ -9,13 +9,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from emo_serve.emo.checkpoint import Checkpoint
-    from emo_serve.emo.config import MoeLayer
+from emo_serve.facts import MoeLayer
 
-__all__ = ["ModelFacts", "add_model_flag", "checkpoint_of"]
+__all__ = ["KnownModel", "add_model_flag", "directory_of"]
 
 
 def add_model_flag(
@@ -30,17 +27,15 @@ def add_model_flag(
     )
 
 
-def checkpoint_of(model: str | Path) -> Checkpoint:
-    """Open the checkpoint that --model names, downloaded first if need be; raises ConfigError."""
-    from emo_serve.emo.checkpoint import Checkpoint
+def directory_of(model: str | Path) -> Path:
+    """Return the checkpoint that --model names, downloaded first if need be; raises ConfigError."""
     from emo_serve.server.startup.checkpoint import resolve_checkpoint
 
-    directory = resolve_checkpoint(str(model), None, None, None, flag="--model")
-    return Checkpoint.open(directory)
+    return resolve_checkpoint(str(model), None, None, None, flag="--model")
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class KnownModel:
     """What pool files are checked and measured against; all None without --model."""
 
     layers: tuple[MoeLayer | None, ...] | None = None
@@ -48,12 +43,14 @@ class ModelFacts:
     expert_bytes: int | None = None
 
     @classmethod
-    def open(cls, model: str | None) -> ModelFacts:
+    def open(cls, model: str | None) -> KnownModel:
         """Read the checkpoint that --model names; raises ConfigError."""
         if model is None:
             return cls()
-        checkpoint = checkpoint_of(model)
-        layers = checkpoint.config.moe_layers
+        from emo_serve.families.opening import open_checkpoint
+
+        checkpoint = open_checkpoint(directory_of(model))
+        layers = checkpoint.facts.moe_layers
         return cls(layers, checkpoint.fingerprint(), checkpoint.expert_bytes)
 
     @property

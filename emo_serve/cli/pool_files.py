@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from emo_serve.cli.commands import AddCommand, add_json_flag, print_json, report_refused
 from emo_serve.cli.completion import completed_by, pools_of_directory
-from emo_serve.cli.model_flag import ModelFacts, add_model_flag, checkpoint_of
+from emo_serve.cli.model_flag import KnownModel, add_model_flag, directory_of
 from emo_serve.cli.progress import progress_of_bytes
 from emo_serve.cli.rendering.comparison import describe_comparison
 from emo_serve.cli.rendering.documents import comparison_record
 from emo_serve.cli.rendering.tables import size_range
 from emo_serve.errors import ConfigError
+from emo_serve.facts import MoeLayer
 from emo_serve.names import NAME_RULE
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.comparison import PoolComparison
@@ -22,9 +22,6 @@ from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.pruned.metadata import read_pruning_metadata
 from emo_serve.pools.sizes import served_pool
-
-if TYPE_CHECKING:
-    from emo_serve.emo.config import MoeLayer
 
 __all__ = ["add_file_commands"]
 
@@ -80,7 +77,7 @@ def add_file_commands(add: AddCommand) -> None:
 
 
 def _run_import(arguments: argparse.Namespace) -> int:
-    model = ModelFacts.open(arguments.model)
+    model = KnownModel.open(arguments.model)
     pool = read_pruning_metadata(arguments.path, arguments.name, model.layers)
     write_pool(pool, arguments.out)
     checked = f"fits {arguments.model}" if arguments.model else "not checked: give --model to do so"
@@ -93,15 +90,19 @@ def _run_import(arguments: argparse.Namespace) -> int:
 
 
 def _run_export(arguments: argparse.Namespace) -> int:
+    from emo_serve.families.opening import open_with_reference
     from emo_serve.pools.pruned.checkpoint import export_pool
 
-    checkpoint = checkpoint_of(arguments.model)
-    pool = _named(arguments.pool, arguments.pools, checkpoint.config.moe_layers)
+    checkpoint = open_with_reference(
+        *(directory_of(arguments.model), "pools export"),
+        "serve the pool: emo-serve serve reads no experts but those of pools in use",
+    )
+    pool = _named(arguments.pool, arguments.pools, checkpoint.facts.moe_layers)
     with progress_of_bytes("writing") as tell:
         written = export_pool(pool, checkpoint, arguments.out, tell)
-    served = served_pool(pool, checkpoint.config.moe_layers, f"pool {pool.name!r}")
+    served = served_pool(pool, checkpoint.facts.moe_layers, f"pool {pool.name!r}")
     kept = size_range([len(ids) for ids in served.expert_ids if ids])
-    experts = [layer.num_experts for layer in checkpoint.config.moe_layers if layer]
+    experts = [layer.num_experts for layer in checkpoint.facts.moe_layers if layer]
     files = "1 file" if written.weight_files == 1 else f"{written.weight_files} files"
     print(
         f"wrote {arguments.out}: pool {pool.name}, {kept} of {size_range(experts)} experts per"
@@ -137,7 +138,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         from emo_serve.cli.plots import require_matplotlib
 
         require_matplotlib()
-    model = ModelFacts.open(arguments.model)
+    model = KnownModel.open(arguments.model)
     catalog = PoolCatalog.read(arguments.path, model.layers, model.fingerprint)
     pools = list(catalog.pools.values())
     if arguments.experts is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from emo_serve.cli.commands import AddCommand, add_json_flag, print_json, report_refused
 from emo_serve.cli.completion import completed_by, files_that_begin
-from emo_serve.cli.model_flag import ModelFacts, add_model_flag
+from emo_serve.cli.model_flag import KnownModel, add_model_flag
 from emo_serve.cli.rendering.documents import pool_list, pool_record
 from emo_serve.cli.rendering.server_tables import describe_card, slab_map, status_table
 from emo_serve.cli.rendering.tables import describe_pool, pool_table, printable
@@ -55,7 +55,7 @@ def _run_list(arguments: argparse.Namespace) -> int:
         raise ConfigError("pools list: give a directory of pool files, or --server URL")
     if arguments.map:
         raise ConfigError("pools list: --map draws what is resident on a server; give --server URL")
-    model = ModelFacts.open(arguments.model)
+    model = KnownModel.open(arguments.model)
     catalog = PoolCatalog.read(arguments.path, model.layers, model.fingerprint)
     if arguments.json:
         print_json(pool_list(catalog, model.expert_bytes))
@@ -91,7 +91,7 @@ def _run_show(arguments: argparse.Namespace) -> int:
         else:
             print(describe_card(card))
         return 0
-    model = ModelFacts.open(arguments.model)
+    model = KnownModel.open(arguments.model)
     catalog = PoolCatalog.read(Path(arguments.path), model.layers, model.fingerprint)
     if arguments.json:
         records = [pool_record(pool, model.expert_bytes) for pool in catalog.pools.values()]

@@ -1,21 +1,10 @@
-"""Checkpoints in the released layout: names, the safetensors index, lazy reads and checks.
-
-An expert is three tensors, `model.layers.L.mlp.experts.E.{gate,up,down}_proj.weight`; everything
-else is trunk. A tensor is read only when asked for, and its rows can be read alone (`tensor_file`).
-Shapes are checked against the config before any byte of the tensor is read.
-
-Shapes: D hidden size, F expert width.
-"""
+"""Checkpoints of EMO in the released layout: opened with every check, read whole, written."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -23,26 +12,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from emo_serve.emo.companions import check_companions
+from emo_serve.checkpoints.checkpoint import ModelCheckpoint, check_shape
+from emo_serve.checkpoints.companions import check_companions
+from emo_serve.checkpoints.json_file import shown
+from emo_serve.checkpoints.tensor_file import TensorFile
+from emo_serve.checkpoints.weight_files import find_tensors, is_left_over
 from emo_serve.emo.config import EmoConfig, load_config
-from emo_serve.emo.json_file import shown
 from emo_serve.emo.model import EmoForCausalLM, EmoMoe, inverse_frequencies
-from emo_serve.emo.tensor_file import TensorFile
 from emo_serve.emo.tensor_names import (
-    MATRICES,
     expected_names,
     expert_tensor_name,
-    gate_name,
-    is_left_over,
-    parse_expert_name,
     trunk_shapes,
 )
-from emo_serve.emo.weight_files import find_tensors, open_weights
 from emo_serve.errors import CheckpointError, ConfigError
 
 __all__ = [
     "Checkpoint",
-    "ExpertWeights",
     "load_model",
     "save_checkpoint",
 ]
@@ -53,36 +38,14 @@ _MOST_COUNTED = 100_000
 _MOST_NAMED = 4
 
 
-@dataclass(frozen=True)
-class ExpertWeights:
-    """One expert's matrices, gate_FD, up_FD and down_DF, in the checkpoint's dtype."""
-
-    gate_FD: Tensor
-    up_FD: Tensor
-    down_DF: Tensor
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the bytes these matrices hold."""
-        return sum(w.numel() * w.element_size() for w in (self.gate_FD, self.up_FD, self.down_DF))
-
-
-class Checkpoint:
-    """A checkpoint directory, opened for lazy reads.
-
-    Safe for use by several threads. A file is opened when first needed and then kept open; if it
-    changes afterwards, that is an error. Raises CheckpointError naming file, tensor, value and
-    what was expected.
-    """
+class Checkpoint(ModelCheckpoint):
+    """A checkpoint directory of an EMO, every tensor of which has its place in the config."""
 
     def __init__(
         self, directory: Path, config: EmoConfig, files: dict[str, Path], opened: list[TensorFile]
     ) -> None:
-        self.directory = directory
+        super().__init__(directory, config.facts, files, opened)
         self.config = config
-        self._files = files
-        self._open = {file.path: file for file in opened}
-        self._opening = threading.Lock()
 
     @classmethod
     def open(cls, directory: Path | str) -> Checkpoint:
@@ -138,99 +101,7 @@ class Checkpoint:
 
     def _check_trunk(self) -> None:
         for name, expected in trunk_shapes(self.config):
-            _check_shape(self.file_of(name), name, expected)
-
-    def _check_width(self) -> None:
-        """Refuse a config whose width no expert has; a single damaged expert fails when read."""
-        layers = enumerate(self.config.moe_layers)
-        index, moe = next(((i, moe) for i, moe in layers if moe is not None), (0, None))
-        first: CheckpointError | None = None
-        for expert in range(moe.num_experts if moe else 0):
-            try:
-                self._checked_file(index, expert, "gate")
-            except CheckpointError as error:
-                first = first or error
-            else:
-                return
-        if first is not None:
-            raise first
-
-    @property
-    def expert_bytes(self) -> int:
-        """Return the bytes of one expert in the checkpoint's dtype."""
-        layer = next(i for i, moe in enumerate(self.config.moe_layers) if moe is not None)
-        name = expert_tensor_name(layer, 0, "gate")
-        itemsize = self.file_of(name).dtype(name).itemsize
-        return 3 * self.config.hidden_size * self.config.intermediate_size * itemsize
-
-    @property
-    def num_trunk_parameters(self) -> int:
-        """Return how many numbers all tensors together have that are not an expert's."""
-        return sum(math.prod(shape) for _, shape in trunk_shapes(self.config))
-
-    def trunk_names(self) -> Iterator[str]:
-        """Yield the names of all tensors that are not an expert's."""
-        return (name for name in self._files if parse_expert_name(name) is None)
-
-    def tensor(self, name: str) -> Tensor:
-        """Read one whole tensor."""
-        return self.file_of(name).read(name)
-
-    def expert(self, layer: int, expert: int) -> ExpertWeights:
-        """Read one whole expert."""
-        self.check_expert(layer, expert)
-        names = [expert_tensor_name(layer, expert, matrix) for matrix in MATRICES]
-        return ExpertWeights(*(self.tensor(name) for name in names))
-
-    def check_expert(self, layer: int, expert: int) -> None:
-        """Raise unless an expert's files are complete, unchanged, and hold it; reads no weights."""
-        self.check_experts([(layer, expert)])
-
-    def check_experts(self, experts: Iterable[tuple[int, int]]) -> None:
-        """Check each (layer, expert) as `check_expert` does, but each file only once."""
-        files = {self._checked_file(*place, matrix) for place in experts for matrix in MATRICES}
-        for file in files:
-            file.check()
-
-    def _checked_file(self, layer: int, expert: int, matrix: str) -> TensorFile:
-        """Return the file of one matrix after checking its shape and dtype."""
-        width, hidden = self.config.intermediate_size, self.config.hidden_size
-        name = expert_tensor_name(layer, expert, matrix)
-        file = self.file_of(name)
-        _check_shape(file, name, (hidden, width) if matrix == "down" else (width, hidden))
-        return file
-
-    def fingerprint(self) -> str:
-        """Return a hex digest of everything a pool depends on: layers, routing rules and gates."""
-        digest = hashlib.sha256()
-        layers = [None if moe is None else vars(moe) for moe in self.config.moe_layers]
-        facts = {"layers": layers, "norm_topk_prob": self.config.norm_topk_prob}
-        digest.update(json.dumps(facts, sort_keys=True).encode())
-        for index, moe in enumerate(self.config.moe_layers):
-            if moe is not None:
-                gate = self.tensor(gate_name(index)).float()
-                digest.update(gate.contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    # -- files --
-
-    def file_of(self, name: str) -> TensorFile:
-        """Return the open file that holds a tensor."""
-        if name not in self._files:
-            raise CheckpointError(f"{self.directory}: tensor {name} is missing")
-        path = self._files[name]
-        with self._opening:
-            if path not in self._open:
-                self._open[path] = open_weights(path)
-            return self._open[path]
-
-
-def _check_shape(file: TensorFile, name: str, expected: tuple[int, ...]) -> None:
-    """Raise unless a tensor has this shape, and a dtype that weights may have."""
-    shape = file.info(name).shape
-    if shape != expected:
-        raise CheckpointError(f"{file.path}: {name} has shape {shape}, the config says {expected}")
-    file.dtype(name)
+            check_shape(self.file_of(name), name, expected)
 
 
 def _check_rope(directory: Path, config: EmoConfig) -> None:

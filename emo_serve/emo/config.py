@@ -1,62 +1,43 @@
 """The configuration of an EMO checkpoint, in the released field names.
 
 `EmoConfig` is a transformers config, because vLLM reads models through transformers. Beyond
-the fields it has one derived view, `moe_layers`: what routing needs to know about each layer, with
-per-layer overrides applied. The rest of emo-serve reads that view, never the raw fields. An
-inconsistent configuration is refused when it is built.
+the fields it has two derived views: `moe_layers`, what routing needs to know about each layer, with
+per-layer overrides applied, and `facts`, which the rest of emo-serve reads instead of the raw
+fields. An inconsistent configuration is refused when it is built.
 
-Released fields: https://github.com/allenai/EMO (src/hf_trust_remote_code/emo).
+The release has two more names for this network: checkpoints from before its rename, and the dense
+baseline, which has no experts. Their fields are EMO's, with other defaults.
+
+Released fields: https://github.com/allenai/EMO (src/hf_trust_remote_code).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from emo_serve.checkpoints.json_file import read_object, shown
 from emo_serve.emo.config_fields import check_fields
-from emo_serve.emo.json_file import read_object, shown
 from emo_serve.errors import ConfigError
+from emo_serve.facts import ModelFacts, MoeLayer
 
-__all__ = ["ROPE_TYPES", "EmoConfig", "MoeLayer", "load_config"]
+__all__ = [
+    "EMO_CONFIGS",
+    "ROPE_TYPES",
+    "DenseBaselineConfig",
+    "EmoConfig",
+    "RenamedEmoConfig",
+    "load_config",
+]
 
 # longrope and proportional choose their frequencies by the length of each sequence, which does not
 # work with one KV cache shared by sequences of all lengths.
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-
-
-@dataclass(frozen=True)
-class MoeLayer:
-    """What routing needs to know about one MoE layer.
-
-    Expert ids run from 0 to num_experts - 1; the last `num_shared_experts` of them are shared.
-    `top_k` counts all experts a token takes, shared and always-active ones included.
-    """
-
-    num_experts: int
-    num_shared_experts: int
-    always_active: tuple[int, ...]
-    top_k: int
-
-    @property
-    def implied(self) -> frozenset[int]:
-        """Return the ids that belong to every pool: shared and always-active experts."""
-        shared = range(self.num_experts - self.num_shared_experts, self.num_experts)
-        return frozenset(shared) | frozenset(self.always_active)
-
-    @property
-    def smallest_pool(self) -> tuple[int, ...]:
-        """Return the smallest possible pool: the implied experts, or expert 0 if there are none."""
-        return tuple(sorted(self.implied)) or (0,)
-
-    @property
-    def num_standard_experts(self) -> int:
-        """Return how many experts, the lowest ids, share the softmax that a pool's mask changes."""
-        return self.num_experts - (0 if self.always_active else self.num_shared_experts)
 
 
 class EmoConfig(PreTrainedConfig):
@@ -116,6 +97,21 @@ class EmoConfig(PreTrainedConfig):
         return tuple(_moe_layer(self, index) for index in range(self.num_hidden_layers))
 
     @property
+    def facts(self) -> ModelFacts:
+        """Return what the rest of emo-serve needs to know of the model."""
+        layers = self.moe_layers
+        return ModelFacts(
+            family="EMO" if any(layers) else "dense model",
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            expert_width=self.intermediate_size if any(layers) else None,
+            max_position_embeddings=self.max_position_embeddings,
+            moe_layers=layers,
+            norm_topk_prob=self.norm_topk_prob,
+            has_reference=True,
+        )
+
+    @property
     def num_kv_heads(self) -> int:
         """Return the number of key and value heads; without grouping, all of them."""
         return self.num_key_value_heads or self.num_attention_heads
@@ -124,6 +120,57 @@ class EmoConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """Return the width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+
+class RenamedEmoConfig(EmoConfig):
+    """Describe an EMO from before its rename (`FlexOlmoNoQKNormPrenormForCausalLM`)."""
+
+    model_type = "flex_olmo_noqknorm_prenorm"
+
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_experts_per_tok: int = 5
+    num_experts: int = 7
+    num_shared_experts: int = 0
+
+
+class DenseBaselineConfig(EmoConfig):
+    """Describe the dense model of the release (`Olmo2NoQKNormPrenormForCausalLM`).
+
+    Defaults are those of OLMo 2, from which its class is derived.
+    """
+
+    model_type = "olmo2_noqknorm_prenorm"
+    default_theta = 10000.0
+
+    vocab_size: int = 50304
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    pad_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 50279
+    num_experts: int = 0
+    num_shared_experts: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_experts or self.num_experts_per_layer:
+            raise ConfigError(
+                f"num_experts is {shown(self.num_experts or self.num_experts_per_layer)}; expected"
+                " no experts in a dense model"
+            )
+        self.dense_intermediate_size = self.intermediate_size
+        super().__post_init__(**kwargs)
+
+
+EMO_CONFIGS: dict[str, type[EmoConfig]] = {
+    config.model_type: config for config in (EmoConfig, RenamedEmoConfig, DenseBaselineConfig)
+}
+"""By the model_type of config.json."""
 
 
 def load_config(directory: Path) -> EmoConfig:
@@ -137,11 +184,13 @@ def load_config(directory: Path) -> EmoConfig:
         known = read_object(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; expected an EMO checkpoint directory") from None
-    if known.get("model_type") != "emo":
-        found = shown(known.get("model_type"))
-        raise ConfigError(f"{path}: model_type is {found}; only 'emo' checkpoints are served")
+    model_type = known.get("model_type")
+    if not isinstance(model_type, str) or model_type not in EMO_CONFIGS:
+        raise ConfigError(
+            f"{path}: model_type is {shown(model_type)}; expected one of {', '.join(EMO_CONFIGS)}"
+        )
     try:
-        return EmoConfig(**known)
+        return EMO_CONFIGS[model_type](**known)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except Exception as error:  # transformers computes with fields, and each way to fail is its own

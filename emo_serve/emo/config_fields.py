@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 
-from emo_serve.emo.json_file import shown
-from emo_serve.emo.kinds import (
+from emo_serve.checkpoints.json_file import shown
+from emo_serve.checkpoints.kinds import (
     COUNT,
     FLAG,
     OBJECT,

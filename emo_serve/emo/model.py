@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from emo_serve.emo.config import EmoConfig, MoeLayer
+from emo_serve.emo.config import EmoConfig
 from emo_serve.emo.routing import route, standard_probabilities
+from emo_serve.facts import MoeLayer
 
 __all__ = [
     "DecoderLayer",

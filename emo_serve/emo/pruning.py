@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from emo_serve.checkpoints.shards import NewTensor
 from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.emo.shards import NewTensor
 from emo_serve.emo.tensor_names import expert_tensor_name, gate_name
 
 __all__ = ["kept_tensors", "scaled_gate_dtype"]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emo_serve.emo.config import MoeLayer
+from emo_serve.facts import MoeLayer
 
 __all__ = [
     "Routing",

@@ -6,55 +6,31 @@ else is trunk.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
-from emo_serve.emo.config import EmoConfig, MoeLayer
+from emo_serve.emo.config import EmoConfig
+from emo_serve.facts import MATRICES, ExpertNames, MoeLayer
 
 __all__ = [
-    "MATRICES",
+    "NAMES",
     "expected_names",
     "expert_tensor_name",
     "gate_name",
-    "is_left_over",
-    "parse_expert_name",
     "trunk_shapes",
 ]
 
-MATRICES = ("gate", "up", "down")
-"""The matrices of an expert, as in its tensors' names."""
-
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
-
-_LEFT_OVER = re.compile(
-    r"(.*\.)?("
-    r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
-    r"|(self_attn|attn|attention)\.(bias|masked_bias|causal_mask)"
-    r"|position_ids|num_batches_tracked|_extra_state"
-    r")"
-)
-"""Buffers that frameworks save beside weights: rotations, masks and counters, all computed anew."""
+NAMES = ExpertNames()
+"""EMO's names of gates and experts."""
 
 
 def expert_tensor_name(layer: int, expert: int, matrix: str) -> str:
     """Return the name of an expert's matrix: 'gate', 'up' or 'down'."""
-    return f"model.layers.{layer}.mlp.experts.{expert}.{matrix}_proj.weight"
-
-
-def parse_expert_name(name: str) -> tuple[int, int, str] | None:
-    """Return (layer, expert, matrix) of an expert's tensor, None for the trunk's."""
-    match = _EXPERT.fullmatch(name)
-    return None if match is None else (int(match[1]), int(match[2]), match[3])
-
-
-def is_left_over(name: str) -> bool:
-    """Tell whether a tensor is a buffer of other software, which no model needs to be given."""
-    return _LEFT_OVER.fullmatch(name) is not None
+    return NAMES.expert(layer, expert, matrix)
 
 
 def gate_name(layer: int) -> str:
     """Return the name of a MoE layer's gate."""
-    return f"model.layers.{layer}.mlp.gate.weight"
+    return NAMES.router(layer)
 
 
 def expected_names(config: EmoConfig) -> Iterator[str]:

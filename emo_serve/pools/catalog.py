@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from emo_serve.errors import (
     ConfigError,
@@ -32,15 +31,13 @@ from emo_serve.errors import (
     PoolStoreError,
     StateConflict,
 )
+from emo_serve.facts import MoeLayer
 from emo_serve.names import canonical_name, check_pool_name
 from emo_serve.pools.derived import DerivedPools, derive, unknown_definition
 from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.sizes import served_pool
 from emo_serve.pools.strict_json import place_of
-
-if TYPE_CHECKING:
-    from emo_serve.emo.config import MoeLayer
 
 __all__ = ["CatalogChange", "PoolCatalog"]
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
 from emo_serve.errors import UnknownPool
+from emo_serve.facts import MoeLayer
 from emo_serve.names import (
     SIZE,
     canonical_name,
@@ -22,9 +22,6 @@ from emo_serve.names import (
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.sizes import at_size, sizes_of
 from emo_serve.spelling import did_you_mean
-
-if TYPE_CHECKING:
-    from emo_serve.emo.config import MoeLayer
 
 __all__ = ["DerivedPools", "derive", "unknown_definition"]
 

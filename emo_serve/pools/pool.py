@@ -13,15 +13,12 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from emo_serve.errors import ConfigError, RequestError
+from emo_serve.facts import MoeLayer
 from emo_serve.names import BASE_POOL, join_names, sized_name, split_name
 from emo_serve.pools.limits import MOST_EXPERTS, MOST_LAYERS, check_temperature, check_text
 from emo_serve.pools.strict_json import refusal, required_real
-
-if TYPE_CHECKING:  # emo.config imports transformers; reading a pool must not
-    from emo_serve.emo.config import MoeLayer
 
 __all__ = [
     "FORMAT",

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from emo_serve.facts import MoeLayer
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.pools.strict_json import refusal
-
-if TYPE_CHECKING:  # emo.config imports transformers; reading a pool must not
-    from emo_serve.emo.config import MoeLayer
 
 __all__ = ["at_size", "served_pool", "sizes_of"]
 

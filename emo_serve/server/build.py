@@ -208,7 +208,7 @@ async def _wrap_app(
         service.temporary,
         probe,
         tokenizer,
-        checkpoint.config,
+        checkpoint.facts,
         launch.auto_examples,
         lambda: learned.read(launch.plan.catalog.pools),
     )

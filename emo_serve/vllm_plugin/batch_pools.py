@@ -4,7 +4,8 @@ vLLM has two model runners, and each keeps its requests in its own way. This mod
 share. `PoolRows` turns one row per request into one row per token, in a buffer that never moves, as
 CUDA graphs require, and tells the `RoutingRecord` whose tokens are coming. `attach_to_v1_runner`
 gives the V1 runner (CPU) its rows; the V2 runner (CUDA's default) finds `EmoModelState` through the
-model.
+model. EMO's model takes the buffer as an argument of `forward`. vLLM's own models take none: there
+the buffer is the model's, its attribute `pool_rows`, which its layers read.
 
 A row comes from the front end or, under plain `vllm serve`, from any client. An invalid row must
 not reach the device, where a kernel would read past the table, and must not raise, which would end
@@ -55,10 +56,22 @@ class PoolRows:
 
     def __init__(self, max_num_tokens: int, num_rows: int, device: torch.device) -> None:
         self.buffer_T = torch.full((max_num_tokens,), BASE_POOL_ROW, device=device)
+        self._is_argument = True
         self._num_rows = num_rows
         self._step = StepRequests((), np.empty(0, np.int32), 0)
         self._ends = b""
         self._has_warned = False
+
+    def use_buffer_of(self, model: nn.Module) -> None:
+        """Write to the model's own buffer from now on, if it has one."""
+        buffer_T = getattr(model, "pool_rows", None)
+        if buffer_T is not None:
+            self.buffer_T, self._is_argument = buffer_T, False
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        """Return what the model's forward takes for the rows: the buffer, or nothing."""
+        return {"pool_rows": self.buffer_T} if self._is_argument else {}
 
     def tag_of(self, sampling_params: Any) -> RequestTag:
         """Return a request's tag, with the base pool's row if it names none or an invalid one."""
@@ -104,7 +117,7 @@ class PoolRows:
 
 
 def attach_to_v1_runner(runner: Any, num_rows: int) -> None:
-    """Make a V1 model runner pass `pool_rows` to the model's forward, in every step."""
+    """Make a V1 model runner bring each step's pool rows to the model."""
     rows = PoolRows(runner.max_num_tokens, num_rows, runner.device)
     upstream = runner._init_model_kwargs
 
@@ -116,17 +129,18 @@ def attach_to_v1_runner(runner: Any, num_rows: int) -> None:
 
     def with_pool_rows(num_reqs: int | None = None) -> dict[str, Any]:
         kwargs: dict[str, Any] = upstream(num_reqs)
-        record: RoutingRecord | None = runner.get_model().slot_host.record
+        model = runner.get_model()
+        record: RoutingRecord | None = model.slot_host.record
+        rows.use_buffer_of(model)
         if num_reqs == 0:  # how vLLM marks a dummy run, such as the capture of a CUDA graph
             if record is not None:
                 record.pause()
-            kwargs["pool_rows"] = rows.buffer_T
-            return kwargs
+            return {**kwargs, **rows.arguments}
         batch = runner.input_batch
         tags = [tag_of(runner.requests[id]) for id in batch.req_ids[: batch.num_reqs]]
         query_start = runner.query_start_loc.np[: batch.num_reqs + 1]
-        kwargs["pool_rows"] = rows.fill(tags, query_start, record)
-        return kwargs
+        rows.fill(tags, query_start, record)
+        return {**kwargs, **rows.arguments}
 
     runner._init_model_kwargs = with_pool_rows
     runner.emo_pool_rows = rows
@@ -143,6 +157,7 @@ class EmoModelState(DefaultModelState):
         self._record = slot_host_of(model).record
         num_rows = read_settings(vllm_config).num_pools
         self._rows = PoolRows(self.max_num_tokens, num_rows, device)
+        self._rows.use_buffer_of(model)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
@@ -154,12 +169,11 @@ class EmoModelState(DefaultModelState):
         # vLLM's warm-up runs come here, too, in row 0, before any pool has it.
         tags = [self._tag_of_state[index] for index in input_batch.idx_mapping_np[:num_reqs]]
         query_start = input_batch.query_start_loc_np[: num_reqs + 1]
-        kwargs["pool_rows"] = self._rows.fill(tags, query_start, self._record)
-        return kwargs
+        self._rows.fill(tags, query_start, self._record)
+        return {**kwargs, **self._rows.arguments}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         kwargs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
         if self._record is not None:
             self._record.pause()
-        kwargs["pool_rows"] = self._rows.buffer_T
-        return kwargs
+        return {**kwargs, **self._rows.arguments}

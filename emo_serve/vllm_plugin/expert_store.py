@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.emo.tensor_file import TensorFile
-from emo_serve.emo.tensor_names import MATRICES, expert_tensor_name
+from emo_serve.checkpoints.checkpoint import ModelCheckpoint
+from emo_serve.checkpoints.tensor_file import TensorFile
 from emo_serve.errors import CheckpointError
+from emo_serve.facts import MATRICES
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert, PackedMatrix
 
@@ -112,14 +112,14 @@ class ExpertStore:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: ModelCheckpoint,
         backend: MoeBackend,
         shape: ExpertShape,
         host: HostMemory,
         piece_bytes: int,
     ) -> None:
-        self.experts_ahead = max(2, _BYTES_AHEAD // checkpoint.expert_bytes)
-        self._checkpoint = checkpoint
+        self.experts_ahead = max(2, _BYTES_AHEAD // max(1, checkpoint.expert_bytes))
+        self._checkpoint, self._names = checkpoint, checkpoint.facts.names
         self._backend = backend
         self._shape = shape
         self._piece_bytes = piece_bytes
@@ -136,7 +136,7 @@ class ExpertStore:
             return
         with suppress(CheckpointError):
             for matrix in MATRICES:
-                name = expert_tensor_name(layer, expert, matrix)
+                name = self._names.expert(layer, expert, matrix)
                 self._checkpoint.file_of(name).read_ahead(name, self._rows_of(matrix))
 
     def fetch(
@@ -184,7 +184,7 @@ class ExpertStore:
             ("up", memory.w13[width:], everything),
             ("down", memory.w2, self._part),
         ):
-            name = expert_tensor_name(layer, expert, matrix)
+            name = self._names.expert(layer, expert, matrix)
             yield from self._fill_matrix(name, out, self._rows_of(matrix).start, columns)
         self._count(disk_reads=1)
 

@@ -15,9 +15,10 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.emo.tensor_names import expert_tensor_name
+from emo_serve.checkpoints.checkpoint import ModelCheckpoint
 from emo_serve.errors import ConfigError
+from emo_serve.facts import MATRICES
+from emo_serve.families.opening import open_checkpoint
 from emo_serve.vllm_plugin.contract import LOAD_FORMAT
 from emo_serve.vllm_plugin.expert_store import ExpertStore
 from emo_serve.vllm_plugin.slot_host import SlotHost, slot_host_of
@@ -26,7 +27,7 @@ __all__ = ["EmoModelLoader", "register_loader"]
 
 
 class EmoModelLoader(BaseModelLoader):
-    """Read an EMO checkpoint from a local directory."""
+    """Read a checkpoint from a local directory."""
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Refuse a Hub name: `emo-serve serve` resolves it to a directory before vLLM starts."""
@@ -38,13 +39,13 @@ class EmoModelLoader(BaseModelLoader):
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Load the trunk; without a front end, all experts too."""
         self.download_model(model_config)
-        checkpoint, host = Checkpoint.open(model_config.model), slot_host_of(model)
+        checkpoint, host = open_checkpoint(model_config.model), slot_host_of(model)
         store = host.open_store(checkpoint)
         model.load_weights(_tensors(checkpoint, host, store))
 
 
 def _tensors(
-    checkpoint: Checkpoint, host: SlotHost, store: ExpertStore
+    checkpoint: ModelCheckpoint, host: SlotHost, store: ExpertStore
 ) -> Iterator[tuple[str, Tensor]]:
     for name in checkpoint.trunk_names():
         tensor = checkpoint.tensor(name)
@@ -54,8 +55,8 @@ def _tensors(
         return
     for index, layer in host.layers.items():
         for expert in range(layer.moe.num_experts):
-            for matrix in ("gate", "up", "down"):
-                name = expert_tensor_name(index, expert, matrix)
+            for matrix in MATRICES:
+                name = checkpoint.facts.names.expert(index, expert, matrix)
                 yield name, checkpoint.tensor(name)
 
 

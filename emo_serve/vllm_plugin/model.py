@@ -32,9 +32,11 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from emo_serve.emo.config import EmoConfig, MoeLayer
-from emo_serve.emo.tensor_names import is_left_over
+from emo_serve.checkpoints.weight_files import is_left_over
+from emo_serve.emo.config import EmoConfig
+from emo_serve.emo.tensor_names import NAMES
 from emo_serve.errors import CheckpointError
+from emo_serve.facts import MoeLayer
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.batch_pools import EmoModelState
 from emo_serve.vllm_plugin.contract import BASE_POOL_ROW, PluginSettings
@@ -98,6 +100,7 @@ class EmoForCausalLM(nn.Module):
             ),
             settings,
             self.base_rows.device,
+            names=NAMES,
             holds_all=not has_front_end(vllm_config),
             max_num_tokens=max_tokens,
         )
@@ -197,7 +200,7 @@ class _DecoderLayer(nn.Module):
             self.mlp = _DenseMlp(config, f"{prefix}.mlp")
         else:
             slots, rows = settings.num_slots, settings.num_pools
-            self.mlp = PooledMoE(config, moe, slots, rows, backend, f"{prefix}.mlp")
+            self.mlp = PooledMoE(config.facts, moe, slots, rows, backend, f"{prefix}.mlp")
 
     def forward(
         self, positions: Tensor, x_TD: Tensor, residual_TD: Tensor | None, pool_rows_T: Tensor

@@ -1,4 +1,4 @@
-"""PooledMoE: gate, pool-masked routing, expert maths over slots.
+"""PooledExperts: pool-masked routing and expert maths over slots; PooledMoE has the gate, too.
 
 Replaces vLLM's FusedMoE. What differs: a layer holds `num_slots` experts, not all of them, and
 each token routes inside the pool its request named. Two tables say how: `slot_of_expert` [E] and
@@ -26,16 +26,19 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from emo_kernels import PoolTables, Router
-from emo_serve.emo.config import EmoConfig, MoeLayer
+from emo_serve.facts import ModelFacts, MoeLayer
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert, PackedMatrix, Slab
 from emo_serve.vllm_plugin.routing_record import LayerRecord
 
-__all__ = ["PooledMoE"]
+__all__ = ["PooledExperts", "PooledMoE"]
 
 
-class PooledMoE(nn.Module):
-    """One MoE layer on this rank: the gate is replicated, every expert is split by its width."""
+class PooledExperts(nn.Module):
+    """The experts of one MoE layer on this rank, each split by its width, and their tables.
+
+    The gate's logits come from outside, in `logits_dtype`.
+    """
 
     slot_of_expert: Tensor
     pool_table: Tensor
@@ -47,7 +50,7 @@ class PooledMoE(nn.Module):
 
     def __init__(
         self,
-        config: EmoConfig,
+        facts: ModelFacts,
         moe: MoeLayer,
         num_slots: int,
         num_rows: int,
@@ -61,16 +64,15 @@ class PooledMoE(nn.Module):
             top_k=moe.top_k,
             num_shared=moe.num_shared_experts,
             always_active=moe.always_active,
-            renormalize=config.norm_topk_prob,
+            renormalize=facts.norm_topk_prob,
         )
         self.num_ranks = get_tensor_model_parallel_world_size()
         self.num_slots = min(num_slots, moe.num_experts)
-        width = config.intermediate_size // self.num_ranks
-        self.gate = ReplicatedLinear(
-            config.hidden_size, moe.num_experts, bias=False, prefix=f"{prefix}.gate"
-        )
-        dtype = backend.slab_dtype(torch.get_default_dtype())
-        slab = ExpertShape(config.hidden_size, width, dtype).slab(self.num_slots)
+        self.logits_dtype = torch.get_default_dtype()
+        assert facts.expert_width is not None, "a layer with experts"
+        width = facts.expert_width // self.num_ranks
+        dtype = backend.slab_dtype(self.logits_dtype)
+        slab = ExpertShape(facts.hidden_size, width, dtype).slab(self.num_slots)
         buffers = {
             "w13": slab.w13.values,
             "w13_scales": slab.w13.scales,
@@ -87,9 +89,8 @@ class PooledMoE(nn.Module):
         layers = get_current_vllm_config().compilation_config.static_forward_context
         layers[prefix] = self
 
-    def forward(self, x_TD: Tensor, pool_rows_T: Tensor) -> Tensor:
+    def mix(self, x_TD: Tensor, logits_TE: Tensor, pool_rows_T: Tensor) -> Tensor:
         """Return y_TD, summed over the ranks."""
-        logits_TE, _ = self.gate(x_TD)
         y_TD = torch.ops.emo_serve.pooled_moe(x_TD, logits_TE, pool_rows_T, self.prefix)
         if self.num_ranks > 1:
             y_TD = tensor_model_parallel_all_reduce(y_TD)
@@ -130,11 +131,34 @@ class PooledMoE(nn.Module):
         return self.slot(0).num_bytes
 
 
+class PooledMoE(PooledExperts):
+    """One MoE layer of EMO on this rank: the gate is replicated."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        moe: MoeLayer,
+        num_slots: int,
+        num_rows: int,
+        backend: MoeBackend,
+        prefix: str,
+    ) -> None:
+        super().__init__(facts, moe, num_slots, num_rows, backend, prefix)
+        self.gate = ReplicatedLinear(
+            facts.hidden_size, moe.num_experts, bias=False, prefix=f"{prefix}.gate"
+        )
+
+    def forward(self, x_TD: Tensor, pool_rows_T: Tensor) -> Tensor:
+        """Return y_TD, summed over the ranks."""
+        logits_TE, _ = self.gate(x_TD)
+        return self.mix(x_TD, logits_TE, pool_rows_T)
+
+
 # -- the op the compiler sees --
 
 
 def _pooled_moe(x: Tensor, logits: Tensor, pool_rows: Tensor, layer_name: str) -> Tensor:
-    layer: PooledMoE = get_forward_context().no_compile_layers[layer_name]
+    layer: PooledExperts = get_forward_context().no_compile_layers[layer_name]
     return layer.compute(x, logits, pool_rows)
 
 

@@ -28,8 +28,8 @@ from cachetools import FIFOCache
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from emo_serve.emo.config import MoeLayer
 from emo_serve.emo.routing import router_probabilities, standard_probabilities, taken_experts
+from emo_serve.facts import MoeLayer
 from emo_serve.vllm_plugin.contract import (
     MASS_SLOTS,
     NO_ACCOUNT,

@@ -13,6 +13,8 @@ from vllm.config import CUDAGraphMode, VllmConfig
 
 from emo_serve.emo.config import EmoConfig
 from emo_serve.errors import ConfigError
+from emo_serve.facts import ModelFacts
+from emo_serve.families.opening import facts_of_config
 from emo_serve.vllm_plugin.backends import MoeBackend, choose_backend
 from emo_serve.vllm_plugin.contract import ADDITIONAL_CONFIG_KEY, PluginSettings, expert_bytes
 
@@ -20,6 +22,7 @@ __all__ = [
     "backend_for",
     "emo_config",
     "has_front_end",
+    "model_facts",
     "read_settings",
     "refuse_what_cannot_work",
     "rope_for_vllm",
@@ -38,9 +41,8 @@ def read_settings(vllm_config: VllmConfig) -> PluginSettings:
     is not recorded, because nothing would read the record.
     """
     if not has_front_end(vllm_config):
-        layers = emo_config(vllm_config).moe_layers
-        most = max((moe.num_experts for moe in layers if moe), default=1)
-        return PluginSettings(num_slots=most, num_pools=1, records_routing=False)
+        most = max(model_facts(vllm_config).experts_per_layer)
+        return PluginSettings(num_slots=max(1, most), num_pools=1, records_routing=False)
     settings = PluginSettings.from_config(vllm_config.additional_config)
     _check_host_bytes(settings.host_expert_bytes, settings.expert_dtype, vllm_config)
     return settings
@@ -48,10 +50,10 @@ def read_settings(vllm_config: VllmConfig) -> PluginSettings:
 
 def _check_host_bytes(host_expert_bytes: int, expert_dtype: str, vllm_config: VllmConfig) -> None:
     """Refuse host memory too small for one expert; 0 means no host memory."""
-    config, ranks = emo_config(vllm_config), vllm_config.parallel_config.tensor_parallel_size
+    facts, ranks = model_facts(vllm_config), vllm_config.parallel_config.tensor_parallel_size
     one_expert = expert_bytes(
-        config.hidden_size,
-        config.intermediate_size,
+        facts.hidden_size,
+        facts.expert_width or 0,
         expert_dtype,
         vllm_config.model_config.dtype.itemsize,
         ranks,
@@ -74,6 +76,11 @@ def emo_config(vllm_config: VllmConfig) -> EmoConfig:
     return config
 
 
+def model_facts(vllm_config: VllmConfig) -> ModelFacts:
+    """Return what the plugin needs to know of the model; raises ConfigError."""
+    return facts_of_config(vllm_config.model_config.hf_config)
+
+
 def rope_for_vllm(config: EmoConfig) -> dict[str, Any]:
     """Return RoPE's parameters for vLLM; `dynamic` has no effect within the context length.
 
@@ -87,9 +94,8 @@ def rope_for_vllm(config: EmoConfig) -> dict[str, Any]:
 
 def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
     """Raise ConfigError for vLLM options that this model does not support."""
-    config = emo_config(vllm_config)
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    ranks, width = parallel.tensor_parallel_size, config.intermediate_size
+    ranks, width = parallel.tensor_parallel_size, model_facts(vllm_config).expert_width or 0
     if parallel.pipeline_parallel_size > 1:
         raise ConfigError(
             f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: every device has slots"
@@ -101,17 +107,18 @@ def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
         )
     if vllm_config.quant_config is not None:
         raise ConfigError(
-            "--quantization does not work with EMO models; use --expert-dtype fp8_e4m3, which"
-            " halves their experts"
+            "--quantization does not work with pools; use --expert-dtype fp8_e4m3, which halves"
+            " the experts"
         )
     if vllm_config.lora_config is not None:
-        raise ConfigError("--enable-lora: LoRA on EMO models is not supported; leave it out")
+        raise ConfigError("--enable-lora: LoRA is not supported with pools; leave it out")
     if vllm_config.speculative_config is not None:
         raise ConfigError("--speculative-config: drafted tokens have no pool; leave it out")
     if width % ranks:
         raise ConfigError(
-            f"--tensor-parallel-size {ranks} does not divide intermediate_size {width}"
+            f"--tensor-parallel-size {ranks} does not divide an expert's width, {width}"
         )
+    config = vllm_config.model_config.hf_config
     context = config.max_position_embeddings
     is_dynamic = (config.rope_parameters or {}).get("rope_type") == "dynamic"
     if is_dynamic and model.max_model_len > context:
@@ -125,11 +132,11 @@ def backend_for(
     vllm_config: VllmConfig, settings: PluginSettings, device: torch.device
 ) -> MoeBackend:
     """Choose the expert maths for the workers' device; raises ConfigError if it cannot run."""
-    config = emo_config(vllm_config)
-    width = config.intermediate_size // vllm_config.parallel_config.tensor_parallel_size
+    facts = model_facts(vllm_config)
+    width = (facts.expert_width or 0) // vllm_config.parallel_config.tensor_parallel_size
     dtype = vllm_config.model_config.dtype
     backend = choose_backend(
-        settings.moe_backend, device, config.hidden_size, width, dtype, settings.expert_dtype
+        settings.moe_backend, device, facts.hidden_size, width, dtype, settings.expert_dtype
     )
     graphs = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
     if backend.name == "reference" and device.type == "cuda" and graphs:

@@ -1,7 +1,7 @@
 """The expert slots of one model on one rank: what is loaded into them, and which pools use them.
 
-Any model class whose MoE layers are PooledMoE has one SlotHost, in its attribute `slot_host`. The
-model is the network; the host owns all that changes between two of its steps: the expert store,
+Any model class whose MoE layers are PooledExperts has one SlotHost, in its attribute `slot_host`.
+The model is the network; the host owns all that changes between two of its steps: the expert store,
 loads, the layers' tables, and the record of what the router did. The loader fills it at start-up,
 worker calls drive it afterwards.
 """
@@ -15,9 +15,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.emo.tensor_names import parse_expert_name
+from emo_serve.checkpoints.checkpoint import ModelCheckpoint
 from emo_serve.errors import CheckpointError, EmoServeError
+from emo_serve.facts import ExpertNames
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.contract import (
     BASE_POOL_ROW,
@@ -30,7 +30,7 @@ from emo_serve.vllm_plugin.contract import (
 )
 from emo_serve.vllm_plugin.expert_store import ExpertStore, HostMemory
 from emo_serve.vllm_plugin.loads import CpuMover, CudaMover, ExpertLoad, Mover, SlotCopy
-from emo_serve.vllm_plugin.moe import PooledMoE
+from emo_serve.vllm_plugin.moe import PooledExperts
 from emo_serve.vllm_plugin.pacing import Steps
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert
 from emo_serve.vllm_plugin.routing_record import RoutedLayer, RoutingRecord, pool_key
@@ -44,19 +44,21 @@ class SlotHost:
     """Load experts into the slots of a model's layers and publish pools; see the module.
 
     `layers` has one entry per layer of the model, None for a dense one. `shape` is this rank's part
-    of an expert in the slab. `holds_all` says that no front end will load experts: every expert
-    comes with the model, in the slot of its own number, and the base pool is published. All methods
-    are to be called between two steps of the engine; `steps` is told when one begins and ends.
+    of an expert in the slab, `names` those of its tensors. `holds_all` says that no front end will
+    load experts: every expert comes with the model, in the slot of its own number, and the base
+    pool is published. All methods are to be called between two steps of the engine; `steps` is told
+    when one begins and ends.
     """
 
     def __init__(
         self,
-        layers: Sequence[PooledMoE | None],
+        layers: Sequence[PooledExperts | None],
         backend: MoeBackend,
         shape: ExpertShape,
         settings: PluginSettings,
         device: torch.device,
         *,
+        names: ExpertNames,
         holds_all: bool,
         max_num_tokens: int,
     ) -> None:
@@ -66,6 +68,7 @@ class SlotHost:
         self.steps = Steps()
         self.store: ExpertStore | None = None
         self.trunk_bytes = 0
+        self._names = names
         self._num_layers, self._device = len(layers), device
         self._host_expert_bytes = settings.host_expert_bytes
         self._load: ExpertLoad | None = None
@@ -74,7 +77,7 @@ class SlotHost:
         """Have the layers record what the router does, on the first rank: gates are replicated."""
         if self.shape.rank != 0 or not self.layers:
             return None
-        dtype = next(iter(self.layers.values())).gate.weight.dtype
+        dtype = next(iter(self.layers.values())).logits_dtype
         routed = {
             index: RoutedLayer(layer.moe, layer.pool_table) for index, layer in self.layers.items()
         }
@@ -85,7 +88,7 @@ class SlotHost:
 
     # -- start-up --
 
-    def open_store(self, checkpoint: Checkpoint) -> ExpertStore:
+    def open_store(self, checkpoint: ModelCheckpoint) -> ExpertStore:
         """Prepare for loads from a checkpoint; takes the host memory of the settings."""
         is_cuda = self._device.type == "cuda"
         host = HostMemory(self._host_expert_bytes, self.shape, is_pinned=is_cuda)
@@ -105,13 +108,13 @@ class SlotHost:
         """
         experts: dict[tuple[int, int], dict[str, Tensor]] = {}
         for name, weight in weights:
-            expert_name = parse_expert_name(name)
+            expert_name = self._names.parse(name)
             if expert_name is None:
                 yield name, weight
                 continue
             layer, expert, matrix = expert_name
             if layer not in self.layers or expert >= self.layers[layer].moe.num_experts:
-                raise CheckpointError(f"tensor {name} has no place in an EMO model of this config")
+                raise CheckpointError(f"tensor {name} has no place in a model of this config")
             parts = experts.setdefault((layer, expert), {})
             parts[matrix] = weight
             if len(parts) == 3:

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.platforms import current_platform
 
-__all__ = ["LookedUp", "Multiplied"]
+__all__ = ["LookedUp", "Multiplied", "hold_once"]
 
 
 class LookedUp(VocabParallelEmbedding):
@@ -32,6 +32,15 @@ class Multiplied(ParallelLMHead):
     def __init__(self, vocabulary: int, hidden_size: int, *, prefix: str) -> None:
         super().__init__(vocabulary, hidden_size, prefix=prefix)
         self.quant_method = _Products()
+
+
+def hold_once(model: nn.Module) -> None:
+    """Have a model of vLLM's hold its tables once, too, unless one table serves as both."""
+    tables = [each for each in model.modules() if isinstance(each, VocabParallelEmbedding)]
+    if len({id(table.weight) for table in tables}) < len(tables):
+        return
+    for table in tables:
+        table.quant_method = _Products() if isinstance(table, ParallelLMHead) else _Rows()
 
 
 class _Rows(UnquantizedEmbeddingMethod):

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from emo_serve.emo.config import MoeLayer
 from emo_serve.emo.model import EmoForCausalLM, EmoMoe, RouterRecord
 from emo_serve.emo.routing import route
+from emo_serve.facts import MoeLayer
 
 Scores = list[list[float] | None]
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
-from emo_serve.emo.config import load_config
+from emo_serve.families.opening import open_checkpoint
 from emo_serve.vllm_plugin import WORKER_EXTENSION_CLS, worker_cls_for
 from emo_serve.vllm_plugin.contract import LOAD_FORMAT, POOL_ROW_ARG, PluginSettings
 
@@ -116,10 +116,13 @@ def pooled_engine(
     `num_slots` None gives exactly as many slots as the largest layer of the pools needs. With
     `is_empty` nothing is loaded, and rows exist but are not published.
     """
-    layers = load_config(directory).moe_layers
-    experts_of_layer = [moe.num_experts if moe else 0 for moe in layers]
-    wanted = [sorted({e for p in pools.values() for e in p[i]}) for i in range(len(layers))]
-    num_slots = num_slots or max(len(experts) for experts in wanted)
+    facts = open_checkpoint(directory).facts
+    experts_of_layer = facts.experts_per_layer
+    layers = range(len(experts_of_layer))
+    wanted = [sorted({e for p in pools.values() for e in p[i]}) for i in layers]
+    num_slots = num_slots or max(1, *(len(experts) for experts in wanted))
+    if facts.architecture is not None:
+        engine_args = {"hf_overrides": {"architectures": [facts.architecture]}, **engine_args}
     settings = PluginSettings(num_slots, len(pools), moe_backend, expert_dtype, host_expert_bytes)
     with started_engine(
         directory,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emo_serve.emo.config import MoeLayer
+from emo_serve.facts import MoeLayer
 from emo_serve.names import ModelNames
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.pool import ExpertPool, LayerExperts

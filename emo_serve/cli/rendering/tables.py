@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from emo_serve.facts import MoeLayer
 from emo_serve.pools.pool import ExpertPool
-
-if TYPE_CHECKING:
-    from emo_serve.emo.config import MoeLayer
 
 __all__ = [
     "columns",

@@ -18,7 +18,7 @@ from emo_serve.pools.calibration.examples import Documents
 from emo_serve.pools.calibration.findings import Calibration
 
 if TYPE_CHECKING:  # emo.config imports transformers
-    from emo_serve.emo.config import EmoConfig
+    from emo_serve.facts import ModelFacts
 
 __all__ = [
     "MIXED_BOUND",
@@ -65,10 +65,10 @@ def passages(spans: Sequence[slice]) -> Iterator[slice]:
         yield from (slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False))
 
 
-def notes(found: Calibration, config: EmoConfig) -> list[str]:
+def notes(found: Calibration, facts: ModelFacts) -> list[str]:
     """Return what a user should know before relying on the pool, one sentence each."""
     said: list[str] = []
-    moes = [moe for moe in config.moe_layers if moe is not None]
+    moes = [moe for moe in facts.moe_layers if moe is not None]
     fewest = TOKENS_PER_EXPERT * max(moe.num_experts for moe in moes)
     if found.documents and found.tokens < fewest and found.method != "random":
         said.append(

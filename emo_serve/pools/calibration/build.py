@@ -32,10 +32,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from emo_serve.checkpoints.checkpoint import ModelCheckpoint
 from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.emo.config import EmoConfig, MoeLayer
 from emo_serve.emo.routing import Routing, route, router_probabilities
 from emo_serve.errors import ConfigError
+from emo_serve.facts import ModelFacts, MoeLayer
 from emo_serve.pools.calibration import DEFAULT_METHOD, METHODS
 from emo_serve.pools.calibration.advice import passages
 from emo_serve.pools.calibration.findings import Calibration, LayerFindings
@@ -55,13 +56,13 @@ __all__ = [
 _OF_THE_FULL_MODEL = ("router", "easy-ep")
 
 
-def check_request(config: EmoConfig, method: str, k: int, seed: int = 0) -> None:
+def check_request(facts: ModelFacts, method: str, k: int, seed: int = 0) -> None:
     """Raise ConfigError for an unknown method, or a size or seed that this model cannot have."""
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; give one of {', '.join(METHODS)}")
     if not 0 <= seed <= MOST_COUNT:
         raise ConfigError(f"seed is {seed}; give 0 or more, below 2**63")
-    sizes = [(moe.num_experts, index) for index, moe in enumerate(config.moe_layers) if moe]
+    sizes = [(moe.num_experts, index) for index, moe in enumerate(facts.moe_layers) if moe]
     if not sizes:
         raise ConfigError("the model has no MoE layer, so it has no pools")
     if k > max(sizes)[0]:
@@ -69,7 +70,7 @@ def check_request(config: EmoConfig, method: str, k: int, seed: int = 0) -> None
             f"a pool of {k} experts per layer is more than the model has: {max(sizes)[0]} at most"
             f" (layer {max(sizes)[1]}); give fewer"
         )
-    for index, moe in enumerate(config.moe_layers):
+    for index, moe in enumerate(facts.moe_layers):
         if moe is not None and k < max(1, len(moe.implied)):
             raise ConfigError(
                 f"a pool of {k} experts per layer is too small: layer {index} needs at least"
@@ -77,19 +78,19 @@ def check_request(config: EmoConfig, method: str, k: int, seed: int = 0) -> None
             )
 
 
-def model_record(checkpoint: Checkpoint) -> PoolModel:
+def model_record(checkpoint: ModelCheckpoint) -> PoolModel:
     """Return what a pool file records about the model it was made for."""
     implied = (
-        () if moe is None else tuple(sorted(moe.implied)) for moe in checkpoint.config.moe_layers
+        () if moe is None else tuple(sorted(moe.implied)) for moe in checkpoint.facts.moe_layers
     )
     name = storable(checkpoint.directory.resolve().name)
     return PoolModel(name, checkpoint.fingerprint(), tuple(implied))
 
 
-def num_steps(config: EmoConfig, method: str, k: int, num_documents: int) -> int:
+def num_steps(facts: ModelFacts, method: str, k: int, num_documents: int) -> int:
     """Return the most steps `calibrate` reports: documents of each layer, and experts read."""
-    last = _last_moe(config)
-    experts = [0 if moe is None else moe.num_experts for moe in config.moe_layers[: last + 1]]
+    last = _last_moe(facts)
+    experts = list(facts.experts_per_layer[: last + 1])
     if method != "easy-ep":
         experts.pop()
     if method not in _OF_THE_FULL_MODEL:
@@ -111,21 +112,21 @@ def calibrate(
     The same arguments give the same result on the same machine; only `random` uses `seed`. Raises
     ConfigError for a request that `check_request` refuses, and if there is no token at all.
     """
-    config = checkpoint.config
-    check_request(config, method, k, seed)
+    facts = checkpoint.facts
+    check_request(facts, method, k, seed)
     documents = [ids_T for ids_T in documents if len(ids_T)]
-    drawn = random_scores(config, seed) if method == "random" else None
+    drawn = random_scores(facts, seed) if method == "random" else None
     if not documents and drawn is None:
         raise ConfigError("calibration needs at least one token of the domain's text")
-    layers: list[LayerFindings | None] = [None] * config.num_hidden_layers
+    layers: list[LayerFindings | None] = [None] * len(facts.moe_layers)
     if not documents and drawn is not None:
-        for index, moe in enumerate(config.moe_layers):
+        for index, moe in enumerate(facts.moe_layers):
             if moe is not None:
                 layers[index] = _findings(drawn[index], moe, k)
         return Calibration(method, seed, k, 0, 0, tuple(layers), (0,) * len(layers), 0)
     walk = LayerWalk(checkpoint, documents, advance)
-    last = _last_moe(config)  # later layers change no score
-    for index, moe in enumerate(config.moe_layers[: last + 1]):
+    last = _last_moe(facts)  # later layers change no score
+    for index, moe in enumerate(facts.moe_layers[: last + 1]):
         walk.attend(index)
         if moe is None:
             walk.add_dense()
@@ -141,7 +142,7 @@ def calibrate(
         if method not in _OF_THE_FULL_MODEL:
             pool_1E = torch.zeros(1, moe.num_experts, dtype=torch.bool)
             pool_1E[0, list(found.experts)] = True
-        routing = route(logits_NE, moe, pool_1E, norm_topk_prob=config.norm_topk_prob)
+        routing = route(logits_NE, moe, pool_1E, norm_topk_prob=facts.norm_topk_prob)
         if method == "easy-ep":
             scores_E = _easy_ep_scores(routing, walk.add_experts(index, routing), moe)
             found = _findings(scores_E, moe, k, mass_PE)
@@ -163,11 +164,10 @@ def calibrate(
 # -- scores --
 
 
-def random_scores(config: EmoConfig, seed: int) -> list[Tensor]:
+def random_scores(facts: ModelFacts, seed: int) -> list[Tensor]:
     """Draw a score for every expert, [E] per layer; the same seed gives the same scores."""
     generator = torch.Generator().manual_seed(seed)
-    counts = [0 if moe is None else moe.num_experts for moe in config.moe_layers]
-    return [torch.rand(count, generator=generator) for count in counts]
+    return [torch.rand(count, generator=generator) for count in facts.experts_per_layer]
 
 
 def _mass(logits_NE: Tensor, moe: MoeLayer, spans: Sequence[slice]) -> Tensor:
@@ -216,5 +216,5 @@ def _findings(
     return LayerFindings(tuple(scores), experts, inside / float(tokens), own / float(tokens))
 
 
-def _last_moe(config: EmoConfig) -> int:
-    return max(index for index, moe in enumerate(config.moe_layers) if moe is not None)
+def _last_moe(facts: ModelFacts) -> int:
+    return max(index for index, moe in enumerate(facts.moe_layers) if moe is not None)

@@ -35,8 +35,8 @@ from emo_serve.pools.strict_model import Expected, validated
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from emo_serve.emo.config import EmoConfig
     from emo_serve.emo.tokenizer import ModelTokenizer
+    from emo_serve.facts import ModelFacts
 
 __all__ = [
     "Documents",
@@ -169,7 +169,7 @@ def read_examples(paths: Iterable[Path]) -> list[Example]:
 def encode_examples(
     examples: Sequence[Example],
     tokenizer: ModelTokenizer,
-    config: EmoConfig,
+    facts: ModelFacts,
     max_tokens: int | None = None,
 ) -> Documents:
     """Tokenize the examples and cut them to the model's context, or to `max_tokens` if less."""
@@ -183,13 +183,13 @@ def encode_examples(
             )
         except ConfigError as error:
             raise ConfigError(f"{example.source}: {error}") from error
-    return documents_of(examples, encoded, config, max_tokens)
+    return documents_of(examples, encoded, facts, max_tokens)
 
 
 def documents_of(
     examples: Sequence[Example],
     encoded: Sequence[Sequence[int]],
-    config: EmoConfig,
+    facts: ModelFacts,
     max_tokens: int | None = None,
 ) -> Documents:
     """Make documents of examples and their ids, cut as `encode_examples` says.
@@ -198,16 +198,16 @@ def documents_of(
     """
     import torch
 
-    limit = min(config.max_position_embeddings, max_tokens or config.max_position_embeddings)
+    limit = min(facts.max_position_embeddings, max_tokens or facts.max_position_embeddings)
     documents: list[Tensor] = []
     num_cut = tokens_cut = 0
     for example, ids in zip(examples, encoded, strict=True):
         if not ids:
             raise ConfigError(f"{example.source}: the tokenizer returns no token for this text")
-        if max(ids) >= config.vocab_size:
+        if max(ids) >= facts.vocab_size:
             raise ConfigError(
                 f"{example.source}: the tokenizer gives id {max(ids)}, the model has"
-                f" {config.vocab_size}; is tokenizer.json this model's?"
+                f" {facts.vocab_size}; is tokenizer.json this model's?"
             )
         num_cut += len(ids) > limit
         tokens_cut += max(0, len(ids) - limit)

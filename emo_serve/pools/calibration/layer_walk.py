@@ -21,7 +21,6 @@ from torch import Tensor
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.model import DecoderLayer, EmoMoe, inverse_frequencies, rotation
 from emo_serve.emo.routing import Routing
-from emo_serve.emo.tensor_names import parse_expert_name
 from emo_serve.errors import CheckpointError
 
 __all__ = ["LayerWalk", "Mixture"]
@@ -137,7 +136,7 @@ class LayerWalk:
         state = {
             name.removeprefix(prefix): self.checkpoint.tensor(name).float()
             for name in self.checkpoint.trunk_names()
-            if name.startswith(prefix) and parse_expert_name(name) is None
+            if name.startswith(prefix)
         }
         try:
             found = layer.load_state_dict(state, strict=False, assign=True)

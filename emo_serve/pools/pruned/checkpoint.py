@@ -27,20 +27,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from emo_serve.checkpoints.shards import NewTensor, write_shards
+from emo_serve.checkpoints.tensor_file import TensorFile
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.pruning import kept_tensors, scaled_gate_dtype
-from emo_serve.emo.shards import NewTensor, write_shards
-from emo_serve.emo.tensor_file import TensorFile
 from emo_serve.emo.tensor_names import expert_tensor_name, gate_name
 from emo_serve.errors import ConfigError, PoolStoreError
+from emo_serve.facts import MoeLayer
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.pruned.metadata import METADATA_FILE, pruning_metadata
 from emo_serve.pools.sizes import served_pool
-
-if TYPE_CHECKING:
-    from emo_serve.emo.config import MoeLayer
 
 __all__ = ["PrunedCheckpoint", "export_pool", "pruned_config"]
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from emo_serve.errors import PoolFileError
+from emo_serve.facts import MoeLayer
 from emo_serve.names import check_pool_name
 from emo_serve.pools.limits import MOST_COUNT, MOST_LAYERS, check_temperature, storable
 from emo_serve.pools.pool import (
@@ -25,9 +25,6 @@ from emo_serve.pools.pool import (
     check_texts,
 )
 from emo_serve.pools.strict_json import missing_text, read_json, refusal
-
-if TYPE_CHECKING:
-    from emo_serve.emo.config import MoeLayer
 
 __all__ = ["METADATA_FILE", "pruning_metadata", "read_pruning_metadata"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emo_serve.emo.config import MoeLayer
+from emo_serve.facts import MoeLayer
 from emo_serve.metrics import AUTO_PROBE_POOL
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.auto.candidates import Candidates, nothing_to_choose, ranked

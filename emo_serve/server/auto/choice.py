@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from emo_serve.config import ServeSettings
-from emo_serve.emo.config import EmoConfig
 from emo_serve.errors import ConfigError
+from emo_serve.facts import ModelFacts
 from emo_serve.pools.calibration.examples import read_examples
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.server.auto.by_classifier import TfidfChooser
@@ -86,7 +86,7 @@ async def make_chooser(
     temporary: TemporaryPools,
     probe: RouterProbe,
     tokenizer: ServedTokenizer,
-    config: EmoConfig,
+    facts: ModelFacts,
     examples: Mapping[str, Sequence[str]],
     learned: Callable[[], Mapping[str, Sequence[str] | Counts]] = dict,
 ) -> PoolChooser:
@@ -94,9 +94,9 @@ async def make_chooser(
 
     `learned` reads what is known of pools that were built here; it gives way to examples.
     """
-    prefix = PromptPrefix(tokenizer, settings.auto_tokens, config.vocab_size)
+    prefix = PromptPrefix(tokenizer, settings.auto_tokens, facts.vocab_size)
     router = RouterChooser(
-        probe, candidates, prefix, config.moe_layers, settings.auto_min_coverage, temporary
+        probe, candidates, prefix, facts.moe_layers, settings.auto_min_coverage, temporary
     )
     if settings.auto_method == "router" or not is_installed():
         return router

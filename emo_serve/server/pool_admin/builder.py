@@ -22,9 +22,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.emo.config import MoeLayer
+from emo_serve.checkpoints.checkpoint import ModelCheckpoint
 from emo_serve.errors import ConfigError, RequestError, StateConflict, Unavailable
+from emo_serve.facts import MoeLayer
 from emo_serve.metrics import BUILD_POOL
 from emo_serve.pools.calibration import DEFAULT_METHOD
 from emo_serve.pools.calibration.advice import cut_notes, notes
@@ -78,7 +78,7 @@ class PoolBuilder:
     def __init__(
         self,
         probe: RouterProbe,
-        checkpoint: Checkpoint,
+        checkpoint: ModelCheckpoint,
         service: PoolService,
         manager: ResidencyManager,
         tokenizer: ServedTokenizer,
@@ -87,7 +87,7 @@ class PoolBuilder:
         self._probe, self._checkpoint, self._service = probe, checkpoint, service
         self._manager, self._tokenizer = manager, tokenizer
         self._learn = learn
-        self._moe_layers: _MoeLayers = checkpoint.config.moe_layers
+        self._moe_layers: _MoeLayers = checkpoint.facts.moe_layers
         self._building: BuildProgress | None = None
 
     async def build(self, wanted: BuildRequest, *, replace: bool = False) -> PoolBuild:
@@ -130,13 +130,13 @@ class PoolBuilder:
         await self._learn(wanted.name, wanted.documents)
         seconds = time.monotonic() - start
         logger.info("built pool %s in %.1f s", wanted.name, seconds)
-        said = (*cut_notes(documents), *notes(found, self._checkpoint.config))
+        said = (*cut_notes(documents), *notes(found, self._checkpoint.facts))
         return PoolBuild(status, is_new, found, documents, said, seconds)
 
     def _check(self, wanted: BuildRequest, is_replacing: bool) -> None:
         """Refuse at the start what would otherwise be refused at the end: size, name, room."""
         with _refusing():
-            check_request(self._checkpoint.config, DEFAULT_METHOD, wanted.experts)
+            check_request(self._checkpoint.facts, DEFAULT_METHOD, wanted.experts)
         kept = (
             None if moe is None else keep_best([0.0] * moe.num_experts, wanted.experts, moe.implied)
             for moe in self._moe_layers
@@ -156,7 +156,7 @@ class PoolBuilder:
                 raise RequestError(f"{example.source}: {error}") from error
         with _refusing():
             return await asyncio.to_thread(
-                documents_of, examples, ids, self._checkpoint.config, self._probe.max_tokens
+                documents_of, examples, ids, self._checkpoint.facts, self._probe.max_tokens
             )
 
     async def _ids_of(self, example: Example) -> list[int]:

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from emo_serve.emo.config import MoeLayer
 from emo_serve.errors import ConfigError, PoolFileError, RequestError
+from emo_serve.facts import MoeLayer
 from emo_serve.names import FILE_NAME_RULE, NAME_PATTERN
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.sizes import sizes_of

@@ -14,7 +14,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
-from emo_serve.emo.config import MoeLayer
 from emo_serve.errors import (
     ConfigError,
     EmoServeError,
@@ -26,6 +25,7 @@ from emo_serve.errors import (
     Unavailable,
     UnknownPool,
 )
+from emo_serve.facts import MoeLayer
 from emo_serve.metrics import PoolMetrics
 from emo_serve.names import BASE_POOL, pools_of
 from emo_serve.pools.catalog import CatalogChange, PoolCatalog

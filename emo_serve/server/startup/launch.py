@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from emo_serve.checkpoints.checkpoint import ModelCheckpoint
 from emo_serve.config import ServeSettings
-from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.errors import ConfigError
+from emo_serve.families.opening import open_checkpoint
 from emo_serve.server.auto.choice import read_auto_examples
 from emo_serve.server.startup.checkpoint import resolve_checkpoint
 from emo_serve.server.startup.machine_memory import read_limits
@@ -72,7 +73,7 @@ class Launch:
     args: argparse.Namespace
     settings: ServeSettings
     plan: StartPlan
-    checkpoint: Checkpoint
+    checkpoint: ModelCheckpoint
     keys: Keys
     auto_examples: Mapping[str, Sequence[str]]
 
@@ -86,9 +87,7 @@ def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartPro
     refuse_unsupported(args)
     persists = settings.pools_dir is not None  # the shipped pools are not ours to change
     args, settings = _with_model(args, settings, default_model)
-    checkpoint = Checkpoint.open(
-        Path(args.model)
-    )  # first: it tells best why this is not an EMO model
+    checkpoint = open_checkpoint(args.model)  # first: it tells best why a model is not served
     sizes = engine_sizes(args)
     limits = read_limits(sizes.cpu.nodes) if sizes.cpu else ()
     plan = make_plan(settings, checkpoint, args.served_model_name, sizes, limits, persists=persists)
@@ -99,7 +98,13 @@ def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartPro
             logger.warning("these flags take more memory than there is: %s", memory.account())
     keys = Keys.read(args, settings)
     return Launch(
-        with_engine_values(args, settings, plan.num_slots, kv_bytes),
+        with_engine_values(
+            args,
+            settings,
+            plan.num_slots,
+            kv_bytes,
+            architecture=checkpoint.facts.architecture,
+        ),
         settings,
         plan,
         checkpoint,

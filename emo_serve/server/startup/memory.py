@@ -99,7 +99,7 @@ class MemoryNeed:
     @property
     def most_slots(self) -> int:
         """Return the slots per layer that hold all experts."""
-        return max(self.experts_per_layer)
+        return max(self.experts_per_layer, default=0)
 
     @property
     def fixed_bytes(self) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+from emo_serve.checkpoints.checkpoint import ModelCheckpoint
 from emo_serve.config import ServeSettings
-from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.errors import ConfigError, RequestError
 from emo_serve.names import BASE_POOL, pools_of, split_name
 from emo_serve.pools.catalog import PoolCatalog
@@ -24,13 +24,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def check_default_experts(settings: ServeSettings, checkpoint: Checkpoint) -> None:
+def check_default_experts(settings: ServeSettings, checkpoint: ModelCheckpoint) -> None:
     """Raise ConfigError for a default size that no pool of this model can have."""
     k = settings.default_experts
-    layers = [layer for layer in checkpoint.config.moe_layers if layer is not None]
+    if k is None:
+        return
+    layers = [layer for layer in checkpoint.facts.moe_layers if layer is not None]
     least = max(1, *(len(layer.implied) for layer in layers))
     most = max(layer.num_experts for layer in layers)
-    if k is not None and not least <= k <= most:
+    if not least <= k <= most:
         raise ConfigError(
             f"--default-experts is {k}; give a number from {least}, the experts that every pool"
             f" has, to {most}, all experts of a layer"

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from emo_serve.checkpoints.checkpoint import ModelCheckpoint
 from emo_serve.config import (
     ServeSettings,
     format_gib,
     slots_for_memory,
 )
-from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.errors import ConfigError
 from emo_serve.names import BASE_POOL, ModelNames
 from emo_serve.pools.catalog import PoolCatalog
@@ -77,7 +77,7 @@ class StartPlan:
 
 def make_plan(
     settings: ServeSettings,
-    checkpoint: Checkpoint,
+    checkpoint: ModelCheckpoint,
     base_names: Sequence[str],
     sizes: EngineSizes,
     limits: Sequence[MemoryLimit] = (),
@@ -89,9 +89,10 @@ def make_plan(
     `limits` are those of the machine's memory, the smallest first; they count on a CPU only. With
     `persists`, pools added and removed while serving are written to --pools.
     """
-    moe_layers = checkpoint.config.moe_layers
-    experts_per_layer = _experts_per_layer(checkpoint)
+    moe_layers = checkpoint.facts.moe_layers
+    experts_per_layer = checkpoint.facts.experts_per_layer
     slot_bytes = _slot_bytes(settings, checkpoint, sizes)
+    _refuse_for_dense(settings, checkpoint)
     num_slots = _given_slots(settings, experts_per_layer, slot_bytes)
     _check_host_memory(settings, slot_bytes)
     check_default_experts(settings, checkpoint)
@@ -115,7 +116,7 @@ def make_plan(
         given = _given(settings, num_slots, sizes.cpu, sizes.num_ranks)
         memory = plan_memory(need, limits, given)
         num_slots = memory.num_slots
-    num_slots = num_slots or max(experts_per_layer)
+    num_slots = num_slots or max(1, *experts_per_layer)  # 1 says nothing of a dense model
     order = _load_order(settings, catalog, base_pool, num_slots >= max(experts_per_layer))
     plan = StartPlan(
         experts_per_layer,
@@ -134,13 +135,28 @@ def make_plan(
     return plan
 
 
+def _refuse_for_dense(settings: ServeSettings, checkpoint: ModelCheckpoint) -> None:
+    """Raise ConfigError for flags about experts if the model has none."""
+    given = {
+        "--expert-slots": settings.expert_slots is not None,
+        "--expert-memory": settings.expert_memory_bytes is not None,
+        "--host-expert-memory": settings.host_expert_bytes > 0,
+        "--default-experts": settings.default_experts is not None,
+        "--pools": settings.pools_dir is not None,
+    }
+    flag = next((flag for flag, is_given in given.items() if is_given), None)
+    if checkpoint.facts.is_dense and flag is not None:
+        raise ConfigError(
+            f"{flag}: {checkpoint.directory.name} is dense: it has no experts, and no pool but"
+            f" {BASE_POOL}; leave {flag} out"
+        )
+
+
 def _given_slots(
     settings: ServeSettings, experts_per_layer: Sequence[int], slot_bytes: int
 ) -> int | None:
     """Return the slots per layer that the user gives, None without; raises ConfigError."""
     counts = [count for count in experts_per_layer if count]
-    if not counts:
-        raise ConfigError("the model has no MoE layer, so it has no experts to make pools of")
     if settings.expert_slots is not None:
         if settings.expert_slots > max(counts):
             raise ConfigError(
@@ -156,22 +172,18 @@ def _given_slots(
 # -- memory --
 
 
-def _experts_per_layer(checkpoint: Checkpoint) -> tuple[int, ...]:
-    return tuple(moe.num_experts if moe else 0 for moe in checkpoint.config.moe_layers)
-
-
-def _slot_bytes(settings: ServeSettings, checkpoint: Checkpoint, sizes: EngineSizes) -> int:
+def _slot_bytes(settings: ServeSettings, checkpoint: ModelCheckpoint, sizes: EngineSizes) -> int:
     """Return the bytes of one slot on one device."""
-    config = checkpoint.config
+    facts = checkpoint.facts
     return expert_bytes(
-        *(config.hidden_size, config.intermediate_size, settings.expert_dtype),
+        *(facts.hidden_size, facts.expert_width or 0, settings.expert_dtype),
         *(sizes.dtype_bytes, sizes.num_ranks),
     )
 
 
 def _memory_need(
     settings: ServeSettings,
-    checkpoint: Checkpoint,
+    checkpoint: ModelCheckpoint,
     sizes: EngineSizes,
     cpu: CpuSizes,
     pools: PoolSlots,
@@ -183,7 +195,7 @@ def _memory_need(
         process_bytes=process_bytes(ranks),
         host_expert_bytes=settings.host_expert_bytes * ranks,
         slot_bytes=_slot_bytes(settings, checkpoint, sizes) * ranks,
-        experts_per_layer=tuple(filter(None, _experts_per_layer(checkpoint))),
+        experts_per_layer=tuple(filter(None, checkpoint.facts.experts_per_layer)),
         pools=pools,
         kv=KvNeed(cpu.block_tokens, cpu.block_bytes * ranks, cpu.max_model_len, cpu.max_num_seqs),
     )

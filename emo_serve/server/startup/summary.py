@@ -124,7 +124,9 @@ def format_summary(summary: Summary) -> str:
     lines = [
         f"emo-serve: {summary.model} is ready ({dtypes}, expert backend: {facts.moe_backend})",
         *_memory_lines(summary),
-        f"  experts  {_range(experts)} x {len(experts)} MoE layers",
+        f"  experts  {_range(experts)} x {len(experts)} MoE layers"
+        if experts
+        else "  experts  none: a dense model, whose only pool is the base pool",
         f"  pools    {summary.pools_source or 'no --pools directory'}",
     ]
     for pool in summary.pools:
@@ -161,6 +163,8 @@ def _memory_lines(summary: Summary) -> list[str]:
         f"  KV cache {format_gib(facts.kv_cache_bytes)}{rank}: {summary.cache_tokens} tokens,"
         f" {contexts:.1f} contexts of {summary.max_model_len}{cache_note}",
     ]
+    if not any(summary.experts_per_layer):
+        del lines[1]  # no slab
     if memory is None:
         return lines
     if memory.need.host_expert_bytes:

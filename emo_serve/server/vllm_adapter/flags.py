@@ -113,12 +113,14 @@ def with_engine_values(
     settings: ServeSettings,
     num_slots: int,
     kv_cache_bytes: int | None = None,
+    architecture: str | None = None,
 ) -> argparse.Namespace:
     """Return the flags of an engine with our model, loader and workers.
 
     `args.model` is a local directory, `num_slots` the slots per layer, and `kv_cache_bytes` the KV
-    cache of one worker, None to leave it to vLLM. Raises ConfigError for expert settings that this
-    machine's device cannot run.
+    cache of one worker, None to leave it to vLLM. `architecture` is our name for a model that vLLM
+    has, too, None for the name in the checkpoint's config. Raises ConfigError for expert settings
+    that this machine's device cannot run.
     """
     device = current_platform.device_type
     check_expert_dtype(settings.expert_dtype, settings.moe_backend, device)
@@ -131,6 +133,9 @@ def with_engine_values(
         host_expert_bytes=settings.host_expert_bytes,
         records_routing=os.environ.get(_RECORD_VARIABLE) != "0",
     )
+    if architecture is not None:
+        overrides = {**(args.hf_overrides or {}), "architectures": [architecture]}
+        args = with_values(args, hf_overrides=overrides)
     if kv_cache_bytes is not None:
         args = with_values(args, kv_cache_memory_bytes=kv_cache_bytes)
     return with_values(

@@ -88,7 +88,7 @@ def test_a_model_may_be_named_as_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> 
         return MODEL
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    facts = model_flag.ModelFacts.open("allenai/some-model")
+    facts = model_flag.KnownModel.open("allenai/some-model")
     assert asked == ["allenai/some-model"]
     assert facts.experts_per_layer == [32, 32, 32, 32]
     assert hub.resolve_checkpoint(MODEL, None, None, None) == Path(MODEL).resolve()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from emo_serve.cli import pools as commands
-from emo_serve.cli.model_flag import ModelFacts
-from emo_serve.emo.config import MoeLayer
+from emo_serve.cli.model_flag import KnownModel
+from emo_serve.facts import MoeLayer
 from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration
 
@@ -45,8 +45,8 @@ def directory(tmp_path: Path) -> Path:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> str:
     """Answer --model without a checkpoint."""
-    opened = ModelFacts(MODEL, "fed", 2**19)
-    monkeypatch.setattr(ModelFacts, "open", classmethod(lambda cls, path: opened))
+    opened = KnownModel(MODEL, "fed", 2**19)
+    monkeypatch.setattr(KnownModel, "open", classmethod(lambda cls, path: opened))
     return "--model=some-directory"
 
 

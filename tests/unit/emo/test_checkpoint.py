@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from emo_serve.emo.checkpoint import Checkpoint, load_model
-from emo_serve.emo.tensor_names import expert_tensor_name, parse_expert_name
+from emo_serve.emo.tensor_names import NAMES, expert_tensor_name
 from emo_serve.errors import CheckpointError
 from tests.support.golden.checkpoints import write_checkpoint
 
@@ -22,9 +22,9 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_names_round_trip() -> None:
-    assert parse_expert_name(expert_tensor_name(3, 17, "down")) == (3, 17, "down")
-    assert parse_expert_name("model.layers.3.mlp.gate.weight") is None
-    assert parse_expert_name("model.layers.0.mlp.gate_proj.weight") is None  # a dense layer's
+    assert NAMES.parse(expert_tensor_name(3, 17, "down")) == (3, 17, "down")
+    assert NAMES.parse("model.layers.3.mlp.gate.weight") is None
+    assert NAMES.parse("model.layers.0.mlp.gate_proj.weight") is None  # a dense layer's
 
 
 def test_an_expert(directory: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emo_serve.emo.config import EmoConfig, MoeLayer, load_config
+from emo_serve.emo.config import DenseBaselineConfig, EmoConfig, load_config
 from emo_serve.errors import ConfigError
+from emo_serve.facts import MoeLayer
 from tests.support.golden.checkpoints import CASES, config_of
 
 
@@ -45,6 +46,33 @@ def test_per_layer_view() -> None:
 def test_top_k_never_exceeds_a_layer() -> None:
     config = EmoConfig(num_hidden_layers=2, num_experts_per_layer=[3, 128])
     assert [moe.top_k for moe in config.moe_layers if moe] == [3, 8]
+
+
+# -- the release under its other names --
+
+
+def test_checkpoints_from_before_the_rename_have_defaults_of_their_own(tmp_path: Path) -> None:
+    fields = {**config_of("shared1"), "model_type": "flex_olmo_noqknorm_prenorm"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert load_config(tmp_path).facts == EmoConfig(**config_of("shared1")).facts
+    del fields["num_shared_experts"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert load_config(tmp_path).moe_layers[0] == MoeLayer(32, 0, (), 4)
+
+
+def test_the_dense_baseline_is_an_emo_without_experts(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    fields = {"model_type": "olmo2_noqknorm_prenorm", "num_attention_heads": 4, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = load_config(tmp_path)
+    assert config.moe_layers == (None, None) and config.facts.is_dense
+    assert (config.dense_intermediate_size, config.facts.expert_width) == (256, None)
+    assert (config.rms_norm_eps, config.vocab_size) == (1e-5, 50304)  # those of OLMo 2
+    again = DenseBaselineConfig(**config.to_dict())
+    assert again.facts == config.facts and again.rope_parameters == config.rope_parameters
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "num_experts": 8}))
+    with pytest.raises(ConfigError, match="num_experts is 8; expected no experts"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(

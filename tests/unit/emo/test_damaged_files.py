@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from emo_serve.checkpoints.companions import check_companions
 from emo_serve.cli import main as cli
 from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.emo.companions import check_companions
 from emo_serve.errors import CheckpointError, ConfigError
 from tests.support.golden.checkpoints import config_of, write_checkpoint
 

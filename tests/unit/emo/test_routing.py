@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emo_serve.emo.config import MoeLayer
 from emo_serve.emo.routing import route, taken_experts
+from emo_serve.facts import MoeLayer
 from tests.support.naive_emo import choose
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from emo_kernels import reference
 from emo_kernels.tables import NO_SLOT, Router
 from emo_serve.emo import routing
-from emo_serve.emo.config import MoeLayer
+from emo_serve.facts import MoeLayer
 from tests.support.kernel_batches import (
     DEVICE,
     Batch,

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from emo_serve.emo.config import MoeLayer
 from emo_serve.errors import (
     ConfigError,
     PoolExists,
@@ -24,6 +23,7 @@ from emo_serve.errors import (
     StateConflict,
     UnknownPool,
 )
+from emo_serve.facts import MoeLayer
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolModel

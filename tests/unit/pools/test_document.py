@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emo_serve.cli.rendering.tables import describe_pool, pool_table
-from emo_serve.emo.config import MoeLayer
 from emo_serve.errors import PoolFileError, RequestError
+from emo_serve.facts import MoeLayer
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.document import PoolDocument, parse_build, parse_pool, read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration, PoolModel

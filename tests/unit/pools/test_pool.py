@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emo_serve.emo.config import MoeLayer
 from emo_serve.errors import ConfigError, PoolFileError, RequestError
+from emo_serve.facts import MoeLayer
 from emo_serve.pools.document import parse_pool, read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration, PoolModel
 

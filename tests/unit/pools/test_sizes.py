@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emo_serve.cli.main import main
-from emo_serve.emo.config import MoeLayer
 from emo_serve.errors import PoolFileError, RequestError, UnknownPool
+from emo_serve.facts import MoeLayer
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolModel

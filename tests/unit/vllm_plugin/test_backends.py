@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from emo_kernels import PoolTables, Router
 from emo_kernels.cpu import CpuExperts, may_use_tiles
-from emo_serve.emo.config import EmoConfig, MoeLayer
+from emo_serve.emo.config import EmoConfig
 from emo_serve.emo.routing import route
 from emo_serve.errors import ConfigError
+from emo_serve.facts import MoeLayer
 from emo_serve.vllm_plugin.backends import (
     MoeBackend,
     ReferenceBackend,
@@ -184,6 +185,26 @@ def test_each_token_gets_the_experts_of_its_pool(
     held.check(got)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layer", ["plain", "always-active"])
+def test_what_is_outside_a_pool_is_never_computed_with(backend: MoeBackend, layer: str) -> None:
+    """Not even times 0: an expert may be nan, and a pool smaller than what a token takes."""
+    batch = draw_batch(LAYERS[layer], num_tokens=9)
+    batch.members_PE[:2, 0] = False
+    batch.members_PE[0, 1:] = False  # with expert 0 outside, too, row 0 has nothing of its own
+    batch.members_PE[0, 3] = True
+    batch.pool_rows_T[:] = torch.arange(9) % 2
+    got, _ = run(backend, batch)
+    spoilt = replace(batch, w13_E=batch.w13_E.clone(), w2_E=batch.w2_E.clone())
+    outside = ~batch.members_PE[:2].any(0)
+    outside[list(batch.moe.always_active)] = False
+    assert outside[0]
+    spoilt.w13_E[outside] = float("nan")
+    spoilt.w2_E[outside] = float("nan")
+    answers, _ = run(backend, spoilt)
+    assert torch.equal(answers, got) and got.isfinite().all()
+
+
 @pytest.mark.parametrize("num_tokens", [1, 5, 130])
 @pytest.mark.parametrize(
     ("backend", "dtype"),
@@ -248,7 +269,7 @@ def test_the_layer_routes_by_the_tables_as_they_are_now(
         num_shared_experts=0,
         norm_topk_prob=batch.router.renormalize,
     )
-    moe = PooledMoE(config, batch.moe, 99, 3, backend, f"{backend.name}.{layer}")
+    moe = PooledMoE(config.facts, batch.moe, 99, 3, backend, f"{backend.name}.{layer}")
     batch = pack(backend, batch, moe.slab)
     expert_dtype = "fp8_e4m3" if isinstance(backend, TritonFp8Backend) else "auto"
     assert moe.slot_bytes == expert_bytes(HIDDEN, WIDTH, expert_dtype, dtype_bytes=4)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import emo_kernels
+from emo_serve.checkpoints.tensor_file import TensorFile
 from emo_serve.emo.checkpoint import Checkpoint
-from emo_serve.emo.tensor_file import TensorFile
 from emo_serve.errors import CheckpointError
 from emo_serve.vllm_plugin.backends import (
     MoeBackend,

@@ -108,6 +108,19 @@ def test_one_row_per_token_and_padding_has_none() -> None:
     assert first.data_ptr() == second.data_ptr(), "CUDA graphs need one address"
 
 
+def test_rows_go_to_the_buffer_of_a_model_that_has_one() -> None:
+    """vLLM's own models take no argument more: their layers read a buffer of the model's."""
+    model = torch.nn.Module()
+    rows = PoolRows(4, 8, CPU)
+    rows.use_buffer_of(model)
+    assert set(rows.arguments) == {"pool_rows"}
+    model.pool_rows = torch.zeros(4, dtype=torch.int64)
+    rows.use_buffer_of(model)
+    assert not rows.arguments
+    rows.fill([RequestTag(4), RequestTag(2)], np.array([0, 2, 3]), None)
+    assert model.pool_rows.tolist() == [4, 4, 2, -1]
+
+
 def test_a_step_like_the_last_one_is_recorded_and_its_rows_stand() -> None:
     rows, record = PoolRows(6, 8, CPU), RecordOfCalls()
     ends = np.zeros(3, dtype=np.int32)  # vLLM's own, written anew for each step

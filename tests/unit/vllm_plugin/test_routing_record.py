@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emo_serve.emo.config import MoeLayer
 from emo_serve.emo.routing import route, router_probabilities
+from emo_serve.facts import MoeLayer
 from emo_serve.vllm_plugin.contract import MASS_SLOTS, NO_ACCOUNT, NO_MASS_SLOT, RequestTag
 from emo_serve.vllm_plugin.routing_record import (
     PoolKey,

@@ -117,7 +117,7 @@ def test_a_plain_configuration_is_accepted() -> None:
         ({"quant_config": object()}, "--quantization"),
         ({"lora_config": object()}, "--enable-lora"),
         ({"speculative_config": object()}, "--speculative-config"),
-        ({"tensor_parallel_size": 3}, "3 does not divide intermediate_size 1024"),
+        ({"tensor_parallel_size": 3}, "3 does not divide an expert's width, 1024"),
     ],
 )
 def test_refusals(changes: dict[str, Any], words: str) -> None:

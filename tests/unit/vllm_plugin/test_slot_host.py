@@ -17,7 +17,7 @@ from torch import nn
 
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.config import load_config
-from emo_serve.emo.tensor_names import expert_tensor_name
+from emo_serve.emo.tensor_names import NAMES, expert_tensor_name
 from emo_serve.errors import CheckpointError, EmoServeError
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.residency.slots import Copy
@@ -51,7 +51,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_host(directory: Path, *, num_slots: int = NUM_SLOTS, holds_all: bool = False) -> SlotHost:
     config, backend = load_config(directory), ReferenceBackend()
     layers = [
-        moe and PooledMoE(config, moe, num_slots, NUM_ROWS, backend, f"layers.{index}")
+        moe and PooledMoE(config.facts, moe, num_slots, NUM_ROWS, backend, f"layers.{index}")
         for index, moe in enumerate(config.moe_layers)
     ]
     return SlotHost(
@@ -60,6 +60,7 @@ def make_host(directory: Path, *, num_slots: int = NUM_SLOTS, holds_all: bool = 
         ExpertShape(HIDDEN, WIDTH, torch.float32),
         PluginSettings(num_slots, NUM_ROWS, records_routing=not holds_all),
         torch.device("cpu"),
+        names=NAMES,
         holds_all=holds_all,
         max_num_tokens=MAX_TOKENS,
     )

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from emo_serve.vllm_plugin.vocabulary import LookedUp, Multiplied
+from emo_serve.vllm_plugin.vocabulary import LookedUp, Multiplied, hold_once
 
 VOCABULARY, HIDDEN = 384, 64
 
@@ -39,6 +39,22 @@ def test_the_head_keeps_no_rows_beside_what_is_packed(rows: torch.Tensor) -> Non
     x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
     got = head.quant_method.apply(head, x)
     assert torch.allclose(got, x @ rows.t(), atol=1e-4)
+
+
+def test_a_model_of_vllms_own_holds_each_once(rows: torch.Tensor) -> None:
+    tables = [VocabParallelEmbedding(VOCABULARY, HIDDEN), ParallelLMHead(VOCABULARY, HIDDEN)]
+    hold_once(torch.nn.ModuleList(tables))
+    for table in tables:
+        prepare(table, rows)
+    assert not hasattr(tables[0], "cpu_linear") and tables[1].weight.numel() == 0
+
+
+def test_one_table_for_both_stays_as_it_is(rows: torch.Tensor) -> None:
+    table, head = VocabParallelEmbedding(VOCABULARY, HIDDEN), ParallelLMHead(VOCABULARY, HIDDEN)
+    head.weight = table.weight
+    hold_once(torch.nn.ModuleList([table, head]))
+    prepare(head, rows)
+    assert torch.equal(table.weight, rows)
 
 
 def test_vllm_itself_holds_both_twice(rows: torch.Tensor) -> None:

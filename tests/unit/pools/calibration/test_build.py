@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from emo_serve import demo
-from emo_serve.emo.checkpoint import Checkpoint, ExpertWeights, load_model
+from emo_serve.checkpoints.checkpoint import ExpertWeights
+from emo_serve.checkpoints.tensor_file import TensorFile
+from emo_serve.emo.checkpoint import Checkpoint, load_model
 from emo_serve.emo.model import EmoForCausalLM
-from emo_serve.emo.tensor_file import TensorFile
 from emo_serve.errors import CheckpointError, ConfigError
 from emo_serve.pools.calibration import METHODS
 from emo_serve.pools.calibration.build import calibrate, num_steps

@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from emo_serve.checkpoints.shards import NewTensor
+from emo_serve.checkpoints.tensor_file import TensorFile
 from emo_serve.emo import pruning
 from emo_serve.emo.checkpoint import Checkpoint, load_model, save_checkpoint
 from emo_serve.emo.config import EmoConfig, load_config
 from emo_serve.emo.model import EmoForCausalLM
-from emo_serve.emo.shards import NewTensor
-from emo_serve.emo.tensor_file import TensorFile
 from emo_serve.emo.tensor_names import gate_name
 from emo_serve.errors import CheckpointError, ConfigError, PoolFileError, PoolStoreError
 from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolCalibration, PoolModel

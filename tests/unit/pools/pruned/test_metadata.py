@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from emo_serve.emo.config import MoeLayer
 from emo_serve.errors import PoolFileError
+from emo_serve.facts import MoeLayer
 from emo_serve.pools.document import read_pool, write_pool
 from emo_serve.pools.pool import PoolCalibration, PoolModel
 from emo_serve.pools.pruned.metadata import read_pruning_metadata

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from emo_serve import demo
 from emo_serve.config import ServeSettings, add_serve_flags
-from emo_serve.emo.config import MoeLayer, load_config
+from emo_serve.emo.config import load_config
 from emo_serve.errors import ConfigError, LoadDeadlineExceeded, RequestError
+from emo_serve.facts import MoeLayer
 from emo_serve.metrics import AUTO_PROBE_POOL
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.auto import by_classifier, by_vote, choice

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.families import models as tiny
+from emo_serve.checkpoints.checkpoint import ModelCheckpoint
 from emo_serve.config import GIB, ServeSettings
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.errors import ConfigError
+from emo_serve.families.opening import open_checkpoint
 from emo_serve.pools.document import write_pool
 from emo_serve.pools.pool import ExpertPool, LayerExperts
 from emo_serve.server.startup.machine_memory import MemoryLimit
@@ -37,7 +40,7 @@ def pools_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def plan_of(checkpoint: Checkpoint, settings: ServeSettings, **changes: Any) -> StartPlan:
+def plan_of(checkpoint: ModelCheckpoint, settings: ServeSettings, **changes: Any) -> StartPlan:
     return make_plan(
         replace(settings, **changes), checkpoint, ["emo"], EngineSizes(4, 1), persists=True
     )
@@ -63,6 +66,42 @@ def test_without_limits_the_base_pool_leads_and_every_pool_follows(
 
 def test_without_pools_the_model_is_served_whole(checkpoint: Checkpoint) -> None:
     assert order(plan_of(checkpoint, ServeSettings())) == ["base"]
+
+
+# -- a dense model --
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelCheckpoint:
+    return open_checkpoint(tiny.write_checkpoint("dense", tmp_path_factory.mktemp("dense")))
+
+
+def test_a_dense_model_has_the_base_pool_and_no_slots(dense: ModelCheckpoint) -> None:
+    plan = plan_of(dense, ServeSettings())
+    assert (order(plan), plan.experts_per_layer) == (["base"], (0, 0, 0))
+    cpu = CpuSizes(128, 2**20, 512, 16, None, None, None, ())
+    limits = [MemoryLimit("machine", 4 * GIB)]
+    sizes = EngineSizes(4, 1, cpu)
+    planned = make_plan(ServeSettings(), dense, ["dense"], sizes, limits, persists=True)
+    assert planned.memory is not None
+    assert planned.memory.num_slots == 0 and planned.memory.need.slab_bytes(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes"),
+    [
+        ("--expert-slots", {"expert_slots": 4}),
+        ("--expert-memory", {"expert_memory_bytes": GIB}),
+        ("--host-expert-memory", {"host_expert_bytes": GIB}),
+        ("--default-experts", {"default_experts": 4}),
+        ("--pools", {"pools_dir": Path(__file__).parent}),
+    ],
+)
+def test_flags_about_experts_are_refused_for_a_dense_model(
+    dense: ModelCheckpoint, flag: str, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=f"{flag}: .* is dense: it has no experts.*leave"):
+        plan_of(dense, ServeSettings(), **changes)
 
 
 def test_fewer_slots_leave_the_base_pool_out(

@@ -50,6 +50,13 @@ SUMMARY = Summary(
 )
 
 
+def test_a_dense_model_has_no_slab() -> None:
+    base = PoolLine("base", (0, 0), "resident", is_default=True)
+    text = format_summary(replace(SUMMARY, experts_per_layer=(0, 0), pools=(base,), refused=()))
+    assert "experts  none: a dense model, whose only pool is the base pool" in text
+    assert "slab" not in text
+
+
 def test_it_says_what_an_operator_asks() -> None:
     text = format_summary(SUMMARY)
     for line in (

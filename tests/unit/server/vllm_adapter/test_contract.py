@@ -435,6 +435,11 @@ def test_workers_read_what_the_front_end_decides(monkeypatch: pytest.MonkeyPatch
     assert "kv_cache_memory_bytes" not in filled  # left to vLLM
     planned = flags.with_engine_values(args, settings, 4, 7)
     assert planned.kv_cache_memory_bytes == 7
+    assert "hf_overrides" not in planned  # EMO has one model under one name
+    args = argparse.Namespace(additional_config=None, hf_overrides={"rope_theta": 1.0})
+    named = flags.with_engine_values(args, settings, 4, architecture="EmoServeX")
+    assert named.hf_overrides == {"rope_theta": 1.0, "architectures": ["EmoServeX"]}
+    assert args.hf_overrides == {"rope_theta": 1.0}
 
 
 def test_our_flags_take_no_other_of_vllms_names() -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from emo_serve.emo.tensor_file import TensorFile
+from emo_serve.checkpoints.tensor_file import TensorFile
 from emo_serve.errors import CheckpointError
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

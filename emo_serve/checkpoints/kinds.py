@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from emo_serve.emo.json_file import shown
+from emo_serve.checkpoints.json_file import shown
 from emo_serve.errors import ConfigError
 
 __all__ = [

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path, PurePosixPath
 
-from emo_serve.emo.json_file import read_object, refuse_value, shown
-from emo_serve.emo.tensor_file import TensorFile
+from emo_serve.checkpoints.json_file import read_object, refuse_value, shown
+from emo_serve.checkpoints.tensor_file import TensorFile
 from emo_serve.errors import CheckpointError
 
-__all__ = ["find_tensors", "open_weights"]
+__all__ = ["find_tensors", "is_left_over", "open_weights"]
 
 _INDEX = "model.safetensors.index.json"
+
+_LEFT_OVER = re.compile(
+    r"(.*\.)?("
+    r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    r"|(self_attn|attn|attention)\.(bias|masked_bias|causal_mask)"
+    r"|position_ids|num_batches_tracked|_extra_state"
+    r")"
+)
+"""Buffers that frameworks save beside weights: rotations, masks and counters, all computed anew."""
 
 
 def find_tensors(directory: Path) -> tuple[dict[str, Path], list[TensorFile]]:
@@ -34,6 +44,11 @@ def find_tensors(directory: Path) -> tuple[dict[str, Path], list[TensorFile]]:
             known[str(file)] = _weights_file(directory, index, name, file)
         files[name] = known[file]
     return files, []
+
+
+def is_left_over(name: str) -> bool:
+    """Tell whether a tensor is a buffer of other software, which no model needs to be given."""
+    return _LEFT_OVER.fullmatch(name) is not None
 
 
 def open_weights(path: Path) -> TensorFile:

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from emo_serve.emo.shards import NewTensor, write_shards
-from emo_serve.emo.tensor_file import TensorFile
+from emo_serve.checkpoints.shards import NewTensor, write_shards
+from emo_serve.checkpoints.tensor_file import TensorFile
 
 TENSORS = {
     "a.bias": torch.randn(3).bfloat16(),  # 6 bytes: what follows would not be aligned

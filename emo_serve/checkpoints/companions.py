@@ -11,8 +11,8 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from emo_serve.emo.json_file import read_object
-from emo_serve.emo.kinds import (
+from emo_serve.checkpoints.json_file import read_object
+from emo_serve.checkpoints.kinds import (
     FLAG,
     OBJECT,
     POSITIVE,

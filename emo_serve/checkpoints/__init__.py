@@ -1,0 +1,1 @@
+"""What the files of a checkpoint directory hold, whatever the model's family."""

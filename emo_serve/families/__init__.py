@@ -1,0 +1,1 @@
+"""The model families that are served: which one a directory holds, and the facts of its model."""
