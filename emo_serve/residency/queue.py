@@ -89,7 +89,7 @@ class LoadQueue:
 
     def check_may_wait(self, pool: ExpertPool) -> None:
         """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless a request may wait for it."""
-        self._refusals.check_may_wait(pool)
+        self._refusals.check_may_wait(pool, is_request=True)
 
     def may_begin(self, pool: ExpertPool) -> bool:
         """Tell whether a request for the pool would begin without a copy and without a turn."""
@@ -129,7 +129,7 @@ class LoadQueue:
             if purpose is Purpose.PIN:  # which may leave too little room for waiting pools
                 self.schedule()
             return resident
-        self.check_may_wait(pool)
+        self._refusals.check_may_wait(pool, is_request=purpose is Purpose.LEASE)
         waiter = self._pending.join(pool, purpose)
         start, outcome = self._clock(), "failed"
         deadline = asyncio.timeout(self._deadline_seconds)

@@ -32,13 +32,16 @@ class Refusals:
         self._estimate = estimate
         self._max_waiting = max_waiting
 
-    def check_may_wait(self, pool: ExpertPool) -> None:
-        """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless a request may wait for it."""
+    def check_may_wait(self, pool: ExpertPool, *, is_request: bool) -> None:
+        """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless somebody may wait for it.
+
+        An operator, and the server itself, may always wait when nobody does.
+        """
         self._room.check_can_ever_fit(pool)
         if not self._room.fits(self._room.demand(pool), without=self._resident.unpinned):
             raise self.blocked(pool)
         waiting = self._pending.num_waiters
-        if waiting >= self._max_waiting:
+        if waiting >= (self._max_waiting if is_request else max(1, self._max_waiting)):
             raise TooManyWaiting(
                 f"the waiting queue is full: {waiting} requests wait for loads already"
                 f" (--max-waiting {self._max_waiting}), and pool {pool.name!r} is not resident;"

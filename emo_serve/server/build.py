@@ -306,6 +306,7 @@ async def _load_pools(
 
 async def _warm_up(own: OwnRequests, manager: ResidencyManager, lookup: PoolLookup) -> None:
     pool = min(lookup.pools, key=partial(_readiness, manager))
+    await manager.load(pool)  # for which a request may not wait with --max-waiting 0
     async with manager.lease(pool, is_own=True) as lease:
         await own.warm_up(pool, lease.row)
 

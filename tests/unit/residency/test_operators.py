@@ -117,6 +117,16 @@ async def test_operators_wait_in_the_queue_that_requests_wait_in() -> None:
     assert engine.operations == []
 
 
+async def test_where_no_request_may_wait_an_operator_still_loads() -> None:
+    manager = a_manager(FakeEngine(), max_waiting=0)
+    with pytest.raises(TooManyWaiting, match="--max-waiting 0"):
+        async with manager.lease(A):
+            pass
+    await manager.load(A)
+    async with manager.lease(A) as lease:
+        assert lease.is_hit
+
+
 async def test_a_pin_whose_operator_has_left_is_not_made() -> None:
     engine = FakeEngine(is_holding=True)
     manager = a_manager(engine)
