@@ -135,7 +135,15 @@ def serve(directory: Path, *arguments: str) -> Iterator[RunningServer]:
 def engines_of(server: RunningServer) -> list[psutil.Process]:
     """Return the processes of the server's engine; none before it has started one."""
     children = psutil.Process(server.process.pid).children()
-    return [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+    return [child for child in children if "EngineCore" in " ".join(words_of(child))]
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """Return a process's command line; empty for one that has ended or is a zombie."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 
 from emo_serve.cli import main as cli
 from emo_serve.config import GIB
-from emo_serve.server import serve as app
+from emo_serve.server import life
 from emo_serve.server.startup import launch
 from emo_serve.server.startup.machine_memory import MemoryLimit
 
@@ -23,7 +23,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the engine was started")
 
-    monkeypatch.setattr(app, "start_engine", fail)
+    monkeypatch.setattr(life, "start_engine", fail)
     monkeypatch.setattr(cli, "_configure_logging", lambda: None)
     # whatever else runs on this machine
     monkeypatch.setattr(launch, "read_limits", lambda nodes: (MemoryLimit("test", 9 * GIB),))

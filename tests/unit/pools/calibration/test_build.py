@@ -253,7 +253,7 @@ def test_progress_never_passes_what_was_announced(
     checkpoint, documents = Checkpoint.open(directories["dense-first"]), _documents("dense-first")
     steps: list[int] = []
     calibrate(checkpoint, documents, K, method, advance=steps.append)
-    assert 0 < sum(steps) <= num_steps(checkpoint.config, method, K, len(documents))
+    assert 0 < sum(steps) <= num_steps(checkpoint.facts, method, K, len(documents))
 
 
 # -- coverage --
