@@ -136,8 +136,12 @@ def test_a_pool_of_a_dense_model_is_refused_before_the_engine_starts(
 
 
 def test_what_cannot_be_served_is_refused_by_field(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
     config = json.loads((checkpoint / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "scoring_func": "sigmoid"}))
     assert cli.main(["serve", str(tmp_path)]) == 2

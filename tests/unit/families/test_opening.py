@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.families.models import MODELS, write_checkpoint
+from benchmarks.families.models import MODELS
 from emo_serve.cli.main import main as cli
 from emo_serve.errors import CheckpointError, ConfigError
 from emo_serve.families.opening import open_checkpoint, open_with_reference
 
 MOE = [family for family, model in MODELS.items() if model.experts]
 WEIGHTS = "model.safetensors"
+ROOT = Path(__file__).parents[3]
+WRITE = """
+import sys
+from pathlib import Path
+from benchmarks.families.models import write_checkpoint
+
+root, *families = sys.argv[1:]
+for family in families:
+    write_checkpoint(family, Path(root, family))
+"""
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
-        family: write_checkpoint(family, tmp_path_factory.mktemp("family") / family)
-        for family in MODELS
-    }
+    """Every family's, written by a process of its own: vLLM changes transformers' classes."""
+    root = tmp_path_factory.mktemp("families")
+    subprocess.run([sys.executable, "-c", WRITE, root, *MODELS], check=True, cwd=ROOT)
+    return {family: root / family for family in MODELS}
 
 
 @pytest.fixture
