@@ -93,9 +93,11 @@ class NamedResidency:
         return self._statuses.of(pool)
 
     async def evict(self, name: str, *, drain: bool = False) -> PoolStatus:
-        """Free the slots that no other pool needs; raises PoolInUse."""
+        """Free the slots that no other pool needs, at all router temperatures; raises PoolInUse."""
         pool = self._lookup.find(name)
         await self._manager.evict(pool, drain=drain)
+        for held in [held for held in self._manager.pools if held.name == pool.name]:
+            await self._manager.evict(held, drain=drain)
         return self._statuses.of(pool)
 
     def unpin(self, name: str) -> PoolStatus:

@@ -57,3 +57,14 @@ async def test_a_redefinition_takes_the_pools_of_all_temperatures_with_it() -> N
     assert service.manager.pools == ()
     cool = service.residency.admit("math", temperature=0.8)
     assert cool.expert_ids[1] == (2, 3, 4, 7)
+
+
+async def test_an_eviction_takes_the_pools_of_all_temperatures_with_it() -> None:
+    service = service_with((0.5, 2.0))
+    for temperature in (None, 0.8):
+        async with service.residency.lease(
+            service.residency.admit("math", temperature=temperature)
+        ):
+            pass
+    await service.residency.evict("math")
+    assert service.manager.pools == () and service.manager.statistics().used_slots == 0
