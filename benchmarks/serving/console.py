@@ -9,7 +9,7 @@ turns, under two loads:
              hits, loads and evictions change all the time, so every snapshot is a new one
 
 The front end is the server's first process; its CPU time is the kernel's account of it, user and
-system. Two minutes with two cores.
+system. Three minutes with two cores.
 
     python -m benchmarks.serving.console
 """

@@ -1,4 +1,4 @@
-"""What a fleet is made of: how many replicas, of what, behind which address."""
+"""What a fleet is made of: how many replicas, with which flags and how much of a machine."""
 
 from __future__ import annotations
 
