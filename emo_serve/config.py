@@ -409,6 +409,10 @@ class ServeSettings:
         return cls(model=args.model_tag, **cast(dict[str, Any], values))
 
 
+PATH_FLAGS = tuple(entry.name for _, entry, _ in flags_of(ServeSettings) if entry.read is read_path)
+"""Our flags whose values are files or directories."""
+
+
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     """Add our flags of `emo-serve serve`; ours replaces a flag of vLLM's with the same name.
 

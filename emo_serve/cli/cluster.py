@@ -18,6 +18,7 @@ from emo_serve.cli.early import settings_of
 from emo_serve.cli.output import announce
 from emo_serve.cli.rendering.fleet import fleet_table
 from emo_serve.cli.server_flags import READ_SECONDS, add_server_flags, server_of
+from emo_serve.config import PATH_FLAGS
 from emo_serve.errors import ConfigError
 from emo_serve.ray_cluster.manifests import ray_service, serve_config
 from emo_serve.ray_cluster.settings import FleetSettings, read_replicas
@@ -28,7 +29,6 @@ _COMMANDS = ("serve", "config")
 _OTHERS = "Any flag of `emo-serve serve` may follow; each replica gets it."
 _SWITCHES = ("-h", "--help", "--kubernetes")
 _VALUES = ("--replicas", "--host", "--port", "--cpus", "--gpus", "--address", "--image")
-_PATHS = ("--pools", "--auto-examples", "--request-log")
 _OF_PROXIES = ("--uds", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--root-path")
 
 
@@ -108,15 +108,15 @@ def _add_fleet_flags(command: argparse.ArgumentParser, *, host: str) -> None:
         type=float,
         default=0.0,
         metavar="N",
-        help="cores per replica, on a machine that several share (default: an equal share without"
-        " GPUs)",
+        help="cores per replica, on a machine that several share (default: with `serve`, an equal"
+        " share without GPUs)",
     )
     command.add_argument(
         "--gpus",
         type=float,
         default=0.0,
         metavar="N",
-        help="GPUs per replica (default: --tensor-parallel-size, where Ray has GPUs)",
+        help="GPUs per replica (default: with `serve`, --tensor-parallel-size where Ray has GPUs)",
     )
 
 
@@ -180,13 +180,13 @@ def _settings(arguments: argparse.Namespace) -> FleetSettings:
 
 
 def _with_absolute_paths(flags: Sequence[str]) -> list[str]:
-    """Return the flags with the paths in them absolute: replicas run in a directory of Ray's."""
+    """Return the flags with MODEL and our paths absolute: replicas run in a directory of Ray's."""
     found: list[str] = []
     for place, argument in enumerate(flags):
         flag, equals, value = argument.partition("=")
-        if flag in _PATHS and equals:
+        if flag in PATH_FLAGS and equals:
             found.append(f"{flag}={Path(value).absolute()}")
-        elif place and flags[place - 1] in _PATHS:
+        elif place and flags[place - 1] in PATH_FLAGS:
             found.append(str(Path(argument).absolute()))
         elif not place and os.path.isdir(argument):  # MODEL
             found.append(os.path.abspath(argument))

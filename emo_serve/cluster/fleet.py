@@ -60,8 +60,8 @@ class FleetRouter:
 
     def __init__(self, rng: random.Random | None = None) -> None:
         self._rng = rng or random.Random()
-        self._concurrency = _UNKNOWN_CONCURRENCY
-        self._router = PoolRouter(RouterLimits.of(self._concurrency), self._rng)
+        self._router = PoolRouter(RouterLimits.of(_UNKNOWN_CONCURRENCY), self._rng)
+        self._told: list[Mapping[str, Any]] = []
         self._rendezvous = Rendezvous()
 
     def order(self, ticket: Ticket, replicas: Sequence[Known], now: float) -> tuple[str, ...]:
@@ -74,8 +74,7 @@ class FleetRouter:
         if ticket.replica is not None and ticket.replica in {one.name for one in replicas}:
             return (ticket.replica,)
         if ticket.is_change:
-            ranks = self._rendezvous.ranks(CHANGES, [one.name for one in replicas])
-            return tuple(sorted(ranks, key=ranks.__getitem__))
+            return tuple(self._rendezvous.ranks(CHANGES, [one.name for one in replicas]))
         self._fit_limits(replicas)
         views = [_view(one) for one in replicas]
         return self._router.choose(self._asked(ticket, replicas), views, now).order
@@ -91,16 +90,17 @@ class FleetRouter:
         told = [one.stats for one in replicas if one.stats]
         if not told:
             return ANYTHING
-        names = ModelNames(tuple(told[0]["base"]), told[0]["default"])
-        known = frozenset().union(*(stats["known"] for stats in told))
-        return read_asked(names, known, ticket.model, ticket.headers)
+        if told != self._told:  # the same objects, so cheap to compare, until a replica publishes
+            self._told = told
+            self._names = ModelNames(tuple(told[0]["base"]), told[0]["default"])
+            self._pools = frozenset[str]().union(*(stats["known"] for stats in told))
+        return read_asked(self._names, self._pools, ticket.model, ticket.headers)
 
     def _fit_limits(self, replicas: Sequence[Known]) -> None:
         """Take the margins from what the replicas run at once; what was sent is forgotten then."""
         told = [one.stats["concurrency"] for one in replicas if one.stats]
-        if told and min(told) != self._concurrency:
-            self._concurrency = min(told)
-            self._router = PoolRouter(RouterLimits.of(self._concurrency), self._rng)
+        if told and (limits := RouterLimits.of(min(told))) != self._router.limits:
+            self._router = PoolRouter(limits, self._rng)
 
 
 def _view(replica: Known) -> ReplicaView:

@@ -24,7 +24,7 @@ class Rendezvous:
         self._ranks: OrderedDict[str, dict[str, int]] = OrderedDict()
 
     def ranks(self, pool: str, replicas: Sequence[str]) -> dict[str, int]:
-        """Return each replica's place in the pool's order, 0 for the first."""
+        """Return each replica's place in the pool's order, 0 for the first, and in that order."""
         members = tuple(sorted(replicas))
         if members != self._members:
             self._members = members

@@ -85,7 +85,6 @@ class FleetMember:
         self._one_hearing = asyncio.Lock()
         self._seen: dict[str, ExpertPool] = {}
         self._untold: list[News] = []
-        self._tasks: set[asyncio.Task[LocalAnswer]] = set()
         self._inner: ASGIApp | None = None
         self._app: ASGIApp | None = None
         self._key: str | None = None
@@ -229,7 +228,9 @@ class FleetMember:
             elif method in ("POST", "DELETE") and path.startswith(_POOLS):
                 body: bytes = (await receive()).get("body", b"")
                 request = LocalRequest(method, path, _without_ours(options), body)
-                answer = await self._to_the_end(request, options)
+                assert self._service is not None
+                change = self._change(request, options)
+                answer = await self._service.definitions.to_the_end(change)
             else:
                 await self._inner(scope, receive, send)
                 return
@@ -252,13 +253,6 @@ class FleetMember:
             return await self.ask(request)
         merge = merged_list if request.path == _POOLS else merged_card
         return LocalAnswer.of(merge(good))
-
-    async def _to_the_end(self, request: LocalRequest, options: Mapping[str, str]) -> LocalAnswer:
-        """Make a change that continues even if the client that asked for it disconnects."""
-        task = asyncio.create_task(self._change(request, options))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
 
     async def _change(self, request: LocalRequest, options: Mapping[str, str]) -> LocalAnswer:
         pool, _, verb = request.path.removeprefix(f"{_POOLS}/").rpartition("/")
@@ -289,8 +283,7 @@ class FleetMember:
         self, pool: str, replicas: Sequence[str], verb: str, options: Mapping[str, str]
     ) -> list[str]:
         """Return the first replicas of the pool's order; the last ones to evict it from."""
-        ranks = self._rendezvous.ranks(pool, replicas)
-        ordered = sorted(ranks, key=ranks.__getitem__)
+        ordered = list(self._rendezvous.ranks(pool, replicas))
         number = _number(options.get("replicas"), _VERBS[verb])
         if number is None:
             return ordered

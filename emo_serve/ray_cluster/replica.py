@@ -95,8 +95,7 @@ class Replica:
         self._argv = list(argv)
         self._stack = ExitStack()
         self._beside: list[asyncio.Task[None]] = []
-        self._peers = _RayPeers(context)
-        self._member = FleetMember(context.replica_id.unique_id, self._peers)
+        self._member = FleetMember(context.replica_id.unique_id, _RayPeers(context))
         self._found = (0, 0)
         self._life: Any = None
         self._server: Any = None

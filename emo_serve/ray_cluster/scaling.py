@@ -54,7 +54,5 @@ class PoolPolicy:
 
 def _by_replica(metrics: Mapping[str, Mapping[Any, float]]) -> dict[Any, dict[str, float]]:
     """Return the reports of the replicas that have reported everything."""
-    if not all(name in metrics for name in _FIELDS):
-        return {}
-    replicas = set.intersection(*(set(metrics[name]) for name in _FIELDS))
+    replicas = set.intersection(*(set(metrics.get(name, ())) for name in _FIELDS))
     return {one: {name: metrics[name][one] for name in _FIELDS} for one in replicas}

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
-from starlette.types import ASGIApp
 
 from emo_serve.errors import EngineDead, PoolLoadFailed, PoolTooLarge, Unavailable
 from emo_serve.metrics import PoolMetrics, gauges
@@ -32,7 +30,7 @@ from emo_serve.server.auto.choice import make_chooser
 from emo_serve.server.auto.learned import LearnedPools, learn
 from emo_serve.server.console.routes import CONSOLE_PATHS, create_console_router
 from emo_serve.server.health import Health, child_processes, stopped_among
-from emo_serve.server.layers import put_layers
+from emo_serve.server.layers import Around, put_layers, unchanged
 from emo_serve.server.pool_admin.activity import PoolActivity
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.at_hand import pools_at_hand
@@ -61,20 +59,11 @@ from emo_serve.server.vllm_adapter.spans import trace_requests
 from emo_serve.server.vllm_adapter.tokenizer import EngineTokenizer
 from emo_serve.server.vllm_adapter.worker_calls import EngineFacts, WorkerCalls
 
-__all__ = ["Around", "Server", "build_server", "unchanged"]
+__all__ = ["Server", "build_server"]
 
 logger = logging.getLogger(__name__)
 
 _STATES = ("resident", "loaded on request", "does not fit")
-
-
-Around = Callable[[ASGIApp], ASGIApp]
-"""What puts one more layer around all routes, inside the check of keys and of bodies."""
-
-
-def unchanged(app: ASGIApp) -> ASGIApp:
-    """Put no layer around the routes."""
-    return app
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,15 @@ from emo_serve.server.auto.choice import PoolChooser
 from emo_serve.server.auto.middleware import AutoPool
 from emo_serve.server.vllm_adapter.openai import innermost, replace_innermost
 
-__all__ = ["put_layers"]
+__all__ = ["Around", "put_layers", "unchanged"]
+
+Around = Callable[[ASGIApp], ASGIApp]
+"""What puts one more layer around all routes, inside the check of keys and of bodies."""
+
+
+def unchanged(app: ASGIApp) -> ASGIApp:
+    """Put no layer around the routes."""
+    return app
 
 
 def put_layers(
@@ -33,7 +41,7 @@ def put_layers(
     chooser: PoolChooser,
     metrics: PoolMetrics,
     max_body_bytes: int,
-    around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+    around: Around,
 ) -> Admission:
     """Put the layers around the routes of vLLM's app; `guard` makes the outermost.
 

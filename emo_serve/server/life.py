@@ -18,8 +18,9 @@ from contextlib import nullcontext
 from typing import Any
 
 from emo_serve.errors import Draining, EngineDead
-from emo_serve.server.build import Around, Server, build_server, unchanged
+from emo_serve.server.build import Server, build_server
 from emo_serve.server.health import child_processes
+from emo_serve.server.layers import Around, unchanged
 from emo_serve.server.shutdown import drain
 from emo_serve.server.startup.engine_output import EngineOutput
 from emo_serve.server.startup.launch import Launch

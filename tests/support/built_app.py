@@ -26,10 +26,9 @@ from emo_serve.server.access import create_access_router
 from emo_serve.server.asgi.errors import REFUSAL_REASONS
 from emo_serve.server.asgi.keys import KeyGuard
 from emo_serve.server.auto.prompt_text import Prompt
-from emo_serve.server.build import Around, unchanged
 from emo_serve.server.console.routes import CONSOLE_PATHS, create_console_router
 from emo_serve.server.coverage import CoverageSum
-from emo_serve.server.layers import put_layers
+from emo_serve.server.layers import Around, put_layers, unchanged
 from emo_serve.server.pool_admin.api import create_router
 from emo_serve.server.pool_admin.feed import ResidencyFeed
 from emo_serve.server.pool_admin.live import create_live_router
