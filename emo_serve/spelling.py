@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-__all__ = ["closest", "did_you_mean", "meant_flags"]
+__all__ = ["closest", "did_you_mean", "meant_flags", "unrecognized"]
 
 _LIKENESS = 0.6
 """Of two words, as `difflib` measures it: one wrong letter of four passes, two do not."""
@@ -34,3 +35,9 @@ def meant_flags(unknown: Sequence[str], known: Iterable[str]) -> str:
     words = (closest(name.lstrip("-").replace("_", "-"), bare) for name in names)
     found = dict.fromkeys(bare[word] for word in words if word is not None)
     return f" (did you mean {' '.join(found)}?)" if found else ""
+
+
+def unrecognized(unknown: Sequence[str], actions: Iterable[argparse.Action]) -> str:
+    """Return the error for unknown arguments of a parser that has these actions."""
+    known = [option for action in actions for option in action.option_strings]
+    return f"unrecognized arguments: {' '.join(unknown)}{meant_flags(unknown, known)}"

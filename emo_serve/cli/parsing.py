@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from emo_serve.spelling import did_you_mean, meant_flags
+from emo_serve.spelling import did_you_mean, unrecognized
 
 __all__ = ["CommandParser"]
 
@@ -21,8 +21,7 @@ class CommandParser(argparse.ArgumentParser):
         """Parse as argparse does, but refuse unknown arguments here."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant_flags(unknown, known)}")
+            self.error(unrecognized(unknown, self._actions))
         return found, unknown
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -84,13 +84,16 @@ def _follow(
     was_seen = False
     with suppress(EmoServeError), server_of(arguments) as server, server.follow() as events:
         for kind, document in events:
-            building = document["building"] if kind == "pools" else None
-            is_ours = building is not None and building["name"] == arguments.name
-            if is_over.is_set() or (was_seen and kind == "pools" and not is_ours):
+            if is_over.is_set():
                 return
-            if building is not None and is_ours:
+            if kind != "pools":
+                continue
+            building = document["building"]
+            if building is not None and building["name"] == arguments.name:
                 was_seen = True
                 tell(building["done"], building["total"])
+            elif was_seen:
+                return
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -41,15 +41,14 @@ def _run_usage(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--png: no token was routed in pool {name} yet; nothing to draw")
     if arguments.json:
         print_json(answer)
-    elif not answer["tokens"]:
+    elif answer["tokens"]:
+        print(describe_usage(answer, layers_of(answer)))
+    else:
         print(f"pool {name}: no token was routed in it since the engine started")
-        return 0
-    layers = layers_of(answer) if answer["tokens"] else []
-    if not arguments.json:
-        print(describe_usage(answer, layers))
     if arguments.png is not None:
         from emo_serve.cli.plots import usage_png, write_picture
 
-        write_picture(usage_png(name, [layer.shares for layer in layers]), arguments.png)
+        shares = [layer.shares for layer in layers_of(answer)]
+        write_picture(usage_png(name, shares), arguments.png)
         print(f"drew {arguments.png}", file=sys.stderr if arguments.json else sys.stdout)
     return 0

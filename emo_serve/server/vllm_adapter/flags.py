@@ -19,7 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from emo_serve.config import ServeSettings, add_serve_flags
 from emo_serve.errors import ConfigError, EmoServeError
-from emo_serve.spelling import meant_flags
+from emo_serve.spelling import unrecognized
 from emo_serve.vllm_plugin import WORKER_EXTENSION_CLS, worker_cls_for
 from emo_serve.vllm_plugin.contract import (
     LOAD_FORMAT,
@@ -89,10 +89,7 @@ class _ServeParser(FlexibleArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            raise ConfigError(
-                f"unrecognized arguments: {' '.join(unknown)}{meant_flags(unknown, known)}"
-            )
+            raise ConfigError(unrecognized(unknown, self._actions))
         return found, unknown
 
 
