@@ -1,13 +1,14 @@
 """What emo-serve needs to know of a model, whatever its family: sizes, routing, tensor names.
 
 A family is a kind of checkpoint: EMO, OLMoE, Qwen3-MoE and so on. Pools, residency, the expert
-store and the front end read these facts and never a family's config. Plain values: no torch, no
-transformers.
+store and the front end read these facts; only what runs or writes a model by itself reads EMO's
+config. Plain values: no torch, no transformers.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -111,6 +112,13 @@ class ModelFacts:
     def experts_per_layer(self) -> tuple[int, ...]:
         """Return the number of experts of each layer, 0 for a dense one."""
         return tuple(moe.num_experts if moe else 0 for moe in self.moe_layers)
+
+    def expert_names(self) -> Iterator[str]:
+        """Yield the name of every expert's tensor, layer by layer."""
+        for layer, count in enumerate(self.experts_per_layer):
+            for expert in range(count):
+                for matrix in MATRICES:
+                    yield self.names.expert(layer, expert, matrix)
 
     @property
     def is_dense(self) -> bool:

@@ -67,7 +67,7 @@ class Bench:
     def __init__(self, directory: Path, pools: Sequence[Pool], args: argparse.Namespace) -> None:
         self.args, self._directory = args, directory
         checkpoint = Checkpoint.open(directory)
-        counts = [moe.num_experts if moe else 0 for moe in checkpoint.config.moe_layers]
+        counts = checkpoint.facts.experts_per_layer
         self.served, *self.others = pools
         num_slots = max(
             len({*served, *other})

@@ -78,7 +78,7 @@ def demo_pools() -> PoolSet:
 
     config = load_config(demo.model_dir())
     catalog = PoolCatalog.read(demo.pools_dir(), config.moe_layers, None)
-    experts = tuple(layer.num_experts if layer else 0 for layer in config.moe_layers)
+    experts = config.facts.experts_per_layer
     weights = 3 * config.hidden_size * config.intermediate_size
     return PoolSet("demo", dict(catalog.pools), experts, weights * _BYTES_PER_WEIGHT)
 

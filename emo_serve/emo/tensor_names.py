@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from emo_serve.emo.config import EmoConfig
-from emo_serve.facts import MATRICES, ExpertNames, MoeLayer
+from emo_serve.facts import ExpertNames
 
 __all__ = [
     "NAMES",
@@ -36,9 +36,7 @@ def gate_name(layer: int) -> str:
 def expected_names(config: EmoConfig) -> Iterator[str]:
     """Yield the name of every tensor that a model of this config has."""
     yield from (name for name, _ in trunk_shapes(config))
-    for index, moe in enumerate(config.moe_layers):
-        if moe is not None:
-            yield from _expert_names(index, moe)
+    yield from config.facts.expert_names()
 
 
 def trunk_shapes(config: EmoConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -69,9 +67,3 @@ def trunk_shapes(config: EmoConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{prefix}mlp.{matrix}_proj.weight", shape
             if config.dense_mlp_bias:
                 yield f"{prefix}mlp.{matrix}_proj.bias", shape[:1]
-
-
-def _expert_names(index: int, moe: MoeLayer) -> Iterator[str]:
-    for expert in range(moe.num_experts):
-        for matrix in MATRICES:
-            yield expert_tensor_name(index, expert, matrix)

@@ -6,7 +6,6 @@ The one place that knows all families: `emo` opens its own, `standard` says what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from emo_serve.checkpoints.weight_files import find_tensors
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.config import EMO_CONFIGS, EmoConfig
 from emo_serve.errors import CheckpointError, ConfigError
-from emo_serve.facts import MATRICES, ModelFacts
+from emo_serve.facts import ModelFacts
 from emo_serve.families.standard import FAMILIES, check_served, facts_of
 
 __all__ = ["facts_of_config", "open_checkpoint", "open_with_reference"]
@@ -116,13 +115,7 @@ class _StandardCheckpoint(ModelCheckpoint):
 
     def _check_names(self) -> None:
         facts, names = self.facts, self.facts.names
-        expected = (
-            names.expert(index, expert, matrix)
-            for index, count in enumerate(facts.experts_per_layer)
-            for expert in range(count)
-            for matrix in MATRICES
-        )
-        missing = next(islice((name for name in expected if name not in self._files), 1), None)
+        missing = next((name for name in facts.expert_names() if name not in self._files), None)
         for name in self._files:
             if ".e_score_correction_bias" in name:
                 raise CheckpointError(

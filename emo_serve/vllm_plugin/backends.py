@@ -1,4 +1,4 @@
-"""Routing and expert maths over a slab of slots: the kernels behind `PooledMoE`.
+"""Routing and expert maths over a slab of slots: the kernels behind `PooledExperts`.
 
 A backend takes a layer's gate logits and computes with slot ids; the tables tell which expert sits
 in which slot. The backend decides how weights lie in the slab (`pack_into`).
@@ -101,8 +101,9 @@ class ReferenceBackend(_PlainLayout):
     ) -> Tensor:
         weights_TK, slots_TK = route_to_slots(logits_TE, pool_rows_T, tables, router)
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-        for slot in torch.unique(slots_TK).tolist():  # sync: the slots the batch chose
-            tokens, places = (slots_TK == slot).nonzero(as_tuple=True)
+        taken_TK = weights_TK != 0
+        for slot in torch.unique(slots_TK[taken_TK]).tolist():  # sync: the slots the batch chose
+            tokens, places = ((slots_TK == slot) & taken_TK).nonzero(as_tuple=True)
             expert = slab.slot(slot)
             gate, up = (x_TD[tokens] @ expert.w13.values.t()).chunk(2, -1)
             rows = (F.silu(gate) * up) @ expert.w2.values.t()
@@ -219,7 +220,7 @@ def _misaligned(name: str, alignment: int, hidden_size: int, width: int) -> str 
         return None
     return (
         f"--moe-backend {name} needs sizes divisible by {alignment}; hidden_size is {hidden_size},"
-        f" an expert's width on each rank {width} (intermediate_size divided by"
+        f" an expert's width on each rank {width} (an expert's width divided by"
         " --tensor-parallel-size)"
     )
 

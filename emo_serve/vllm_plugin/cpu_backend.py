@@ -102,6 +102,9 @@ class VllmCpuBackend(_PackedOnCpu):
 
     def compute(self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, slab: Slab) -> Tensor:
         """Return the weighted sum of the experts in these slots, [T, D]."""
+        # It computes with every slot that is named: a place of weight 0 names the best one again.
+        best_T1 = slots_TK.gather(1, weights_TK.argmax(1, keepdim=True))
+        slots_TK = torch.where(weights_TK == 0, best_T1, slots_TK)
         y_TD = torch.empty_like(x_TD)
         w13, w2 = slab.w13.values, slab.w2.values
         self._ops.cpu_fused_moe(

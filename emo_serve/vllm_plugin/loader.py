@@ -17,7 +17,6 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from emo_serve.checkpoints.checkpoint import ModelCheckpoint
 from emo_serve.errors import ConfigError
-from emo_serve.facts import MATRICES
 from emo_serve.families.opening import open_checkpoint
 from emo_serve.vllm_plugin.contract import LOAD_FORMAT
 from emo_serve.vllm_plugin.expert_store import ExpertStore
@@ -53,11 +52,8 @@ def _tensors(
         yield name, tensor
     if not host.holds_all:
         return
-    for index, layer in host.layers.items():
-        for expert in range(layer.moe.num_experts):
-            for matrix in MATRICES:
-                name = checkpoint.facts.names.expert(index, expert, matrix)
-                yield name, checkpoint.tensor(name)
+    for name in checkpoint.facts.expert_names():
+        yield name, checkpoint.tensor(name)
 
 
 def register_loader() -> None:

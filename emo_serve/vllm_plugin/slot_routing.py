@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from emo_kernels import PoolTables, Router
@@ -24,8 +23,7 @@ def route_to_slots(
 
     Uses emo.routing, since emo_kernels' torch twin sorts all experts of every token. Each of the K
     places names a slot, as vLLM's kernel requires; a place that takes no expert has weight 0 and
-    the slot of an expert that the token takes. So no slot outside the pool is computed with: 0
-    times what such a slot holds could be nan.
+    any slot, which must not be computed with: 0 times what it holds could be nan.
     Padding routes like the last pool's tokens: it comes only with CUDA graphs, which these backends
     never run in.
     """
@@ -36,12 +34,7 @@ def route_to_slots(
         tables.temperatures_P[pool_rows_T, None],
         router.renormalize,
     )
-    weights_TK, experts_TK = routing.weights_TK, routing.experts_TK
-    # Shared experts come last; otherwise the first place has an always-active one, or the best.
-    is_last = router.num_shared > 0 and not router.always_active
-    taken_T1 = experts_TK[:, -1:] if is_last else experts_TK[:, :1]
-    experts_TK = torch.where(weights_TK == 0, taken_T1, experts_TK)
-    return weights_TK.contiguous(), tables.slot_of_expert_E[experts_TK]
+    return routing.weights_TK.contiguous(), tables.slot_of_expert_E[routing.experts_TK]
 
 
 @cache

@@ -12,13 +12,10 @@ the tables `mixture` and `amount`; its results file has the figures).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from emo_serve.facts import ModelFacts
 from emo_serve.pools.calibration.examples import Documents
 from emo_serve.pools.calibration.findings import Calibration
-
-if TYPE_CHECKING:  # emo.config imports transformers
-    from emo_serve.facts import ModelFacts
 
 __all__ = [
     "MIXED_BOUND",

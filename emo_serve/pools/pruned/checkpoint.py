@@ -74,7 +74,7 @@ def export_pool(
     ConfigError for an unusable `out`, CheckpointError for a source that cannot be read and
     PoolStoreError for a disk that cannot be written.
     """
-    moe_layers = checkpoint.config.moe_layers
+    moe_layers = checkpoint.facts.moe_layers
     fingerprint = checkpoint.fingerprint()
     pool.check_fits(moe_layers, fingerprint, f"pool {pool.name!r}")
     pool = served_pool(pool, moe_layers, f"pool {pool.name!r}")
