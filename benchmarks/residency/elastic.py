@@ -22,7 +22,6 @@ import json
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from benchmarks.harness.results import append_result
+from benchmarks.harness.streams import stream_completion
 from benchmarks.residency.switching import endless, foreground, start, summary
 from emo_serve import demo
 from emo_serve.names import split_size
@@ -53,15 +53,9 @@ class Answered(NamedTuple):
 
 async def ask(http: httpx.AsyncClient, pool: str, prompt: str) -> Answered:
     """Stream one completion to its end."""
-    body = {"model": pool, "prompt": prompt, "max_tokens": 32, "ignore_eos": True, "stream": True}
-    began, first = time.perf_counter(), None
-    async with http.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if first is None and line.startswith("data: {"):
-                first = time.perf_counter()
-    assert first is not None
-    return Answered(pool, response.headers["x-emo-pool"], first - began)
+    body = {"model": pool, "prompt": prompt, "max_tokens": 32}
+    seconds, headers = await stream_completion(http, body)
+    return Answered(pool, headers["x-emo-pool"], seconds)
 
 
 async def ask_in_turn(

@@ -33,6 +33,7 @@ import httpx
 from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
+from benchmarks.harness.streams import stream_completion
 from emo_serve import demo
 
 _EXPERTS_A_POOL = 8  # of the shipped pools, a layer
@@ -50,21 +51,9 @@ def start(slots: int, log: Path, *flags: str) -> ServerProcess:
 async def first_token_seconds(http: httpx.AsyncClient, pool: str, tokens: int = _TOKENS) -> float:
     """Stream one completion to its end and return its time to first token."""
     texts = demo.heldout(pool)
-    body = {
-        "model": pool,
-        "prompt": random.choice(texts)[:_PROMPT_CHARACTERS],
-        "max_tokens": tokens,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    start, first = time.perf_counter(), None
-    async with http.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if first is None and line.startswith("data: {"):
-                first = time.perf_counter()
-    assert first is not None
-    return first - start
+    prompt = random.choice(texts)[:_PROMPT_CHARACTERS]
+    body = {"model": pool, "prompt": prompt, "max_tokens": tokens}
+    return (await stream_completion(http, body))[0]
 
 
 async def endless(http: httpx.AsyncClient, pool: str, tokens: int) -> None:

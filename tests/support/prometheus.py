@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 import httpx
 import yaml
 
+from tests.support.processes import free_port
 from tests.support.progress import START_SECONDS, Activity, wait_for
 
 __all__ = ["DEPLOY", "NEEDS_PROMETHEUS", "PROMETHEUS", "PROMTOOL", "Prometheus", "scraping"]
@@ -62,9 +62,7 @@ def scraping(directory: Path, port: int, interval: str) -> Iterator[Prometheus]:
     config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{port}"]}]
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
     shutil.copy(DEPLOY / "alerts.yml", directory)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        own = probe.getsockname()[1]
+    own = free_port()
     command = [PROMETHEUS, f"--config.file={directory / 'prometheus.yml'}"]
     command += [
         f"--storage.tsdb.path={directory / 'data'}",

@@ -17,6 +17,7 @@ import httpx
 import openai
 import psutil
 
+from tests.support.processes import ended_on_exit, free_port
 from tests.support.progress import PATIENCE_SECONDS, START_SECONDS, Activity, wait_for
 
 
@@ -96,9 +97,7 @@ class RunningServer:
 @contextmanager
 def start(directory: Path, *arguments: str) -> Iterator[RunningServer]:
     """Start `emo-serve serve` on a free port; always stop it on exit."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "emo_serve", "serve", *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with (directory / "out").open("wb") as out, (directory / "err").open("wb") as err:
@@ -109,16 +108,8 @@ def start(directory: Path, *arguments: str) -> Iterator[RunningServer]:
             env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
             start_new_session=True,
         )
-    try:
+    with ended_on_exit(process):
         yield RunningServer(process, port, directory, arguments)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        try:
-            process.wait(PATIENCE_SECONDS)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager

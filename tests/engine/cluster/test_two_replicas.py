@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +21,9 @@ import psutil
 import pytest
 
 from emo_serve import demo
+from tests.support.processes import ended_on_exit, free_port
 from tests.support.progress import PATIENCE_SECONDS, START_SECONDS, Activity, wait_for
+from tests.support.server_process import words_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -58,7 +58,7 @@ class Fleet:
     def processes(self) -> list[psutil.Process]:
         """Return the replicas' processes."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in children if "ServeReplica" in " ".join(one.cmdline())]
+        return [one for one in children if "ServeReplica" in " ".join(words_of(one))]
 
     def complete(self, model: str, replica: str | None = None, **body: Any) -> httpx.Response:
         """Ask for a short completion, of one replica if it is named."""
@@ -93,9 +93,7 @@ class Fleet:
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     output = tmp_path_factory.mktemp("fleet") / "output"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "emo_serve", "cluster", "serve", "--replicas", "2"]
     command += ["--port", str(port), "--expert-slots", str(SLOTS), "--drain-timeout", "60"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -103,18 +101,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         process = subprocess.Popen(
             command, stdout=out, stderr=out, env=environment, start_new_session=True
         )
-    try:
+    with ended_on_exit(process):
         fleet = Fleet(process, port, output)
         wait_for(fleet.is_up, fleet.activity, START_SECONDS)
         yield fleet
         fleet.http.close()
-    finally:
-        process.terminate()
-        try:
-            process.wait(PATIENCE_SECONDS)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 class Stream:
