@@ -116,6 +116,8 @@ class WaitEstimate:
         seconds = load if self._loads.is_copying else 0.0
         is_first = True
         for pending in self._pending:
+            if pending.is_growth:  # it comes after all of these
+                continue
             resident = self._resident.get(pending.key)
             if resident is None or resident.is_published:  # it is not being loaded yet
                 seconds = (

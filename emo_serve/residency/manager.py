@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from emo_serve.errors import Draining, PoolInUse
@@ -132,6 +132,12 @@ class ResidencyManager:
         if self._resident.get_open(pool.content_hash) is None:
             self._queue.check_may_wait(pool)
 
+    def may_ever_serve(self, pool: ExpertPool) -> bool:
+        """Tell whether the pool is open, or would fit beside the pinned ones."""
+        if self._resident.get_open(pool.content_hash) is not None:
+            return True
+        return self._room.fits(self._room.demand(pool), without=self._resident.unpinned)
+
     def check_can_ever_fit(self, pool: ExpertPool) -> None:
         """Raise PoolTooLarge for a pool that even the empty slab could not hold."""
         self._room.check_can_ever_fit(pool)
@@ -212,18 +218,38 @@ class ResidencyManager:
         """Let the pool be evicted like any other; a no-op if it is not pinned."""
         self._queue.unpin(pool.content_hash)
 
-    async def evict(self, pool: ExpertPool, *, drain: bool = False) -> None:
-        """Free the slots that only this pool needs, and its row; a no-op if it has none.
+    async def evict(self, *pools: ExpertPool, drain: bool = False) -> None:
+        """Free the slots that only these pools need, and their rows; a no-op for one without any.
 
-        Raises PoolInUse for a pool that is pinned, loading or leased. With `drain`, a leased pool
-        admits no new requests and is evicted when its running ones have ended; if that takes longer
-        than the load deadline, the pool stays and PoolInUse is raised. An elastic pool then grows
-        only when it is asked for again.
+        A retired pool leaves by itself, and is not waited for. Raises PoolInUse, before any pool is
+        evicted, if one is pinned, loading or leased. With `drain`, a leased pool admits no new
+        requests and is evicted when its running ones have ended; if that takes longer than the load
+        deadline, the pool stays and PoolInUse is raised. An elastic pool then grows only when it is
+        asked for again.
         """
-        self._growth.stop(pool.content_hash)
-        resident = self._resident.get(pool.content_hash)
-        if resident is None:
-            return
+        going: dict[ResidentPool, ExpertPool] = {}
+        for pool in pools:
+            self._growth.stop(pool.content_hash)
+            resident = self._resident.get(pool.content_hash)
+            if resident is not None and not resident.is_retired:
+                self._check_evictable(pool, resident, drain=drain)
+                going.setdefault(resident, pool)
+        with ExitStack() as stack:
+            for resident in going:
+                stack.enter_context(self._queue.draining(resident))
+            try:
+                async with asyncio.timeout(self._deadline_seconds):
+                    for resident in going:
+                        await resident.gone.wait()
+            except TimeoutError:
+                for resident, pool in going.items():
+                    if not resident.gone.is_set():
+                        raise PoolInUse(
+                            f"pool {pool.name!r} still has {resident.leases} running requests"
+                            f" after {self._deadline_seconds:g} s; it takes requests again"
+                        ) from None
+
+    def _check_evictable(self, pool: ExpertPool, resident: ResidentPool, *, drain: bool) -> None:
         if self.is_pinned(pool):
             raise PoolInUse(f"pool {pool.name!r} is pinned; unpin it first")
         if not resident.is_published:
@@ -233,17 +259,6 @@ class ResidencyManager:
                 f"pool {pool.name!r} has {resident.leases} running requests; wait for them, or"
                 " evict with drain=true, which admits no new ones until these have ended"
             )
-        with self._queue.draining(resident):
-            try:
-                async with asyncio.timeout(self._deadline_seconds):
-                    await resident.gone.wait()
-            except TimeoutError:
-                if resident.gone.is_set():  # at the very same moment
-                    return
-                raise PoolInUse(
-                    f"pool {pool.name!r} still has {resident.leases} running requests after"
-                    f" {self._deadline_seconds:g} s; it takes requests again"
-                ) from None
 
     def retire(self, pool: ExpertPool) -> None:
         """Forget a pool whose definition is gone: unpin it, and evict it once no lease holds it.

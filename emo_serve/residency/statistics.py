@@ -32,6 +32,11 @@ class PoolResidency:
     waiting_by_name: Mapping[str, int]
 
     @property
+    def names(self) -> frozenset[str]:
+        """Return the name that was used first, and those that requests have asked for."""
+        return frozenset((self.name, *self.running_by_name, *self.waiting_by_name))
+
+    @property
     def running_requests(self) -> int:
         """Return the running requests, whatever the name they asked for."""
         return sum(self.running_by_name.values())

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from emo_serve.errors import RequestError
+from emo_serve.server.asgi.one_value import one_value
 
 __all__ = ["MIN_EXPERTS_HEADER", "WHOLE", "wanted_min_experts"]
 
@@ -21,12 +22,9 @@ def wanted_min_experts(values: Sequence[str]) -> int | None:
 
     Raises RequestError for other values, and for two that differ.
     """
-    words = {value.strip().lower() for value in values}
-    if not words:
+    word = one_value(MIN_EXPERTS_HEADER, values)
+    if word is None:
         return None
-    word = words.pop()
-    if words:
-        raise RequestError(f"{MIN_EXPERTS_HEADER} is sent with two values; send one")
     if word == _WORD:
         return WHOLE
     if not re.fullmatch(r"[1-9][0-9]{0,4}", word):

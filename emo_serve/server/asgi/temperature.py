@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from emo_serve.errors import RequestError
+from emo_serve.server.asgi.one_value import one_value
 
 __all__ = ["ROUTER_TEMPERATURE_HEADER", "wanted_temperature"]
 
@@ -21,12 +22,9 @@ def wanted_temperature(values: Sequence[str]) -> float | None:
 
     Raises RequestError for what is no number above 0 with at most two decimals, and for two values.
     """
-    given = {value.strip() for value in values}
-    if not given:
+    text = one_value(ROUTER_TEMPERATURE_HEADER, values)
+    if text is None:
         return None
-    text = given.pop()
-    if given:
-        raise RequestError(f"{ROUTER_TEMPERATURE_HEADER} is sent with two values; send one")
     if not re.fullmatch(_PATTERN, text, re.ASCII) or float(text) == 0.0:
         raise RequestError(
             f"{ROUTER_TEMPERATURE_HEADER} is {text[:80]!r}; send a number above 0 with at most two"

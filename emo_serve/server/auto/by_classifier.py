@@ -7,7 +7,6 @@ compares it with the router, and with the vote of both.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping, Sequence
 
 from emo_serve.pools.pool import ExpertPool
@@ -19,12 +18,11 @@ from emo_serve.server.auto.classifier import (
     counts_of_asking,
     merged,
 )
+from emo_serve.server.auto.example_text import bounded
 from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
 
 __all__ = ["MIN_MARGIN", "TfidfChooser"]
-
-logger = logging.getLogger(__name__)
 
 MIN_MARGIN = -0.25
 """A prompt goes to the base pool if its margin is below this in every domain.
@@ -32,10 +30,6 @@ MIN_MARGIN = -0.25
 Of the demo's examples, asked of a classifier that learned from others (accuracy/auto_margins.py,
 2026-11-29), at 8, 16 and 64 tokens 62, 65 and 66 % of those of an unknown domain go to the base
 pool, and 16, 9 and 3 % of the others."""
-_MAX_CHARACTERS = 500_000
-"""How much of one pool's examples the classifier reads; fitting them takes about a second."""
-
-
 _Examples = tuple[str, ...] | Counts
 
 
@@ -57,7 +51,8 @@ class TfidfChooser:
 
     def is_able(self) -> bool:
         """Tell whether at least two pools have been learned, so that there is a choice."""
-        return len(self._candidates.pools()) - len(self.pools_without_examples()) > 1
+        names = () if self._classifier is None else self._classifier.names
+        return sum(pool.name in names for pool in self._candidates.pools()) > 1
 
     def pools_without_examples(self) -> list[str]:
         """Return the names of pools that cannot be chosen, for lack of learned examples."""
@@ -87,7 +82,7 @@ class TfidfChooser:
 
         Blank texts and everything after the first 500000 characters are left out.
         """
-        known = examples if isinstance(examples, Counts) else tuple(_bounded(name, examples))
+        known = examples if isinstance(examples, Counts) else tuple(bounded(name, examples))
         if known:
             self._change({**self._examples, name: known})
 
@@ -115,19 +110,3 @@ class TfidfChooser:
                 counts = known if isinstance(known, Counts) else counts_of(known)
                 self._counted[name] = known, merged([counts, counts_of_asking(name)])
         return PoolClassifier.fit({name: self._counted[name][1] for name in examples})
-
-
-def _bounded(name: str, texts: Sequence[str]) -> list[str]:
-    kept: list[str] = []
-    left = _MAX_CHARACTERS
-    for text in texts:
-        if text.strip() and left > 0:
-            kept.append(text[:left])
-            left -= len(text)
-    if left < 0:
-        logger.warning(
-            "pool %s: auto learns from only the first %d characters of its examples",
-            name,
-            _MAX_CHARACTERS,
-        )
-    return kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from emo_serve.errors import PoolBlocked, PoolTooLarge, RequestError, Unavailable
+from emo_serve.errors import RequestError
 from emo_serve.names import AUTO_POOL
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.manager import ResidencyManager
@@ -21,21 +21,12 @@ class Candidates:
 
     def pools(self) -> list[ExpertPool]:
         """Return the catalog's pools that the slab can hold beside the pinned ones."""
-        return [pool for pool in self._lookup.named if self._may_serve(pool)]
+        return [pool for pool in self._lookup.named if self._manager.may_ever_serve(pool)]
 
     def base(self) -> ExpertPool | None:
         """Return the base pool if it is resident, else None."""
         base = self._lookup.base_pool
         return base if self._manager.is_resident(base) else None
-
-    def _may_serve(self, pool: ExpertPool) -> bool:
-        try:
-            self._manager.check_admissible(pool)
-        except (PoolBlocked, PoolTooLarge):
-            return False
-        except Unavailable:  # temporary, or it refuses the request in every pool
-            return True
-        return True
 
 
 def ranked(pools: Iterable[ExpertPool], votes: Mapping[str, float]) -> list[ExpertPool]:

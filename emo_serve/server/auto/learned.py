@@ -15,6 +15,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -28,7 +29,7 @@ from emo_serve.server.auto.classifier import (
     read_counts,
     write_counts,
 )
-from emo_serve.server.auto.example_text import text_of
+from emo_serve.server.auto.example_text import bounded, text_of
 
 __all__ = ["LearnedPools", "learn"]
 
@@ -48,19 +49,24 @@ class LearnedPools:
     def __init__(self, directory: Path | None, *, keeps_examples: bool) -> None:
         self._directory, self._keeps_examples = directory, keeps_examples
 
-    def keep(self, name: str, texts: Sequence[str]) -> None:
-        """Keep what a pool was built from, in the place of what was kept before."""
+    def keep(self, name: str, texts: Sequence[str]) -> Counts | None:
+        """Keep what a pool was built from, in the place of what was kept before.
+
+        Returns what was counted for that; None if nothing was.
+        """
+        counts: Counts | None = None
         if self._directory is None or not (self._keeps_examples or is_installed()):
-            return
+            return counts
         if self._keeps_examples:
             lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
             kept, other = self._file(name, _EXAMPLES), self._file(name, _COUNTS)
             _write(kept, lambda file: file.write(lines.encode()))
         else:
             kept, other = self._file(name, _COUNTS), self._file(name, _EXAMPLES)
-            counts = counts_of(texts)
-            _write(kept, lambda file: write_counts(counts, file))
+            counts = counts_of(bounded(name, texts))
+            _write(kept, partial(write_counts, counts))
         _remove(other)
+        return counts
 
     def forget(self, name: str) -> None:
         """Remove what was kept of a pool."""
@@ -97,8 +103,8 @@ async def learn(
 ) -> None:
     """Have `auto` learn what a pool was built from, now and after a restart."""
     texts = list(map(text_of, examples))
-    chooser.add_examples(name, texts)
-    await asyncio.to_thread(learned.keep, name, texts)
+    counts = await asyncio.to_thread(learned.keep, name, texts)
+    chooser.add_examples(name, texts if counts is None else counts)
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -37,7 +37,7 @@ def at_hand(lookup: PoolLookup, manager: ResidencyManager) -> AtHand:
     A pool counts as resident if a request for it would run at once, so a closing pool does not.
     """
     held = {entry.content_hash: entry for entry in manager.statistics().pools}
-    pools = [*lookup.pools, *_derived(lookup, held.values())]
+    pools = [*lookup.pools, *_derived(lookup, held)]
     resident = [pool for pool in pools if manager.would_hit(pool)]
     here = {pool.content_hash for pool in resident}
     awaited = [
@@ -61,16 +61,11 @@ def pools_at_hand(lookup: PoolLookup, manager: ResidencyManager) -> PoolsAtHand:
     return PoolsAtHand(_names(lookup, found.resident), _names(lookup, found.awaited), num_more)
 
 
-def _derived(lookup: PoolLookup, entries: Iterable[PoolResidency]) -> list[ExpertPool]:
+def _derived(lookup: PoolLookup, held: Mapping[str, PoolResidency]) -> list[ExpertPool]:
     """Return the sizes and unions that have room or are waited for, as they are defined now."""
-    hashes = {
-        name: entry.content_hash
-        for entry in entries
-        for name in (entry.name, *entry.running_by_name, *entry.waiting_by_name)
-        if is_derived(name)
-    }
-    known = ((lookup.known(name), content_hash) for name, content_hash in sorted(hashes.items()))
-    return [pool for pool, key in known if pool is not None and pool.content_hash == key]
+    names = {name for entry in held.values() for name in entry.names if is_derived(name)}
+    known = map(lookup.known, sorted(names))
+    return [pool for pool in known if pool is not None and pool.content_hash in held]
 
 
 def _is_awaited(entry: PoolResidency | None) -> bool:

@@ -176,7 +176,7 @@ class PoolDefinitions:
             self._manager.revive(pool)
         current = {pool.content_hash for pool in (*self._lookup.pools, *new, *self._in_use())}
         current |= self._temporary.content_hashes
-        # A request may have a router temperature of its own, and so a pool that no name finds.
+        # A request may have a router temperature of its own, and so a content that no name has.
         held = [pool for pool in self._manager.pools if change.name in pools_of(pool.name)]
         for pool in (*old, *held):
             if pool.content_hash not in current:
@@ -196,7 +196,7 @@ class PoolDefinitions:
         """
         names = set(self._residency.pinned_names)
         for entry in self._manager.statistics().pools:
-            names |= {entry.name, *entry.running_by_name, *entry.waiting_by_name}
+            names |= entry.names
         found = map(self._lookup.known, sorted(names))
         return [pool for pool in found if pool is not None]
 

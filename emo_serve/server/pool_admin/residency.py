@@ -95,9 +95,8 @@ class NamedResidency:
     async def evict(self, name: str, *, drain: bool = False) -> PoolStatus:
         """Free the slots that no other pool needs, at all router temperatures; raises PoolInUse."""
         pool = self._lookup.find(name)
-        await self._manager.evict(pool, drain=drain)
-        for held in [held for held in self._manager.pools if held.name == pool.name]:
-            await self._manager.evict(held, drain=drain)
+        held = (one for one in self._manager.pools if one.name == pool.name)
+        await self._manager.evict(pool, *held, drain=drain)
         return self._statuses.of(pool)
 
     def unpin(self, name: str) -> PoolStatus:

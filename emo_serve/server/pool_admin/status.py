@@ -187,7 +187,7 @@ class PoolStatuses:
         """Return every pool's state now, and sizes and unions while they are in use."""
         stats = self._manager.statistics()
         sharing = self._sharing(stats)
-        names = {name for entry in stats.pools for name in (entry.name, *_asked(entry))}
+        names = {name for entry in stats.pools for name in entry.names}
         derived = filter(None, map(self._lookup.known, sorted(filter(is_derived, names))))
         pools = (*self._lookup.pools, *derived)
         statuses = tuple(self._status(pool, stats, sharing) for pool in pools)
@@ -282,7 +282,7 @@ def _metrics_snapshot(pools: Iterable[ExpertPool], manager: ResidencyManager) ->
     ) in held.items():  # derived pools, and what is gone but still has requests
         flags = entry.state in ("resident", "closing"), entry.is_pinned
         known = names.get(key)
-        others = {entry.name, *_asked(entry)} if known is None else _asked(entry) - known
+        others = entry.names if known is None else _asked(entry) - known
         shown += [_snapshot(name, flags, entry) for name in sorted(others)]
     return MetricsSnapshot(
         pools=tuple(shown),

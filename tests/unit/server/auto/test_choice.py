@@ -18,7 +18,7 @@ from emo_serve.errors import ConfigError, LoadDeadlineExceeded, RequestError
 from emo_serve.facts import MoeLayer
 from emo_serve.metrics import AUTO_PROBE_POOL
 from emo_serve.pools.pool import ExpertPool, LayerExperts
-from emo_serve.server.auto import by_classifier, by_vote, choice
+from emo_serve.server.auto import by_classifier, by_vote, choice, example_text
 from emo_serve.server.auto.by_classifier import TfidfChooser
 from emo_serve.server.auto.by_router import RouterChooser, coverages, trunk_pool
 from emo_serve.server.auto.by_vote import VotingChooser
@@ -275,7 +275,7 @@ async def test_with_fewer_than_two_to_choose_from_it_is_the_base_pool_or_nothing
 async def test_what_one_pool_may_teach_is_bounded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(by_classifier, "_MAX_CHARACTERS", 30)
+    monkeypatch.setattr(example_text, "_MAX_CHARACTERS", 30)
     service = service_of()
     chooser = TfidfChooser(Candidates(service.lookup, service.manager), prefix_of())
     chooser.add_examples("math", ["  ", "plus " * 5, "the court finds the defendant"])

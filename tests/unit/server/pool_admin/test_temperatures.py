@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emo_serve.errors import RequestError
+from emo_serve.errors import PoolInUse, RequestError
 from tests.support.pool_services import ServiceUnderTest, pool, service_of
 
 
@@ -68,3 +68,24 @@ async def test_an_eviction_takes_the_pools_of_all_temperatures_with_it() -> None
             pass
     await service.residency.evict("math")
     assert service.manager.pools == () and service.manager.statistics().used_slots == 0
+
+
+async def test_an_eviction_does_not_wait_for_the_old_content_of_a_name() -> None:
+    service = service_with((0.5, 2.0))
+    old = service.residency.admit("math")
+    async with service.residency.lease(old):
+        await service.definitions.add(pool("math", 2, 3, 4), replace=True)
+        await service.residency.load("math")
+        assert len(service.manager.pools) == 2
+        await service.residency.evict("math")
+        assert [held.content_hash for held in service.manager.pools] == [old.content_hash]
+    assert service.manager.pools == ()
+
+
+async def test_an_eviction_that_is_refused_evicts_nothing() -> None:
+    service = service_with((0.5, 2.0))
+    await service.residency.load("math")
+    async with service.residency.lease(service.residency.admit("math", temperature=0.8)):
+        with pytest.raises(PoolInUse, match="1 running requests"):
+            await service.residency.evict("math")
+        assert len(service.manager.pools) == 2
