@@ -35,6 +35,7 @@ from emo_serve.vllm_plugin.contract import EXPERT_DTYPES, MOE_BACKENDS, check_ex
 __all__ = [
     "AUTO_METHODS",
     "GIB",
+    "PATH_FLAGS",
     "ServeSettings",
     "add_serve_flags",
     "format_gib",
