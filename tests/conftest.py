@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -21,12 +23,19 @@ if not os.path.exists("/proc/driver/nvidia/version"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process of pytest-xdist, and all tests of a shared server."""
-    for item in items:
-        callspec = getattr(item, "callspec", None)
-        server = callspec.params.get("server") if callspec else None
-        item.add_marker(pytest.mark.xdist_group(server or item.path.as_posix()))
+class OneForEngines(LoadScopeScheduling):
+    """Have pytest-xdist start engines in one process only: two at once take each other's cores."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        """Return what stays together: all tests that start engines, and the tests of a file."""
+        path = nodeid.split("::")[0]
+        return "engines" if path.startswith(("tests/abuse/", "tests/engine/")) else path
+
+
+@pytest.hookimpl(optionalhook=True)  # `-p no:xdist` works, too
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneForEngines:
+    """Replace xdist's scheduler for `-n`."""
+    return OneForEngines(config, log)
 
 
 @pytest.fixture(autouse=True)
