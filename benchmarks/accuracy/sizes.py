@@ -48,11 +48,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with serve(args.model, flags) as (endpoint, memory):
         loaded = time.monotonic()
         rows = [measure_size(endpoint, memory["trunk_gib"], domains, k) for k in args.keep]
-        by_mass = (
-            [measure_by_mass(endpoint, args.pools, domains, row) for row in rows]
-            if args.by_mass
-            else []
-        )
+        compared = rows if args.by_mass else []
+        by_mass = [measure_by_mass(endpoint, args.pools, domains, row) for row in compared]
         seconds = time.monotonic() - loaded
     return {
         "model": args.model.name,
@@ -127,13 +124,10 @@ def print_report(result: dict[str, Any]) -> None:
         "\n|---|---|---|---|---|---|---|"
     )
     for row in rows:
-        loss = f"{row['loss']:.3f}"
-        if row["k"] != largest:
-            loss += f" ({row['loss_difference']:+.3f} +-{row['standard_error']:.3f})"
+        loss = f"{row['loss']:.3f}" if row["k"] == largest else _compared(row)
         paper = PAPER.get(100 * row["k"] / largest, ("", "", ""))
         cells = [
-            *(row["k"], f"{row['gib']:.4f}", loss, f"{100 * row['accuracy']:.1f} %"),
-            f"{100 * row['choices']:.1f} %" if "choices" in row else "",
+            *(row["k"], f"{row['gib']:.4f}", loss, *_right(row)),
             *(f"*{cell}*" if cell else "" for cell in (paper[0], paper[2])),
         ]
         print("| " + " | ".join(map(str, cells)) + " |")
@@ -153,13 +147,19 @@ def print_by_mass(rows: Sequence[dict[str, Any]]) -> None:
         " | next token | questions |\n|---|---|---|---|---|"
     )
     for row in sorted(rows, key=lambda row: -row["k"]):
-        change = f"{row['loss_difference']:+.3f} +-{row['standard_error']:.3f}"
-        cells = [
-            *(row["k"], f"{row['fewest']}, {row['most']}", f"{row['loss']:.3f} ({change})"),
-            f"{100 * row['accuracy']:.1f} %",
-            f"{100 * row['choices']:.1f} %" if "choices" in row else "",
-        ]
+        cells = [row["k"], f"{row['fewest']}, {row['most']}", _compared(row), *_right(row)]
         print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def _compared(row: dict[str, Any]) -> str:
+    """Return the loss, and what it is more than what the row is compared with."""
+    return f"{row['loss']:.3f} ({row['loss_difference']:+.3f} +-{row['standard_error']:.3f})"
+
+
+def _right(row: dict[str, Any]) -> tuple[str, str]:
+    """Return how many next tokens and, if there are any, questions are right."""
+    choices = f"{100 * row['choices']:.1f} %" if "choices" in row else ""
+    return f"{100 * row['accuracy']:.1f} %", choices
 
 
 def parse() -> argparse.Namespace:

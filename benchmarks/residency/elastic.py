@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from benchmarks.harness.results import append_result
-from benchmarks.harness.streams import stream_completion
+from benchmarks.harness.streams import beside, stream_completion
 from benchmarks.residency.switching import endless, foreground, start, summary
 from emo_serve import demo
 from emo_serve.names import split_size
@@ -91,13 +91,8 @@ async def ask_beside(
     http: httpx.AsyncClient, log: Path, pools: Sequence[str], requests: int, pause: float
 ) -> dict[str, Any]:
     """Do the same while four streams of two of the pools run; ask for the others."""
-    streams = [asyncio.create_task(endless(http, pool, 200)) for pool in pools[:2] * 2]
-    try:
+    async with beside(endless(http, pool, 200) for pool in pools[:2] * 2):
         return await ask_in_turn(http, log, pools[2:], requests, pause)
-    finally:
-        for stream in streams:
-            stream.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
 
 
 async def measure(url: str, log: Path, args: argparse.Namespace) -> dict[str, Any]:

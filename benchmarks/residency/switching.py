@@ -33,7 +33,7 @@ import httpx
 from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
-from benchmarks.harness.streams import stream_completion
+from benchmarks.harness.streams import beside, stream_completion
 from emo_serve import demo
 
 _EXPERTS_A_POOL = 8  # of the shipped pools, a layer
@@ -98,13 +98,10 @@ async def ask_beside(
     """Do the same while four streams of a pinned pool run."""
     pinned, others = pools[0], pools[1:]
     (await http.post(f"/v1/pools/{pinned}/pin")).raise_for_status()
-    streams = [asyncio.create_task(endless(http, pinned, 400)) for _ in range(4)]
     try:
-        return await ask_in_turn(http, log, others, requests, background=pinned)
+        async with beside(endless(http, pinned, 400) for _ in range(4)):
+            return await ask_in_turn(http, log, others, requests, background=pinned)
     finally:
-        for stream in streams:
-            stream.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
         (await http.post(f"/v1/pools/{pinned}/unpin")).raise_for_status()
 
 
@@ -159,16 +156,15 @@ async def starvation_part(server: ServerProcess, requests: int) -> dict[str, flo
             longest = max(longest, time.perf_counter() - start - first)
 
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as http:
-        clients = [asyncio.create_task(client(http, pool)) for pool in busy * 4]
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as http,
+        beside(client(http, pool) for pool in busy * 4),
+    ):
         await asyncio.sleep(3)
         waits = []
         for _ in steps(range(requests), "requests"):
             waits.append(await first_token_seconds(http, third))
             await asyncio.sleep(0.5)
-        for task in clients:
-            task.cancel()
-        await asyncio.gather(*clients, return_exceptions=True)
     return {
         "requests": requests,
         "wait_p50_s": statistics.median(waits),

@@ -29,6 +29,7 @@ import psutil
 from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
+from benchmarks.harness.streams import beside
 
 __all__ = ["main"]
 
@@ -85,20 +86,18 @@ async def window(
 ) -> dict[str, Any]:
     """Return the front end's share of a core during one window, and what the tabs got."""
     front_end, book = psutil.Process(server.process.pid), Tabs(server.url)
-    tasks = [asyncio.create_task(book.stay_open()) for _ in range(tabs)]
+    asking = [book.stay_open() for _ in range(tabs)]
     if rate is not None:
-        tasks.append(asyncio.create_task(paced(server.url, rate)))
-    await asyncio.sleep(_SETTLE_SECONDS)
-    before, loop = seconds_of(front_end), asyncio.get_running_loop()
-    events, sent, start = book.events, book.bytes, loop.time()
-    await asyncio.sleep(seconds)
-    passed = loop.time() - start
-    share = (seconds_of(front_end) - before) / passed
-    faults = [task.exception() for task in tasks if task.done()]
-    assert not faults, faults
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        asking.append(paced(server.url, rate))
+    async with beside(asking) as tasks:
+        await asyncio.sleep(_SETTLE_SECONDS)
+        before, loop = seconds_of(front_end), asyncio.get_running_loop()
+        events, sent, start = book.events, book.bytes, loop.time()
+        await asyncio.sleep(seconds)
+        passed = loop.time() - start
+        share = (seconds_of(front_end) - before) / passed
+        faults = [task.exception() for task in tasks if task.done()]
+        assert not faults, faults
     return {
         "share": share,
         "events_per_second": (book.events - events) / passed,
