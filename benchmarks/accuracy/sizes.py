@@ -5,7 +5,10 @@ curve needs one server and no other pool files: each domain's held-out texts and
 (`accuracy/texts.py`) are scored in its own pool at size after size (`accuracy/scoring.py`). GiB is
 the trunk, as the server reports it, and what a size takes by `/v1/pools/NAME?experts=K`.
 
-    python -m benchmarks.accuracy.sizes                  # the shipped model and pools
+`--by-mass` adds, at each size K, a pool with as many experts in all that chooses each layer's
+number by the scores (`by_mass.py`); it is registered with the same server.
+
+    python -m benchmarks.accuracy.sizes --by-mass        # the shipped model and pools
     python -m benchmarks.accuracy.sizes --keep 2,8,32 --domains math,c --limit 8
     python -m benchmarks.accuracy.sizes --report         # print the latest results' table
 
@@ -22,14 +25,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.by_mass import share_out
 from benchmarks.accuracy.memory_accuracy import figures_of, means, read_domains
 from benchmarks.accuracy.report import PAPER
 from benchmarks.accuracy.scoring import Endpoint, Score, score_domain, standard_error
-from benchmarks.accuracy.servers import GIB, serve
+from benchmarks.accuracy.servers import GIB, pools_served, serve
 from benchmarks.accuracy.texts import Domain
 from benchmarks.harness.results import RESULTS, append_result
 from emo_serve import demo
 from emo_serve.names import sized_name
+from emo_serve.pools.document import read_pool
 
 _SIZES = [2, 3, 4, 6, 8, 12, 16, 24, 32]
 _CPU_FLAGS = "--enforce-eager --max-num-seqs 64 --kv-cache-memory-bytes 536870912"
@@ -43,6 +48,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with serve(args.model, flags) as (endpoint, memory):
         loaded = time.monotonic()
         rows = [measure_size(endpoint, memory["trunk_gib"], domains, k) for k in args.keep]
+        by_mass = (
+            [measure_by_mass(endpoint, args.pools, domains, row) for row in rows]
+            if args.by_mass
+            else []
+        )
         seconds = time.monotonic() - loaded
     return {
         "model": args.model.name,
@@ -54,6 +64,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "start_seconds": loaded - started,
         "seconds": seconds,
         "rows": with_differences(rows),
+        "by_mass": by_mass,
     }
 
 
@@ -71,6 +82,27 @@ def measure_size(
     row = {"k": k, "gib": trunk_gib + max(sizes), **means(figures.values()), "domains": figures}
     print(f"{k} experts per layer: {row['gib']:.4f} GiB, loss {row['loss']:.3f}", flush=True)
     return {**row, "losses": [loss for score in scores.values() for loss in score.losses]}
+
+
+def measure_by_mass(
+    endpoint: Endpoint, pools: Path, domains: Sequence[Domain], uniform: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the figures of pools that share out as many experts between layers by score mass."""
+    k = uniform["k"]
+    shared = [share_out(read_pool(pools / f"{domain.name}.json"), k) for domain in domains]
+    with pools_served(endpoint, shared):
+        scores = [
+            score_domain(endpoint, pool.name, domain)
+            for pool, domain in zip(shared, domains, strict=True)
+        ]
+    figures = means([figures_of(score) for score in scores])
+    losses = [loss for score in scores for loss in score.losses]
+    sizes = [len(layer) for pool in shared for layer in pool.expert_ids if layer]
+    row = {"k": k, **figures, "fewest": min(sizes), "most": max(sizes)}
+    row["loss_difference"] = row["loss"] - uniform["loss"]
+    row["standard_error"] = standard_error(losses, uniform["losses"])
+    print(f"{k} per layer on average, by mass: {row['loss_difference']:+.3f}", flush=True)
+    return row
 
 
 def with_differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,11 +137,29 @@ def print_report(result: dict[str, Any]) -> None:
             *(f"*{cell}*" if cell else "" for cell in (paper[0], paper[2])),
         ]
         print("| " + " | ".join(map(str, cells)) + " |")
+    if by_mass := result.get("by_mass"):
+        print_by_mass(by_mass)
     print(
         f"\n{result['model']}: {result['measured_texts']} texts, {result['measured_tokens']} tokens"
         f" and {result['questions']} questions of {len(result['domains'])} domains; one server,"
         f" started in {result['start_seconds']:.0f} s and asked for {result['seconds']:.0f} s"
     )
+
+
+def print_by_mass(rows: Sequence[dict[str, Any]]) -> None:
+    """Print what sharing out by score mass changes."""
+    print(
+        "\n| experts per layer, on average | a layer's, fewest and most | loss, against uniform"
+        " | next token | questions |\n|---|---|---|---|---|"
+    )
+    for row in sorted(rows, key=lambda row: -row["k"]):
+        change = f"{row['loss_difference']:+.3f} +-{row['standard_error']:.3f}"
+        cells = [
+            *(row["k"], f"{row['fewest']}, {row['most']}", f"{row['loss']:.3f} ({change})"),
+            f"{100 * row['accuracy']:.1f} %",
+            f"{100 * row['choices']:.1f} %" if "choices" in row else "",
+        ]
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def parse() -> argparse.Namespace:
@@ -130,6 +180,7 @@ def parse() -> argparse.Namespace:
         default=_SIZES,
         help=f"experts per layer {_SIZES}",
     )
+    add("--by-mass", action="store_true", help="measure each layer's number by score mass, too")
     add("--limit", type=int, help="measured texts per domain [every second document's]")
     add("--tokens", type=int, default=384, help="of a measured text [384]")
     add("--dtype", default="bfloat16")
