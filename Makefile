@@ -45,8 +45,8 @@ $(CLUSTER_STAMP): requirements/cluster.lock $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements/cluster.lock
 	@touch $@
 
-test: $(CLUSTER_STAMP) ## Run all tests (ARGS="-k pools" and the like go to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(CLUSTER_STAMP) ## Run all tests, in two processes (ARGS="-k pools" and the like go to pytest)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: install ## Check style and types: ruff and mypy
 	$(BIN)/ruff check .

@@ -21,6 +21,14 @@ if not os.path.exists("/proc/driver/nvidia/version"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process of pytest-xdist, and all tests of a shared server."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        server = callspec.params.get("server") if callspec else None
+        item.add_marker(pytest.mark.xdist_group(server or item.path.as_posix()))
+
+
 @pytest.fixture(autouse=True)
 def root_log_level() -> None:
     """Set the level that caplog goes by: what vLLM's app imports raises it for the process."""

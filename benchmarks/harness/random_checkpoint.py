@@ -91,16 +91,22 @@ def write_checkpoint(directory: Path, sizes: Mapping[str, int]) -> Path:
 def write_pools(directory: Path, model: Path, names: list[str], size: int) -> Path:
     """Write a pool file per name, of `size` experts per layer drawn at random and the shared ones.
 
-    Returns the directory.
+    Its scores rank all experts in the order drawn, so that it has every smaller size. Returns the
+    directory.
     """
     config = json.loads((model / "config.json").read_text())
     routed = config["num_experts"] - config["num_shared_experts"]
     shared = list(range(routed, config["num_experts"]))
+    ranks = torch.arange(routed, 0, -1) / routed
     generator = torch.Generator().manual_seed(0)
     directory.mkdir(parents=True)
     for name in names:
         layers = [
-            {"experts": sorted(drawn[: size - len(shared)].tolist()) + shared}
+            {
+                "experts": sorted(drawn[: size - len(shared)].tolist()) + shared,
+                "scores": torch.zeros(routed).scatter(0, drawn, ranks).tolist()
+                + [1.0] * len(shared),
+            }
             for drawn in (
                 torch.randperm(routed, generator=generator)
                 for _ in range(config["num_hidden_layers"])
