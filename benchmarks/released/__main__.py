@@ -26,6 +26,7 @@ _OPTIONS = {
     "serving": frozenset({"rounds", "model", "directory", "cold"}),
     "pruned": frozenset({"rounds", "model", "directory", "cold"}),
     "llama_cpp": frozenset({"rounds", "model", "directory"}),
+    "first_token": frozenset({"rounds", "model", "directory"}),
 }
 """Program -> those of our options that it has."""
 

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.harness.random_checkpoint import write_pools
 from benchmarks.released import llama_cpp
 from benchmarks.released.gguf_file import GgufTensor, Weights, gguf_tensors
 from benchmarks.released.serving import LOADS, POOLS, prompts_of
+from emo_serve.facts import MoeLayer
+from emo_serve.pools.document import read_pool
 
 SIZES = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 3, "vocab_size": 16}
 
@@ -21,6 +24,18 @@ def test_no_two_clients_send_equal_prompts() -> None:
     for domain in POOLS:
         prompts = {tuple(prompt[:8]) for prompt in prompts_of(domain)}
         assert len(prompts) >= clients
+
+
+def test_random_pools_have_every_smaller_size(tmp_path: Path) -> None:
+    config = {**SIZES, "num_experts": 8, "num_shared_experts": 1, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pool = read_pool(write_pools(tmp_path / "pools", tmp_path, ["one"], 4) / "one.json")
+    smaller = pool.cut(2, [MoeLayer(8, 1, (), 2)] * 2)
+    for whole, part in zip(pool.expert_ids, smaller.expert_ids, strict=True):
+        assert len(whole) == 4
+        assert len(part) == 2
+        assert 7 in part
+        assert set(part) < set(whole)
 
 
 # -- the file for llama.cpp --
