@@ -112,8 +112,12 @@ def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
         )
     if vllm_config.lora_config is not None:
         raise ConfigError("--enable-lora: LoRA is not supported with pools; leave it out")
-    if vllm_config.speculative_config is not None:
-        raise ConfigError("--speculative-config: drafted tokens have no pool; leave it out")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        raise ConfigError(
+            f"--speculative-config: method {speculative.method!r} needs a draft model, which has no"
+            " pools; use ngram, or leave it out"
+        )
     if width % ranks:
         raise ConfigError(
             f"--tensor-parallel-size {ranks} does not divide an expert's width, {width}"

@@ -26,8 +26,8 @@ class _Unsupported:
 
 
 _LORA = "LoRA adapters of experts would need their own slots"
+_DRAFT_MODEL = "a draft model, or a layer that drafts, has no pools"
 _DATA_PARALLEL = "each engine would need its own expert slab and pool table"
-_SPECULATIVE = "the draft model has no pools"
 _QUANTIZED = "only experts can be quantized, with --expert-dtype"
 _OFFLOAD = "experts are offloaded by slots already, and the trunk stays on the device"
 _ONE_PROCESS = "leases are kept in one API-server process"
@@ -61,10 +61,7 @@ _UNSUPPORTED: tuple[_Unsupported, ...] = (
     _Unsupported("--prefill-context-parallel-size", (None, 1), _SPLIT_BATCH),
     _Unsupported("--enable-dbo", _OFF, _SPLIT_BATCH),
     _Unsupported("--ubatch-size", _OFF, _SPLIT_BATCH),
-    _Unsupported("--speculative-config", _OFF, _SPECULATIVE),
-    _Unsupported("--spec-method", _OFF, _SPECULATIVE),
-    _Unsupported("--spec-model", _OFF, _SPECULATIVE),
-    _Unsupported("--spec-tokens", _OFF, _SPECULATIVE),
+    _Unsupported("--spec-model", _OFF, _DRAFT_MODEL),
     _Unsupported("--diffusion-config", _OFF, "EMO decodes one token at a time"),
     _Unsupported("--quantization", _OFF, _QUANTIZED),
     _Unsupported("--quantization-config", _OFF, _QUANTIZED),
@@ -86,6 +83,12 @@ _UNSUPPORTED: tuple[_Unsupported, ...] = (
     _Unsupported("--worker-cls", (None, "auto"), "emo-serve brings its own worker"),
     _Unsupported("--worker-extension-cls", _OFF, "emo-serve brings its own worker extension"),
 )
+
+_DRAFTERS = {
+    "ngram_gpu": "the V2 model runner drafts on the GPU for ngram, too",
+    "suffix": "it needs a package that is not among the pinned ones, and the V1 model runner",
+}
+_NGRAM_KEYS = ("method", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max")
 
 _UNSUPPORTED_VARIABLES = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": _LORA,
@@ -110,9 +113,29 @@ def refuse_unsupported(args: argparse.Namespace, environ: Mapping[str, str] | No
             raise ConfigError(
                 f"{variable} is set, which emo-serve does not support yet: {reason}; unset it"
             )
+    _refuse_speculation(args)
     additional = getattr(args, "additional_config", None) or {}
     if ADDITIONAL_CONFIG_KEY in additional:
         raise ConfigError(
             f"--additional-config: the key {ADDITIONAL_CONFIG_KEY!r} belongs to emo-serve;"
             " use --expert-memory, --expert-slots, --max-pools and --moe-backend"
+        )
+
+
+def _refuse_speculation(args: argparse.Namespace) -> None:
+    """Raise ConfigError for speculative decoding other than with the n-grams of the text itself."""
+    config = getattr(args, "speculative_config", None) or {}
+    given = {key.replace("-", "_"): value for key, value in config.items()}
+    spec_method = getattr(args, "spec_method", None)
+    method = given.get("method", spec_method)
+    if (given or spec_method is not None) and method != "ngram":
+        raise ConfigError(
+            f"{'--speculative-config' if given else '--spec-method'}: the method is {method!r},"
+            f" which emo-serve does not support yet: {_DRAFTERS.get(str(method), _DRAFT_MODEL)};"
+            " use ngram, which drafts from the text itself, or leave the flag out"
+        )
+    if unknown := sorted(given.keys() - set(_NGRAM_KEYS)):
+        raise ConfigError(
+            f"--speculative-config has {unknown[0]!r}, which emo-serve does not support yet: pools"
+            f" were checked with {', '.join(_NGRAM_KEYS)} only; leave it out"
         )

@@ -107,6 +107,7 @@ def test_host_memory_holds_an_expert_or_is_none_at_all(expert_dtype: str, one_ex
 
 def test_a_plain_configuration_is_accepted() -> None:
     refuse_what_cannot_work(vllm_config())
+    refuse_what_cannot_work(vllm_config(speculative_config=SimpleNamespace(method="ngram")))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_a_plain_configuration_is_accepted() -> None:
         ({"enable_expert_parallel": True}, "--enable-expert-parallel"),
         ({"quant_config": object()}, "--quantization"),
         ({"lora_config": object()}, "--enable-lora"),
-        ({"speculative_config": object()}, "--speculative-config"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "'eagle' needs a draft model"),
         ({"tensor_parallel_size": 3}, "3 does not divide an expert's width, 1024"),
     ],
 )
