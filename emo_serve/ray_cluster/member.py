@@ -12,6 +12,7 @@ What a client asks here about pools concerns all replicas:
                                         with it is answered there
     POST /v1/pools/NAME/load            on the first replica of the pool's order; evict, pin and
                                         unpin on all; ?replicas=N on N of them, or all
+    POST /v1/pools/evict-all            on all
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 _POOLS = "/v1/pools"
 _OF_ONE = (_POOLS, "/v1/residency", "/metrics")
 _EVENTS = "/v1/residency/events"
+_EVICT_ALL = f"{_POOLS}/evict-all"
 _VERBS = {"load": 1, "evict": None, "pin": None, "unpin": None}
 """On how many replicas each is done unless the request says so; None is all."""
 _HEAR_SECONDS = 15.0
@@ -258,6 +260,8 @@ class FleetMember:
         pool, _, verb = request.path.removeprefix(f"{_POOLS}/").rpartition("/")
         if request.method == "POST" and verb in _VERBS:
             return await self._place(request, unquote(pool), verb, options)
+        if request.method == "POST" and request.path == _EVICT_ALL:
+            return await self._evict_all(request)
         answer = await self.ask(request)
         await self._spread()
         return answer
@@ -270,14 +274,28 @@ class FleetMember:
         found = self._service.lookup.find(pool).name
         chosen = self._chosen(found, await self._peers.names(), verb, options)
         answers = await self._peers.ask(request, chosen)
-        failed = [one for one in answers.values() if not one.is_success]
-        if failed or not answers:
-            return failed[0] if failed else await self.ask(request)
+        if (failed := await self._failed(request, answers)) is not None:
+            return failed
         if "replicas" not in options and verb in ("pin", "unpin"):
             value = "" if verb == "pin" else None
             self._untold.append(self._shared.note("pin", found, value))
             await self._spread()
         return await self._merged(LocalRequest("GET", f"{_POOLS}/{pool}"))
+
+    async def _evict_all(self, request: LocalRequest) -> LocalAnswer:
+        """Evict every pool that is not pinned, on all replicas."""
+        answers = await self._peers.ask(request)
+        failed = await self._failed(request, answers)
+        return failed or await self._merged(LocalRequest("GET", _POOLS))
+
+    async def _failed(
+        self, request: LocalRequest, answers: Mapping[str, LocalAnswer]
+    ) -> LocalAnswer | None:
+        """Return the first answer that is an error, this replica's own if there is none at all."""
+        failed = [one for one in answers.values() if not one.is_success]
+        if failed or not answers:
+            return failed[0] if failed else await self.ask(request)
+        return None
 
     def _chosen(
         self, pool: str, replicas: Sequence[str], verb: str, options: Mapping[str, str]

@@ -53,11 +53,11 @@ class LoadOptions(StrictModel):
 
 
 class EvictOptions(StrictModel):
-    """Body of POST /v1/pools/{name}/evict."""
+    """Body of POST /v1/pools/{name}/evict and of POST /v1/pools/evict-all."""
 
     drain: bool = Field(
         False,
-        description="if the pool has running requests, admit no new ones and evict it when they"
+        description="if a pool has running requests, admit no new ones and evict it when they"
         " have ended; without this, the answer is 409",
     )
 

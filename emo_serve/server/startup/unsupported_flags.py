@@ -34,6 +34,10 @@ _ONE_PROCESS = "leases are kept in one API-server process"
 _OTHER_FRONT_END = "pools are resolved in this HTTP front end only"
 _SPLIT_BATCH = "pool rows do not follow a batch that is split over devices or micro-batches"
 _KV_TRANSFER = "KV blocks from another server do not say which pool computed them"
+_SLEEP = (
+    "waking up would not restore the expert slots, and on a CPU vLLM ignores it; to free the slots,"
+    " evict all pools (POST /v1/pools/evict-all)"
+)
 _NOT_GENERATION = "EMO models generate text; embedding and scoring heads are not served"
 _OFF: tuple[object, ...] = (None, False, 0, "", [], {}, set())
 
@@ -67,7 +71,7 @@ _UNSUPPORTED: tuple[_Unsupported, ...] = (
     _Unsupported("--quantization-config", _OFF, _QUANTIZED),
     _Unsupported("--cpu-offload-gb", _OFF, _OFFLOAD),
     _Unsupported("--offload-group-size", _OFF, _OFFLOAD),
-    _Unsupported("--enable-sleep-mode", _OFF, "waking up would not restore the expert slots"),
+    _Unsupported("--enable-sleep-mode", _OFF, _SLEEP),
     _Unsupported("--weight-transfer-config", _OFF, "new weights would not reach the slots"),
     _Unsupported("--kv-transfer-config", _OFF, _KV_TRANSFER),
     _Unsupported(

@@ -190,6 +190,18 @@ async def test_a_load_goes_to_one_replica_or_to_several(fleet: Fleet) -> None:
         assert not (await http.post("/v1/pools/math/evict")).json()["resident"]
 
 
+async def test_evict_all_is_done_on_every_replica(fleet: Fleet) -> None:
+    async with fleet.at("a") as http:
+        await http.post("/v1/pools/math/load", params={"replicas": "all"})
+        await http.post("/v1/pools/law/pin", params={"replicas": "1"})
+        answer = (await http.post("/v1/pools/evict-all")).json()
+        held = [card["name"] for card in answer["data"] if card["state"] == "resident"]
+        assert held == ["law"]
+        name, service = next(iter(fleet.services.items()))
+        async with service.residency.lease(service.lookup.find("math")):
+            assert (await http.post("/v1/pools/evict-all")).status_code == 409, name
+
+
 async def test_pins_are_everywhere_unless_told_otherwise(fleet: Fleet) -> None:
     async with fleet.at("a") as http:
         await http.post("/v1/pools/code+math/pin")
