@@ -27,6 +27,7 @@ import httpx
 
 from benchmarks.families.models import MODELS, write_checkpoint
 from benchmarks.families.oracle import Pool, expected_logprobs, pools_of, prompts
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.servers import ServerProcess
 
 __all__ = ["TOLERANCE", "main", "write_pools"]
@@ -48,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     worst = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         root = arguments.write or Path(scratch)
-        print("family      slots of experts  pools' experts  worst difference, nats", flush=True)
-        for family in arguments.families:
+        say("family      slots of experts  pools' experts  worst difference, nats")
+        for family in steps(arguments.families, "families"):
             model = MODELS[family]
             directory = write_checkpoint(family, root / family)
             write_pools(pools_of(family), root / f"{family}-pools")
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             worst = max(worst, found)
             slots = f"{model.slots} of {model.num_experts}" if model.slots else "dense"
             sizes = ", ".join(map(str, model.pool_sizes)) or "base"
-            print(f"{family:<11} {slots:<17} {sizes:<15} {found:.1e}", flush=True)
+            say(f"{family:<11} {slots:<17} {sizes:<15} {found:.1e}")
     return int(worst > TOLERANCE)
 
 
