@@ -89,7 +89,7 @@ class LoadQueue:
 
     def check_may_wait(self, pool: ExpertPool) -> None:
         """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless a request may wait for it."""
-        self._refusals.check_may_wait(pool, is_request=True)
+        self._refusals.check_may_wait(pool, Purpose.LEASE)
 
     def may_begin(self, pool: ExpertPool) -> bool:
         """Tell whether a request for the pool would begin without a copy and without a turn."""
@@ -129,7 +129,7 @@ class LoadQueue:
             if purpose is Purpose.PIN:  # which may leave too little room for waiting pools
                 self.schedule()
             return resident
-        self._refusals.check_may_wait(pool, is_request=purpose is Purpose.LEASE)
+        self._refusals.check_may_wait(pool, purpose)
         waiter = self._pending.join(pool, purpose)
         start, outcome = self._clock(), "failed"
         deadline = asyncio.timeout(self._deadline_seconds)
