@@ -102,12 +102,12 @@ class Replica:
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Start the engine and build the app; Ray sends requests here once this has returned."""
-        from emo_serve.server.startup.quiet import be_quiet, is_quiet
+        from emo_serve.server.startup.quiet import be_quiet, is_quiet, log_to_stderr
 
         quiet = is_quiet(self._argv)
         if quiet:
             be_quiet()
-        _log_to_stderr()
+        log_to_stderr()  # Ray passes it on
         from emo_serve.server.shipped import shipped_model
         from emo_serve.server.startup.engine_output import EngineOutput
         from emo_serve.server.startup.launch import prepare
@@ -233,14 +233,3 @@ class Replica:
     async def name(self) -> str:
         """Return this replica's name."""
         return self._member.name
-
-
-def _log_to_stderr() -> None:
-    """Show our own log lines, as `emo-serve serve` does; Ray passes them on."""
-    root = logging.getLogger("emo_serve")
-    if not root.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s [%(name)s] %(message)s"))
-        root.addHandler(handler)
-        root.setLevel(logging.INFO)
-        root.propagate = False
