@@ -126,13 +126,15 @@ def _run_serve(arguments: argparse.Namespace) -> int:
 
     prepare_environment(is_alone=arguments.address is None)
     try:
-        from emo_serve.ray_cluster.on_machine import Listening, run_fleet
+        from emo_serve.ray_cluster.on_machine import run_fleet
     except ImportError as error:
         raise ConfigError(
             f"the cluster commands need Ray ({error}); install it with: pip install"
             " 'emo-serve[cluster]', or run `make cluster`"
         ) from error
-    listening = Listening(arguments.host, arguments.port)
+    from emo_serve.server.startup.address import ServerAddress
+
+    listening = ServerAddress(arguments.host, arguments.port)
     return run_fleet(settings, listening, announce, arguments.address)
 
 

@@ -44,10 +44,11 @@ from emo_serve.server.pool_admin.responses import READY_RESPONSES
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.router_probe import RouterProbe
 from emo_serve.server.routes import add_routes
+from emo_serve.server.startup.address import ServerAddress
 from emo_serve.server.startup.launch import Launch
 from emo_serve.server.startup.plan import StartPlan
 from emo_serve.server.startup.progress import StartProgress
-from emo_serve.server.startup.summary import PoolLine, ServerAddress, Summary
+from emo_serve.server.startup.summary import PoolLine, Summary
 from emo_serve.server.vllm_adapter.capacity import backlog_limits, cache_tokens, max_sequences
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.engine import OwnRequests, has_work, note_steps

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from emo_serve.config import GIB
+from emo_serve.server.startup.address import ServerAddress
 from emo_serve.server.startup.machine_memory import MemoryLimit
 from emo_serve.server.startup.memory import KvNeed, MemoryNeed, MemoryPlan, PoolSlots
-from emo_serve.server.startup.summary import PoolLine, ServerAddress, Summary, format_summary
+from emo_serve.server.startup.summary import PoolLine, Summary, format_summary
 from emo_serve.server.vllm_adapter.worker_calls import EngineFacts
 
 FACTS = EngineFacts(
