@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from emo_serve.cli.commands import AddCommand, adder
+from emo_serve.cli.commands import AddCommand, add_json_flag, adder, print_json
 from emo_serve.cli.early import settings_of
 from emo_serve.cli.output import announce
 from emo_serve.cli.rendering.fleet import fleet_table
@@ -43,6 +43,7 @@ def add_cluster_parser(
     _add_config(add)
     status = add("status", _run_status, "Show the replicas, and what each has resident.")
     add_server_flags(status, is_required=False, seconds=READ_SECONDS)
+    add_json_flag(status)
     status.set_defaults(server="http://127.0.0.1:8000")
 
 
@@ -156,7 +157,10 @@ def _run_status(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"{arguments.server} is one server, not a cluster; see `emo-serve pools list --server`"
         )
-    print(fleet_table(answer))
+    if arguments.json:
+        print_json(answer)
+    else:
+        print(fleet_table(answer))
     return 0
 
 

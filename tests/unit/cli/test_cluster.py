@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ def test_status_shows_each_replica(
     assert lines[1].split() == ["a1", "1", "0", "3/8", "-", "base,math"]
     assert lines[-1].endswith("2 running, 0 waiting")
     assert fleet_table(ANSWER) == "\n".join(lines)
+    assert main(["cluster", "status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == ANSWER
 
 
 def test_status_of_one_server_says_so(
