@@ -46,7 +46,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--enable-expert-parallel"], "--enable-expert-parallel is True"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size is 2"),
         (["--quantization", "fp8"], "--quantization is 'fp8'"),
-        (["--speculative-config", '{"method": "mtp"}'], "--speculative-config: the method is 'mtp'"),
+        (
+            ["--speculative-config", '{"method": "mtp"}'],
+            "--speculative-config: the method is 'mtp'",
+        ),
         (["--runner", "pooling"], "--runner is 'pooling'"),
         (["--additional-config", '{"emo_serve": {}}'], "--additional-config: the key"),
         (["--load-format", "dummy"], "--load-format is 'dummy'"),
