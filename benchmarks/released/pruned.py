@@ -32,6 +32,8 @@ from benchmarks.serving.throughput import load
 
 _TRAFFIC = {"even": (2, 2, 2, 2), "skewed": (5, 1, 1, 1)}
 _PROMPT, _TOKENS, _REQUESTS = 8, 24, 2
+_KV_CACHE_BYTES = 2**28
+"""Ample for eight clients; five servers with 1 GiB each would not fit beside their checkpoints."""
 
 
 class OfDomain(Server):
@@ -82,7 +84,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="for the temporary checkpoints")
     parser.add_argument("--cold", action="store_true", help="servers start from the disk")
     args = parser.parse_args()
-    flags = ["--enforce-eager"]
+    flags = ["--enforce-eager", "--kv-cache-memory-bytes", str(_KV_CACHE_BYTES)]
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.directory)))
         model = args.model or write_checkpoint(
