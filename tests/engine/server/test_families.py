@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from benchmarks.families.check import write_pools
+from benchmarks.families.cases import write_pools
 from benchmarks.families.models import MODELS, write_checkpoint
 from benchmarks.families.oracle import Pool, expected_logprobs, pools_of, prompts
 from emo_serve.cli import main as cli
