@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -28,30 +28,31 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
 from emo_serve.checkpoints.weight_files import is_left_over
 from emo_serve.emo.config import EmoConfig
-from emo_serve.emo.tensor_names import NAMES
 from emo_serve.errors import CheckpointError
 from emo_serve.facts import MoeLayer
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.batch_pools import EmoModelState
 from emo_serve.vllm_plugin.contract import BASE_POOL_ROW, PluginSettings
+from emo_serve.vllm_plugin.hosting import host_for
 from emo_serve.vllm_plugin.moe import PooledMoE
-from emo_serve.vllm_plugin.packed import ExpertShape
 from emo_serve.vllm_plugin.settings import (
     backend_for,
     emo_config,
-    has_front_end,
     read_settings,
     refuse_what_cannot_work,
     rope_for_vllm,
 )
-from emo_serve.vllm_plugin.slot_host import SlotHost
-from emo_serve.vllm_plugin.vocabulary import LookedUp, Multiplied
+from emo_serve.vllm_plugin.vocabulary import hold_once
 
 __all__ = ["EmoForCausalLM"]
 
@@ -78,31 +79,23 @@ class EmoForCausalLM(nn.Module):
             settings=settings,
             backend=backend,
         )
-        self.lm_head = Multiplied(
+        self.lm_head = ParallelLMHead(
             self.config.vocab_size,
             self.config.hidden_size,
             prefix=maybe_prefix(prefix, "lm_head"),
         )
+        hold_once(self)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.register_buffer(
             "base_rows", torch.full((max_tokens,), BASE_POOL_ROW), persistent=False
         )
         blocks = [layer.mlp for layer in self.model.layers]
-        self.slot_host = SlotHost(
+        self.slot_host = host_for(
+            vllm_config,
             [block if isinstance(block, PooledMoE) else None for block in blocks],
             backend,
-            ExpertShape(
-                self.config.hidden_size,
-                self.config.intermediate_size // get_tensor_model_parallel_world_size(),
-                backend.slab_dtype(vllm_config.model_config.dtype),
-                get_tensor_model_parallel_rank(),
-            ),
-            settings,
             self.base_rows.device,
-            names=NAMES,
-            holds_all=not has_front_end(vllm_config),
-            max_num_tokens=max_tokens,
         )
 
     @staticmethod
@@ -156,7 +149,7 @@ class _EmoModel(nn.Module):
     ) -> None:
         super().__init__()
         config = emo_config(vllm_config)
-        self.embed_tokens = LookedUp(config.vocab_size, config.hidden_size)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             _DecoderLayer(vllm_config, moe, f"{prefix}.layers.{index}", settings, backend)
             for index, moe in enumerate(config.moe_layers)

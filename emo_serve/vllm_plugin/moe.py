@@ -69,7 +69,6 @@ class PooledExperts(nn.Module):
         self.num_ranks = get_tensor_model_parallel_world_size()
         self.num_slots = min(num_slots, moe.num_experts)
         self.logits_dtype = torch.get_default_dtype()
-        assert facts.expert_width is not None, "a layer with experts"
         width = facts.expert_width // self.num_ranks
         dtype = backend.slab_dtype(self.logits_dtype)
         slab = ExpertShape(facts.hidden_size, width, dtype).slab(self.num_slots)

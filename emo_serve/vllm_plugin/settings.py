@@ -53,7 +53,7 @@ def _check_host_bytes(host_expert_bytes: int, expert_dtype: str, vllm_config: Vl
     facts, ranks = model_facts(vllm_config), vllm_config.parallel_config.tensor_parallel_size
     one_expert = expert_bytes(
         facts.hidden_size,
-        facts.expert_width or 0,
+        facts.expert_width,
         expert_dtype,
         vllm_config.model_config.dtype.itemsize,
         ranks,
@@ -95,7 +95,7 @@ def rope_for_vllm(config: EmoConfig) -> dict[str, Any]:
 def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
     """Raise ConfigError for vLLM options that this model does not support."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    ranks, width = parallel.tensor_parallel_size, model_facts(vllm_config).expert_width or 0
+    ranks, width = parallel.tensor_parallel_size, model_facts(vllm_config).expert_width
     if parallel.pipeline_parallel_size > 1:
         raise ConfigError(
             f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: every device has slots"
@@ -137,7 +137,7 @@ def backend_for(
 ) -> MoeBackend:
     """Choose the expert maths for the workers' device; raises ConfigError if it cannot run."""
     facts = model_facts(vllm_config)
-    width = (facts.expert_width or 0) // vllm_config.parallel_config.tensor_parallel_size
+    width = facts.expert_width // vllm_config.parallel_config.tensor_parallel_size
     dtype = vllm_config.model_config.dtype
     backend = choose_backend(
         settings.moe_backend, device, facts.hidden_size, width, dtype, settings.expert_dtype

@@ -176,7 +176,7 @@ def _slot_bytes(settings: ServeSettings, checkpoint: ModelCheckpoint, sizes: Eng
     """Return the bytes of one slot on one device."""
     facts = checkpoint.facts
     return expert_bytes(
-        *(facts.hidden_size, facts.expert_width or 0, settings.expert_dtype),
+        *(facts.hidden_size, facts.expert_width, settings.expert_dtype),
         *(sizes.dtype_bytes, sizes.num_ranks),
     )
 
