@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -22,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from emo_serve.cluster.fleet import published
 from emo_serve.cluster.shared import News, Stamp
 from emo_serve.errors import EngineDead
+from emo_serve.ray_cluster.fleet_routes import FleetRoutes
 from emo_serve.ray_cluster.local_requests import LocalAnswer, LocalRequest
 from emo_serve.ray_cluster.member import FleetMember
 from emo_serve.ray_cluster.scaling import report
@@ -95,7 +97,8 @@ class Replica:
         self._argv = list(argv)
         self._stack = ExitStack()
         self._beside: list[asyncio.Task[None]] = []
-        self._member = FleetMember(context.replica_id.unique_id, _RayPeers(context))
+        self._peers = _RayPeers(context)
+        self._member = FleetMember(context.replica_id.unique_id, self._peers)
         self._found = (0, 0)
         self._life: Any = None
         self._server: Any = None
@@ -121,7 +124,8 @@ class Replica:
             self._stack.callback(output.close)
         self._life = self._life_of(launch, progress, output)
         self._life.start()
-        self._server = await self._life.build(self._member.around)
+        around = partial(FleetRoutes, member=self._member, peers=self._peers)
+        self._server = await self._life.build(around)
         self._server.app.state.server = _Ending()
         if output is not None:
             output.started()
