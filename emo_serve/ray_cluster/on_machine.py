@@ -23,7 +23,10 @@ from emo_serve.ray_cluster.manifests import APPLICATION
 from emo_serve.ray_cluster.settings import FleetSettings
 from emo_serve.server.startup.address import ServerAddress
 
-__all__ = ["run_fleet", "running_fleet"]
+__all__ = ["Build", "deploy", "run_fleet", "running_fleet"]
+
+Build = Callable[[FleetSettings], serve.Application]
+"""How the application is made of a fleet's settings."""
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # requests and answers do not go through it
 _STOP_SECONDS = 30.0  # beyond the drain, for Ray to end the replicas
@@ -53,20 +56,25 @@ def run_fleet(
 
 @contextmanager
 def running_fleet(
-    settings: FleetSettings, listening: ServerAddress, address: str | None = None
+    settings: FleetSettings,
+    listening: ServerAddress,
+    address: str | None = None,
+    build: Build = build_application,
 ) -> Iterator[None]:
     """Have a fleet that answers requests inside the block."""
     if address is None:
         _check_free(listening)
-    options = {"address": address} if address else _own_ray(settings)
+    options = _own_ray(settings) if address is None else {"address": address}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(log_to_driver=True, logging_level="ERROR", **options)
     try:
         settings = _with_resources(settings)
+        if address is None:
+            settings.check_fits(ray.cluster_resources())
         where = {"host": listening.host, "port": listening.port}
         serve.start(proxy_location="EveryNode", http_options=where)
         try:
-            _deploy(settings)
+            deploy(build(settings))
             yield
         finally:
             _drain(settings.drain_seconds)
@@ -76,10 +84,10 @@ def running_fleet(
         ray.shutdown()
 
 
-def _deploy(settings: FleetSettings) -> None:
-    """Start the replicas, and wait until they answer."""
+def deploy(application: serve.Application) -> None:
+    """Start the replicas, or replace those that run, and wait until they answer."""
     try:
-        serve.run(build_application(settings), name=APPLICATION, route_prefix="/")
+        serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         raise EngineDead(f"the replicas did not start: {_cause(error)}") from error
 
@@ -95,6 +103,7 @@ def _drain(seconds: float) -> None:
 def _own_ray(settings: FleetSettings) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     return {
+        "address": "local",  # whatever else runs on this machine
         "num_cpus": max(cores, settings.max_replicas),
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
