@@ -236,6 +236,7 @@ def test_vllms_defaults_pass() -> None:
         ("cpu_offload_gb", 1.0, "--cpu-offload-gb"),
         ("enable_sleep_mode", True, "--enable-sleep-mode"),
         ("kv_transfer_config", {"kv_role": "kv_both"}, "--kv-transfer-config"),
+        ("kv_offloading_size", 1.0, "--kv-offloading-size"),
         ("enable_return_routed_experts", True, "--enable-return-routed-experts"),
         ("runner", "pooling", "--runner"),
         ("convert", "embed", "--convert"),

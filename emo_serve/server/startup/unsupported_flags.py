@@ -25,7 +25,10 @@ class _Unsupported:
         return getattr(args, self.flag.removeprefix("--").replace("-", "_"), None)
 
 
-_LORA = "LoRA adapters of experts would need their own slots"
+_LORA = (
+    "a request names its pool where vLLM reads the name of an adapter, so it cannot name both, and"
+    " adapters of experts would need slots of their own"
+)
 _DRAFT_MODEL = "a draft model, or a layer that drafts, has no pools"
 _DATA_PARALLEL = "each engine would need its own expert slab and pool table"
 _QUANTIZED = "only experts can be quantized, with --expert-dtype"
@@ -33,7 +36,14 @@ _OFFLOAD = "experts are offloaded by slots already, and the trunk stays on the d
 _ONE_PROCESS = "leases are kept in one API-server process"
 _OTHER_FRONT_END = "pools are resolved in this HTTP front end only"
 _SPLIT_BATCH = "pool rows do not follow a batch that is split over devices or micro-batches"
-_KV_TRANSFER = "KV blocks from another server do not say which pool computed them"
+_KV_TRANSFER = (
+    "KV blocks from another server do not say which pool computed them, and to host memory vLLM"
+    " copies them from GPUs only"
+)
+_KV_OFFLOAD = (
+    "vLLM copies KV blocks between a GPU and host memory only, so pools could not be tested with it"
+    " on a CPU"
+)
 _SLEEP = (
     "waking up would not restore the expert slots, and on a CPU vLLM ignores it; to free the slots,"
     " evict all pools (POST /v1/pools/evict-all)"
@@ -74,6 +84,7 @@ _UNSUPPORTED: tuple[_Unsupported, ...] = (
     _Unsupported("--enable-sleep-mode", _OFF, _SLEEP),
     _Unsupported("--weight-transfer-config", _OFF, "new weights would not reach the slots"),
     _Unsupported("--kv-transfer-config", _OFF, _KV_TRANSFER),
+    _Unsupported("--kv-offloading-size", _OFF, _KV_OFFLOAD),
     _Unsupported(
         "--enable-return-routed-experts", _OFF, "the layers do not record which experts they chose"
     ),

@@ -40,7 +40,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--enable-lora"], "--enable-lora is True, which emo-serve does not support yet: LoRA"),
+        (
+            ["--enable-lora"],
+            "--enable-lora is True, which emo-serve does not support yet: a request",
+        ),
         (["--api-server-count", "2"], "--api-server-count is 2"),
         (["--data-parallel-size", "2"], "--data-parallel-size is 2"),
         (["--enable-expert-parallel"], "--enable-expert-parallel is True"),
