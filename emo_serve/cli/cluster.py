@@ -122,7 +122,7 @@ def _add_fleet_flags(command: argparse.ArgumentParser, *, host: str) -> None:
         type=float,
         default=0.0,
         metavar="N",
-        help="GPUs per replica (default: with `serve`, --tensor-parallel-size where Ray has GPUs)",
+        help="GPUs per replica (default: with `serve`, one per worker where Ray has GPUs)",
     )
     command.add_argument(
         "--memory",

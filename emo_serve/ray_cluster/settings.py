@@ -54,10 +54,16 @@ class FleetSettings:
 
     @property
     def num_ranks(self) -> int:
-        """Return the devices that one engine takes: its --tensor-parallel-size."""
+        """Return the devices that one engine takes: the ranks of all stages of its pipeline."""
+        return self._number("--tensor-parallel-size", "-tp") * self._number(
+            "--pipeline-parallel-size", "-pp"
+        )
+
+    def _number(self, *names: str) -> int:
+        """Return the number that a flag of the engine gives, 1 without."""
         for place, argument in enumerate(self.argv):
             flag, _, value = argument.partition("=")
-            if flag in ("--tensor-parallel-size", "-tp"):
+            if flag in names:
                 text = value or "".join(self.argv[place + 1 : place + 2])
                 return int(text) if text.isdigit() else 1
         return 1

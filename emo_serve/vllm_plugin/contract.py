@@ -166,10 +166,12 @@ LoadState = Literal["loading", "published", "failed"]
 class LoadProgress:
     """How far one rank is with a load; reply to `emo_finish_load`.
 
+    A rank copies the experts of its own pipeline `stage` only, all ranks of a stage the same ones.
     `failure` is the reason of a failed load. `bytes_copied` went into slots, `bytes_read` came from
     files. `disk_reads` and `host_hits` count experts, by where they were found.
     """
 
+    stage: int
     state: LoadState
     failure: str | None
     experts_copied: int
@@ -183,13 +185,15 @@ class LoadProgress:
 class EngineDescription:
     """What one rank holds; reply to `emo_describe`. All sizes are this rank's, in bytes.
 
-    `num_slots` has one entry per MoE layer, and `slot_bytes` is the largest slot's. `bytes_read`,
-    `disk_reads` and `host_hits` count since the start, the trunk's bytes included. `dtype` is that
-    of the trunk and of activations, `expert_dtype` that of experts in their slots. `routes_by_pool`
-    says that the model runner gives the model each token's pool row.
+    `num_slots` has one entry per MoE layer of the rank's pipeline `stage`, and `slot_bytes` is the
+    largest slot's. `bytes_read`, `disk_reads` and `host_hits` count since the start, the trunk's
+    bytes included. `dtype` is that of the trunk and of activations, `expert_dtype` that of experts
+    in their slots. `routes_by_pool` says that the model runner gives the model each token's pool
+    row.
     """
 
     rank: int
+    stage: int
     trunk_bytes: int
     slab_bytes: int
     slot_bytes: int
@@ -219,17 +223,22 @@ class CoverageRow(NamedTuple):
 
 @dataclass(frozen=True)
 class CoverageReading:
-    """Coverage since the last reading, one row per account; reply to `emo_read_coverage`."""
+    """Coverage since the last reading, one row per account; reply to `emo_read_coverage`.
+
+    Its mass is a mean over `num_layers` layers: those with standard experts in the rank's stage.
+    """
 
     coverage: tuple[CoverageRow, ...]
+    num_layers: int
 
 
 @dataclass(frozen=True)
 class RouterMass:
     """The full router's probability of each expert, summed over tokens; fp64.
 
-    Reply to `emo_read_mass`. `layers` has [E] per layer, () for a dense layer: the softmax over
-    standard experts, and the shared experts' own (`emo.routing.router_probabilities`).
+    Reply to `emo_read_mass`. `layers` has [E] per layer, () for a dense layer and one of another
+    stage: the softmax over standard experts, and the shared experts' own
+    (`emo.routing.router_probabilities`).
     """
 
     tokens: int
@@ -240,7 +249,7 @@ class RouterMass:
 class PoolUsage:
     """How many tokens a pool routed, and how many of them took each expert.
 
-    Reply to `emo_usage`. `counts` has [E] per layer, () for a dense layer.
+    Reply to `emo_usage`. `counts` has [E] per layer, () for a dense layer and one of another stage.
     """
 
     tokens: int

@@ -13,6 +13,7 @@ from emo_serve.vllm_plugin.moe import PooledExperts
 from emo_serve.vllm_plugin.packed import ExpertShape
 from emo_serve.vllm_plugin.settings import has_front_end, model_facts, read_settings
 from emo_serve.vllm_plugin.slot_host import SlotHost
+from emo_serve.vllm_plugin.stage import Stage
 
 __all__ = ["host_for"]
 
@@ -22,8 +23,12 @@ def host_for(
     layers: Sequence[PooledExperts | None],
     backend: MoeBackend,
     device: torch.device,
+    stage: Stage | None = None,
 ) -> SlotHost:
-    """Return the host of this rank's slots; `layers` has None for a dense one."""
+    """Return the host of this rank's slots; `layers` has None for a dense one.
+
+    Without a `stage`, the rank computes all layers.
+    """
     facts = model_facts(vllm_config)
     width = facts.expert_width // get_tensor_model_parallel_world_size()
     shape = ExpertShape(
@@ -41,4 +46,5 @@ def host_for(
         names=facts.names,
         holds_all=not has_front_end(vllm_config),
         max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        stage=stage,
     )

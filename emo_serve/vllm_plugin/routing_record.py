@@ -112,6 +112,11 @@ class _LikeLayers:
         """Tell whether a pool can have less than the full router's mass."""
         return self._moe.num_standard_experts > 0
 
+    @property
+    def num_layers(self) -> int:
+        """Return how many layers these are."""
+        return len(self._tables)
+
     def add_usage(self, tokens_M: Tensor, rows_M: Tensor, weights_M: Tensor) -> None:
         """Add the experts that these tokens took, each token by its weight."""
         num_layers = len(self._tables)
@@ -151,7 +156,8 @@ class _LikeLayers:
 class RoutingRecord:
     """Sum up what the router did, step by step of the model runner; see the module.
 
-    Each of `layers`, by index, notes its logits, in `dtype`, in its entry of `of_layer`. Call
+    `num_layers` of the layers have standard experts; coverage is a mean over them. Each of
+    `layers`, by index, notes its logits, in `dtype`, in its entry of `of_layer`. Call
     `begin` before each step with requests, `pause` before any other step, and `rebind` before a row
     of the pool tables is written; all of them only between two steps. `reject` follows a step in
     which requests had drafts.
@@ -180,6 +186,7 @@ class RoutingRecord:
                 self.of_layer[index] = LayerRecord(self._running_TLE[:, place, : moe.num_experts])
             waiting_CLE = self._waiting_CLE[:, first : len(self.of_layer), : moe.num_experts]
             self._like.append(_LikeLayers(moe, tables, waiting_CLE))
+        self.num_layers = sum(like.num_layers for like in self._like if like.has_standard_experts)
         self._random = np.random.default_rng(0)
         self._row_tokens = np.zeros(self._num_rows, dtype=np.int64)
         self._mass_tokens = np.zeros(MASS_SLOTS + 1, dtype=np.int64)

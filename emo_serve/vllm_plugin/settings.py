@@ -97,10 +97,7 @@ def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     ranks, width = parallel.tensor_parallel_size, model_facts(vllm_config).expert_width
     if parallel.pipeline_parallel_size > 1:
-        raise ConfigError(
-            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: every device has slots"
-            " for all layers; use --tensor-parallel-size"
-        )
+        _refuse_in_stages(vllm_config)
     if parallel.enable_expert_parallel:
         raise ConfigError(
             "--enable-expert-parallel: every device holds a part of each expert; leave it out"
@@ -129,6 +126,20 @@ def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
         raise ConfigError(
             f"--max-model-len {model.max_model_len} is over {context}: with dynamic RoPE scaling it"
             " must not exceed max_position_embeddings; lower it"
+        )
+
+
+def _refuse_in_stages(vllm_config: VllmConfig) -> None:
+    """Raise ConfigError for what does not work with pipeline parallelism."""
+    flag = f"--pipeline-parallel-size {vllm_config.parallel_config.pipeline_parallel_size}"
+    if not isinstance(vllm_config.model_config.hf_config, EmoConfig):
+        raise ConfigError(
+            f"{flag}: only EMO models can be divided into stages; use --tensor-parallel-size"
+        )
+    if vllm_config.speculative_config is not None:
+        raise ConfigError(
+            f"{flag}: the first stage does not learn which drafted tokens were rejected; leave"
+            " --speculative-config out"
         )
 
 

@@ -96,6 +96,7 @@ class EmoWorkerExtension:
         activations = next(self.model_runner.get_model().parameters()).dtype
         return EngineDescription(
             rank=self.rank,
+            stage=host.stage.number,
             trunk_bytes=host.trunk_bytes,
             slab_bytes=sum(layer.slot_bytes * layer.num_slots for layer in layers),
             slot_bytes=max((layer.slot_bytes for layer in layers), default=0),

@@ -205,7 +205,7 @@ def test_vllms_defaults_pass() -> None:
             enable_lora=None,
             api_server_count=None,
             data_parallel_size=1,
-            pipeline_parallel_size=1,
+            pipeline_parallel_size=2,
             quantization=None,
             runner="auto",
             load_format="auto",
@@ -229,7 +229,6 @@ def test_vllms_defaults_pass() -> None:
         ("data_parallel_rank", 0, "--data-parallel-rank"),
         ("enable_expert_parallel", True, "--enable-expert-parallel"),
         ("enable_eplb", True, "--enable-eplb"),
-        ("pipeline_parallel_size", 2, "--pipeline-parallel-size"),
         ("prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
         ("spec_model", "ngram", "--spec-model"),
         ("quantization", "fp8", "--quantization"),
@@ -284,6 +283,10 @@ def test_drafts_from_the_text_itself_are_accepted(given: dict[str, object]) -> N
             "the method is 'suffix', .* needs a package that is not among the pinned ones",
         ),
         ({"spec_method": "ngram_gpu"}, "drafts on the GPU for ngram, too"),
+        (
+            {"spec_method": "ngram", "pipeline_parallel_size": 2},
+            "--pipeline-parallel-size is 2, .* the first stage does not learn",
+        ),
         (
             {"speculative_config": {**NGRAM, "enable_adaptive_verification": True}},
             "has 'enable_adaptive_verification', .* with method, num_speculative_tokens, prompt_",

@@ -85,12 +85,17 @@ def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartPro
     persists = settings.pools_dir is not None  # the shipped pools are not ours to change
     args, settings = _with_model(args, settings, default_model)
     checkpoint = open_checkpoint(args.model)  # first: it tells best why a model is not served
+    if args.pipeline_parallel_size > 1 and checkpoint.facts.architecture is not None:
+        raise ConfigError(
+            f"--pipeline-parallel-size is {args.pipeline_parallel_size}: only EMO models can be"
+            f" divided into stages, not {checkpoint.facts.family}; use --tensor-parallel-size"
+        )
     sizes = engine_sizes(args)
     limits = read_limits(sizes.cpu.nodes) if sizes.cpu else ()
     plan = make_plan(settings, checkpoint, args.served_model_name, sizes, limits, persists=persists)
     memory, kv_bytes = plan.memory, None
     if memory is not None:
-        kv_bytes = memory.kv_bytes // sizes.num_ranks
+        kv_bytes = sizes.kv_bytes_of_one(memory.kv_bytes)
         if memory.excess_bytes:
             logger.warning("these flags take more memory than there is: %s", memory.account())
     keys = Keys.read(args, settings)

@@ -113,7 +113,7 @@ def make_plan(
     if sizes.cpu is not None:
         pool_slots = _pool_slots(settings, catalog, base_pool)
         need = _memory_need(settings, checkpoint, sizes, sizes.cpu, pool_slots)
-        given = _given(settings, num_slots, sizes.cpu, sizes.num_ranks)
+        given = _given(settings, num_slots, sizes, sizes.cpu)
         memory = plan_memory(need, limits, given)
         num_slots = memory.num_slots
     num_slots = num_slots or max(1, *experts_per_layer)  # 1 says nothing of a dense model
@@ -192,8 +192,8 @@ def _memory_need(
     ranks = sizes.num_ranks
     return MemoryNeed(
         trunk_bytes=checkpoint.num_trunk_parameters * sizes.dtype_bytes,
-        process_bytes=process_bytes(ranks),
-        host_expert_bytes=settings.host_expert_bytes * ranks,
+        process_bytes=process_bytes(sizes.num_workers),
+        host_expert_bytes=settings.host_expert_bytes * sizes.num_workers,
         slot_bytes=_slot_bytes(settings, checkpoint, sizes) * ranks,
         experts_per_layer=tuple(filter(None, checkpoint.facts.experts_per_layer)),
         pools=pools,
@@ -201,7 +201,7 @@ def _memory_need(
     )
 
 
-def _given(settings: ServeSettings, slots: int | None, cpu: CpuSizes, num_ranks: int) -> Given:
+def _given(settings: ServeSettings, slots: int | None, sizes: EngineSizes, cpu: CpuSizes) -> Given:
     """Return what the user's flags say of memory, for all workers together."""
     by_slots = settings.expert_slots is not None
     slots_flag = "--expert-slots" if by_slots else "--expert-memory"
@@ -209,9 +209,9 @@ def _given(settings: ServeSettings, slots: int | None, cpu: CpuSizes, num_ranks:
     return Given(
         slots,
         None if slots is None else slots_flag,
-        None if cpu.kv_bytes is None else cpu.kv_bytes * num_ranks,
+        None if cpu.kv_bytes is None else sizes.kv_bytes_of_all(cpu.kv_bytes),
         cpu.kv_flag,
-        None if share is None else MemoryLimit(share.flag, share.asked_bytes * num_ranks),
+        None if share is None else MemoryLimit(share.flag, share.asked_bytes * sizes.num_workers),
     )
 
 

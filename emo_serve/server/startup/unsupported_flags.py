@@ -70,7 +70,6 @@ _UNSUPPORTED: tuple[_Unsupported, ...] = (
     _Unsupported("--enable-elastic-ep", _OFF, _DATA_PARALLEL),
     _Unsupported("--enable-expert-parallel", _OFF, "each device holds a part of every expert"),
     _Unsupported("--enable-eplb", _OFF, "emo-serve places experts itself"),
-    _Unsupported("--pipeline-parallel-size", (None, 1), "pool rows reach the first stage only"),
     _Unsupported("--decode-context-parallel-size", (None, 1), _SPLIT_BATCH),
     _Unsupported("--prefill-context-parallel-size", (None, 1), _SPLIT_BATCH),
     _Unsupported("--enable-dbo", _OFF, _SPLIT_BATCH),
@@ -148,6 +147,12 @@ def _refuse_speculation(args: argparse.Namespace) -> None:
             f"{'--speculative-config' if given else '--spec-method'}: the method is {method!r},"
             f" which emo-serve does not support yet: {_DRAFTERS.get(str(method), _DRAFT_MODEL)};"
             " use ngram, which drafts from the text itself, or leave the flag out"
+        )
+    if method is not None and (getattr(args, "pipeline_parallel_size", None) or 1) > 1:
+        raise ConfigError(
+            f"--pipeline-parallel-size is {args.pipeline_parallel_size}, which emo-serve does not"
+            " support yet with speculative decoding: the first stage does not learn which drafted"
+            " tokens were rejected; leave one of them out"
         )
     if unknown := sorted(given.keys() - set(_NGRAM_KEYS)):
         raise ConfigError(

@@ -81,6 +81,8 @@ def test_a_replica_without_a_gpu_for_each_rank_is_refused() -> None:
         (("--tensor-parallel-size=2",), 2),
         (("-tp", "8"), 8),
         (("-tp",), 1),
+        (("-tp", "2", "--pipeline-parallel-size=3"), 6),
+        (("-pp", "2"), 2),
     ],
 )
 def test_a_replica_takes_a_gpu_per_rank(argv: tuple[str, ...], ranks: int) -> None:

@@ -108,12 +108,19 @@ def test_host_memory_holds_an_expert_or_is_none_at_all(expert_dtype: str, one_ex
 def test_a_plain_configuration_is_accepted() -> None:
     refuse_what_cannot_work(vllm_config())
     refuse_what_cannot_work(vllm_config(speculative_config=SimpleNamespace(method="ngram")))
+    refuse_what_cannot_work(vllm_config(pipeline_parallel_size=2))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        (
+            {
+                "pipeline_parallel_size": 2,
+                "speculative_config": SimpleNamespace(method="ngram"),
+            },
+            "--pipeline-parallel-size 2: the first stage does not learn",
+        ),
         ({"enable_expert_parallel": True}, "--enable-expert-parallel"),
         ({"quant_config": object()}, "--quantization"),
         ({"lora_config": object()}, "--enable-lora"),

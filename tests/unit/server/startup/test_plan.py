@@ -416,6 +416,20 @@ def test_a_large_trunk_makes_long_steps(
     assert not plan_of(checkpoint, settings).has_long_steps, "a GPU's steps need no cores"
 
 
+def test_stages_share_out_layers_and_not_experts(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    one = cpu_plan(checkpoint, settings, None).memory
+    settings = replace(settings, host_expert_bytes=GIB)
+    staged = EngineSizes(4, 1, CPU, (2, 1))
+    two = make_plan(settings, checkpoint, ["emo"], staged, persists=True).memory
+    assert one is not None and two is not None
+    assert two.need.slot_bytes == one.need.slot_bytes
+    assert two.need.kv.block_bytes == one.need.kv.block_bytes
+    assert two.need.process_bytes > one.need.process_bytes
+    assert two.need.host_expert_bytes == 2 * GIB
+
+
 def test_all_workers_needs_are_added_up(checkpoint: Checkpoint, settings: ServeSettings) -> None:
     one = cpu_plan(checkpoint, settings, None).memory
     two = cpu_plan(checkpoint, settings, None, num_ranks=2).memory

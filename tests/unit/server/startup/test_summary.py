@@ -19,6 +19,7 @@ from emo_serve.server.vllm_adapter.worker_calls import EngineFacts
 
 FACTS = EngineFacts(
     num_ranks=1,
+    num_stages=1,
     trunk_bytes=int(1.4 * GIB),
     slab_bytes=8 * GIB,
     slot_bytes=12582912,
