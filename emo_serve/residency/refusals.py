@@ -39,7 +39,8 @@ class Refusals:
         An operator, and the server itself, may always wait when nobody does. The server, which does
         not come back, is promised no place.
         """
-        self._room.check_can_ever_fit(pool)
+        if not self._room.is_streamed(pool):
+            self._room.check_can_ever_fit(pool)
         if not self._room.fits(self._room.demand(pool), without=self._resident.unpinned):
             raise self.blocked(pool)
         waiting = self._pending.num_waiters

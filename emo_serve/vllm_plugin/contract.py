@@ -67,7 +67,8 @@ class PluginSettings:
     """What the front end decides for the workers.
 
     `num_slots` is per layer, `num_pools` the number of rows in the pool table. `host_expert_bytes`
-    is host memory for experts per device; 0 means none.
+    is host memory for experts per device; 0 means none. `stream_slots` per layer come on top of
+    `num_slots`, for pools that do not fit; without them, every published pool must fit.
     """
 
     num_slots: int
@@ -76,6 +77,7 @@ class PluginSettings:
     expert_dtype: str = EXPERT_DTYPES[0]
     host_expert_bytes: int = 0
     records_routing: bool = True
+    stream_slots: int = 0
 
     def to_config(self) -> dict[str, Any]:
         """Return these settings as an entry of EngineArgs.additional_config."""
@@ -99,6 +101,8 @@ class PluginSettings:
                 )
         if min(given["num_slots"], given["num_pools"]) < 1:
             raise ConfigError(f"{name} is {given}: num_slots and num_pools must be at least 1")
+        if given["stream_slots"] < 0:
+            raise ConfigError(f"{name} is {given}: stream_slots must be at least 0")
         return cls(**given)
 
 
@@ -226,10 +230,14 @@ class CoverageReading:
     """Coverage since the last reading, one row per account; reply to `emo_read_coverage`.
 
     Its mass is a mean over `num_layers` layers: those with standard experts in the rank's stage.
+    And since the start, what was streamed: experts read, and the seconds that steps waited for
+    them, told by one rank of each stage.
     """
 
     coverage: tuple[CoverageRow, ...]
     num_layers: int
+    streamed_experts: int = 0
+    stream_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -237,8 +237,7 @@ class _DecoderLayer(nn.Module):
         if moe is None:
             self.mlp = _DenseMlp(config, f"{prefix}.mlp")
         else:
-            slots, rows = settings.num_slots, settings.num_pools
-            self.mlp = PooledMoE(config.facts, moe, slots, rows, backend, f"{prefix}.mlp")
+            self.mlp = PooledMoE(config.facts, moe, settings, backend, f"{prefix}.mlp")
 
     def forward(
         self, positions: Tensor, x_TD: Tensor, residual_TD: Tensor | None, pool_rows_T: Tensor

@@ -17,6 +17,7 @@ from emo_serve.facts import ModelFacts
 from emo_serve.families.opening import facts_of_config
 from emo_serve.vllm_plugin.backends import MoeBackend, choose_backend
 from emo_serve.vllm_plugin.contract import ADDITIONAL_CONFIG_KEY, PluginSettings, expert_bytes
+from emo_serve.vllm_plugin.streaming import SlotBackend
 
 __all__ = [
     "backend_for",
@@ -158,5 +159,10 @@ def backend_for(
         raise ConfigError(
             "--moe-backend reference synchronises with the host, which CUDA graphs cannot capture;"
             " add --enforce-eager"
+        )
+    if settings.stream_slots and not (device.type == "cpu" and isinstance(backend, SlotBackend)):
+        raise ConfigError(
+            f"--stream-slots {settings.stream_slots} works with --moe-backend cpu or reference on a"
+            f" CPU; here {backend.name} runs on {device.type}; leave it out"
         )
     return backend

@@ -35,6 +35,7 @@ from emo_serve.vllm_plugin.pacing import Steps
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert
 from emo_serve.vllm_plugin.routing_record import RoutedLayer, RoutingRecord, pool_key
 from emo_serve.vllm_plugin.stage import Stage
+from emo_serve.vllm_plugin.streaming import StreamCounts, StreamReader
 
 __all__ = ["SlotHost", "slot_host_of"]
 
@@ -70,6 +71,7 @@ class SlotHost:
         self.record = self._make_record(max_num_tokens) if settings.records_routing else None
         self.steps = Steps()
         self.store: ExpertStore | None = None
+        self.streamed = StreamCounts()
         self.trunk_bytes = 0
         self.stage = stage or Stage(0, range(len(layers)))
         self._names = names
@@ -103,6 +105,11 @@ class SlotHost:
             if is_cuda
             else CpuMover(self.store, self._slot, self.steps)
         )
+        reader = StreamReader(self.store.other())  # whose thread is the model's
+        self.streamed = reader.counts
+        for index, layer in self.layers.items():
+            if layer.stream is not None:
+                layer.stream.open(index, reader)
         return self.store
 
     def take_experts(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -168,6 +175,9 @@ class SlotHost:
                     f"layer {layer}: expert {expert} of {moe.moe.num_experts} in slot {slot} of"
                     f" {moe.num_slots}"
                 )
+        for layer, _, slot in copies:
+            if (stream := self.layers[layer].stream) is not None:
+                stream.give_up(slot)
         self._load = ExpertLoad(load_id, copies, self._mover, self.store)
 
     def finish_load(
@@ -215,12 +225,15 @@ class SlotHost:
     ) -> None:
         """Let requests of `row` route among `expert_ids`: one list per layer, empty if dense.
 
-        All of them must be in place.
+        All of them must be in place, unless a layer has fewer slots: then the pool is streamed.
         """
+        is_streamed = any(
+            len(expert_ids[index]) > layer.num_slots for index, layer in self.layers.items()
+        )
         if self.record is not None:
             self.record.rebind(row, pool_key(expert_ids, temperature))
         for index, layer in self.layers.items():
-            layer.publish(row, expert_ids[index], temperature)
+            layer.publish(row, expert_ids[index], temperature, is_streamed=is_streamed)
 
     def _is_elsewhere(self, layer: int) -> bool:
         return layer in range(self._num_layers) and layer not in self.stage.layers
@@ -231,10 +244,12 @@ class SlotHost:
     # -- what the router did; nothing where it is not recorded --
 
     def read_coverage(self) -> CoverageReading:
-        """Return the coverage of each account since the last call."""
-        if self.record is None:
-            return CoverageReading((), 0)
-        return CoverageReading(tuple(self.record.read_coverage()), self.record.num_layers)
+        """Return the coverage of each account since the last call, and what was streamed so far."""
+        coverage, num_layers = (), 0
+        if self.record is not None:
+            coverage, num_layers = tuple(self.record.read_coverage()), self.record.num_layers
+        streamed = self.streamed if self.shape.rank == 0 else StreamCounts()
+        return CoverageReading(coverage, num_layers, streamed.experts, streamed.seconds)
 
     def read_mass(self, slot: int) -> RouterMass:
         """Return the router's mass in a mass slot, and empty the slot."""

@@ -127,6 +127,7 @@ def test_settings_are_frozen() -> None:
         (["--expert-memory", "1GiB", "--expert-slots", "4"], "give one"),
         (["--expert-memory", "0"], "--expert-memory is 0 bytes"),
         (["--expert-slots", "0"], "at least 1"),
+        (["--stream-slots", "-1"], "--stream-slots is -1; give 0 or more"),
         (["--expert-slots", "few"], "--expert-slots is 'few'; give a whole number"),
         (["--pools", "/no/such/place"], "--pools /no/such/place is not a directory"),
         (["--moe-backend", "magic"], "give one of auto, triton, cpu, reference"),

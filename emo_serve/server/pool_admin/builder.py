@@ -144,7 +144,7 @@ class PoolBuilder:
         layers = (None if experts is None else LayerExperts(experts) for experts in kept)
         of_that_size = ExpertPool(wanted.name, tuple(layers))
         self._service.definitions.check_add(of_that_size, replace=is_replacing)
-        self._manager.check_can_ever_fit(of_that_size)
+        self._manager.check_servable(of_that_size)
 
     async def _encode(self, wanted: BuildRequest) -> Documents:
         examples = wanted.documents

@@ -149,8 +149,10 @@ class PoolCard(_Answer):
         description="how often this pool was defined since the server started; null for a union"
     )
     persisted: bool = Field(description="this definition survives a restart")
-    state: Literal["absent", "waiting", "loading", "resident", "closing"] = Field(
-        description="closing: resident, but admits no new requests and will be evicted"
+    state: Literal["absent", "waiting", "loading", "resident", "streamed", "closing"] = Field(
+        description="streamed: too large for the slots, and served at once all the same, slowly,"
+        " its experts passing through --stream-slots; closing: admits no new requests and will be"
+        " evicted"
     )
     resident: bool = Field(description="all its experts are in slots, whichever pool loaded them")
     pinned: bool

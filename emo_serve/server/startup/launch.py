@@ -106,6 +106,7 @@ def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartPro
             plan.num_slots,
             kv_bytes,
             architecture=checkpoint.facts.architecture,
+            stream_slots=plan.stream_slots,
         ),
         settings,
         plan,

@@ -43,6 +43,7 @@ class Summary:
     max_model_len: int
     experts_per_layer: tuple[int, ...]
     slots_per_layer: int
+    stream_slots: int
     pools_source: Path | None
     pools: tuple[PoolLine, ...]
     refused: tuple[str, ...]
@@ -96,7 +97,7 @@ def _memory_lines(summary: Summary) -> list[str]:
     lines = [
         f"  trunk    {format_gib(facts.trunk_bytes)}{rank}",
         f"  slab     {format_gib(facts.slab_bytes)}{rank}: {summary.slots_per_layer} slots per"
-        f" layer, {format_gib(facts.slot_bytes)} each{slab_note}",
+        f" layer{_stream_note(summary)}, {format_gib(facts.slot_bytes)} each{slab_note}",
         f"  KV cache {format_gib(facts.kv_cache_bytes)}{rank}: {summary.cache_tokens} tokens,"
         f" {contexts:.1f} contexts of {summary.max_model_len}{cache_note}",
     ]
@@ -115,6 +116,12 @@ def _memory_lines(summary: Summary) -> list[str]:
             f" that was free ({memory.limit.name})"
         )
     return lines
+
+
+def _stream_note(summary: Summary) -> str:
+    """Say how many slots there are for pools that do not fit."""
+    count = summary.stream_slots
+    return f" and {count} to stream pools that do not fit" if count else ""
 
 
 def _need_note(memory: MemoryPlan) -> str:

@@ -84,8 +84,10 @@ class WorkerCalls:
     `rpc` is `AsyncLLM.collective_rpc` as (method, args) -> one reply per rank. `is_dead` tells
     whether the engine has died, so that no reply can come. `check_experts` raises CheckpointError
     for a (layer, expert) whose files have changed. During a load, `on_copied` is called with the
-    number of copies done and the number of all copies. Every method that calls the workers raises
-    EngineDead for a dead engine, and for a reply that is not ok or not valid.
+    number of copies done and the number of all copies. `on_streamed` is called with the experts
+    that were streamed since its last call, and the seconds that steps waited for them. Every method
+    that calls the workers raises EngineDead for a dead engine, and for a reply that is not ok or
+    not valid.
     """
 
     def __init__(
@@ -94,11 +96,14 @@ class WorkerCalls:
         is_dead: Callable[[], bool],
         check_experts: Callable[[Iterable[tuple[int, int]]], None],
         on_copied: Callable[[int, int], None] = lambda done, total: None,
+        on_streamed: Callable[[int, float], None] = lambda experts, seconds: None,
     ) -> None:
         self._rpc = rpc
         self._is_dead = is_dead
         self._check_experts = check_experts
         self._on_copied = on_copied
+        self._on_streamed = on_streamed
+        self._streamed, self._stream_seconds = 0, 0.0
         self._call_ids = itertools.count(1)
         self._load_ids = itertools.count(1)
         self._calls: set[asyncio.Future[Sequence[_Reply]]] = set()  # asyncio keeps weak references
@@ -167,6 +172,7 @@ class WorkerCalls:
     async def read_coverage(self) -> dict[int, CoverageSum]:
         """Return the coverage of each account since the last call."""
         ranks = await self._ask(CoverageReading, "emo_read_coverage")
+        self._note_streamed(ranks)
         num_layers = max(1, sum(rank.num_layers for rank in ranks))
         found: dict[int, CoverageSum] = {}
         for rank in ranks:
@@ -175,6 +181,14 @@ class WorkerCalls:
                 mass = before.mass + mass * rank.num_layers / num_layers
                 found[account] = CoverageSum(mass, max(before.tokens, tokens))
         return found
+
+    def _note_streamed(self, ranks: Sequence[CoverageReading]) -> None:
+        """Pass on what was streamed since the last reading."""
+        experts = sum(rank.streamed_experts for rank in ranks)
+        seconds = sum(rank.stream_seconds for rank in ranks)
+        if experts > self._streamed:
+            self._on_streamed(experts - self._streamed, seconds - self._stream_seconds)
+            self._streamed, self._stream_seconds = experts, seconds
 
     async def read_mass(self, slot: int) -> RouterMass:
         """Return the router's mass in a mass slot, and empty the slot."""

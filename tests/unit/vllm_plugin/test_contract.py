@@ -45,7 +45,7 @@ RECORDS = [
         routes_by_pool=False,
     ),
     CoverageReading((CoverageRow(2**40, 1.5, 2), CoverageRow(3, 0.0, 4)), 3),
-    CoverageReading((), 0),
+    CoverageReading((), 0, streamed_experts=7, stream_seconds=0.25),
     RouterMass(3, ((0.1, 2.9), (), (3.0,))),
     PoolUsage(3, ((1, 2), (), (3,))),
 ]

@@ -56,11 +56,13 @@ def make_host(
     num_slots: int = NUM_SLOTS,
     holds_all: bool = False,
     stage: Stage | None = None,
+    **more: int,
 ) -> SlotHost:
     config, backend = load_config(directory), ReferenceBackend()
+    settings = PluginSettings(num_slots, NUM_ROWS, records_routing=not holds_all, **more)
     here = range(len(config.moe_layers)) if stage is None else stage.layers
     layers = [
-        PooledMoE(config.facts, moe, num_slots, NUM_ROWS, backend, f"layers.{index}")
+        PooledMoE(config.facts, moe, settings, backend, f"layers.{index}")
         if moe is not None and index in here
         else None
         for index, moe in enumerate(config.moe_layers)
@@ -69,7 +71,7 @@ def make_host(
         layers,
         backend,
         ExpertShape(HIDDEN, WIDTH, torch.float32),
-        PluginSettings(num_slots, NUM_ROWS, records_routing=not holds_all),
+        settings,
         torch.device("cpu"),
         names=NAMES,
         holds_all=holds_all,
