@@ -22,6 +22,7 @@ from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.contract import (
     BASE_POOL_ROW,
     CoverageReading,
+    CoverageRow,
     LoadProgress,
     LoadState,
     PluginSettings,
@@ -245,7 +246,8 @@ class SlotHost:
 
     def read_coverage(self) -> CoverageReading:
         """Return the coverage of each account since the last call, and what was streamed so far."""
-        coverage, num_layers = (), 0
+        coverage: tuple[CoverageRow, ...] = ()
+        num_layers = 0
         if self.record is not None:
             coverage, num_layers = tuple(self.record.read_coverage()), self.record.num_layers
         streamed = self.streamed if self.shape.rank == 0 else StreamCounts()

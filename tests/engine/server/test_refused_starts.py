@@ -47,7 +47,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--api-server-count", "2"], "--api-server-count is 2"),
         (["--data-parallel-size", "2"], "--data-parallel-size is 2"),
         (["--enable-expert-parallel"], "--enable-expert-parallel is True"),
-        (["--pipeline-parallel-size", "4"], "is 4, and the model has 3 layers; each stage"),
+        (["--pipeline-parallel-size", "4"], "--pipeline-parallel-size is 4, and the model has 3"),
         (["--quantization", "fp8"], "--quantization is 'fp8'"),
         (
             ["--speculative-config", '{"method": "mtp"}'],
