@@ -128,7 +128,7 @@ def test_a_dense_model_is_served_as_one_pool(dense_server: RunningServer) -> Non
 def test_a_pool_of_a_dense_model_is_refused_before_the_engine_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setattr("emo_serve.server.startup.quiet.log_to_stderr", lambda: None)
     directory = write_checkpoint("dense", tmp_path / "dense")
     write_pools({"p": [[0], [1], [2]]}, tmp_path / "pools")
     arguments = ["serve", str(directory), "--pools", str(tmp_path / "pools")]
@@ -142,7 +142,7 @@ def test_what_cannot_be_served_is_refused_by_field(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setattr("emo_serve.server.startup.quiet.log_to_stderr", lambda: None)
     config = json.loads((checkpoint / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "scoring_func": "sigmoid"}))
     assert cli.main(["serve", str(tmp_path)]) == 2

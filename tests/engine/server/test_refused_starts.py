@@ -24,7 +24,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the engine was started")
 
     monkeypatch.setattr(life, "start_engine", fail)
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setattr("emo_serve.server.startup.quiet.log_to_stderr", lambda: None)
     # whatever else runs on this machine
     monkeypatch.setattr(launch, "read_limits", lambda nodes: (MemoryLimit("test", 9 * GIB),))
 

@@ -110,7 +110,7 @@ def test_flags_are_checked_before_ray_starts(
         started.append(len(checked))
         return 0
 
-    module = SimpleNamespace(Listening=lambda *_: None, run_fleet=run_fleet)
+    module = SimpleNamespace(run_fleet=run_fleet)
     monkeypatch.setitem(sys.modules, "emo_serve.ray_cluster.on_machine", module)
     prepare = "emo_serve.ray_cluster.environment.prepare_environment"
     monkeypatch.setattr(prepare, lambda *, is_alone: None)
