@@ -6,8 +6,6 @@ A process of its own, because vLLM reads the environment (model runner, thread b
 With `--short` it asks for the first tokens of one prompt at a time, which is enough to check one
 more engine: Triton's interpreter takes about 10 ms per token and layer for routing alone.
 
-With `speculative_config` it also lets every pool go on from a prompt, and the reference check that.
-
 There are no golden values for experts in fp8. They are compared with the reference model, whose
 weights are rounded to what the slots hold.
 """
@@ -27,7 +25,7 @@ from emo_kernels import quantize
 from emo_serve.emo.checkpoint import load_model
 from emo_serve.emo.model import EmoForCausalLM
 from tests.support.golden.checkpoints import golden
-from tests.support.offline_engine import PooledEngine, chosen_logprobs, pooled_engine
+from tests.support.offline_engine import PooledEngine, pooled_engine
 from tests.unit.emo.test_model import logprobs, masks
 
 SHORT: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 4}
@@ -104,24 +102,6 @@ def move_every_expert(engine: PooledEngine) -> None:
     engine.load(copies, engine.rows["full"], golden_pools()["full"])
 
 
-def worst_drafted(engine: PooledEngine, directory: Path) -> dict[str, float]:
-    """Let all pools go on in one batch; return the worst log-probability, and what was drafted."""
-    reference, prompt = load_model(directory), golden().prompts[0][:8] * 2
-    params = [engine.params(p, max_tokens=8, ignore_eos=True, logprobs=0) for p in engine.rows]
-    prompts = [{"prompt_token_ids": prompt}] * len(params)
-    outputs = engine.llm.generate(prompts, params, use_tqdm=False)
-    worst = 0.0
-    for pool, output in zip(engine.rows, outputs, strict=True):
-        answer = output.outputs[0]
-        chosen = assert_greedy(reference, pool, prompt, answer.token_ids)
-        got = chosen_logprobs(answer.logprobs, answer.token_ids)
-        worst = max(worst, *(abs(a - b) for a, b in zip(got, chosen, strict=True)))
-    names = ("drafts", "draft_tokens", "accepted_tokens")
-    counted = {m.name: m.value for m in engine.llm.get_metrics() if hasattr(m, "value")}
-    found = {name: counted[f"vllm:spec_decode_num_{name}"] for name in names}
-    return {"worst": worst, **found}
-
-
 def run(directory: Path, args: dict[str, Any], *, is_short: bool) -> dict[str, Any]:
     """Start, compare, load every expert again, compare, describe."""
     is_fp8 = args.get("expert_dtype", "auto") != "auto"
@@ -135,9 +115,8 @@ def run(directory: Path, args: dict[str, Any], *, is_short: bool) -> dict[str, A
         worst_moved = worst_difference(engine, expected, *after)
         ranks = engine.call("emo_describe")
         usage = {pool: engine.call("emo_usage", kept, 1.0) for pool, kept in golden_pools().items()}
-        drafted = worst_drafted(engine, directory) if args.get("speculative_config") else None
     differences = {"worst": worst, "worst_moved": worst_moved}
-    return {**differences, "ranks": ranks, "usage": usage, "drafted": drafted}
+    return {**differences, "ranks": ranks, "usage": usage}
 
 
 def main(directory: str, runs: str, *flags: str) -> None:

@@ -66,10 +66,8 @@ def check_usage(result: dict[str, Any], num_tokens: int) -> None:
 
 @pytest.fixture(scope="module")
 def v2_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The V2 runner's results by backend; with one of them it drafts tokens, too."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 1}
-    drafting = {"speculative_config": drafts, "disable_log_stats": False}
-    runs = [{"moe_backend": "cpu", **drafting}, {"moe_backend": "triton"}]
+    """The V2 runner's results by backend."""
+    runs = [{"moe_backend": "cpu"}, {"moe_backend": "triton"}]
     results = run_golden(tmp_path_factory.mktemp("v2"), runs, V2, "--short")
     return {result["ranks"][0]["moe_backend"]: result for result in results}
 
@@ -84,12 +82,6 @@ def test_v2_model_runner_under_the_interpreter(
     assert rank["routes_by_pool"]
     assert result["worst"] < TOLERANCE and result["worst_moved"] < TOLERANCE
     check_usage(result, num_tokens=2 * 16)
-
-
-def test_drafts_on_the_v2_runner_change_no_answer(v2_runs: dict[str, dict[str, Any]]) -> None:
-    drafted = v2_runs["cpu"]["drafted"]
-    assert drafted["worst"] < TOLERANCE
-    assert 0 < drafted["accepted_tokens"] < drafted["draft_tokens"], "both must happen"
 
 
 SLOT_BYTES = {
