@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
+
+_ENGINES = [Path(__file__).parent / name for name in ("abuse", "engine")]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -22,11 +25,10 @@ if not os.path.exists("/proc/driver/nvidia/version"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process of pytest-xdist, and all tests of a shared server."""
+    """Have pytest-xdist start engines in one process only: two at once take each other's cores."""
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        server = callspec.params.get("server") if callspec else None
-        item.add_marker(pytest.mark.xdist_group(server or item.path.as_posix()))
+        has_engine = any(place in item.path.parents for place in _ENGINES)
+        item.add_marker(pytest.mark.xdist_group("engines" if has_engine else str(item.path)))
 
 
 @pytest.fixture(autouse=True)
