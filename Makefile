@@ -46,7 +46,7 @@ $(CLUSTER_STAMP): requirements/cluster.lock $(STAMP)
 	@touch $@
 
 test: $(CLUSTER_STAMP) ## Run all tests, in two processes (ARGS="-k pools" and the like go to pytest)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: install ## Check style and types: ruff and mypy
 	$(BIN)/ruff check .

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
-
-_ENGINES = [Path(__file__).parent / name for name in ("abuse", "engine")]
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -24,12 +23,19 @@ if not os.path.exists("/proc/driver/nvidia/version"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class OneForEngines(LoadScopeScheduling):
     """Have pytest-xdist start engines in one process only: two at once take each other's cores."""
-    for item in items:
-        has_engine = any(place in item.path.parents for place in _ENGINES)
-        item.add_marker(pytest.mark.xdist_group("engines" if has_engine else str(item.path)))
+
+    def _split_scope(self, nodeid: str) -> str:
+        """Return what stays together: all tests that start engines, and the tests of a file."""
+        path = nodeid.split("::")[0]
+        return "engines" if path.startswith(("tests/abuse/", "tests/engine/")) else path
+
+
+@pytest.hookimpl(optionalhook=True)  # `-p no:xdist` works, too
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneForEngines:
+    """Replace xdist's scheduler for `-n`."""
+    return OneForEngines(config, log)
 
 
 @pytest.fixture(autouse=True)
