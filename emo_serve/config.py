@@ -130,8 +130,8 @@ class ServeSettings:
         default=None,
         metavar="SIZE",
         help="device memory for experts, e.g. 8GiB, per device under tensor parallelism;"
-        " without it the slab holds all experts, on a CPU as many as fit in free memory, and with"
-        " all experts the base pool is served too",
+        " without it the slab holds all experts, on a CPU as many as fit in free memory; with all"
+        " experts the base pool is resident too",
     )
     expert_slots: int | None = flag(
         "--expert-slots",
@@ -139,6 +139,16 @@ class ServeSettings:
         default=None,
         metavar="N",
         help="the same limit, given as a number of slots per layer",
+    )
+    stream_slots: int | None = flag(
+        "--stream-slots",
+        read_int,
+        default=None,
+        metavar="N",
+        help="slots per layer beside those for pools, through which the experts of a pool pass"
+        " that is too large for the slots, such as the base pool: it is served at once and exactly,"
+        " but slowly; with 0 such pools are refused; CPUs only (default: as many as a token takes"
+        " experts; 0 if the slots hold all experts, and on CUDA)",
     )
     preload: tuple[str, ...] | None = flag(
         "--preload",
@@ -377,6 +387,8 @@ class ServeSettings:
             raise ConfigError("--expert-memory and --expert-slots set the same limit; give one")
         if self.expert_slots is not None and self.expert_slots < 1:
             raise ConfigError(f"--expert-slots is {self.expert_slots}; give at least 1")
+        if self.stream_slots is not None and self.stream_slots < 0:
+            raise ConfigError(f"--stream-slots is {self.stream_slots}; give 0 or more")
         if self.expert_memory_bytes is not None and self.expert_memory_bytes < 1:
             raise ConfigError(f"--expert-memory is {self.expert_memory_bytes} bytes; raise it")
 

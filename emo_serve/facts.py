@@ -88,7 +88,7 @@ class ExpertNames:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """One model: `expert_width` is the inner size of an expert, None if no layer has any.
+    """One model: `expert_width` is the inner size of an expert, 0 if no layer has any.
 
     `moe_layers` has one entry per layer, None for a dense one. `norm_topk_prob` says that the
     weights of the experts a token takes are made to sum to 1. `architecture` is the vLLM model
@@ -100,7 +100,7 @@ class ModelFacts:
     family: str
     vocab_size: int
     hidden_size: int
-    expert_width: int | None
+    expert_width: int
     max_position_embeddings: int
     moe_layers: tuple[MoeLayer | None, ...]
     norm_topk_prob: bool

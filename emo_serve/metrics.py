@@ -42,6 +42,9 @@ Loads
     emo_serve_file_read_bytes_total              bytes read from checkpoint files, on all ranks
     emo_serve_expert_reads_total{tier}           experts that loads needed, by where they were
                                                  found: slab (nothing to copy), host or disk
+    emo_serve_streamed_experts_total             experts read in the middle of a step, for pools
+                                                 that are too large for the slots
+    emo_serve_stream_seconds_total               time that steps waited for them
     emo_serve_pool_evictions_total{pool,reason}  pools that gave up their slots: to make room, or
                                                  shrunk for that to a size that stays, by the
                                                  operator, or retired (the definition is gone)
@@ -197,6 +200,12 @@ class PoolMetrics:
         self._experts = counter(
             "expert_reads", "Experts that loads needed, by where they were found", "tier"
         )
+        self._streamed = counter(
+            "streamed_experts", "Experts read in the middle of a step, for pools that do not fit"
+        )
+        self._stream_seconds = counter(
+            "stream_seconds", "Time that steps waited for experts of pools that do not fit"
+        )
         self._evictions = counter(
             "pool_evictions", "Pools that gave up their slots", "pool", "reason"
         )
@@ -306,6 +315,11 @@ class PoolMetrics:
             self._experts.labels(tier).inc(count)
         self._copied.inc(report.bytes_copied)
         self._read.inc(report.bytes_read)
+
+    def count_streamed(self, experts: int, seconds: float) -> None:
+        """Count experts that were read in the middle of a step, and the time that took."""
+        self._streamed.inc(experts)
+        self._stream_seconds.inc(seconds)
 
     def count_failed_load(self, pool: str) -> None:
         """Count a load that failed; only the number of such loads is known."""

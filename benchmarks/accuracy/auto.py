@@ -42,6 +42,7 @@ from benchmarks.accuracy.prompts import PROMPTS, read_prompts
 from benchmarks.accuracy.scoring import Endpoint, standard_error
 from benchmarks.accuracy.servers import serve
 from benchmarks.accuracy.texts import Domain, read_domain
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import RESULTS, append_result
 from emo_serve import demo
 from emo_serve.emo.checkpoint import Checkpoint
@@ -129,7 +130,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 base = "resident" if slots == largest else "not resident"
                 with serve(args.model, of_run) as (endpoint, _):
                     for length in args.lengths:
-                        print(f"{method}, base {base}, {length} tokens", flush=True)
+                        say(f"{method}, base {base}, {length} tokens")
                         prompts = [ids[:length] for _, ids in texts]
                         asked[method, base, length] = ask_all(endpoint, prompts)
                     row = {"method": method, "base": base}
@@ -155,7 +156,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def ask_written(endpoint: Endpoint, written: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Return how many prompts written by hand got their domain's pool, or the base pool."""
-    chosen = [(name, first_token(endpoint, "auto", text)[1]) for name, text in written]
+    chosen = [
+        (name, first_token(endpoint, "auto", text)[1])
+        for name, text in steps(written, "prompts by hand")
+    ]
     names = sorted({name for name, _ in written})
     return {
         "prompts": len(written),
@@ -183,13 +187,12 @@ def write_inputs(
     pools, examples = scratch / "pools", scratch / "examples"
     pools.mkdir()
     examples.mkdir()
-    for domain in domains:
+    for domain in steps(domains, "pools"):
         documents = [torch.tensor(text.ids) for text in domain.examples]
         pool = calibrate(checkpoint, documents, k).pool(domain.name)
         write_pool(pool, pools / f"{domain.name}.json")
         lines = [json.dumps(tokenizer.decode(text.ids)) for text in domain.examples]
         (examples / f"{domain.name}.jsonl").write_text("\n".join(lines) + "\n")
-        print(f"found pool {domain.name} on {len(documents)} examples", flush=True)
     return ["--pools", str(pools), "--auto-examples", str(examples)]
 
 
@@ -198,7 +201,7 @@ def ask_all(endpoint: Endpoint, prompts: Sequence[Sequence[int]]) -> list[Asked]
     order = list(range(len(prompts)))
     random.Random(0).shuffle(order)  # else a pool would be loaded once for its whole domain
     found: list[Asked] = []
-    for place in order:
+    for place in steps(order, "prompts"):
         _, model = first_token(endpoint, "auto", prompts[place])
         seconds: dict[str, float] = {}
         for name in ("auto", model) if place % 2 else (model, "auto"):
@@ -234,8 +237,7 @@ def score(
 ) -> dict[str, list[Any]]:
     """Return each pool's losses of every text, token by token."""
     losses: dict[str, list[Any]] = {}
-    for name in (_BASE, *(domain.name for domain in domains)):
-        print(f"losses in {name}", flush=True)
+    for name in steps([_BASE, *(domain.name for domain in domains)], "losses by pool"):
         scored = endpoint.score(name, texts)
         losses[name] = [[-token.logprob for token in tokens] for tokens in scored]
     return losses

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.accuracy.texts import Domain, read_domain
+from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from emo_serve import demo
 from emo_serve.emo.checkpoint import load_model
@@ -119,7 +120,7 @@ def ask(args: argparse.Namespace) -> tuple[list[Asked], list[Asked]]:
     strangers = {
         d.name: fit(counts, lambda name, place, without=d.name: name != without) for d in domains
     }
-    for domain in domains:
+    for domain in steps(domains, "domains"):
         for place, text in enumerate(domain.examples):
             for length in _LENGTHS:
                 ids = text.ids[:length]

@@ -24,6 +24,7 @@ import time
 import torch
 from torch import Tensor
 
+from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from emo_serve import demo
 from emo_serve.demo.training.evaluate import encode_texts, heldout_loss
@@ -66,7 +67,7 @@ def loss_table(bench: Bench) -> dict[str, dict[str, float]]:
     """Return {method and examples: {size: loss}}."""
     table: dict[str, dict[str, list[float]]] = {}
     moe_layers = bench.checkpoint.config.moe_layers
-    for domain, examples in bench.examples.items():
+    for domain, examples in steps(bench.examples.items(), "loss by domain"):
         for count in EXAMPLES:
             for method in ("layerwise", "router", "easy-ep"):
                 row = table.setdefault(f"{method}, {_examples(count)}", {})
@@ -89,7 +90,6 @@ def loss_table(bench: Bench) -> dict[str, dict[str, float]]:
         everything = bench.loss(domain, ExpertPool.base(moe_layers))
         for k in SIZES:
             row.setdefault(str(k), []).append(everything)
-        print(f"loss: {domain} done", flush=True)
     return {
         name: {k: statistics.mean(values) for k, values in row.items()}
         for name, row in table.items()
@@ -99,7 +99,7 @@ def loss_table(bench: Bench) -> dict[str, dict[str, float]]:
 def amount_table(bench: Bench) -> dict[str, dict[str, float]]:
     """Return {tokens: {size: loss}}; beyond one example's tokens, several whole examples."""
     table: dict[str, dict[str, float]] = {}
-    for tokens in TOKENS:
+    for tokens in steps(TOKENS, "amounts of text"):
         row = table.setdefault(str(tokens), {})
         for k in SIZES:
             losses = []
@@ -109,7 +109,6 @@ def amount_table(bench: Bench) -> dict[str, dict[str, float]]:
                 pool = calibrate(bench.checkpoint, documents, k).pool(domain)
                 losses.append(bench.loss(domain, pool))
             row[str(k)] = statistics.mean(losses)
-        print(f"amount: {tokens} tokens done", flush=True)
     return table
 
 
@@ -118,7 +117,7 @@ def mixture_table(bench: Bench) -> dict[str, dict[str, dict[str, float]]]:
     draw = random.Random(0)
     names = list(bench.examples)
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for count in MIXED_DOMAINS:
+    for count in steps(MIXED_DOMAINS, "mixtures"):
         mixtures = [[name] for name in names]
         if count > 1:
             mixtures = [draw.sample(names, count) for _ in range(MIXTURES)]
@@ -142,7 +141,6 @@ def mixture_table(bench: Bench) -> dict[str, dict[str, dict[str, float]]]:
                 "highest": max(shares),
                 "told": sum(share < MIXED_BOUND for share in shares) / len(shares),
             }
-        print(f"mixture: {count} domains done", flush=True)
     return table
 
 

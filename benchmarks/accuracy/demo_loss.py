@@ -19,6 +19,7 @@ import time
 
 import torch
 
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import append_result
 from emo_serve import demo
 from emo_serve.demo.training.evaluate import Experiment, encode_texts, heldout_loss
@@ -34,7 +35,7 @@ def measure(name: str, texts: int, matrix_texts: int) -> dict[str, object]:
     experiment = Experiment.shipped(name, texts)
     checkpoint = Checkpoint.open(demo.model_dir(name))
     by_method: dict[str, dict[str, float]] = {}
-    for domain, ids_BT in experiment.texts.items():
+    for domain, ids_BT in steps(experiment.texts.items(), name):
         after = encode_texts(demo.model_dir(name), demo.heldout(domain)[texts : texts + 1])
         rows = {f"{k} kept": experiment.loss(domain, k) for k in SIZES}
         for k in (8, 4):
@@ -46,11 +47,11 @@ def measure(name: str, texts: int, matrix_texts: int) -> dict[str, object]:
         )
         rows["shared only"] = experiment.loss(domain, 1)
         by_method[domain] = rows
-        print(f"{name} {domain}: " + ", ".join(f"{k} {v:.3f}" for k, v in rows.items()), flush=True)
+        say(f"{name} {domain}: " + ", ".join(f"{k} {v:.3f}" for k, v in rows.items()))
     part = Experiment.shipped(name, matrix_texts)
     matrix = {
         domain: {other: part.loss(domain, 8, other) for other in part.pools}
-        for domain in part.texts
+        for domain in steps(part.texts, f"{name}, pools of other domains")
     }
     return {"by_domain": by_method, "pool_of_another_domain": matrix}
 

@@ -42,6 +42,7 @@ from benchmarks.accuracy.report import ROLES, print_report
 from benchmarks.accuracy.scoring import Score, score_domain, standard_error
 from benchmarks.accuracy.servers import pools_served, serve, small_server
 from benchmarks.accuracy.texts import Domain, read_domain
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import RESULTS, append_result
 from emo_serve import demo
 from emo_serve.emo.checkpoint import Checkpoint
@@ -121,17 +122,18 @@ def measure_served(
     found = iter(found)
     first_pools = next(found)
     memory = []
-    for k, case in first_of_size.items():
+    for k, case in steps(first_of_size.items(), "sizes"):
         if case.method != FULL:  # its memory is the large server's
             figures = small_server(model, flags, k, first_pools[case], domains[0])
             memory.append({"k": k, **figures})
-            print(f"{model.name}: {k} slots per layer, {figures['gib']:.4f} GiB", flush=True)
+            say(f"{model.name}: {k} slots per layer, {figures['gib']:.4f} GiB")
     scores: Scores = {case: {} for case in cases}
     tasks: list[dict[str, Any]] = []
     with serve(model, [*flags, "--pin", BASE_POOL]) as (endpoint, figures):  # a load copies nothing
-        print(f"{model.name}: serving, {figures['gib']:.4f} GiB", flush=True)
+        say(f"{model.name}: serving, {figures['gib']:.4f} GiB")
         memory.append({"k": cases[0].k, **figures})
-        for domain, pools in zip(domains, chain([first_pools], found), strict=True):
+        of_domains = zip(domains, chain([first_pools], found), strict=True)
+        for domain, pools in steps(of_domains, "domains", total=len(domains)):
             started = time.monotonic()
             with pools_served(endpoint, list(pools.values())):
                 for case, pool in pools.items():
@@ -144,7 +146,7 @@ def measure_served(
                 f"{case.k} {scores[case][domain.name].loss:.3f}" for case in first_of_size.values()
             )
             seconds = time.monotonic() - started
-            print(f"{model.name} {domain.name}: loss {losses} ({seconds:.0f} s)", flush=True)
+            say(f"{model.name} {domain.name}: loss {losses} ({seconds:.0f} s)")
     for row in memory:
         if "first_domain_loss" in row:
             served = scores[first_of_size[row["k"]]][domains[0].name].loss

@@ -31,6 +31,7 @@ from benchmarks.accuracy.report import PAPER
 from benchmarks.accuracy.scoring import Endpoint, Score, score_domain, standard_error
 from benchmarks.accuracy.servers import GIB, pools_served, serve
 from benchmarks.accuracy.texts import Domain
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import RESULTS, append_result
 from emo_serve import demo
 from emo_serve.names import sized_name
@@ -47,9 +48,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     with serve(args.model, flags) as (endpoint, memory):
         loaded = time.monotonic()
-        rows = [measure_size(endpoint, memory["trunk_gib"], domains, k) for k in args.keep]
-        compared = rows if args.by_mass else []
-        by_mass = [measure_by_mass(endpoint, args.pools, domains, row) for row in compared]
+        rows = [
+            measure_size(endpoint, memory["trunk_gib"], domains, k)
+            for k in steps(args.keep, "sizes")
+        ]
+        by_mass = [
+            measure_by_mass(endpoint, args.pools, domains, row)
+            for row in steps(rows if args.by_mass else [], "sizes by mass")
+        ]
         seconds = time.monotonic() - loaded
     return {
         "model": args.model.name,
@@ -71,13 +77,13 @@ def measure_size(
     """Return the figures of one size; each domain is scored in its own pool."""
     scores: dict[str, Score] = {}
     sizes: list[float] = []
-    for domain in domains:
+    for domain in steps(domains, "domains"):
         name = sized_name(domain.name, k)
         sizes.append(endpoint.ask("GET", f"/v1/pools/{domain.name}?experts={k}")["bytes"] / GIB)
         scores[domain.name] = score_domain(endpoint, name, domain)
     figures = {name: figures_of(score) for name, score in scores.items()}
     row = {"k": k, "gib": trunk_gib + max(sizes), **means(figures.values()), "domains": figures}
-    print(f"{k} experts per layer: {row['gib']:.4f} GiB, loss {row['loss']:.3f}", flush=True)
+    say(f"{k} experts per layer: {row['gib']:.4f} GiB, loss {row['loss']:.3f}")
     return {**row, "losses": [loss for score in scores.values() for loss in score.losses]}
 
 
@@ -98,7 +104,7 @@ def measure_by_mass(
     row = {"k": k, **figures, "fewest": min(sizes), "most": max(sizes)}
     row["loss_difference"] = row["loss"] - uniform["loss"]
     row["standard_error"] = standard_error(losses, uniform["losses"])
-    print(f"{k} per layer on average, by mass: {row['loss_difference']:+.3f}", flush=True)
+    say(f"{k} per layer on average, by mass: {row['loss_difference']:+.3f}")
     return row
 
 

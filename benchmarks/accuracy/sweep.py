@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.accuracy.pools import Case, build_pools
 from benchmarks.accuracy.servers import pools_served, serve
 from benchmarks.accuracy.texts import Domain
+from benchmarks.harness.progress import steps
 from benchmarks.serving.throughput import Sample, load
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.names import BASE_POOL
@@ -69,9 +70,9 @@ def sweep(
     ):
         names = {domain: pool.name for domain, pool in pools.items()}
         server: Any = _Served(endpoint.url, names, args.texts)
-        for round_number in range(args.rounds + 1):
+        for round_number in steps(range(args.rounds + 1), "rounds"):
             loads.append(os.getloadavg()[0])
-            for count, measured in samples.items():
+            for count, measured in steps(samples.items(), "loads"):
                 sample = asyncio.run(load(server, count, _REQUESTS, _TOKENS))
                 if round_number:
                     measured.append(sample)

@@ -1,1 +1,1 @@
-"""Several replicas in virtual time: which one gets a request, and how many are needed."""
+"""Several replicas, simulated and real: which one gets a request, how many are needed, what if."""

@@ -55,6 +55,7 @@ from torch import Tensor
 
 from benchmarks.decoding.cases import Setting, Tolerances, check
 from benchmarks.decoding.model import Geometry
+from benchmarks.harness.progress import steps
 from benchmarks.harness.results import RESULTS, append_result
 from benchmarks.kernels.timing import Deadline, machine_rates
 from emo_kernels import reference
@@ -204,13 +205,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "rows": [],
         "checks": [],
     }
-    for done, num in enumerate(args.batches):
+    for done, num in enumerate(steps(args.batches, "batches")):
         part = deadline.share(1 / (len(args.batches) - done))
         found = measure(setting, num, part, copy_rate)
         torch.cuda.empty_cache()
         result["rows"] += found["rows"]
         result["checks"] += found["checks"]
-        print(f"batch {num} done, {deadline.seconds_left:.0f} s left", file=sys.stderr)
     result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return result
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from emo_serve import demo
 
 __all__ = [
+    "DENSE",
     "DENSE_NAMES",
     "LAYERS",
     "MODELS",
@@ -31,6 +32,7 @@ __all__ = [
     "write_checkpoint",
 ]
 
+DENSE = "dense"
 LAYERS = 3
 VOCABULARY = 3072  # the shipped tokenizer's
 
@@ -40,7 +42,7 @@ _COMMON: dict[str, Any] = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 1024,
     "initializer_range": 0.15,
     "tie_word_embeddings": False,
     "bos_token_id": 0,
@@ -71,7 +73,7 @@ class TinyModel:
 
 
 MODELS = {
-    "dense": TinyModel("LlamaConfig", {"intermediate_size": 96, "rope_theta": 500000.0}),
+    DENSE: TinyModel("LlamaConfig", {"intermediate_size": 96, "rope_theta": 500000.0}),
     "olmoe": TinyModel(
         "OlmoeConfig",
         {"intermediate_size": 32, "num_experts": 16, "num_experts_per_tok": 4},
@@ -146,7 +148,7 @@ def write_checkpoint(family: str, directory: Path) -> Path:
         torch.manual_seed(0)
         made = build(MODELS[family])
         _widen(made)
-    if family == "dense":
+    if family == DENSE:
         _save_dense(made, directory)
     else:
         made.save_pretrained(directory)
@@ -178,7 +180,7 @@ def _save_dense(made: nn.Module, directory: Path) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = {
         **_COMMON,
-        **MODELS["dense"].fields,
+        **MODELS[DENSE].fields,
         "rms_norm_eps": made.config.rms_norm_eps,
         "architectures": ["Olmo2NoQKNormPrenormForCausalLM"],
         "model_type": "olmo2_noqknorm_prenorm",

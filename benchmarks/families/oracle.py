@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.families.models import (
+    DENSE,
     DENSE_NAMES,
     LAYERS,
     MODELS,
@@ -24,7 +25,7 @@ from benchmarks.families.models import (
     build,
 )
 
-__all__ = ["Pool", "expected_logprobs", "load", "pools_of", "prompts"]
+__all__ = ["Pool", "expected_logprobs", "load", "others_of", "pools_of", "prompts"]
 
 Pool = list[list[int]]
 """The experts kept per layer, none of a dense layer."""
@@ -33,22 +34,42 @@ _ROUTERS = ("gate.weight", "router.weight")
 
 
 def pools_of(family: str) -> dict[str, Pool]:
-    """Return three pools by name, which fit together in the family's slots but not with the rest.
+    """Return pools a, b and c, of which a and b share experts.
 
-    The dense model has the base pool alone.
+    Together they fill the family's slots. The dense model has the base pool alone.
     """
     model = MODELS[family]
     if not model.pool_sizes:
         return {"base": [[] for _ in range(LAYERS)]}
+    first, second, third = model.pool_sizes
+    places = {
+        "a": slice(first),
+        "b": slice(min(first - 1, model.slots - second), None),
+        "c": slice(model.slots - third, None),
+    }
+    sizes = dict(zip(places, model.pool_sizes, strict=True))
+    return {
+        name: [sorted(layer[place][: sizes[name]]) for layer in _in_slots(model)]
+        for name, place in places.items()
+    }
+
+
+def others_of(family: str) -> Pool:
+    """Return the experts that no pool has."""
+    model = MODELS[family]
+    return [
+        sorted(set(range(model.num_experts)) - set(layer)) if layer else []
+        for layer in _in_slots(model)
+    ]
+
+
+def _in_slots(model: TinyModel) -> Pool:
+    """Return as many experts per layer as there are slots, in an order drawn at random."""
     rng = random.Random(1)
-    within = [
+    return [
         [] if index in model.dense_layers else rng.sample(range(model.num_experts), model.slots)
         for index in range(LAYERS)
     ]
-    return {
-        name: [sorted(rng.sample(layer, size)) if layer else [] for layer in within]
-        for name, size in zip("abc", model.pool_sizes, strict=True)
-    }
 
 
 def prompts(count: int = 3, longest: int = 48) -> list[list[int]]:
@@ -103,7 +124,7 @@ def _kept(model: TinyModel, whole: nn.Module, pool: Pool) -> nn.Module:
 
 def _llama(directory: Path) -> nn.Module:
     """Read the dense baseline as the Llama that it is."""
-    made = build(MODELS["dense"])
+    made = build(MODELS[DENSE])
     state: dict[str, Tensor] = {}
     for name, tensor in load_file(directory / "model.safetensors").items():
         for theirs, ours in DENSE_NAMES.items():

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from benchmarks.kernels.baselines import Baseline, baselines
 from benchmarks.kernels.cases import DTYPES, RELEASED, SMOKE, Batch, Case, Slabs, rotation
@@ -103,7 +104,8 @@ class Run:
         """Compare kernels and twins at every corner; return whether all agreed."""
         started, findings = time.monotonic(), Findings()
         tasks = list(self._checks())
-        for one in _check_apart(tasks, self.args.workers, self.deadline):
+        found = _check_apart(tasks, self.args.workers, self.deadline)
+        for one in steps(found, "check", total=len(tasks)):
             findings.merge(one)
         seconds = round(time.monotonic() - started, 1)
         print(f"\ncheck: {findings.checked} comparisons in {seconds} s, worst relative errors:")
@@ -187,9 +189,9 @@ class Run:
             [c for c in group if (c.tokens, c.pool, c.weights) not in known] for group in groups
         ]
         todo, rows, problems = sum(map(len, groups)), list(known.values()), []
-        for group in groups:
+        for group in steps(groups, "groups of shapes"):
             fresh: list[dict[str, Any]] = []
-            for case in group:
+            for case in steps(group, "shapes"):
                 if self.deadline.seconds_left < 5:
                     break
                 try:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 import emo_kernels
+from benchmarks.harness.progress import say, steps
 from benchmarks.kernels.cases import Case, Geometry, Slabs
 from benchmarks.kernels.timing import Deadline, measure
 from benchmarks.kernels.trials import Bench, Sandbox, Trial
@@ -118,7 +119,7 @@ def with_row(table: Table, row: Row) -> Table:
 
 
 def tune(
-    wanted: Iterable[Key],
+    wanted: Sequence[Key],
     path: Path,
     geometry: Geometry,
     slabs: dict[str, Slabs],
@@ -136,7 +137,7 @@ def tune(
     `limit` bounds the candidates per key, for a run that only shows that everything works.
     """
     found: list[Tuned] = []
-    for key in wanted:
+    for key in steps(wanted, "tune"):
         table = _read(path)
         if not again and any(_is_done(row, key, provenance) for row in table.rows):
             continue
@@ -150,7 +151,7 @@ def tune(
         ]
         tuned = _tune_key(key, path.stem, benches, sandbox, device, deadline, limit)
         if tuned is None:
-            print(f"  {key}: no time left")
+            say(f"  {key}: no time left")
             break
         tuned.provenance = f"{provenance}, {datetime.now(UTC).date().isoformat()}"
         row = Row(key.tokens, key.slots, key.weights, tuned.config, tuned.provenance)
@@ -158,7 +159,7 @@ def tune(
         with_row(table, row).save(whole)
         whole.replace(path)  # a run that is cut off here must not leave half a table
         record(tuned.as_result())
-        print(_line(tuned), flush=True)
+        say(_line(tuned))
         found.append(tuned)
     return found
 

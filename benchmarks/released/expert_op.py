@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness.progress import steps
 from benchmarks.harness.random_checkpoint import RELEASED
 from benchmarks.harness.results import append_result
 from emo_kernels.cpu import CpuExperts, may_use_tiles
@@ -141,7 +142,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         ops[variant] = Op(variant, pool, layers, dtype, ops.values())
     machine = Machine(dtype)
     rows = []
-    for tokens in args.tokens:
+    for tokens in steps(args.tokens, f"pool of {pool}, {threads} threads"):
         batch = draw_batch(tokens, pool, dtype)
         times: dict[str, list[float]] = {variant: [] for variant in ops}
         for counted in range(-1, args.rounds):  # the first round warms up

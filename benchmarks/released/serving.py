@@ -6,6 +6,7 @@ Makes a random checkpoint of the released sizes (`--layers`, 1.6 GiB each) and p
     stock   vLLM's own API server and its own kernel, all experts in memory, no pools. vLLM has no
             class for EMO: the plugin's is used, kept from our kernel by hiding the compiler
     base    emo-serve with all experts in memory; every request in the base pool
+    streamed  the same with slots for half of the experts: the base pool's are streamed
     one     emo-serve with slots for one pool; every request in it
     four    emo-serve with slots for four pools; requests in each of them, mixed
     *-spare the same, with a core left to the other processes, as vLLM does
@@ -93,9 +94,12 @@ class Server(ServerProcess):
         if base == "stock":
             command += ["vllm.entrypoints.launchers.api_server.entry", "--model", str(model)]
         else:
-            slots = num_experts(model) if base == "base" else slots_for(pools / base)
-            command += ["emo_serve", "serve", str(model), "--expert-slots", str(slots)]
-            command += [] if base == "base" else ["--pools", str(pools / base)]
+            command += ["emo_serve", "serve", str(model), "--expert-slots"]
+            if base in ("base", "streamed"):
+                command += [str(num_experts(model) // (1 if base == "base" else 2))]
+            else:
+                command += [str(slots_for(pools / base)), "--stream-slots", "0"]
+                command += ["--pools", str(pools / base)]
         variables = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"} if kind != base else {}
         if base == "stock":
             variables["CXX"] = shutil.which("false") or "false"
@@ -103,7 +107,7 @@ class Server(ServerProcess):
 
     def model_of(self, domain: str) -> str:
         """Return the model name for a request of a domain."""
-        return "base" if self.kind.startswith(("stock", "base")) else domain
+        return "base" if self.kind.startswith(("stock", "base", "streamed")) else domain
 
     def texts_of(self, domain: str) -> list[list[int]]:
         """Return token ids that prompts of a domain are cut from."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import append_result
 from benchmarks.reliability.client import COMPLETIONS, ask, read_event
 from benchmarks.reliability.server import Server, server
@@ -127,14 +128,16 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=200, help="clients that wait [200]")
     parser.add_argument("--port", type=int, help="of the server [a free one]")
     args = parser.parse_args()
-    result = {}
-    with server("--max-num-seqs", str(args.streams), port=args.port) as running:
-        result["streams"] = asyncio.run(leave_streams(running, args.streams))
-        print("streams", json.dumps(result["streams"], indent=1), flush=True)
     slots = ["--expert-slots", str(2 * _EXPERTS_A_POOL), "--default-pool", _BUSY[0]]
-    with server(*slots, "--preload", ",".join(_BUSY), port=args.port) as running:
-        result["waiting"] = asyncio.run(leave_waiting(running, args.waiting))
-        print("waiting", json.dumps(result["waiting"], indent=1), flush=True)
+    parts = (
+        ("streams", leave_streams, args.streams, ["--max-num-seqs", str(args.streams)]),
+        ("waiting", leave_waiting, args.waiting, [*slots, "--preload", ",".join(_BUSY)]),
+    )
+    result = {}
+    for name, leave, clients, flags in steps(parts, "parts"):
+        with server(*flags, port=args.port) as running:
+            result[name] = asyncio.run(leave(running, clients))
+        say(f"{name} {json.dumps(result[name], indent=1)}")
     print(f"appended to {append_result('reliability_abort', vars(args), result)}")
 
 

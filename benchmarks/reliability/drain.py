@@ -25,6 +25,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import append_result
 from benchmarks.reliability.client import Answer, ask, endings
 from benchmarks.reliability.server import Server, is_alive, server, shared_memory_of
@@ -144,9 +145,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="of the server [a free one]")
     args = parser.parse_args()
     result = {}
-    for name, case in cases(args.streams).items():
+    for name, case in steps(cases(args.streams).items(), "cases"):
         result[name] = run_case(case, args.port)
-        print(name, json.dumps(result[name], indent=1), flush=True)
+        say(f"{name} {json.dumps(result[name], indent=1)}")
     print(f"appended to {append_result('reliability_drain', vars(args), result)}")
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import free_port
 from benchmarks.reliability.client import ask, endings
@@ -109,14 +110,14 @@ def run_cases(directory: Path, place: Mapping[str, Any]) -> dict[str, dict[str, 
     """Kill one role after another; the server that starts after each kill is the next victim."""
     results: dict[str, dict[str, Any]] = {}
     before: dict[str, Any] | None = None
-    for role in ("front end", "engine", "worker", None):
+    for role in steps(("front end", "engine", "worker", None), "servers"):
         with Server(directory, **place) as running:
             if before is not None:
                 before["restart"] = {
                     "seconds": running.start_seconds,
                     "serves": asyncio.run(serves(running)),
                 }
-                print(json.dumps(before, indent=1), flush=True)
+                say(json.dumps(before, indent=1))
             if role is None:
                 running.stop()
             else:

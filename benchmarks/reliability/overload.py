@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.harness.progress import part_of, steps
 from benchmarks.harness.results import append_result
 from benchmarks.reliability.client import Answer, ask, endings, obey, summary_of, tries_of
 from benchmarks.reliability.probes import Probe, Probes
@@ -58,7 +59,14 @@ async def many(
     with probes_of(running, probed) as probes:
         async with running.session(seconds=300) as session:
             start = time.monotonic()
-            clients = await asyncio.gather(*(obey(session, body, tries) for body in bodies))
+            with part_of(len(bodies), "clients") as ended:
+
+                async def client(body: Mapping[str, Any]) -> list[Answer]:
+                    answers = await obey(session, body, tries)
+                    ended(1)
+                    return answers
+
+                clients = await asyncio.gather(*map(client, bodies))
             seconds = time.monotonic() - start
         async with running.observer() as observer:
             idle_seconds = await until_idle(observer)
@@ -119,7 +127,7 @@ async def fan(running: Server) -> dict[str, Any]:
         f"n={_MAX_RUNNING}": {"prompt": "a", "n": _MAX_RUNNING, "max_tokens": 64},
     }
     results: dict[str, Any] = {}
-    for name, body in bodies.items():
+    for name, body in steps(bodies.items(), "large requests"):
         with probes_of(running, _OTHER) as probes:
             async with running.session(seconds=60) as session:
                 await asyncio.sleep(1)

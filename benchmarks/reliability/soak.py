@@ -18,6 +18,7 @@ import os
 import time
 from typing import Any
 
+from benchmarks.harness.progress import part_of, say
 from benchmarks.harness.results import append_result
 from benchmarks.reliability.probes import Probe, Probes
 from benchmarks.reliability.sampling import ServerSample, growth, take_sample
@@ -52,12 +53,13 @@ async def load(running: Server, args: argparse.Namespace) -> dict[str, Any]:
             if (now - start) * 10 / (end - start) >= shown:
                 shown += 1
                 total = sum(traffic.counts.values())
-                print(f"{now - start:.0f} s, {total} requests, {_memory(samples[-1])}", flush=True)
+                say(f"{now - start:.0f} s, {total} requests, {_memory(samples[-1])}")
             await asyncio.sleep(min(args.sample_seconds, max(0.1, end - now)))
+            passed(time.monotonic() - now)
 
     async with running.session() as session:
         traffic = Traffic(session)
-        with Probes(running, _PROBES) as probes:
+        with Probes(running, _PROBES) as probes, part_of(end - start, "soak") as passed:
             clients = [traffic.client(end, args.pause) for _ in range(args.clients)]
             await asyncio.gather(sample(), traffic.operator(end, args.operator_pause), *clients)
     async with running.observer() as observer:

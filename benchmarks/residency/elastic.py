@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from benchmarks.harness.progress import say, steps
 from benchmarks.harness.results import append_result
 from benchmarks.harness.streams import beside, stream_completion
 from benchmarks.residency.switching import endless, foreground, start, summary
@@ -160,7 +161,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     loss_at: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        for way in args.ways.split(","):
+        for way in steps(args.ways.split(","), "ways"):
             log = Path(directory) / f"{way}.jsonl"
             more = flags.get(way, ("--elastic-min-experts", way))
             with start(3 * _EXPERTS_A_POOL, log, *more) as server:
@@ -168,7 +169,7 @@ def main() -> None:
                 if not loss_at and way not in flags:
                     sizes = range(int(way), _EXPERTS_A_POOL + 1)
                     loss_at = asyncio.run(losses(server.url, args.texts, sizes))
-            print(f"{way}: {json.dumps(result[way])}", flush=True)
+            say(f"{way}: {json.dumps(result[way])}")
     for parts in result.values():
         for part in parts.values():
             paid(part, loss_at)

@@ -31,6 +31,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
+from benchmarks.harness.progress import steps
 from benchmarks.harness.results import append_result
 from benchmarks.residency.traces import released_pools
 from emo_serve import demo
@@ -185,7 +186,7 @@ async def measure(app: FastAPI, path: str, rounds: int) -> dict[str, Any]:
     size = await scrape(app, path)
     await scrape(app, path)
     rows = []
-    for _ in range(rounds):
+    for _ in steps(range(rounds), path):
         idle, idle_gap, _ = await window(None)
         turns, gap, seconds = await window(lambda: scrape(app, path))
         lost = WINDOW_SECONDS * (1 - turns / idle)

@@ -12,11 +12,17 @@ Kinds of server (`--a`, `--b`):
     emo         emo-serve, all experts resident, each request in its domain's pool
     emo-base    emo-serve, all experts resident, every request in the base pool
     emo-slots   emo-serve with room for the four pools only
+    *-ngram     the same with n-gram speculative decoding, 4 tokens drafted
     *-eager     the same with --enforce-eager
     *-spare     the same, with a core left to the other processes, as vLLM does
 
+With `--repeated` a prompt is the beginning of a text twice, and then its first half: a model that
+copies what it reads, as in edits of code, goes on with the second half.
+
     python -m benchmarks.serving.throughput --a stock --b emo
     python -m benchmarks.serving.throughput --a emo --b emo-eager
+    python -m benchmarks.serving.throughput --a emo --b emo-ngram --repeated \
+        --pools python javascript c html
 """
 
 from __future__ import annotations
@@ -42,6 +48,8 @@ from benchmarks.harness.servers import ServerProcess
 from emo_serve import demo
 
 _PROMPT_CHARACTERS = 200
+_REPEATED_CHARACTERS = 3 * _PROMPT_CHARACTERS  # at most
+_NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2}
 _ENGINE_FLAGS = (
     *("--max-model-len", "1024", "--max-num-seqs", "32", "--dtype", "bfloat16"),
     *("--kv-cache-memory-bytes", str(512 << 20), "--no-enable-prefix-caching"),
@@ -58,17 +66,27 @@ class Sample:
 
 
 class Server(ServerProcess):
-    """One of the kinds of server above; `variables` are added to its environment."""
+    """One of the kinds of server above, asked with plain texts or repeated ones.
+
+    `variables` are added to its environment.
+    """
 
     def __init__(
-        self, kind: str, pools: Sequence[str], variables: Mapping[str, str] | None = None
+        self,
+        kind: str,
+        pools: Sequence[str],
+        variables: Mapping[str, str] | None = None,
+        *,
+        is_repeated: bool = False,
     ) -> None:
-        self.kind = kind
-        self.base = kind.removesuffix("-spare").removesuffix("-eager")
+        self.kind, self.is_repeated = kind, is_repeated
+        self.base = kind.removesuffix("-spare").removesuffix("-eager").removesuffix("-ngram")
         self.pools = pools
         flags = [*_ENGINE_FLAGS, "--served-model-name", "emo-demo"]
         if "-eager" in kind:
             flags.append("--enforce-eager")
+        if "-ngram" in kind:
+            flags += ["--speculative-config", json.dumps(_NGRAM)]
         if kind.endswith("-spare"):
             variables = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"} | dict(variables or {})
         super().__init__([*self._command(), *flags], variables=variables)
@@ -92,7 +110,14 @@ class Server(ServerProcess):
 
     def texts_of(self, domain: str) -> list[str]:
         """Return the texts that prompts of a domain are cut from."""
-        return demo.heldout(domain)
+        texts = demo.heldout(domain)
+        return (
+            [_repeated(text[:_PROMPT_CHARACTERS]) for text in texts] if self.is_repeated else texts
+        )
+
+
+def _repeated(text: str) -> str:
+    return f"{text}\n{text}\n{text[: len(text) // 2]}"
 
 
 def slots_for(pools: Sequence[str]) -> int:
@@ -170,7 +195,13 @@ def compare(a: Server, b: Server, concurrency: int, args: argparse.Namespace) ->
 
     def measure(server: Server) -> Sample:
         with server.running():
-            return asyncio.run(load(server, concurrency, args.requests, args.tokens))
+            characters = _REPEATED_CHARACTERS if args.repeated else _PROMPT_CHARACTERS
+            return asyncio.run(
+                load(
+                    *(server, concurrency, args.requests, args.tokens),
+                    prompt_characters=characters,
+                )
+            )
 
     rounds = in_turn(args.rounds, partial(measure, a), partial(measure, b))
     samples = dict(zip("ab", zip(*rounds, strict=True), strict=True))
@@ -198,12 +229,13 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8, help="requests per client and round [8]")
     parser.add_argument("--tokens", type=int, default=64, help="tokens per request [64]")
     parser.add_argument("--pools", nargs="+", default=demo.domains()[:4], help="pools mixed")
+    parser.add_argument("--repeated", action="store_true", help="prompts that repeat their text")
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        a = stack.enter_context(Server(args.a, args.pools))
+        a = stack.enter_context(Server(args.a, args.pools, is_repeated=args.repeated))
         a.pause()
-        b = stack.enter_context(Server(args.b, args.pools))
+        b = stack.enter_context(Server(args.b, args.pools, is_repeated=args.repeated))
         b.pause()
         print(f"A = {a.kind}, up in {a.start_seconds:.0f} s; B = {b.kind}, {b.start_seconds:.0f} s")
         print("| concurrent | A tok/s | B tok/s | B/A (min-max) | TTFT ms A, B | gap ms A, B |")

@@ -64,7 +64,7 @@ class ModelCheckpoint:
     def expert_bytes(self) -> int:
         """Return the bytes of one expert in the checkpoint's dtype, 0 for a dense model."""
         layer = self.facts.first_moe_layer
-        if layer is None or self.facts.expert_width is None:
+        if layer is None:
             return 0
         name = self.facts.names.expert(layer, 0, "gate")
         itemsize = self.file_of(name).dtype(name).itemsize
@@ -145,7 +145,6 @@ class ModelCheckpoint:
     def _checked_file(self, layer: int, expert: int, matrix: str) -> TensorFile:
         """Return the file of one matrix after checking its shape and dtype."""
         width, hidden = self.facts.expert_width, self.facts.hidden_size
-        assert width is not None, "a dense model has no experts"
         name = self.facts.names.expert(layer, expert, matrix)
         file = self.file_of(name)
         check_shape(file, name, (hidden, width) if matrix == "down" else (width, hidden))

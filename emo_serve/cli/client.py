@@ -43,6 +43,10 @@ class PoolServer(Connection):
         """Free the slots that only this pool needs; with `drain` wait for its requests to end."""
         return self._ask("POST", _path(name, "evict"), body=_json({"drain": drain}))
 
+    def evict_all(self, *, drain: bool = False) -> dict[str, Any]:
+        """Evict every pool that is not pinned; return all pools and the slab's slots."""
+        return self._ask("POST", "/evict-all", body=_json({"drain": drain}))
+
     def pin(self, name: str) -> dict[str, Any]:
         """Make a pool resident and keep it so."""
         return self._ask("POST", _path(name, "pin"))

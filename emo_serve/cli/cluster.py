@@ -9,16 +9,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from emo_serve.cli.commands import AddCommand, adder
+from emo_serve.cli.commands import AddCommand, add_json_flag, adder, print_json
 from emo_serve.cli.early import settings_of
 from emo_serve.cli.output import announce
 from emo_serve.cli.rendering.fleet import fleet_table
+from emo_serve.cli.replica_flags import check_replica_flags
 from emo_serve.cli.server_flags import READ_SECONDS, add_server_flags, server_of
-from emo_serve.config import PATH_FLAGS
+from emo_serve.config import PATH_FLAGS, parse_size
 from emo_serve.errors import ConfigError
 from emo_serve.ray_cluster.manifests import ray_service, serve_config
 from emo_serve.ray_cluster.settings import FleetSettings, read_replicas
@@ -28,7 +30,10 @@ __all__ = ["add_cluster_parser", "split_arguments"]
 _COMMANDS = ("serve", "config")
 _OTHERS = "Any flag of `emo-serve serve` may follow; each replica gets it."
 _SWITCHES = ("-h", "--help", "--kubernetes")
-_VALUES = ("--replicas", "--host", "--port", "--cpus", "--gpus", "--address", "--image")
+_VALUES = (
+    *("--replicas", "--host", "--port", "--cpus", "--gpus", "--memory"),
+    *("--address", "--image"),
+)
 _OF_PROXIES = ("--uds", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--root-path")
 
 
@@ -43,6 +48,7 @@ def add_cluster_parser(
     _add_config(add)
     status = add("status", _run_status, "Show the replicas, and what each has resident.")
     add_server_flags(status, is_required=False, seconds=READ_SECONDS)
+    add_json_flag(status)
     status.set_defaults(server="http://127.0.0.1:8000")
 
 
@@ -116,7 +122,12 @@ def _add_fleet_flags(command: argparse.ArgumentParser, *, host: str) -> None:
         type=float,
         default=0.0,
         metavar="N",
-        help="GPUs per replica (default: with `serve`, --tensor-parallel-size where Ray has GPUs)",
+        help="GPUs per replica (default: with `serve`, one per worker where Ray has GPUs)",
+    )
+    command.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="host memory that Ray reserves per replica, e.g. 64GiB (default: none)",
     )
 
 
@@ -126,21 +137,30 @@ def _run_serve(arguments: argparse.Namespace) -> int:
 
     prepare_environment(is_alone=arguments.address is None)
     try:
-        from emo_serve.ray_cluster.on_machine import Listening, run_fleet
+        from emo_serve.ray_cluster.on_machine import run_fleet
     except ImportError as error:
         raise ConfigError(
             f"the cluster commands need Ray ({error}); install it with: pip install"
             " 'emo-serve[cluster]', or run `make cluster`"
         ) from error
-    listening = Listening(arguments.host, arguments.port)
+    from emo_serve.server.startup.address import ServerAddress
+
+    check_replica_flags(settings.argv, opens_model=arguments.address is None)
+    listening = ServerAddress(arguments.host, arguments.port)
     return run_fleet(settings, listening, announce, arguments.address)
 
 
 def _run_config(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
-    if arguments.kubernetes and not (settings.cpus or settings.gpus):
-        raise ConfigError("a manifest must say what each pod gets: give --cpus or --gpus")
-    config = _yaml(serve_config(settings, arguments.host, arguments.port))
+    if not (settings.cpus or settings.gpus):
+        raise ConfigError(
+            "a config must say what Ray reserves for each replica, or all of them may land on one"
+            " machine: give --cpus or --gpus"
+        )
+    check_replica_flags(settings.argv, opens_model=False)
+    # a pod has room for one replica, so there nothing more is reserved of its memory
+    reserved = replace(settings, memory_bytes=0) if arguments.kubernetes else settings
+    config = _yaml(serve_config(reserved, arguments.host, arguments.port))
     if arguments.kubernetes:
         config = _yaml(ray_service(settings, config, arguments.image, arguments.port))
     print(config, end="")
@@ -154,7 +174,10 @@ def _run_status(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"{arguments.server} is one server, not a cluster; see `emo-serve pools list --server`"
         )
-    print(fleet_table(answer))
+    if arguments.json:
+        print_json(answer)
+    else:
+        print(fleet_table(answer))
     return 0
 
 
@@ -175,6 +198,7 @@ def _settings(arguments: argparse.Namespace) -> FleetSettings:
         max_replicas=most,
         cpus=arguments.cpus,
         gpus=arguments.gpus,
+        memory_bytes=0 if arguments.memory is None else parse_size("--memory", arguments.memory),
         drain_seconds=ours.drain_timeout_seconds,
     )
 

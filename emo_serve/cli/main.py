@@ -7,7 +7,6 @@ fast.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -116,9 +115,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(arguments: list[str]) -> int:
     settings_of(arguments)  # refuses bad values at once
-    _configure_logging()
-    from emo_serve.server.startup.quiet import be_quiet, is_quiet
+    from emo_serve.server.startup.quiet import be_quiet, is_quiet, log_to_stderr
 
+    log_to_stderr()
     quiet = is_quiet(arguments)
     if quiet:
         be_quiet()
@@ -126,18 +125,6 @@ def _serve(arguments: list[str]) -> int:
     from emo_serve.server.shipped import shipped_model
 
     return run(arguments, announce, shipped_model(), is_quiet=quiet)
-
-
-def _configure_logging() -> None:
-    """Log as vLLM does, to stderr; vLLM configures only its own loggers."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S")
-    )
-    root = logging.getLogger("emo_serve")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    root.propagate = False
 
 
 if __name__ == "__main__":

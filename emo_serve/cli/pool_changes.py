@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from emo_serve.cli.commands import AddCommand
-from emo_serve.cli.rendering.server_tables import status_line
+from emo_serve.cli.rendering.server_tables import slots_line, status_line
 from emo_serve.cli.server_flags import CHANGE_SECONDS, add_name, add_server_flags, server_of
+from emo_serve.errors import ConfigError
 from emo_serve.pools.document import read_pool
 
 __all__ = ["add_change_commands"]
@@ -23,11 +24,13 @@ def add_change_commands(add: AddCommand) -> None:
         action="store_true",
         help="admit no new requests and evict the pool when running ones have ended",
     )
+    evict.add_argument("--all", action="store_true", help="evict every pool that is not pinned")
     pin = add("pin", _run_pin, "Make a pool of a server resident and keep it so.")
     unpin = add("unpin", _run_unpin, "Allow a server to evict a pool again.")
     remove = add("remove", _run_remove, "Remove a pool and its file from a server.")
-    for command in (load, evict, pin, unpin):
+    for command in (load, pin, unpin):
         add_name(command)
+    add_name(evict, is_required=False)
     add_name(remove, "a pool's name")
     added = add(
         "add", _run_add, "Add a pool to a server, which stores it in its --pools directory."
@@ -45,8 +48,17 @@ def _run_load(arguments: argparse.Namespace) -> int:
 
 
 def _run_evict(arguments: argparse.Namespace) -> int:
+    if (arguments.name is None) is not arguments.all:
+        raise ConfigError("give the NAME of one pool, or --all")
     with server_of(arguments) as server:
-        print(status_line(server.evict(arguments.name, drain=arguments.drain)))
+        if arguments.name is not None:
+            print(status_line(server.evict(arguments.name, drain=arguments.drain)))
+            return 0
+        left = server.evict_all(drain=arguments.drain)
+    for card in left["data"]:
+        if card["row"] is not None:
+            print(status_line(card))
+    print(slots_line(left["slots"]))
     return 0
 
 

@@ -27,6 +27,7 @@ from emo_serve.pools.limits import check_text
 
 __all__ = ["run_server_build"]
 
+_METHODS = (DEFAULT_METHOD, "router")
 _LAST_WORD_SECONDS = 2.0  # the stream tells of a pool that is defined within one
 
 
@@ -100,9 +101,9 @@ def _check(arguments: argparse.Namespace) -> None:
     """Refuse flags that do not go with --server, and an invalid name."""
     check_pool_name("pools build", arguments.name)
     check_text("pools build", "description", arguments.description)
-    if arguments.method != DEFAULT_METHOD:
+    if arguments.method not in _METHODS:
         raise ConfigError(
-            f"pools build: a server builds only by {DEFAULT_METHOD}; for --method"
+            f"pools build: a server builds only by {' or '.join(_METHODS)}; for --method"
             f" {arguments.method} give --model DIR and no --server"
         )
     for flag in ("model", "out", "seed"):

@@ -68,9 +68,13 @@ def add_server_flags(
     )
 
 
-def add_name(command: argparse.ArgumentParser, text: str = NAME_HELP) -> None:
+def add_name(
+    command: argparse.ArgumentParser, text: str = NAME_HELP, *, is_required: bool = True
+) -> None:
     """Add NAME, a pool of the server, which a shell can complete."""
-    completed_by(command.add_argument("name", metavar="NAME", help=text), pools_of_server)
+    nargs = None if is_required else "?"
+    action = command.add_argument("name", metavar="NAME", nargs=nargs, help=text)
+    completed_by(action, pools_of_server)
 
 
 def server_of(arguments: argparse.Namespace) -> PoolServer:

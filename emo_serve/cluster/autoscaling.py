@@ -11,7 +11,9 @@ yet too few slots, so that requests wait for loads. So two wants are taken toget
 
 Loads come in bursts, so growth is decided by the mean over `up_seconds`, and those begin anew when
 the number of replicas has changed: a new replica has nothing resident, and its first loads are no
-reason for one more. A want to shrink must last `down_seconds`. A fleet that has `max_replicas` and
+reason for one more. While replicas that were asked for do not serve yet, no more are asked for; if
+they find no place, they are given up once nothing has wanted them for `down_seconds`. A want to
+shrink must last as long. A fleet that has `max_replicas` and
 still waits for loads needs more slots per replica, which no autoscaler can give.
 """
 
@@ -35,13 +37,14 @@ class ReplicaReport:
     """One replica over the last interval: requests on average, and how pools were found.
 
     `running` counts requests that hold a lease, those queued in the engine included, and
-    `waiting_for_loads` those that wait for one.
+    `waiting_for_loads` those that wait for one. Of `hits` and `misses` only the share counts, so
+    they may be means, too.
     """
 
     running: float
     waiting_for_loads: float
-    hits: int
-    misses: int
+    hits: float
+    misses: float
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,11 @@ class Autoscaler:
         self._seen: deque[tuple[float, ReplicaReport]] = deque()  # sums over replicas
         self._wants: deque[tuple[float, int]] = deque()
 
-    def decide(self, reports: Sequence[ReplicaReport], now: float) -> int:
-        """Return the number of replicas; `reports` has one for each that serves now."""
+    def decide(self, reports: Sequence[ReplicaReport], now: float, asked: int = 0) -> int:
+        """Return the number of replicas; `reports` has one for each that serves now.
+
+        `asked` is the number that was asked for, if some of these do not serve yet.
+        """
         limits, current = self.limits, len(reports)
         if self._start is None:
             self._start = now
@@ -96,10 +102,13 @@ class Autoscaler:
         self._wants.append((now, want))
         _trim(self._wants, now - limits.down_seconds)
         target = current
-        if want > current and now - self._changed_at >= limits.up_seconds:
+        most_wanted = max(want for _, want in self._wants)
+        if asked > current:
+            target = max(current, min(asked, most_wanted))
+        elif want > current and now - self._changed_at >= limits.up_seconds:
             target = want
         elif now - self._start >= limits.down_seconds:
-            target = min(current, max(want for _, want in self._wants))
+            target = min(current, most_wanted)
         return min(max(target, limits.min_replicas), limits.max_replicas)
 
     def _want(self, current: int) -> int:

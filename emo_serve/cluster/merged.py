@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["merged_card", "merged_list"]
 
 _Json = dict[str, Any]
-_STATES = ("resident", "closing", "loading", "waiting", "absent")  # the best first
+_STATES = ("resident", "closing", "loading", "waiting", "streamed", "absent")  # the best first
 _SUMS = ("running_requests", "waiting_requests", "hits", "misses")
 
 

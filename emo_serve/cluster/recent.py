@@ -27,7 +27,3 @@ class RecentlySent:
         """Tell whether such a request went there less than the memory ago."""
         sent_at = self._sent_at.get((pool, replica))
         return sent_at is not None and now - sent_at < self._memory_seconds
-
-    def forget(self, pool: str, replica: str) -> None:
-        """Forget the pair, for instance because the replica has refused or is gone."""
-        self._sent_at.pop((pool, replica), None)

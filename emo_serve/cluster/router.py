@@ -140,10 +140,6 @@ class PoolRouter:
         if not asked.is_anything:
             self._recent.note(asked.name, replica, now)
 
-    def note_refused(self, asked: Asked, replica: str) -> None:
-        """Forget that requests for this pool went to a replica, which refuses them or is gone."""
-        self._recent.forget(asked.name, replica)
-
     def _first(
         self,
         asked: Asked,

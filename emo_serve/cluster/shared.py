@@ -29,8 +29,8 @@ class Stamp:
 class News:
     """One change to a pool's definition or to a pin.
 
-    `value` is the pool's document, or "" for a pin; None if it was removed. `over` is the stamp of
-    the news that it replaces, as far as its replica knew.
+    `value` is the pool's document, or what `pins.pinned_on` says of a pin; None if it was removed.
+    `over` is the stamp of the news that it replaces, as far as its replica knew.
     """
 
     kind: _Kind
@@ -80,10 +80,10 @@ class SharedPools:
             and mine.stamp < news.stamp
         )
 
-    def pins(self) -> tuple[str, ...]:
-        """Return the names that are pinned on all replicas."""
+    def pins(self) -> tuple[News, ...]:
+        """Return the latest news of each name that is pinned, on all replicas or some."""
         return tuple(
-            news.name for news in self._latest.values() if news.kind == "pin" and news.value == ""
+            news for news in self._latest.values() if news.kind == "pin" and news.value is not None
         )
 
     def all(self) -> tuple[News, ...]:

@@ -104,7 +104,7 @@ class EmoConfig(PreTrainedConfig):
             family="EMO" if any(layers) else "dense model",
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
-            expert_width=self.intermediate_size if any(layers) else None,
+            expert_width=self.intermediate_size if any(layers) else 0,
             max_position_embeddings=self.max_position_embeddings,
             moe_layers=layers,
             norm_topk_prob=self.norm_topk_prob,

@@ -12,7 +12,7 @@ from typing import Any
 from emo_serve.checkpoints.checkpoint import ModelCheckpoint, check_shape
 from emo_serve.checkpoints.companions import check_companions
 from emo_serve.checkpoints.json_file import read_object, shown
-from emo_serve.checkpoints.weight_files import find_tensors
+from emo_serve.checkpoints.weight_files import find_tensors, is_left_over
 from emo_serve.emo.checkpoint import Checkpoint
 from emo_serve.emo.config import EMO_CONFIGS, EmoConfig
 from emo_serve.errors import CheckpointError, ConfigError
@@ -37,7 +37,8 @@ def open_checkpoint(directory: Path | str) -> ModelCheckpoint:
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type in EMO_CONFIGS:
         return Checkpoint.open(directory)
-    return _StandardCheckpoint.open(directory, _read_facts(path, fields))
+    has_biases = bool(fields.get("attention_bias"))
+    return _StandardCheckpoint.open(directory, _read_facts(path, fields), has_biases=has_biases)
 
 
 def open_with_reference(directory: Path | str, command: str, instead: str) -> Checkpoint:
@@ -46,11 +47,12 @@ def open_with_reference(directory: Path | str, command: str, instead: str) -> Ch
     `command` is what needs it, `instead` the other way.
     """
     checkpoint = open_checkpoint(directory)
-    if not isinstance(checkpoint, Checkpoint):
+    if not checkpoint.facts.has_reference:
         raise ConfigError(
             f"{command}: {checkpoint.directory} is a {checkpoint.facts.family}, of which emo-serve"
             f" has no reference model that runs without vLLM; {instead}"
         )
+    assert isinstance(checkpoint, Checkpoint), "only EMO has a reference model"
     return checkpoint
 
 
@@ -100,11 +102,11 @@ class _StandardCheckpoint(ModelCheckpoint):
     """A checkpoint of a standard family; of its trunk only vLLM's class knows the shapes."""
 
     @classmethod
-    def open(cls, directory: Path, facts: ModelFacts) -> _StandardCheckpoint:
+    def open(cls, directory: Path, facts: ModelFacts, *, has_biases: bool) -> _StandardCheckpoint:
         """Check that gates and experts, and nothing else of a router's, are there."""
         check_companions(directory)
         checkpoint = cls(directory, facts, *find_tensors(directory))
-        checkpoint._check_names()
+        checkpoint._check_names(has_biases)
         for index, moe in enumerate(facts.moe_layers):
             if moe is not None:
                 name = facts.names.router(index)
@@ -113,7 +115,8 @@ class _StandardCheckpoint(ModelCheckpoint):
         checkpoint._check_width()
         return checkpoint
 
-    def _check_names(self) -> None:
+    def _check_names(self, has_biases: bool) -> None:
+        """Refuse names without a place, some of which vLLM's loader would drop without a word."""
         facts, names = self.facts, self.facts.names
         missing = next((name for name in facts.expert_names() if name not in self._files), None)
         for name in self._files:
@@ -121,19 +124,20 @@ class _StandardCheckpoint(ModelCheckpoint):
                 raise CheckpointError(
                     f"{self.directory}: {shown(name)}: scores with a correction bias are not served"
                 )
-            if f".{names.block}.experts." not in name:
-                continue
-            place = names.parse(name)
-            if place is None or not self._has_place(*place[:2]):
+            if not self._has_place(name, has_biases):
                 raise CheckpointError(
                     f"{self.directory}: {shown(name)} has no place in a {facts.family} of this"
-                    " config; expected per expert three weights, such as"
+                    " config; expected nothing but weights, three weights per expert such as"
                     f" {names.expert(facts.first_moe_layer or 0, 0, 'gate')}: no biases, no scales"
                     " of quantised weights"
                 )
         if missing is not None:
             raise CheckpointError(f"{self.directory}: tensor {missing} is missing")
 
-    def _has_place(self, layer: int, expert: int) -> bool:
-        counts = self.facts.experts_per_layer
-        return layer < len(counts) and expert < counts[layer]
+    def _has_place(self, name: str, has_biases: bool) -> bool:
+        counts, names = self.facts.experts_per_layer, self.facts.names
+        if f".{names.block}.experts." in name:
+            layer, expert, _ = names.parse(name) or (len(counts), 0, "")
+            return layer < len(counts) and expert < counts[layer]
+        kinds = (".weight", ".bias") if has_biases else (".weight",)
+        return name.endswith(kinds) or is_left_over(name)

@@ -69,6 +69,7 @@ FAMILIES = {
             "EmoServeQwen3MoeForCausalLM",
             expert_width="moe_intermediate_size",
             is_dense=_is_dense_qwen3,
+            fixed={"attention_bias": (False, "vLLM's class has no bias in o_proj")},
         ),
         StandardFamily(
             "Mixtral",
@@ -76,6 +77,7 @@ FAMILIES = {
             "EmoServeMixtralForCausalLM",
             norm_topk_prob=True,
             names=ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
+            fixed={"attention_bias": (False, _FIXED_BY_VLLM)},
         ),
         StandardFamily("FlexOlmo", "flex_olmo", "EmoServeFlexOlmoForCausalLM"),
     )

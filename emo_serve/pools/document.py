@@ -277,9 +277,15 @@ class BuildRequest(StrictModel):
         json_schema_extra={"minimum": 1},
     )
     method: Annotated[
-        Literal["layerwise"],
-        Expected("'layerwise'; a server builds by no other, emo-serve pools build does"),
-    ] = DEFAULT_METHOD
+        Literal["layerwise", "router"],
+        Expected(
+            "'layerwise' or 'router'; a server builds by no other, emo-serve pools build does"
+        ),
+    ] = Field(
+        DEFAULT_METHOD,
+        description="layerwise: layer by layer, in what was kept below; router: in one pass of the"
+        " full model, which must fit or be streamed",
+    )
     description: str = ""
     router_temperature: _Temperature = Field(
         1.0, description="of the pool; it is found at temperature 1, as a file's is"

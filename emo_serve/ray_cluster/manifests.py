@@ -7,17 +7,25 @@ from typing import Any
 from emo_serve.ray_cluster.environment import VARIABLES
 from emo_serve.ray_cluster.settings import FleetSettings
 
-__all__ = ["APPLICATION", "IMPORT_PATH", "ray_service", "serve_config"]
+__all__ = ["APPLICATION", "DEPLOYMENT", "IMPORT_PATH", "ray_service", "serve_config"]
 
 APPLICATION = "emo-serve"
+DEPLOYMENT = "EmoServe"
 IMPORT_PATH = "emo_serve.ray_cluster.application:build"
 _RAY_VERSION = "2.60.0"
+
+_CPUS_PER_GPU = 4  # one rank's engine and worker, and the front end
+_MEMORY_BYTES = 16 * 2**30
 
 _HEAD = {"requests": {"cpu": "2", "memory": "4Gi"}, "limits": {"cpu": "2", "memory": "4Gi"}}
 
 
 def serve_config(settings: FleetSettings, host: str, port: int) -> dict[str, Any]:
-    """Return the document of a Serve config file."""
+    """Return the document of a Serve config file.
+
+    The number of replicas stands beside the deployment's name, as Serve users know it: when it
+    alone changes, Ray starts or ends replicas; when `args` change, it replaces all of them.
+    """
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": host, "port": port},
@@ -27,6 +35,7 @@ def serve_config(settings: FleetSettings, host: str, port: int) -> dict[str, Any
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
                 "args": settings.to_args(),
+                "deployments": [{"name": DEPLOYMENT, **settings.replica_options()}],
             }
         ],
     }
@@ -80,7 +89,9 @@ def _pod(name: str, image: str, resources: dict[str, Any], port: int) -> dict[st
 
 
 def _resources(settings: FleetSettings) -> dict[str, Any]:
-    amounts: dict[str, str] = {"cpu": f"{max(1, round(settings.cpus))}", "memory": "16Gi"}
+    cpus = settings.cpus or _CPUS_PER_GPU * settings.gpus
+    memory = settings.memory_bytes or _MEMORY_BYTES
+    amounts = {"cpu": f"{max(1, round(cpus))}", "memory": f"{memory // 2**20}Mi"}
     if settings.gpus:
         amounts["nvidia.com/gpu"] = f"{max(1, round(settings.gpus))}"
     return {"requests": amounts, "limits": dict(amounts)}

@@ -6,51 +6,35 @@ nothing. A replica that joins hears everything before it is ready, and asks agai
 since a change may be made just while it joins. Files in --pools are written only where a change
 arrives.
 
-What a client asks here about pools concerns all replicas:
-
-    GET /v1/pools, GET /v1/pools/NAME   merged; with ?replica=ID of that one alone, as every request
-                                        with it is answered there
-    POST /v1/pools/NAME/load            on the first replica of the pool's order; evict, pin and
-                                        unpin on all; ?replicas=N on N of them, or all
+A pin on N replicas is held by the first N of the pool's order that run, whichever these are. What
+clients ask about pools is in `fleet_routes`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
-from urllib.parse import parse_qsl, unquote, urlencode
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from emo_serve.cluster.merged import merged_card, merged_list
+from emo_serve.cluster.pins import EVERYWHERE, holders
 from emo_serve.cluster.rendezvous import Rendezvous
 from emo_serve.cluster.shared import News, SharedPools, Stamp
-from emo_serve.errors import EmoServeError, RequestError, UnknownPool
+from emo_serve.errors import EmoServeError, UnknownPool
 from emo_serve.names import pools_of
 from emo_serve.pools.document import format_pool, parse_pool
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.pools.strict_json import parse_json
-from emo_serve.ray_cluster.local_requests import (
-    LocalAnswer,
-    LocalRequest,
-    ask_app,
-    is_local,
-)
-from emo_serve.server.asgi.errors import refusal, route_path
+from emo_serve.ray_cluster.local_requests import LocalAnswer, LocalRequest, ask_app
 from emo_serve.server.pool_admin.service import PoolService
 
 __all__ = ["FleetMember", "Peers"]
 
 logger = logging.getLogger(__name__)
 
-_POOLS = "/v1/pools"
-_OF_ONE = (_POOLS, "/v1/residency", "/metrics")
-_EVENTS = "/v1/residency/events"
-_VERBS = {"load": 1, "evict": None, "pin": None, "unpin": None}
-"""On how many replicas each is done unless the request says so; None is all."""
 _HEAR_SECONDS = 15.0
 _AGAIN_SECONDS = (1.0, 3.0, 10.0)
 _STEADY_SECONDS = 30.0
@@ -75,7 +59,7 @@ class Peers(Protocol):
 
 
 class FleetMember:
-    """Keep one replica's pools as the fleet's, and answer what concerns all replicas."""
+    """Keep one replica's pools as the fleet's."""
 
     def __init__(self, name: str, peers: Peers) -> None:
         self.name = name
@@ -85,24 +69,25 @@ class FleetMember:
         self._one_hearing = asyncio.Lock()
         self._seen: dict[str, ExpertPool] = {}
         self._untold: list[News] = []
-        self._inner: ASGIApp | None = None
+        self._running: frozenset[str] = frozenset()  # when pins were last looked at
         self._app: ASGIApp | None = None
         self._key: str | None = None
         self._service: PoolService | None = None
 
-    def around(self, app: ASGIApp) -> ASGIApp:
-        """Put the layer around the routes of a server's app."""
-        self._inner = app
-        return self._answer
-
     async def join(self, service: PoolService, app: ASGIApp, key: str | None = None) -> None:
         """Take over the fleet's pools; call it before the first request.
 
-        `app` is the whole app with this layer in it, and `key` an operator's, if it needs one.
+        `app` is the whole app with FleetRoutes in it, and `key` an operator's, if it needs one.
         """
         self._service, self._app, self._key = service, app, key
         self._seen = self._defined()
         await self.catch_up()
+
+    @property
+    def service(self) -> PoolService:
+        """Return what this replica does with pools, once it has joined."""
+        assert self._service is not None
+        return self._service
 
     # -- what the other replicas call --
 
@@ -126,6 +111,28 @@ class FleetMember:
         self._note_changes()
         return self._shared.lacking(stamps)
 
+    # -- changes made here --
+
+    async def spread(self) -> None:
+        """Tell the others what is new here, and wait for them; the slow ones hear of it later."""
+        self._note_changes()
+        news, self._untold = self._untold, []
+        if not news:
+            return
+        try:
+            async with asyncio.timeout(_HEAR_SECONDS):
+                await self._peers.hear(news)
+        except Exception as error:  # they catch up by themselves
+            logger.warning("not every replica has heard of a change yet: %r", error)
+
+    async def pin(self, pool: str, value: str | None) -> None:
+        """Tell everyone on which replicas a pool is pinned, in the words of `cluster.pins`."""
+        async with self._one_hearing:
+            news = self._shared.note("pin", pool, value)
+            self._untold.append(news)
+            await self._act(news, writes=False)  # this replica may have to give it up
+        await self.spread()
+
     # -- keeping in step --
 
     async def catch_up(self) -> None:
@@ -142,10 +149,21 @@ class FleetMember:
         while True:
             await asyncio.sleep(next(delays, _STEADY_SECONDS))
             try:
-                await self._spread()
+                await self.spread()
                 await self.catch_up()
+                await self.move_pins()
             except Exception as error:  # a peer or Ray's controller is away: next time
                 logger.warning("the other replicas were not asked for their pools: %s", error)
+
+    async def move_pins(self) -> None:
+        """Take over pins of replicas that are gone, and leave to new ones what is theirs."""
+        running = frozenset(await self._peers.names())
+        if running == self._running:
+            return
+        async with self._one_hearing:
+            for news in self._shared.pins():
+                await self._act(news, writes=False)
+        self._running = running
 
     def _note_changes(self) -> None:
         """Make news of what has changed here since the last call, in whatever way."""
@@ -156,7 +174,8 @@ class FleetMember:
         untold += [note("pool", pool.name, format_pool(pool)) for pool in changed]
         gone = set(before) - set(now)
         untold += [note("pool", name, None) for name in sorted(gone)]
-        unpinned = [name for name in self._shared.pins() if gone.intersection(pools_of(name))]
+        pinned = [news.name for news in self._shared.pins()]
+        unpinned = [name for name in pinned if gone.intersection(pools_of(name))]
         untold += [note("pin", name, None) for name in unpinned]
 
     def _defined(self) -> dict[str, ExpertPool]:
@@ -190,121 +209,13 @@ class FleetMember:
         self._seen.pop(name, None)
 
     async def _act_on_pin(self, service: PoolService, news: News) -> None:
+        running = {self.name}  # soon, if not yet
+        if news.value not in (None, EVERYWHERE):
+            self._running = frozenset()  # look again: who runs may change just now
+            running |= {*await self._peers.names()}
+        held_by = holders(news.name, news.value, sorted(running), self._rendezvous)
         is_pinned = service.residency.is_pinned(news.name)
-        if news.value is None and is_pinned:
+        if is_pinned and self.name not in held_by:
             service.residency.unpin(news.name)
-        elif news.value is not None and not is_pinned:
+        elif not is_pinned and self.name in held_by:
             await service.residency.load(news.name, pin=True)
-
-    async def _spread(self) -> None:
-        """Tell the others what is new here, and wait for them; the slow ones hear of it later."""
-        self._note_changes()
-        news, self._untold = self._untold, []
-        if not news:
-            return
-        try:
-            async with asyncio.timeout(_HEAR_SECONDS):
-                await self._peers.hear(news)
-        except Exception as error:  # they catch up by themselves
-            logger.warning("not every replica has heard of a change yet: %r", error)
-
-    # -- what clients ask --
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        assert self._inner is not None
-        path = "" if scope["type"] != "http" or is_local(scope) else route_path(scope)
-        if path == _EVENTS or not path.startswith(_OF_ONE):
-            await self._inner(scope, receive, send)
-            return
-        query: bytes = scope.get("query_string", b"")
-        options = dict(parse_qsl(query.decode("latin-1")))
-        method: str = scope["method"]
-        try:
-            if method == "GET" and "replica" in options:
-                request = LocalRequest(method, path, _without_ours(options))
-                answer = await self._one(request, options["replica"])
-            elif method == "GET" and _is_merged(path):
-                answer = await self._merged(LocalRequest(method, path, query))
-            elif method in ("POST", "DELETE") and path.startswith(_POOLS):
-                body: bytes = (await receive()).get("body", b"")
-                request = LocalRequest(method, path, _without_ours(options), body)
-                assert self._service is not None
-                change = self._change(request, options)
-                answer = await self._service.definitions.to_the_end(change)
-            else:
-                await self._inner(scope, receive, send)
-                return
-        except EmoServeError as error:
-            await refusal(scope, error)(scope, receive, send)
-            return
-        await answer(scope, receive, send)
-
-    async def _one(self, request: LocalRequest, name: str) -> LocalAnswer:
-        answers = await self._peers.ask(request, [name])
-        if name not in answers:
-            known = ", ".join(sorted(await self._peers.names()))
-            raise UnknownPool(f"there is no replica {name!r}; the replicas are: {known}")
-        return answers[name]
-
-    async def _merged(self, request: LocalRequest) -> LocalAnswer:
-        answers = await self._peers.ask(request)
-        good = {name: one.json() for name, one in answers.items() if one.is_success}
-        if not good:
-            return await self.ask(request)
-        merge = merged_list if request.path == _POOLS else merged_card
-        return LocalAnswer.of(merge(good))
-
-    async def _change(self, request: LocalRequest, options: Mapping[str, str]) -> LocalAnswer:
-        pool, _, verb = request.path.removeprefix(f"{_POOLS}/").rpartition("/")
-        if request.method == "POST" and verb in _VERBS:
-            return await self._place(request, unquote(pool), verb, options)
-        answer = await self.ask(request)
-        await self._spread()
-        return answer
-
-    async def _place(
-        self, request: LocalRequest, pool: str, verb: str, options: Mapping[str, str]
-    ) -> LocalAnswer:
-        """Load, evict, pin or unpin a pool on some replicas, or on all."""
-        assert self._service is not None
-        found = self._service.lookup.find(pool).name
-        chosen = self._chosen(found, await self._peers.names(), verb, options)
-        answers = await self._peers.ask(request, chosen)
-        failed = [one for one in answers.values() if not one.is_success]
-        if failed or not answers:
-            return failed[0] if failed else await self.ask(request)
-        if "replicas" not in options and verb in ("pin", "unpin"):
-            value = "" if verb == "pin" else None
-            self._untold.append(self._shared.note("pin", found, value))
-            await self._spread()
-        return await self._merged(LocalRequest("GET", f"{_POOLS}/{pool}"))
-
-    def _chosen(
-        self, pool: str, replicas: Sequence[str], verb: str, options: Mapping[str, str]
-    ) -> list[str]:
-        """Return the first replicas of the pool's order; the last ones to evict it from."""
-        ordered = list(self._rendezvous.ranks(pool, replicas))
-        number = _number(options.get("replicas"), _VERBS[verb])
-        if number is None:
-            return ordered
-        return ordered[-number:] if verb == "evict" else ordered[:number]
-
-
-def _is_merged(path: str) -> bool:
-    return path == _POOLS or (path.startswith(f"{_POOLS}/") and path.count("/") == 3)
-
-
-def _without_ours(options: Mapping[str, str]) -> bytes:
-    kept = {key: value for key, value in options.items() if key not in ("replica", "replicas")}
-    return urlencode(kept).encode()
-
-
-def _number(text: str | None, default: int | None) -> int | None:
-    """Read `replicas`: a number, or all."""
-    if text is None:
-        return default
-    if text == "all":
-        return None
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise RequestError(f"replicas is {text!r}; expected a number from 1, or all")
-    return int(text)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -21,32 +21,21 @@ from emo_serve.errors import ConfigError, EngineDead
 from emo_serve.ray_cluster.application import build_application
 from emo_serve.ray_cluster.manifests import APPLICATION
 from emo_serve.ray_cluster.settings import FleetSettings
+from emo_serve.server.startup.address import ServerAddress
 
-__all__ = ["Listening", "run_fleet", "running_fleet"]
+__all__ = ["Build", "deploy", "run_fleet", "running_fleet"]
+
+Build = Callable[[FleetSettings], serve.Application]
+"""How the application is made of a fleet's settings."""
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # requests and answers do not go through it
 _STOP_SECONDS = 30.0  # beyond the drain, for Ray to end the replicas
-_LOOPBACK = "127.0.0.1"
 _ERROR = re.compile(r"emo_serve\.errors\.\w+: |(?=\w+(\.\w+)*Error: )")
-
-
-@dataclass(frozen=True)
-class Listening:
-    """Where the proxies listen."""
-
-    host: str
-    port: int
-
-    @property
-    def url(self) -> str:
-        """Return the address for a client on this machine."""
-        host = _LOOPBACK if self.host in ("", "0.0.0.0", "::") else self.host
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 def run_fleet(
     settings: FleetSettings,
-    listening: Listening,
+    listening: ServerAddress,
     announce: Callable[[str], None],
     address: str | None = None,
 ) -> int:
@@ -67,20 +56,25 @@ def run_fleet(
 
 @contextmanager
 def running_fleet(
-    settings: FleetSettings, listening: Listening, address: str | None = None
+    settings: FleetSettings,
+    listening: ServerAddress,
+    address: str | None = None,
+    build: Build = build_application,
 ) -> Iterator[None]:
     """Have a fleet that answers requests inside the block."""
     if address is None:
         _check_free(listening)
-    options = {"address": address} if address else _own_ray(settings)
+    options = _own_ray(settings) if address is None else {"address": address}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(log_to_driver=True, logging_level="ERROR", **options)
     try:
         settings = _with_resources(settings)
+        if address is None:
+            settings.check_fits(ray.cluster_resources())
         where = {"host": listening.host, "port": listening.port}
         serve.start(proxy_location="EveryNode", http_options=where)
         try:
-            _deploy(settings)
+            deploy(build(settings))
             yield
         finally:
             _drain(settings.drain_seconds)
@@ -90,10 +84,10 @@ def running_fleet(
         ray.shutdown()
 
 
-def _deploy(settings: FleetSettings) -> None:
-    """Start the replicas, and wait until they answer."""
+def deploy(application: serve.Application) -> None:
+    """Start the replicas, or replace those that run, and wait until they answer."""
     try:
-        serve.run(build_application(settings), name=APPLICATION, route_prefix="/")
+        serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         raise EngineDead(f"the replicas did not start: {_cause(error)}") from error
 
@@ -109,6 +103,7 @@ def _drain(seconds: float) -> None:
 def _own_ray(settings: FleetSettings) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     return {
+        "address": "local",  # whatever else runs on this machine
         "num_cpus": max(cores, settings.max_replicas),
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
@@ -125,15 +120,16 @@ def _with_resources(settings: FleetSettings) -> FleetSettings:
     return replace(settings, cpus=max(1.0, have.get("CPU", 1) // settings.max_replicas))
 
 
-def _check_free(listening: Listening) -> None:
+def _check_free(listening: ServerAddress) -> None:
     """Raise ConfigError if the port is taken: Ray would say so only in a log."""
-    family = socket.AF_INET6 if ":" in listening.host else socket.AF_INET
+    host = listening.host or ""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with closing(socket.socket(family)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((listening.host, listening.port))
+            probe.bind((host, listening.port))
         except OSError as error:
-            where = f"{listening.host}:{listening.port}"
+            where = f"{host}:{listening.port}"
             reason = error.strerror or error
             raise ConfigError(f"cannot listen on {where}: {reason}; give another --port") from error
 
@@ -147,7 +143,7 @@ def _cause(error: RuntimeError) -> str:
     return _ERROR.sub("", named[-1]) if named else " ".join(str(error).split())
 
 
-def _summary(settings: FleetSettings, listening: Listening) -> str:
+def _summary(settings: FleetSettings, listening: ServerAddress) -> str:
     least, most = settings.min_replicas, settings.max_replicas
     count = str(least) if least == most else f"{least} to {most}"
     return (

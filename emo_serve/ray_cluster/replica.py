@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -22,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from emo_serve.cluster.fleet import published
 from emo_serve.cluster.shared import News, Stamp
 from emo_serve.errors import EngineDead
+from emo_serve.ray_cluster.fleet_routes import FleetRoutes
 from emo_serve.ray_cluster.local_requests import LocalAnswer, LocalRequest
 from emo_serve.ray_cluster.member import FleetMember
 from emo_serve.ray_cluster.scaling import report
@@ -95,19 +97,20 @@ class Replica:
         self._argv = list(argv)
         self._stack = ExitStack()
         self._beside: list[asyncio.Task[None]] = []
-        self._member = FleetMember(context.replica_id.unique_id, _RayPeers(context))
+        self._peers = _RayPeers(context)
+        self._member = FleetMember(context.replica_id.unique_id, self._peers)
         self._found = (0, 0)
         self._life: Any = None
         self._server: Any = None
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Start the engine and build the app; Ray sends requests here once this has returned."""
-        from emo_serve.server.startup.quiet import be_quiet, is_quiet
+        from emo_serve.server.startup.quiet import be_quiet, is_quiet, log_to_stderr
 
         quiet = is_quiet(self._argv)
         if quiet:
             be_quiet()
-        _log_to_stderr()
+        log_to_stderr()  # Ray passes it on
         from emo_serve.server.shipped import shipped_model
         from emo_serve.server.startup.engine_output import EngineOutput
         from emo_serve.server.startup.launch import prepare
@@ -121,7 +124,8 @@ class Replica:
             self._stack.callback(output.close)
         self._life = self._life_of(launch, progress, output)
         self._life.start()
-        self._server = await self._life.build(self._member.around)
+        around = partial(FleetRoutes, member=self._member, peers=self._peers)
+        self._server = await self._life.build(around)
         self._server.app.state.server = _Ending()
         if output is not None:
             output.started()
@@ -233,14 +237,3 @@ class Replica:
     async def name(self) -> str:
         """Return this replica's name."""
         return self._member.name
-
-
-def _log_to_stderr() -> None:
-    """Show our own log lines, as `emo-serve serve` does; Ray passes them on."""
-    root = logging.getLogger("emo_serve")
-    if not root.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s [%(name)s] %(message)s"))
-        root.addHandler(handler)
-        root.setLevel(logging.INFO)
-        root.propagate = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from emo_serve.errors import EngineDead
 from emo_serve.pools.pool import ExpertPool
@@ -60,17 +60,18 @@ class RunningLoads:
 
     # -- loads --
 
-    def start(self, pool: ExpertPool, plan: LoadPlan) -> bool:
+    def start(self, pool: ExpertPool, plan: LoadPlan, staying: Mapping[str, str]) -> bool:
         """Begin a load and return True; if its files cannot be read, fail it and return False.
 
-        The plan's victims are evicted only once the files are known to be readable.
+        The plan's victims are evicted only once the files are known to be readable; `staying` names
+        the sizes of them that stay.
         """
         try:
             self._engine.check_readable(plan.copies)
         except Exception as error:  # the caller may be a request for quite another pool
             self._note_failure(pool, error)
             return False
-        resident = self._resident.begin(pool, plan)
+        resident = self._resident.begin(pool, plan, staying)
         task = asyncio.create_task(self._load(resident, plan))
         self._tasks[task] = bool(plan.copies)
         task.add_done_callback(self._note_done)

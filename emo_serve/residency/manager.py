@@ -55,6 +55,7 @@ class ResidencyManager:
     is the size of one expert in one layer, over all ranks. Pools must be complete and match the
     model. Without `limits`, any number of requests is admitted for resident pools. `shrink_to`
     names the sizes that a pool may leave behind when it makes room for another; without it, none.
+    With `may_stream`, the engine serves pools that are too large for the slots, too.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class ResidencyManager:
         observer: ResidencyObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
         shrink_to: NestedSizes | None = None,
+        may_stream: bool = False,
     ) -> None:
-        self._room = Room(slots, num_rows, slot_bytes)
+        self._room = Room(slots, num_rows, slot_bytes, may_stream=may_stream)
+        self._engine = engine
         self._policy: EvictionPolicy = policy or LruPolicy()
         self._counts = EventCounts(observer or NullObserver())
         self._deadline_seconds, self._clock = load_deadline_seconds, clock
@@ -95,8 +98,12 @@ class ResidencyManager:
     # -- questions --
 
     def is_resident(self, pool: ExpertPool) -> bool:
-        """Tell whether all the pool's experts are in device memory, whichever pool loaded them."""
-        return self._room.covers(pool)
+        """Tell whether all the pool's experts are in slots to stay, whichever pool loaded them."""
+        return self._room.covers(pool) and not self._room.is_streamed(pool)
+
+    def is_streamed(self, pool: ExpertPool) -> bool:
+        """Tell whether the pool is too large for the slots, and served all the same, slowly."""
+        return self._room.is_streamed(pool)
 
     def is_pinned(self, pool: ExpertPool) -> bool:
         """Tell whether an operator wants the pool to stay resident."""
@@ -110,7 +117,7 @@ class ResidencyManager:
         """Tell whether a lease would need neither a copy nor a wait in the queue."""
         if (resident := self._resident.get(pool.content_hash)) is not None:
             return resident.is_open
-        return self.is_resident(pool)
+        return self._room.covers(pool)
 
     def num_fitting(self, pools: Iterable[ExpertPool]) -> int:
         """Return how many of these pools, taken in turn, could be loaded with no eviction.
@@ -138,9 +145,10 @@ class ResidencyManager:
             return True
         return self._room.fits(self._room.demand(pool), without=self._resident.unpinned)
 
-    def check_can_ever_fit(self, pool: ExpertPool) -> None:
-        """Raise PoolTooLarge for a pool that even the empty slab could not hold."""
-        self._room.check_can_ever_fit(pool)
+    def check_servable(self, pool: ExpertPool, *, pinned: bool = False) -> None:
+        """Raise PoolTooLarge for a pool that not even the empty slab could serve, or hold."""
+        if pinned or not self._room.is_streamed(pool):
+            self._room.check_can_ever_fit(pool)
 
     @property
     def limits(self) -> BacklogLimits | None:
@@ -189,8 +197,11 @@ class ResidencyManager:
 
         Raises as `check_admissible` does, except Draining: a request admitted before is served to
         its end, even if that takes several leases (beam search). Also raises LoadDeadlineExceeded
-        and whatever a load raised.
+        and whatever a load raised, for a streamed pool also if an expert of it cannot be read now:
+        in the middle of a step it would be too late.
         """
+        if self._room.is_streamed(pool):
+            self._engine.check_readable(self._room.streamed_copies(pool))
         is_hit = self.would_hit(pool)
         if not is_own:
             self._counts.count_ask(pool.name, is_hit=is_hit)
@@ -209,9 +220,11 @@ class ResidencyManager:
     async def load(self, pool: ExpertPool, *, pin: bool = False) -> None:
         """Make a pool resident; a no-op if it is. With `pin`, have it stay.
 
-        Waits in the same queue as requests and raises the same errors. Cancelling the caller does
-        not stop a load that has begun.
+        Waits in the same queue as requests and raises the same errors; a pool that is streamed can
+        not be pinned. Cancelling the caller does not stop a load that has begun.
         """
+        if pin:
+            self.check_servable(pool, pinned=True)
         await self._queue.acquire(pool, Purpose.PIN if pin else Purpose.LOAD)
 
     def unpin(self, pool: ExpertPool) -> None:
@@ -356,7 +369,8 @@ class ResidencyManager:
         state: PoolState = "waiting"
         if resident is not None:
             state = "closing" if resident.is_published else "loading"
-            state = "resident" if resident.is_open else state
+            if resident.is_open:
+                state = "streamed" if self._room.is_streamed(resident.pool) else "resident"
         return PoolResidency(
             name=known.pool.name,
             content_hash=known.key,

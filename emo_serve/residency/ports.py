@@ -44,7 +44,8 @@ class PoolEngine(Protocol):
     def check_readable(self, copies: Sequence[Copy]) -> None:
         """Raise PoolLoadFailed unless the files of these experts exist and are complete.
 
-        Must be quick and copy nothing; called before anything is evicted for a load.
+        Must be quick and copy nothing; called before anything is evicted for a load, and before
+        each request of a pool that is streamed.
         """
         ...
 

@@ -89,7 +89,7 @@ class LoadQueue:
 
     def check_may_wait(self, pool: ExpertPool) -> None:
         """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless a request may wait for it."""
-        self._refusals.check_may_wait(pool, is_request=True)
+        self._refusals.check_may_wait(pool, Purpose.LEASE)
 
     def may_begin(self, pool: ExpertPool) -> bool:
         """Tell whether a request for the pool would begin without a copy and without a turn."""
@@ -129,7 +129,7 @@ class LoadQueue:
             if purpose is Purpose.PIN:  # which may leave too little room for waiting pools
                 self.schedule()
             return resident
-        self._refusals.check_may_wait(pool, is_request=purpose is Purpose.LEASE)
+        self._refusals.check_may_wait(pool, purpose)
         waiter = self._pending.join(pool, purpose)
         start, outcome = self._clock(), "failed"
         deadline = asyncio.timeout(self._deadline_seconds)
@@ -288,22 +288,22 @@ class LoadQueue:
 
     def _start(self, pending: PendingPool, victims: list[str]) -> None:
         """Evict the victims and begin a load in their place."""
-        self._shrink(victims, pending)
+        staying = self._shrink(victims, pending)
         plan = self._room.plan(pending.pool, victims)
-        if not self._loads.start(pending.pool, plan):
-            for resident in self._resident:
-                resident.shrunk_to = None
-        elif self._closing_for is pending:
+        if self._loads.start(pending.pool, plan, staying) and self._closing_for is pending:
             self._reopen()
 
-    def _shrink(self, victims: list[str], pending: PendingPool) -> None:
-        """Of each victim, the warmest first, have the largest size stay that fits as well."""
+    def _shrink(self, victims: list[str], pending: PendingPool) -> dict[str, str]:
+        """Of each victim, the warmest first, have the largest size stay that fits as well.
+
+        Returns the names of these sizes by victim.
+        """
+        staying: dict[str, str] = {}
         if self._shrink_to is None:
-            return
+            return staying
         for key in reversed(victims):
             victim = self._resident.get(key)
             assert victim is not None
-            victim.shrunk_to = None
             nested = None if victim.is_retired else self._shrink_to(victim.pool)
             if nested is None:
                 continue
@@ -317,8 +317,9 @@ class LoadQueue:
             if size is None or size.content_hash in victims:
                 continue
             if size.content_hash not in self._resident:
-                self._loads.start(size, self._room.plan(size, ()))  # a row; nothing is copied
-            victim.shrunk_to = size.name
+                self._loads.start(size, self._room.plan(size, ()), {})  # a row; copies nothing
+            staying[key] = size.name
+        return staying
 
     def _has_link(self, pending: PendingPool) -> bool:
         """Tell whether the link is free, or not needed."""

@@ -41,8 +41,7 @@ class ResidentPool:
     """One pool that was given slots and a row; until it is published, its load is running.
 
     `leases_by_name` counts its leases by the name that was asked for, without zeros. `drains`
-    counts the operators who wait for its eviction; `gone` is set once it is evicted. `shrunk_to`
-    names the size that stays when it must make room; None if nothing does.
+    counts the operators who wait for its eviction; `gone` is set once it is evicted.
     """
 
     pool: ExpertPool
@@ -52,7 +51,6 @@ class ResidentPool:
     is_closing: bool = False
     leases_by_name: Counter[str] = field(default_factory=Counter)
     drains: int = 0
-    shrunk_to: str | None = None
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

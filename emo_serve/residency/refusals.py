@@ -6,6 +6,7 @@ from emo_serve.errors import LoadDeadlineExceeded, PoolBlocked, TooManyWaiting
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.estimate import WaitEstimate
 from emo_serve.residency.pending import PendingPools
+from emo_serve.residency.records import Purpose
 from emo_serve.residency.resident import ResidentPools
 from emo_serve.residency.room import Room
 
@@ -32,21 +33,24 @@ class Refusals:
         self._estimate = estimate
         self._max_waiting = max_waiting
 
-    def check_may_wait(self, pool: ExpertPool, *, is_request: bool) -> None:
+    def check_may_wait(self, pool: ExpertPool, purpose: Purpose) -> None:
         """Raise PoolTooLarge, PoolBlocked or TooManyWaiting unless somebody may wait for it.
 
-        An operator, and the server itself, may always wait when nobody does.
+        An operator, and the server itself, may always wait when nobody does. The server, which does
+        not come back, is promised no place.
         """
-        self._room.check_can_ever_fit(pool)
+        if not self._room.is_streamed(pool):
+            self._room.check_can_ever_fit(pool)
         if not self._room.fits(self._room.demand(pool), without=self._resident.unpinned):
             raise self.blocked(pool)
         waiting = self._pending.num_waiters
-        if waiting >= (self._max_waiting if is_request else max(1, self._max_waiting)):
+        least = 0 if purpose is Purpose.LEASE else 1
+        if waiting >= max(least, self._max_waiting):
             raise TooManyWaiting(
                 f"the waiting queue is full: {waiting} requests wait for loads already"
                 f" (--max-waiting {self._max_waiting}), and pool {pool.name!r} is not resident;"
                 " retry later, or raise --max-waiting",
-                self._estimate.until_place(),
+                1 if purpose is Purpose.GROW else self._estimate.until_place(),
             )
 
     def blocked(self, pool: ExpertPool) -> PoolBlocked:

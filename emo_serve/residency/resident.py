@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from emo_serve.pools.pool import ExpertPool
 from emo_serve.residency.ports import ResidencyObserver
@@ -80,12 +80,15 @@ class ResidentPools:
 
     # -- room --
 
-    def begin(self, pool: ExpertPool, plan: LoadPlan) -> ResidentPool:
-        """Evict the plan's victims, and take slots and a row for a pool that will be loaded."""
+    def begin(self, pool: ExpertPool, plan: LoadPlan, staying: Mapping[str, str]) -> ResidentPool:
+        """Evict the plan's victims, and take slots and a row for a pool that will be loaded.
+
+        `staying` names, by victim, the size of it that stays.
+        """
         row = self._room.take(pool, plan)
         for victim in plan.evictions:
-            dropped = self._drop(victim)
-            self._note_eviction(dropped, "room" if dropped.shrunk_to is None else "shrunk")
+            size = staying.get(victim)
+            self._note_eviction(self._drop(victim), "shrunk" if size else "room", size)
         resident = ResidentPool(pool, row, is_retired=plan.key in self._retired)
         self._pools[plan.key] = resident
         return resident
@@ -114,10 +117,12 @@ class ResidentPools:
         resident.gone.set()
         return resident
 
-    def _note_eviction(self, resident: ResidentPool, reason: str) -> None:
+    def _note_eviction(
+        self, resident: ResidentPool, reason: str, staying: str | None = None
+    ) -> None:
         self._observer.count_eviction(resident.pool.name, reason)
-        kept = f", {resident.shrunk_to} stays" if resident.shrunk_to else ""
-        logger.info("evicted pool %s (%s%s)", resident.pool.name, reason, kept)
+        rest = f", {staying} stays" if staying else ""
+        logger.info("evicted pool %s (%s%s)", resident.pool.name, reason, rest)
 
     # -- leases, pins and drains --
 

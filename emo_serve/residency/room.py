@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from emo_serve.errors import ConfigError, PoolTooLarge
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.residency.slots import LoadPlan, SlotTable
+from emo_serve.residency.slots import Copy, ExpertIds, LoadPlan, SlotTable
 
 __all__ = ["Demand", "Room"]
 
@@ -38,15 +38,19 @@ class Room:
     """Account for slots and rows together; pools go by their content hash.
 
     `num_rows` counts the base pool's row too; `slot_bytes` is the size of one expert of one layer,
-    over all ranks.
+    over all ranks. With `may_stream`, a pool that the empty slab could not hold takes a row and no
+    slots: its experts pass through others, which are not accounted for here.
     """
 
-    def __init__(self, slots: SlotTable, num_rows: int, slot_bytes: int) -> None:
+    def __init__(
+        self, slots: SlotTable, num_rows: int, slot_bytes: int, *, may_stream: bool = False
+    ) -> None:
         if num_rows < 1:
             raise ConfigError(f"rows of the pool table: {num_rows}; expected at least 1")
         self.slots = slots
         self.num_rows = num_rows
         self.slot_bytes = slot_bytes
+        self._may_stream = may_stream
         self._base_ids = tuple(tuple(range(count)) for count in slots.experts_per_layer)
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(_BASE_ROW + 1, num_rows))  # a heap
@@ -67,14 +71,23 @@ class Room:
         """Return what a pool takes."""
         demand = self._demands.get(pool.content_hash)
         if demand is None:
-            demand = Demand(self.slots.bits(pool.expert_ids), not self._is_base(pool))
+            demand = Demand(self.slots.bits(self._held(pool)), not self._is_base(pool))
             if len(self._demands) == _REMEMBERED_DEMANDS:
                 self._demands.clear()
             self._demands[pool.content_hash] = demand
         return demand
 
+    def is_streamed(self, pool: ExpertPool) -> bool:
+        """Tell whether a pool's experts pass through slots kept for that, and hold none."""
+        return self._may_stream and not self.slots.could_hold(pool.expert_ids)
+
+    def streamed_copies(self, pool: ExpertPool) -> list[Copy]:
+        """Return what requests of a streamed pool may have read; the slots mean nothing."""
+        layers = enumerate(pool.expert_ids)
+        return [Copy(layer, expert, 0) for layer, experts in layers for expert in experts]
+
     def covers(self, pool: ExpertPool) -> bool:
-        """Tell whether every one of a pool's experts is resident."""
+        """Tell whether every expert that a pool must have in slots is resident."""
         return self.slots.covers_bits(self.demand(pool).experts)
 
     def kept(self, without: Collection[str] = ()) -> Demand:
@@ -140,7 +153,7 @@ class Room:
 
     def plan(self, pool: ExpertPool, victims: Sequence[str]) -> LoadPlan:
         """Plan the pool's load in the place of the victims; changes nothing."""
-        return self.slots.plan_load(pool.content_hash, pool.expert_ids, victims)
+        return self.slots.plan_load(pool.content_hash, self._held(pool), victims)
 
     def take(self, pool: ExpertPool, plan: LoadPlan) -> int:
         """Evict the plan's victims, take its slots and a row, and return that."""
@@ -171,6 +184,10 @@ class Room:
         assert len(set(self._row_of.values())) == len(self._row_of)
         taken = [row for row in self._row_of.values() if row != _BASE_ROW]
         assert sorted(taken + self._free_rows) == list(range(_BASE_ROW + 1, self.num_rows))
+
+    def _held(self, pool: ExpertPool) -> ExpertIds:
+        """Return the experts that a pool has in slots while it is in use."""
+        return ((),) * len(pool.expert_ids) if self.is_streamed(pool) else pool.expert_ids
 
     def _taken_by(self, keys: Sequence[str]) -> Demand:
         rows = sum(self._row_of[key] != _BASE_ROW for key in keys)

@@ -165,6 +165,13 @@ class SlotTable:
             for index, (held, experts) in enumerate(zip(self._layers, expert_ids, strict=True))
         )
 
+    def could_hold(self, expert_ids: ExpertIds) -> bool:
+        """Tell whether the table, if it were empty, would have slots for these experts."""
+        return all(
+            len(experts) <= len(held.expert_in)
+            for held, experts in zip(self._layers, expert_ids, strict=True)
+        )
+
     def fits(self, *wanted: ExpertIds, without: Collection[str] = ()) -> bool:
         """Tell whether all of these could be resident together with every pool but `without`.
 

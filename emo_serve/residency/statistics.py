@@ -11,8 +11,8 @@ from emo_serve.residency.slots import LayerSlots
 
 __all__ = ["EventCounts", "PoolResidency", "PoolState", "ResidencyStats"]
 
-PoolState = Literal["waiting", "loading", "resident", "closing"]
-"""A pool that is `closing` is resident but admits no new requests."""
+PoolState = Literal["waiting", "loading", "resident", "streamed", "closing"]
+"""A pool that is `closing` admits no new requests; one that is `streamed` needs no slots."""
 
 
 @dataclass(frozen=True)

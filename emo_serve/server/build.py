@@ -44,10 +44,11 @@ from emo_serve.server.pool_admin.responses import READY_RESPONSES
 from emo_serve.server.pool_admin.service import PoolService
 from emo_serve.server.router_probe import RouterProbe
 from emo_serve.server.routes import add_routes
+from emo_serve.server.startup.address import ServerAddress
 from emo_serve.server.startup.launch import Launch
 from emo_serve.server.startup.plan import StartPlan
 from emo_serve.server.startup.progress import StartProgress
-from emo_serve.server.startup.summary import PoolLine, ServerAddress, Summary
+from emo_serve.server.startup.summary import PoolLine, Summary
 from emo_serve.server.vllm_adapter.capacity import backlog_limits, cache_tokens, max_sequences
 from emo_serve.server.vllm_adapter.coverage import CoverageBook
 from emo_serve.server.vllm_adapter.engine import OwnRequests, has_work, note_steps
@@ -63,7 +64,7 @@ __all__ = ["Server", "build_server"]
 
 logger = logging.getLogger(__name__)
 
-_STATES = ("resident", "loaded on request", "does not fit")
+_STATES = ("resident", "loaded on request", "streamed, slowly", "does not fit")
 
 
 @dataclass(frozen=True)
@@ -139,16 +140,17 @@ async def build_server(
 async def _start_pools(launch: Launch, engine: Any, progress: StartProgress) -> _PoolParts:
     """Check the engine against the plan, and load the pools of the start."""
     plan = launch.plan
+    registry = metrics_registry()
+    metrics = PoolMetrics(registry, [BASE_POOL, *plan.catalog.pools], REFUSAL_REASONS)
     calls = WorkerCalls(
         lambda method, call_args: engine.collective_rpc(method, args=call_args),  # no timeout=
         lambda: bool(engine.errored),
         launch.checkpoint.check_experts,
         progress.copied,
+        metrics.count_streamed,
     )
     facts = await calls.describe()
     _check_facts(facts, plan)
-    registry = metrics_registry()
-    metrics = PoolMetrics(registry, [BASE_POOL, *plan.catalog.pools], REFUSAL_REASONS)
     limits = backlog_limits(engine, launch.settings.max_queued)
     logger.info(
         "the engine runs %d completions at once; %d more may be queued",
@@ -272,6 +274,7 @@ def _manager(
         load_deadline_seconds=settings.load_deadline_seconds,
         observer=activity,
         shrink_to=partial(sizes.of, least=least) if least else None,
+        may_stream=plan.stream_slots > 0,
     )
 
 
@@ -353,6 +356,7 @@ def _summarise(launch: Launch, engine: Any, pools: _PoolParts, address: ServerAd
         max_model_len=engine.model_config.max_model_len,
         experts_per_layer=plan.experts_per_layer,
         slots_per_layer=plan.num_slots,
+        stream_slots=plan.stream_slots,
         pools_source=launch.settings.pools_dir,
         pools=lines,
         refused=tuple(map(str, plan.catalog.refused)),
@@ -364,11 +368,11 @@ def _summarise(launch: Launch, engine: Any, pools: _PoolParts, address: ServerAd
 
 
 def _readiness(manager: ResidencyManager, pool: ExpertPool) -> int:
-    """Return 0 for a resident pool, 1 for one that can be loaded, 2 for one that cannot."""
+    """Return the place in _STATES of a pool's state."""
     if manager.is_resident(pool):
         return 0
     try:
         manager.check_admissible(pool)
     except (PoolTooLarge, Unavailable):
-        return 2
-    return 1
+        return 3
+    return 2 if manager.is_streamed(pool) else 1

@@ -100,6 +100,10 @@ class ReferenceBackend(_PlainLayout):
         slab: Slab,
     ) -> Tensor:
         weights_TK, slots_TK = route_to_slots(logits_TE, pool_rows_T, tables, router)
+        return self.compute(x_TD, weights_TK, slots_TK, slab)
+
+    def compute(self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, slab: Slab) -> Tensor:
+        """Return the weighted sum of the experts in these slots, [T, D]."""
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         taken_TK = weights_TK != 0
         for slot in torch.unique(slots_TK[taken_TK]).tolist():  # sync: the slots the batch chose

@@ -7,12 +7,16 @@ gives the V1 runner (CPU) its rows; the V2 runner (CUDA's default) finds `EmoMod
 model. EMO's model takes the buffer as an argument of `forward`. vLLM's own models take none: there
 the buffer is the model's, its attribute `pool_rows`, which its layers read.
 
+Drafted tokens (n-gram speculative decoding) are tokens of their request like all others: both
+runners count them in `query_start`, so they route in the request's pool. Which of them were
+rejected is known after sampling; the record then leaves them out.
+
 A row comes from the front end or, under plain `vllm serve`, from any client. An invalid row must
 not reach the device, where a kernel would read past the table, and must not raise, which would end
 the engine. Such a request routes in the base pool, as if it named no pool. Padding would be wrong
 here: it would leave wrong values in a prefix cache that other requests share.
 
-Upstream: vllm 0.32.0, v1/worker/gpu_model_runner.py (_init_model_kwargs) and
+Upstream: vllm 0.32.0, v1/worker/gpu_model_runner.py (_init_model_kwargs, _sample) and
 v1/worker/gpu/model_states/default.py (DefaultModelState).
 """
 
@@ -27,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from emo_serve.vllm_plugin.contract import BASE_POOL_ROW, POOL_ROW_ARG, RequestTag
@@ -144,6 +149,33 @@ def attach_to_v1_runner(runner: Any, num_rows: int) -> None:
 
     runner._init_model_kwargs = with_pool_rows
     runner.emo_pool_rows = rows
+    if runner.speculative_config is not None:
+        _leave_out_rejected_drafts(runner)
+
+
+def _leave_out_rejected_drafts(runner: Any) -> None:
+    """Have a V1 model runner tell the record which drafts it rejected."""
+    upstream = runner._sample
+
+    def sample(logits: Tensor | None, spec_decode_metadata: Any) -> Any:
+        output = upstream(logits, spec_decode_metadata)
+        record: RoutingRecord | None = runner.get_model().slot_host.record
+        if spec_decode_metadata is not None and record is not None:
+            drafted_R = np.array(spec_decode_metadata.num_draft_tokens)
+            num_sampled_R = (output.sampled_token_ids != PLACEHOLDER_TOKEN_ID).sum(1)
+            record.reject(_num_rejected(drafted_R, num_sampled_R))
+        return output
+
+    runner._sample = sample
+
+
+def _num_rejected(drafted_R: np.ndarray, num_sampled_R: Tensor) -> Tensor:
+    """Return how many drafts of each request were rejected: one token is sampled without a draft.
+
+    A request in the midst of its prompt has no drafts, and what it samples does not count.
+    """
+    drafted: Tensor = async_tensor_h2d(drafted_R, num_sampled_R.device)
+    return drafted - (num_sampled_R - 1).clamp(min=0).minimum(drafted)
 
 
 class EmoModelState(DefaultModelState):
@@ -158,6 +190,7 @@ class EmoModelState(DefaultModelState):
         num_rows = read_settings(vllm_config).num_pools
         self._rows = PoolRows(self.max_num_tokens, num_rows, device)
         self._rows.use_buffer_of(model)
+        self._drafted_R: np.ndarray | None = None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
@@ -170,7 +203,14 @@ class EmoModelState(DefaultModelState):
         tags = [self._tag_of_state[index] for index in input_batch.idx_mapping_np[:num_reqs]]
         query_start = input_batch.query_start_loc_np[: num_reqs + 1]
         self._rows.fill(tags, query_start, self._record)
+        self._drafted_R = input_batch.num_draft_tokens_per_req
         return {**kwargs, **self._rows.arguments}
+
+    def postprocess_state(self, idx_mapping: Tensor, num_sampled: Any, *args: Any) -> None:
+        super().postprocess_state(idx_mapping, num_sampled, *args)
+        if self._drafted_R is not None and self._record is not None:
+            self._record.reject(_num_rejected(self._drafted_R, num_sampled))
+            self._drafted_R = None
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         kwargs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)

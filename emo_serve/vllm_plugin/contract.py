@@ -67,7 +67,8 @@ class PluginSettings:
     """What the front end decides for the workers.
 
     `num_slots` is per layer, `num_pools` the number of rows in the pool table. `host_expert_bytes`
-    is host memory for experts per device; 0 means none.
+    is host memory for experts per device; 0 means none. `stream_slots` per layer come on top of
+    `num_slots`, for pools that do not fit; without them, every published pool must fit.
     """
 
     num_slots: int
@@ -76,6 +77,7 @@ class PluginSettings:
     expert_dtype: str = EXPERT_DTYPES[0]
     host_expert_bytes: int = 0
     records_routing: bool = True
+    stream_slots: int = 0
 
     def to_config(self) -> dict[str, Any]:
         """Return these settings as an entry of EngineArgs.additional_config."""
@@ -99,6 +101,8 @@ class PluginSettings:
                 )
         if min(given["num_slots"], given["num_pools"]) < 1:
             raise ConfigError(f"{name} is {given}: num_slots and num_pools must be at least 1")
+        if given["stream_slots"] < 0:
+            raise ConfigError(f"{name} is {given}: stream_slots must be at least 0")
         return cls(**given)
 
 
@@ -166,10 +170,12 @@ LoadState = Literal["loading", "published", "failed"]
 class LoadProgress:
     """How far one rank is with a load; reply to `emo_finish_load`.
 
+    A rank copies the experts of its own pipeline `stage` only, all ranks of a stage the same ones.
     `failure` is the reason of a failed load. `bytes_copied` went into slots, `bytes_read` came from
     files. `disk_reads` and `host_hits` count experts, by where they were found.
     """
 
+    stage: int
     state: LoadState
     failure: str | None
     experts_copied: int
@@ -183,13 +189,15 @@ class LoadProgress:
 class EngineDescription:
     """What one rank holds; reply to `emo_describe`. All sizes are this rank's, in bytes.
 
-    `num_slots` has one entry per MoE layer, and `slot_bytes` is the largest slot's. `bytes_read`,
-    `disk_reads` and `host_hits` count since the start, the trunk's bytes included. `dtype` is that
-    of the trunk and of activations, `expert_dtype` that of experts in their slots. `routes_by_pool`
-    says that the model runner gives the model each token's pool row.
+    `num_slots` has one entry per MoE layer of the rank's pipeline `stage`, and `slot_bytes` is the
+    largest slot's. `bytes_read`, `disk_reads` and `host_hits` count since the start, the trunk's
+    bytes included. `dtype` is that of the trunk and of activations, `expert_dtype` that of experts
+    in their slots. `routes_by_pool` says that the model runner gives the model each token's pool
+    row.
     """
 
     rank: int
+    stage: int
     trunk_bytes: int
     slab_bytes: int
     slot_bytes: int
@@ -219,17 +227,26 @@ class CoverageRow(NamedTuple):
 
 @dataclass(frozen=True)
 class CoverageReading:
-    """Coverage since the last reading, one row per account; reply to `emo_read_coverage`."""
+    """Coverage since the last reading, one row per account; reply to `emo_read_coverage`.
+
+    Its mass is a mean over `num_layers` layers: those with standard experts in the rank's stage.
+    And since the start, what was streamed: experts read, and the seconds that steps waited for
+    them, told by one rank of each stage.
+    """
 
     coverage: tuple[CoverageRow, ...]
+    num_layers: int
+    streamed_experts: int = 0
+    stream_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class RouterMass:
     """The full router's probability of each expert, summed over tokens; fp64.
 
-    Reply to `emo_read_mass`. `layers` has [E] per layer, () for a dense layer: the softmax over
-    standard experts, and the shared experts' own (`emo.routing.router_probabilities`).
+    Reply to `emo_read_mass`. `layers` has [E] per layer, () for a dense layer and one of another
+    stage: the softmax over standard experts, and the shared experts' own
+    (`emo.routing.router_probabilities`).
     """
 
     tokens: int
@@ -240,7 +257,7 @@ class RouterMass:
 class PoolUsage:
     """How many tokens a pool routed, and how many of them took each expert.
 
-    Reply to `emo_usage`. `counts` has [E] per layer, () for a dense layer.
+    Reply to `emo_usage`. `counts` has [E] per layer, () for a dense layer and one of another stage.
     """
 
     tokens: int

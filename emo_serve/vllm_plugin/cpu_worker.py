@@ -6,6 +6,7 @@ import ctypes
 import sys
 from typing import Any
 
+from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -24,6 +25,19 @@ class EmoCpuWorker(PoolRowsWorker, CPUWorker):
         """Load the trunk as upstream does; what it was read through goes back to the kernel."""
         super().load_model(*args, **kwargs)
         _return_freed_memory()
+        if not get_pp_group().is_first_rank and not self.use_v2_model_runner:
+            self._prepare_stage()
+
+    def _prepare_stage(self) -> None:
+        """Make the buffers for what the stage before sends.
+
+        Upstream makes them while it warms up, which may be left out: vllm 0.32.0,
+        v1/worker/gpu_model_runner.py (_dummy_run).
+        """
+        runner = self.model_runner
+        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
 
     def determine_available_memory(self) -> int:
         """Return the KV cache that the front end planned, after warming up as upstream does.

@@ -11,6 +11,7 @@ Shapes: D hidden size, F expert width on this rank.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterator
 from contextlib import suppress
@@ -59,7 +60,10 @@ class HostMemory:
     grows. With CUDA it is pinned: registered rather than allocated as pinned, because torch's
     pinned allocator rounds up to a power of two. A library's cache would not do: eviction must hand
     over the memory it frees, and memory being filled must belong to no expert, so that a failed
-    read leaves nothing behind. For use by one thread.
+    read leaves nothing behind.
+
+    Threads may share it. Each reads through a store of its own, its `reader`; what a reader got
+    last stays in place until it asks again.
     """
 
     def __init__(self, num_bytes: int, shape: ExpertShape, *, is_pinned: bool) -> None:
@@ -72,29 +76,45 @@ class HostMemory:
             torch.cuda.check_error(status)
         self._free = [shape.view(part) for part in self._arena]
         self._held: OrderedDict[tuple[int, int], PackedExpert] = OrderedDict()
+        self._last: dict[object, tuple[int, int]] = {}  # what each reader got last
+        self._twice: dict[object, PackedExpert] = {}  # what another reader had put in before
+        self._lock = threading.Lock()
         self.num_bytes = self._arena.nbytes
 
-    def get(self, key: tuple[int, int]) -> PackedExpert | None:
+    def get(self, key: tuple[int, int], reader: object) -> PackedExpert | None:
         """Return an expert if it is here, and mark it as the most recently used."""
-        found = self._held.get(key)
-        if found is not None:
-            self._held.move_to_end(key)
-        return found
+        with self._lock:
+            self._last.pop(reader, None)
+            if (memory := self._twice.pop(reader, None)) is not None:
+                self._free.append(memory)
+            found = self._held.get(key)
+            if found is not None:
+                self._held.move_to_end(key)
+                self._last[reader] = key
+            return found
 
     def take(self) -> PackedExpert | None:
-        """Return memory to fill, evicting if none is free; None if there is no host memory."""
-        if self._free:
-            return self._free.pop()
-        return self._held.popitem(last=False)[1] if self._held else None
+        """Return memory to fill, evicting if none is free; None if there is none to be had."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            in_use = set(self._last.values())
+            oldest = next((key for key in self._held if key not in in_use), None)
+            return None if oldest is None else self._held.pop(oldest)
 
-    def put(self, key: tuple[int, int], filled: PackedExpert) -> None:
-        """Remember an expert in memory that `take` returned."""
-        assert key not in self._held
-        self._held[key] = filled
+    def put(self, key: tuple[int, int], filled: PackedExpert, reader: object) -> None:
+        """Remember an expert in memory that `take` returned, unless another reader was faster."""
+        with self._lock:
+            if key in self._held:
+                self._twice[reader] = filled  # which the reader has yet to read
+            else:
+                self._held[key] = filled
+                self._last[reader] = key
 
     def give_back(self, memory: PackedExpert) -> None:
         """Return memory from `take` that was not filled."""
-        self._free.append(memory)
+        with self._lock:
+            self._free.append(memory)
 
     def __contains__(self, key: tuple[int, int]) -> bool:
         return key in self._held
@@ -104,7 +124,7 @@ class HostMemory:
 
 
 class ExpertStore:
-    """Read and pack this rank's part of a checkpoint's experts; for one load at a time.
+    """Read and pack this rank's part of a checkpoint's experts; for one thread at a time.
 
     A step reads about `piece_bytes`, and at least one of the backend's blocks of rows. A load asks
     for `experts_ahead` experts before it fetches them, the one it fetches among them.
@@ -148,7 +168,7 @@ class ExpertStore:
         memory. Raises CheckpointError; a fetch that does not finish leaves nothing behind.
         """
         key = (layer, expert)
-        held = self.host.get(key)
+        held = self.host.get(key, self)
         if held is not None:
             self._count(host_hits=1)
             return held
@@ -161,8 +181,14 @@ class ExpertStore:
         except BaseException:
             self.host.give_back(memory)
             raise
-        self.host.put(key, memory)
+        self.host.put(key, memory, self)
         return memory
+
+    def other(self) -> ExpertStore:
+        """Return a store of the same experts and host memory, for another thread."""
+        return ExpertStore(
+            self._checkpoint, self._backend, self._shape, self.host, self._piece_bytes
+        )
 
     def count_trunk(self, num_bytes: int) -> None:
         """Add the bytes that were read from the same files for the trunk."""

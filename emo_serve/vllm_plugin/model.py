@@ -5,19 +5,23 @@ compilation are vLLM's. `forward` takes one argument more than other models: `po
 row per token, which the model runner supplies (see `batch_pools`). Without it every token routes in
 the base pool, as under plain `vllm serve`. The model's `slot_host` owns what is in the slots.
 
+Under pipeline parallelism each stage has its own layers only, and their slots; the runner of each
+stage supplies the rows.
+
 Shapes: T tokens of the step (padding included), D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -28,35 +32,43 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    is_pp_missing_parameter,
+    make_empty_intermediate_tensors_factory,
+    maybe_prefix,
+)
 from vllm.sequence import IntermediateTensors
 
 from emo_serve.checkpoints.weight_files import is_left_over
 from emo_serve.emo.config import EmoConfig
-from emo_serve.emo.tensor_names import NAMES
 from emo_serve.errors import CheckpointError
 from emo_serve.facts import MoeLayer
 from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.batch_pools import EmoModelState
 from emo_serve.vllm_plugin.contract import BASE_POOL_ROW, PluginSettings
+from emo_serve.vllm_plugin.hosting import host_for
 from emo_serve.vllm_plugin.moe import PooledMoE
-from emo_serve.vllm_plugin.packed import ExpertShape
 from emo_serve.vllm_plugin.settings import (
     backend_for,
     emo_config,
-    has_front_end,
     read_settings,
     refuse_what_cannot_work,
     rope_for_vllm,
 )
-from emo_serve.vllm_plugin.slot_host import SlotHost
-from emo_serve.vllm_plugin.vocabulary import LookedUp, Multiplied
+from emo_serve.vllm_plugin.stage import Stage
+from emo_serve.vllm_plugin.vocabulary import hold_once
 
 __all__ = ["EmoForCausalLM"]
 
 
-class EmoForCausalLM(nn.Module):
+class EmoForCausalLM(nn.Module, SupportsPP):
     """The model vLLM's runners call."""
 
     base_rows: Tensor
@@ -78,31 +90,29 @@ class EmoForCausalLM(nn.Module):
             settings=settings,
             backend=backend,
         )
-        self.lm_head = Multiplied(
-            self.config.vocab_size,
-            self.config.hidden_size,
-            prefix=maybe_prefix(prefix, "lm_head"),
+        self.lm_head: nn.Module = PPMissingLayer()
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                self.config.vocab_size,
+                self.config.hidden_size,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], self.config.hidden_size
         )
+        hold_once(self)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.register_buffer(
             "base_rows", torch.full((max_tokens,), BASE_POOL_ROW), persistent=False
         )
-        blocks = [layer.mlp for layer in self.model.layers]
-        self.slot_host = SlotHost(
+        blocks = [getattr(layer, "mlp", None) for layer in self.model.layers]
+        self.slot_host = host_for(
+            vllm_config,
             [block if isinstance(block, PooledMoE) else None for block in blocks],
             backend,
-            ExpertShape(
-                self.config.hidden_size,
-                self.config.intermediate_size // get_tensor_model_parallel_world_size(),
-                backend.slab_dtype(vllm_config.model_config.dtype),
-                get_tensor_model_parallel_rank(),
-            ),
-            settings,
             self.base_rows.device,
-            names=NAMES,
-            holds_all=not has_front_end(vllm_config),
-            max_num_tokens=max_tokens,
+            self.model.stage,
         )
 
     @staticmethod
@@ -121,12 +131,17 @@ class EmoForCausalLM(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
         pool_rows: Tensor | None = None,
-    ) -> Tensor:
-        """Return final hidden states [T, D]; `pool_rows` may be longer than T."""
+    ) -> Tensor | IntermediateTensors:
+        """Return final hidden states [T, D], or what the next stage needs.
+
+        `pool_rows` may be longer than T.
+        """
         steps = self.slot_host.steps
         steps.begin()
         rows_T = (self.base_rows if pool_rows is None else pool_rows)[: positions.shape[-1]]
-        hidden: Tensor = self.model(input_ids, positions, rows_T, inputs_embeds)
+        hidden: Tensor | IntermediateTensors = self.model(
+            input_ids, positions, rows_T, intermediate_tensors, inputs_embeds
+        )
         steps.end()
         return hidden
 
@@ -148,7 +163,13 @@ class EmoForCausalLM(nn.Module):
 
 
 @support_torch_compile(
-    dynamic_arg_dims={"input_ids": 0, "positions": -1, "pool_rows": 0, "inputs_embeds": 0}
+    dynamic_arg_dims={
+        "input_ids": 0,
+        "positions": -1,
+        "pool_rows": 0,
+        "intermediate_tensors": 0,
+        "inputs_embeds": 0,
+    }
 )
 class _EmoModel(nn.Module):
     def __init__(
@@ -156,12 +177,20 @@ class _EmoModel(nn.Module):
     ) -> None:
         super().__init__()
         config = emo_config(vllm_config)
-        self.embed_tokens = LookedUp(config.vocab_size, config.hidden_size)
+        self.stage = Stage.of_this_rank(len(config.moe_layers))
+        self.start_layer, self.end_layer = self.stage.layers.start, self.stage.layers.stop
+        self.embed_tokens: nn.Module = PPMissingLayer()
+        if get_pp_group().is_first_rank:
+            self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             _DecoderLayer(vllm_config, moe, f"{prefix}.layers.{index}", settings, backend)
+            if index in self.stage.layers
+            else PPMissingLayer()
             for index, moe in enumerate(config.moe_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm: nn.Module = PPMissingLayer()
+        if get_pp_group().is_last_rank:
+            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.embed_tokens(input_ids)  # type: ignore[no-any-return]
@@ -171,12 +200,21 @@ class _EmoModel(nn.Module):
         input_ids: Tensor | None,
         positions: Tensor,
         pool_rows: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
-        x_TD: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        residual_TD = None
-        for layer in self.layers:
+    ) -> Tensor | IntermediateTensors:
+        x_TD: Tensor
+        residual_TD: Tensor | None
+        if intermediate_tensors is not None:
+            x_TD = intermediate_tensors["hidden_states"]
+            residual_TD = intermediate_tensors["residual"]
+        else:
+            x_TD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            residual_TD = None
+        for layer in islice(self.layers, self.start_layer, self.end_layer):
             x_TD, residual_TD = layer(positions, x_TD, residual_TD, pool_rows)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": x_TD, "residual": residual_TD})
         x_TD, _ = self.norm(x_TD, residual_TD)
         return x_TD
 
@@ -199,8 +237,7 @@ class _DecoderLayer(nn.Module):
         if moe is None:
             self.mlp = _DenseMlp(config, f"{prefix}.mlp")
         else:
-            slots, rows = settings.num_slots, settings.num_pools
-            self.mlp = PooledMoE(config.facts, moe, slots, rows, backend, f"{prefix}.mlp")
+            self.mlp = PooledMoE(config.facts, moe, settings, backend, f"{prefix}.mlp")
 
     def forward(
         self, positions: Tensor, x_TD: Tensor, residual_TD: Tensor | None, pool_rows_T: Tensor
@@ -296,15 +333,16 @@ class _TrunkWeights:
     """Load tensors that are not experts, split and merged as vLLM's layers need them."""
 
     def __init__(self, model: EmoForCausalLM) -> None:
-        self._parameters = dict(model.named_parameters())
+        self._model, self._parameters = model, dict(model.named_parameters())
         self.names: set[str] = set()
 
     def load(self, name: str, weight: Tensor) -> None:
         """Load one tensor of the checkpoint; raises CheckpointError if it has no place.
 
-        Buffers of other software are skipped: under plain `vllm serve`, vLLM's loader yields them.
+        Tensors of other stages are skipped, and so are buffers of other software: under plain
+        `vllm serve`, vLLM's loader yields them.
         """
-        if is_left_over(name):
+        if is_left_over(name) or is_pp_missing_parameter(name, self._model):
             return
         shard: tuple[Any, ...] = ()
         for part, (whole, shard_id) in _MERGED.items():

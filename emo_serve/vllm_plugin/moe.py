@@ -28,8 +28,11 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from emo_kernels import PoolTables, Router
 from emo_serve.facts import ModelFacts, MoeLayer
 from emo_serve.vllm_plugin.backends import MoeBackend
+from emo_serve.vllm_plugin.contract import PluginSettings
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert, PackedMatrix, Slab
 from emo_serve.vllm_plugin.routing_record import LayerRecord
+from emo_serve.vllm_plugin.slot_routing import route_in_pools
+from emo_serve.vllm_plugin.streaming import LayerStream, SlotBackend
 
 __all__ = ["PooledExperts", "PooledMoE"]
 
@@ -37,7 +40,8 @@ __all__ = ["PooledExperts", "PooledMoE"]
 class PooledExperts(nn.Module):
     """The experts of one MoE layer on this rank, each split by its width, and their tables.
 
-    The gate's logits come from outside, in `logits_dtype`.
+    The gate's logits come from outside, in `logits_dtype`. Behind `num_slots` slots for pools lie
+    `num_stream_slots` for experts that pass through (`streaming`).
     """
 
     slot_of_expert: Tensor
@@ -52,8 +56,7 @@ class PooledExperts(nn.Module):
         self,
         facts: ModelFacts,
         moe: MoeLayer,
-        num_slots: int,
-        num_rows: int,
+        settings: PluginSettings,
         backend: MoeBackend,
         prefix: str,
     ) -> None:
@@ -67,12 +70,19 @@ class PooledExperts(nn.Module):
             renormalize=facts.norm_topk_prob,
         )
         self.num_ranks = get_tensor_model_parallel_world_size()
-        self.num_slots = min(num_slots, moe.num_experts)
+        num_rows = settings.num_pools
+        self.num_slots = min(settings.num_slots, moe.num_experts)
+        self.num_stream_slots = min(settings.stream_slots, moe.num_experts)
+        all_slots = self.num_slots + self.num_stream_slots
+        self.stream = (
+            LayerStream(moe.num_experts, all_slots, self.num_slots, num_rows)
+            if self.num_stream_slots
+            else None
+        )
         self.logits_dtype = torch.get_default_dtype()
-        assert facts.expert_width is not None, "a layer with experts"
         width = facts.expert_width // self.num_ranks
         dtype = backend.slab_dtype(self.logits_dtype)
-        slab = ExpertShape(facts.hidden_size, width, dtype).slab(self.num_slots)
+        slab = ExpertShape(facts.hidden_size, width, dtype).slab(all_slots)
         buffers = {
             "w13": slab.w13.values,
             "w13_scales": slab.w13.scales,
@@ -101,6 +111,11 @@ class PooledExperts(nn.Module):
         if self.record is not None:
             self.record.note(logits_TE)
         tables = PoolTables(self.pool_table, self.temperatures, self.slot_of_expert)
+        stream = self.stream
+        if stream is not None and stream.has_streamed(pool_rows_T):
+            chosen = route_in_pools(logits_TE, pool_rows_T, tables, self.router)
+            assert isinstance(self.backend, SlotBackend), "checked by settings.backend_for"
+            return stream.mix(x_TD, *chosen, self.slab, self.backend)
         return self.backend(x_TD, logits_TE, pool_rows_T, tables, self.router, self.slab)
 
     @property
@@ -117,9 +132,19 @@ class PooledExperts(nn.Module):
         device = self.slot_of_expert.device
         where = torch.tensor(slots, dtype=torch.int32, device=device)
         self.slot_of_expert[torch.tensor(experts, device=device)] = where
+        if self.stream is not None:
+            self.stream.note(experts, slots)
 
-    def publish(self, row: int, experts: Sequence[int], temperature: float) -> None:
-        """Let tokens of `row` route among `experts`, all of which must be in their slots."""
+    def publish(
+        self, row: int, experts: Sequence[int], temperature: float, *, is_streamed: bool = False
+    ) -> None:
+        """Let tokens of `row` route among `experts`; unless streamed, all must be in their slots.
+
+        A layer without stream slots streams nothing.
+        """
+        assert self.stream is not None or not is_streamed
+        if self.stream is not None:
+            self.stream.set_row(row, is_streamed=is_streamed)
         mask_E = torch.zeros_like(self.pool_table[row])
         mask_E[list(experts)] = True
         self.pool_table[row].copy_(mask_E)
@@ -130,6 +155,11 @@ class PooledExperts(nn.Module):
         """Return the bytes of one slot on this rank."""
         return self.slot(0).num_bytes
 
+    @property
+    def slab_bytes(self) -> int:
+        """Return the bytes of all slots on this rank."""
+        return self.slot_bytes * (self.num_slots + self.num_stream_slots)
+
 
 class PooledMoE(PooledExperts):
     """One MoE layer of EMO on this rank: the gate is replicated."""
@@ -138,12 +168,11 @@ class PooledMoE(PooledExperts):
         self,
         facts: ModelFacts,
         moe: MoeLayer,
-        num_slots: int,
-        num_rows: int,
+        settings: PluginSettings,
         backend: MoeBackend,
         prefix: str,
     ) -> None:
-        super().__init__(facts, moe, num_slots, num_rows, backend, prefix)
+        super().__init__(facts, moe, settings, backend, prefix)
         self.gate = ReplicatedLinear(
             facts.hidden_size, moe.num_experts, bias=False, prefix=f"{prefix}.gate"
         )

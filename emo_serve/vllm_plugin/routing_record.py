@@ -6,6 +6,7 @@ the waiting tokens. Waiting tokens are counted when there is no more room or a s
 hundreds of tokens at once and without waiting for the device. benchmarks/serving/coverage.py
 measures what this costs. Logits are kept as they were routed. The tables that routed a token must
 still stand when it is counted, so a row's tokens are counted before another pool gets the row.
+Drafted tokens that were rejected are in no sum: `reject` tells their numbers before the next step.
 
 Coverage is the share of the full router's mass inside the pool, as a mean over tokens and MoE
 layers: softmax over a layer's standard experts, in fp32, at temperature 1. Gates are replicated, so
@@ -111,6 +112,11 @@ class _LikeLayers:
         """Tell whether a pool can have less than the full router's mass."""
         return self._moe.num_standard_experts > 0
 
+    @property
+    def num_layers(self) -> int:
+        """Return how many layers these are."""
+        return len(self._tables)
+
     def add_usage(self, tokens_M: Tensor, rows_M: Tensor, weights_M: Tensor) -> None:
         """Add the experts that these tokens took, each token by its weight."""
         num_layers = len(self._tables)
@@ -150,9 +156,11 @@ class _LikeLayers:
 class RoutingRecord:
     """Sum up what the router did, step by step of the model runner; see the module.
 
-    Each of `layers`, by index, notes its logits, in `dtype`, in its entry of `of_layer`. Call
+    `num_layers` of the layers have standard experts; coverage is a mean over them. Each of
+    `layers`, by index, notes its logits, in `dtype`, in its entry of `of_layer`. Call
     `begin` before each step with requests, `pause` before any other step, and `rebind` before a row
-    of the pool tables is written; all of them only between two steps.
+    of the pool tables is written; all of them only between two steps. `reject` follows a step in
+    which requests had drafts.
     """
 
     def __init__(
@@ -178,6 +186,7 @@ class RoutingRecord:
                 self.of_layer[index] = LayerRecord(self._running_TLE[:, place, : moe.num_experts])
             waiting_CLE = self._waiting_CLE[:, first : len(self.of_layer), : moe.num_experts]
             self._like.append(_LikeLayers(moe, tables, waiting_CLE))
+        self.num_layers = sum(like.num_layers for like in self._like if like.has_standard_experts)
         self._random = np.random.default_rng(0)
         self._row_tokens = np.zeros(self._num_rows, dtype=np.int64)
         self._mass_tokens = np.zeros(MASS_SLOTS + 1, dtype=np.int64)
@@ -185,10 +194,11 @@ class RoutingRecord:
         # The pool that lost its last row the longest time ago is forgotten first.
         self._past: FIFOCache[PoolKey, tuple[int, list[Tensor]]] = FIFOCache(_MOST_POOLS)
         self._running: StepRequests | None = None
-        self._waiting: list[StepRequests] = []
+        self._rejected: _Copied | None = None
+        self._waiting: list[tuple[StepRequests, _Copied | None]] = []
         self._num_waiting = 0
         self._sums: dict[int, tuple[float, int]] = {}
-        self._unread: tuple[Tensor, torch.cuda.Event | None, np.ndarray, np.ndarray] | None = None
+        self._unread: tuple[_Copied, np.ndarray, np.ndarray] | None = None
 
     # -- steps --
 
@@ -200,13 +210,19 @@ class RoutingRecord:
     def pause(self) -> None:
         """Prepare for a step without requests; the last step's tokens now wait to be counted."""
         step, self._running = self._running, None
+        rejected, self._rejected = self._rejected, None
         if step is None:
             return
         if self._num_waiting + step.num_tokens > self.capacity:
             self._count_waiting()
         start, self._num_waiting = self._num_waiting, self._num_waiting + step.num_tokens
         self._waiting_CLE[start : self._num_waiting] = self._running_TLE[: step.num_tokens]
-        self._waiting.append(step)
+        self._waiting.append((step, rejected))
+
+    def reject(self, num_rejected_R: Tensor) -> None:
+        """Leave out the last tokens of each request in the step that ran last: rejected drafts."""
+        if self._running is not None:
+            self._rejected = _Copied.begin(num_rejected_R)
 
     @torch.inference_mode()
     def count(self) -> None:
@@ -216,9 +232,13 @@ class RoutingRecord:
             self._count_waiting()
 
     def _count_waiting(self) -> None:
-        steps, self._waiting, self._num_waiting = self._waiting, [], 0
-        lengths_R = np.concatenate([step.lengths for step in steps])
-        tags_3R = np.array([tag for step in steps for tag in step.tags], dtype=np.int64).T
+        waiting, self._waiting, self._num_waiting = self._waiting, [], 0
+        routed_R = np.concatenate([step.lengths for step, _ in waiting])
+        rejected_R = np.concatenate([_rejected_of(*entry) for entry in waiting])
+        lengths_R = routed_R - rejected_R
+        if rejected_R.any():
+            self._close_gaps(routed_R, lengths_R)
+        tags_3R = np.array([tag for step, _ in waiting for tag in step.tags], dtype=np.int64).T
         rows_R, accounts_R, slots_R = tags_3R
         has_slot_R = slots_R != NO_MASS_SLOT
         self._count_usage(np.repeat(np.where(has_slot_R, self._num_rows, rows_R), lengths_R))
@@ -228,7 +248,13 @@ class RoutingRecord:
             self._mass_tokens += np.bincount(slots_N, minlength=MASS_SLOTS + 1)
         shares_N = self._shares(np.repeat(rows_R, lengths_R), slots_N)
         self._fold()
-        self._unread = (*_to_host(shares_N), accounts_R, lengths_R)
+        self._unread = (_Copied.begin(shares_N), accounts_R, lengths_R)
+
+    def _close_gaps(self, routed_R: np.ndarray, lengths_R: np.ndarray) -> None:
+        """Move the waiting logits together where those of rejected drafts are between them."""
+        places_N = np.arange(routed_R.sum()) - np.repeat(np.cumsum(routed_R) - routed_R, routed_R)
+        kept_M = np.flatnonzero(places_N < np.repeat(lengths_R, routed_R))
+        self._waiting_CLE[: len(kept_M)] = self._waiting_CLE[self._to_device(kept_M)]
 
     def _count_usage(self, rows_N: np.ndarray) -> None:
         """Add to usage what a sample of each row's tokens took, standing for all its tokens.
@@ -277,11 +303,9 @@ class RoutingRecord:
         """Add the shares that were counted last to their accounts."""
         if self._unread is None:
             return
-        shares, copied, accounts_R, lengths_R = self._unread
+        shares, accounts_R, lengths_R = self._unread
         self._unread = None
-        if copied is not None:
-            copied.synchronize()
-        sums = np.cumsum(shares.numpy(), dtype=np.float64)
+        sums = np.cumsum(shares.wait(), dtype=np.float64)
         masses_R = np.diff(np.append(0.0, sums)[np.cumsum(lengths_R)], prepend=0.0)
         accounts, places_R = np.unique(accounts_R, return_inverse=True)
         masses = np.bincount(places_R, weights=masses_R)
@@ -350,12 +374,31 @@ class RoutingRecord:
         return [torch.zeros(like.usage.shape[1:], dtype=torch.float64) for like in self._like]
 
 
-def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Begin to copy; the event, if any, tells when the copy is done."""
-    if values.device.type != "cuda":
-        return values.cpu(), None
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    return host, copied
+class _Copied(NamedTuple):
+    """A tensor on its way to the host; the event, if any, tells when it has arrived."""
+
+    host: Tensor
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def begin(cls, values: Tensor) -> _Copied:
+        """Begin to copy, without waiting for the device."""
+        if values.device.type != "cuda":
+            return cls(values.cpu(), None)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return cls(host, arrived)
+
+    def wait(self) -> np.ndarray:
+        """Return the values, once they are here."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        values: np.ndarray = self.host.numpy()
+        return values
+
+
+def _rejected_of(step: StepRequests, rejected: _Copied | None) -> np.ndarray:
+    """Return how many of each request's tokens were rejected drafts; counting needs them now."""
+    return np.zeros_like(step.lengths) if rejected is None else rejected.wait()

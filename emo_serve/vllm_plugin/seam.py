@@ -78,8 +78,7 @@ class Seam:
                 f"vLLM builds experts as {name}, where a {self._facts.family} of this config has"
                 " none, or has some already"
             )
-        slots, rows = self._settings.num_slots, self._settings.num_pools
-        self.layers[index] = PooledExperts(self._facts, moe, slots, rows, self._backend, name)
+        self.layers[index] = PooledExperts(self._facts, moe, self._settings, self._backend, name)
         return self.layers[index]
 
     def check_complete(self) -> None:

@@ -17,6 +17,7 @@ from emo_serve.facts import ModelFacts
 from emo_serve.families.opening import facts_of_config
 from emo_serve.vllm_plugin.backends import MoeBackend, choose_backend
 from emo_serve.vllm_plugin.contract import ADDITIONAL_CONFIG_KEY, PluginSettings, expert_bytes
+from emo_serve.vllm_plugin.streaming import SlotBackend
 
 __all__ = [
     "backend_for",
@@ -53,7 +54,7 @@ def _check_host_bytes(host_expert_bytes: int, expert_dtype: str, vllm_config: Vl
     facts, ranks = model_facts(vllm_config), vllm_config.parallel_config.tensor_parallel_size
     one_expert = expert_bytes(
         facts.hidden_size,
-        facts.expert_width or 0,
+        facts.expert_width,
         expert_dtype,
         vllm_config.model_config.dtype.itemsize,
         ranks,
@@ -95,12 +96,9 @@ def rope_for_vllm(config: EmoConfig) -> dict[str, Any]:
 def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
     """Raise ConfigError for vLLM options that this model does not support."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    ranks, width = parallel.tensor_parallel_size, model_facts(vllm_config).expert_width or 0
+    ranks, width = parallel.tensor_parallel_size, model_facts(vllm_config).expert_width
     if parallel.pipeline_parallel_size > 1:
-        raise ConfigError(
-            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: every device has slots"
-            " for all layers; use --tensor-parallel-size"
-        )
+        _refuse_in_stages(vllm_config)
     if parallel.enable_expert_parallel:
         raise ConfigError(
             "--enable-expert-parallel: every device holds a part of each expert; leave it out"
@@ -112,8 +110,12 @@ def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
         )
     if vllm_config.lora_config is not None:
         raise ConfigError("--enable-lora: LoRA is not supported with pools; leave it out")
-    if vllm_config.speculative_config is not None:
-        raise ConfigError("--speculative-config: drafted tokens have no pool; leave it out")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        raise ConfigError(
+            f"--speculative-config: method {speculative.method!r} needs a draft model, which has no"
+            " pools; use ngram, or leave it out"
+        )
     if width % ranks:
         raise ConfigError(
             f"--tensor-parallel-size {ranks} does not divide an expert's width, {width}"
@@ -128,12 +130,26 @@ def refuse_what_cannot_work(vllm_config: VllmConfig) -> None:
         )
 
 
+def _refuse_in_stages(vllm_config: VllmConfig) -> None:
+    """Raise ConfigError for what does not work with pipeline parallelism."""
+    flag = f"--pipeline-parallel-size {vllm_config.parallel_config.pipeline_parallel_size}"
+    if not isinstance(vllm_config.model_config.hf_config, EmoConfig):
+        raise ConfigError(
+            f"{flag}: only EMO models can be divided into stages; use --tensor-parallel-size"
+        )
+    if vllm_config.speculative_config is not None:
+        raise ConfigError(
+            f"{flag}: the first stage does not learn which drafted tokens were rejected; leave"
+            " --speculative-config out"
+        )
+
+
 def backend_for(
     vllm_config: VllmConfig, settings: PluginSettings, device: torch.device
 ) -> MoeBackend:
     """Choose the expert maths for the workers' device; raises ConfigError if it cannot run."""
     facts = model_facts(vllm_config)
-    width = (facts.expert_width or 0) // vllm_config.parallel_config.tensor_parallel_size
+    width = facts.expert_width // vllm_config.parallel_config.tensor_parallel_size
     dtype = vllm_config.model_config.dtype
     backend = choose_backend(
         settings.moe_backend, device, facts.hidden_size, width, dtype, settings.expert_dtype
@@ -143,5 +159,10 @@ def backend_for(
         raise ConfigError(
             "--moe-backend reference synchronises with the host, which CUDA graphs cannot capture;"
             " add --enforce-eager"
+        )
+    if settings.stream_slots and not (device.type == "cpu" and isinstance(backend, SlotBackend)):
+        raise ConfigError(
+            f"--stream-slots {settings.stream_slots} works with --moe-backend cpu or reference on a"
+            f" CPU; here {backend.name} runs on {device.type}; leave it out"
         )
     return backend

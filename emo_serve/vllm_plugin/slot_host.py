@@ -22,6 +22,7 @@ from emo_serve.vllm_plugin.backends import MoeBackend
 from emo_serve.vllm_plugin.contract import (
     BASE_POOL_ROW,
     CoverageReading,
+    CoverageRow,
     LoadProgress,
     LoadState,
     PluginSettings,
@@ -34,6 +35,8 @@ from emo_serve.vllm_plugin.moe import PooledExperts
 from emo_serve.vllm_plugin.pacing import Steps
 from emo_serve.vllm_plugin.packed import ExpertShape, PackedExpert
 from emo_serve.vllm_plugin.routing_record import RoutedLayer, RoutingRecord, pool_key
+from emo_serve.vllm_plugin.stage import Stage
+from emo_serve.vllm_plugin.streaming import StreamCounts, StreamReader
 
 __all__ = ["SlotHost", "slot_host_of"]
 
@@ -43,7 +46,8 @@ _Number = TypeVar("_Number", int, float)
 class SlotHost:
     """Load experts into the slots of a model's layers and publish pools; see the module.
 
-    `layers` has one entry per layer of the model, None for a dense one. `shape` is this rank's part
+    `layers` has one entry per layer of the model, None for a dense one. Under pipeline parallelism
+    the layers of other stages are None, too; `stage` names them. `shape` is this rank's part
     of an expert in the slab, `names` those of its tensors. `holds_all` says that no front end will
     load experts: every expert comes with the model, in the slot of its own number, and the base
     pool is published. All methods are to be called between two steps of the engine; `steps` is told
@@ -61,13 +65,16 @@ class SlotHost:
         names: ExpertNames,
         holds_all: bool,
         max_num_tokens: int,
+        stage: Stage | None = None,
     ) -> None:
         self.layers = {index: layer for index, layer in enumerate(layers) if layer is not None}
         self.backend, self.shape, self.holds_all = backend, shape, holds_all
         self.record = self._make_record(max_num_tokens) if settings.records_routing else None
         self.steps = Steps()
         self.store: ExpertStore | None = None
+        self.streamed = StreamCounts()
         self.trunk_bytes = 0
+        self.stage = stage or Stage(0, range(len(layers)))
         self._names = names
         self._num_layers, self._device = len(layers), device
         self._host_expert_bytes = settings.host_expert_bytes
@@ -99,6 +106,11 @@ class SlotHost:
             if is_cuda
             else CpuMover(self.store, self._slot, self.steps)
         )
+        reader = StreamReader(self.store.other())  # whose thread is the model's
+        self.streamed = reader.counts
+        for index, layer in self.layers.items():
+            if layer.stream is not None:
+                layer.stream.open(index, reader)
         return self.store
 
     def take_experts(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -113,6 +125,8 @@ class SlotHost:
                 yield name, weight
                 continue
             layer, expert, matrix = expert_name
+            if self._is_elsewhere(layer):
+                continue
             if layer not in self.layers or expert >= self.layers[layer].moe.num_experts:
                 raise CheckpointError(f"tensor {name} has no place in a model of this config")
             parts = experts.setdefault((layer, expert), {})
@@ -147,12 +161,14 @@ class SlotHost:
     def start_load(self, load_id: int, copies: Sequence[SlotCopy]) -> None:
         """Begin to copy experts into slots beside the engine's steps; one load at a time.
 
+        Experts of other stages are left to these.
         Raises CheckpointError without a store, IndexError or KeyError for what does not exist.
         """
         if self._load is not None and self._load.state == "loading":
             raise EmoServeError(f"load {self._load.load_id} is under way; {load_id} must wait")
         if self.store is None:
             raise CheckpointError("this engine was not started with --load-format emo")
+        copies = [copy for copy in copies if not self._is_elsewhere(copy[0])]
         for layer, expert, slot in copies:
             moe = self.layers[layer]
             if not (0 <= expert < moe.moe.num_experts and 0 <= slot < moe.num_slots):
@@ -160,6 +176,9 @@ class SlotHost:
                     f"layer {layer}: expert {expert} of {moe.moe.num_experts} in slot {slot} of"
                     f" {moe.num_slots}"
                 )
+        for layer, _, slot in copies:
+            if (stream := self.layers[layer].stream) is not None:
+                stream.give_up(slot)
         self._load = ExpertLoad(load_id, copies, self._mover, self.store)
 
     def finish_load(
@@ -178,6 +197,7 @@ class SlotHost:
             self.publish_pool(row, expert_ids, temperature)
             state = load.state
         return LoadProgress(
+            stage=self.stage.number,
             state=cast(LoadState, state),
             failure=load.failure,
             experts_copied=load.experts_copied,
@@ -206,12 +226,18 @@ class SlotHost:
     ) -> None:
         """Let requests of `row` route among `expert_ids`: one list per layer, empty if dense.
 
-        All of them must be in place.
+        All of them must be in place, unless a layer has fewer slots: then the pool is streamed.
         """
+        is_streamed = any(
+            len(expert_ids[index]) > layer.num_slots for index, layer in self.layers.items()
+        )
         if self.record is not None:
             self.record.rebind(row, pool_key(expert_ids, temperature))
         for index, layer in self.layers.items():
-            layer.publish(row, expert_ids[index], temperature)
+            layer.publish(row, expert_ids[index], temperature, is_streamed=is_streamed)
+
+    def _is_elsewhere(self, layer: int) -> bool:
+        return layer in range(self._num_layers) and layer not in self.stage.layers
 
     def _slot(self, layer: int, number: int) -> PackedExpert:
         return self.layers[layer].slot(number)
@@ -219,8 +245,13 @@ class SlotHost:
     # -- what the router did; nothing where it is not recorded --
 
     def read_coverage(self) -> CoverageReading:
-        """Return the coverage of each account since the last call."""
-        return CoverageReading(() if self.record is None else tuple(self.record.read_coverage()))
+        """Return the coverage of each account since the last call, and what was streamed so far."""
+        coverage: tuple[CoverageRow, ...] = ()
+        num_layers = 0
+        if self.record is not None:
+            coverage, num_layers = tuple(self.record.read_coverage()), self.record.num_layers
+        streamed = self.streamed if self.shape.rank == 0 else StreamCounts()
+        return CoverageReading(coverage, num_layers, streamed.experts, streamed.seconds)
 
     def read_mass(self, slot: int) -> RouterMass:
         """Return the router's mass in a mass slot, and empty the slot."""
@@ -234,7 +265,7 @@ class SlotHost:
         return PoolUsage(tokens, self._per_layer(counts))
 
     def _per_layer(self, found: Mapping[int, Iterable[_Number]]) -> tuple[tuple[_Number, ...], ...]:
-        """Return one tuple per layer of the model, empty for a dense one."""
+        """Return one tuple per layer of the model, empty for a dense one or another stage's."""
         return tuple(tuple(found.get(index, ())) for index in range(self._num_layers))
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.mixtral import MixtralForCausalLM
 from vllm.model_executor.models.olmoe import OlmoeForCausalLM
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -21,16 +20,14 @@ from vllm.model_executor.models.transformers import TransformersMoEForCausalLM
 from emo_serve.checkpoints.weight_files import is_left_over
 from emo_serve.errors import CheckpointError
 from emo_serve.vllm_plugin.batch_pools import EmoModelState
-from emo_serve.vllm_plugin.packed import ExpertShape
+from emo_serve.vllm_plugin.hosting import host_for
 from emo_serve.vllm_plugin.seam import Seam
 from emo_serve.vllm_plugin.settings import (
     backend_for,
-    has_front_end,
     model_facts,
     read_settings,
     refuse_what_cannot_work,
 )
-from emo_serve.vllm_plugin.slot_host import SlotHost
 from emo_serve.vllm_plugin.vocabulary import hold_once
 
 __all__ = ["PooledFlexOlmo", "PooledMixtral", "PooledOlmoe", "PooledQwen3Moe"]
@@ -54,23 +51,8 @@ class _Pooled(_Base):
         seam.check_complete()
         hold_once(self)
         self.register_buffer("pool_rows", seam.rows, persistent=False)
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        assert facts.expert_width is not None, "a standard family has experts"
-        self.slot_host = SlotHost(
-            [seam.layers.get(index) for index in range(len(facts.moe_layers))],
-            backend,
-            ExpertShape(
-                facts.hidden_size,
-                facts.expert_width // ranks,
-                backend.slab_dtype(vllm_config.model_config.dtype),
-                get_tensor_model_parallel_rank(),
-            ),
-            settings,
-            seam.rows.device,
-            names=facts.names,
-            holds_all=not has_front_end(vllm_config),
-            max_num_tokens=max_tokens,
-        )
+        layers = [seam.layers.get(index) for index in range(len(facts.moe_layers))]
+        self.slot_host = host_for(vllm_config, layers, backend, seam.rows.device)
 
     @staticmethod
     def get_model_state_cls() -> type[EmoModelState]:

@@ -1,7 +1,7 @@
 """The two tables of the vocabulary, each held once: vLLM on a CPU holds each twice.
 
-vLLM packs both for products on a CPU and keeps the rows beside them. But the first is only looked
-up, and of the last only products are asked for.
+vLLM packs both for products on a CPU and keeps the rows beside them. But embeddings are only looked
+up, so they are never packed; and of the head only products are asked for, so its rows are dropped.
 """
 
 from __future__ import annotations
@@ -15,27 +15,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.platforms import current_platform
 
-__all__ = ["LookedUp", "Multiplied", "hold_once"]
-
-
-class LookedUp(VocabParallelEmbedding):
-    """The embeddings: rows, never packed."""
-
-    def __init__(self, vocabulary: int, hidden_size: int) -> None:
-        super().__init__(vocabulary, hidden_size)
-        self.quant_method = _Rows()
-
-
-class Multiplied(ParallelLMHead):
-    """The head: on a CPU packed, and the rows dropped."""
-
-    def __init__(self, vocabulary: int, hidden_size: int, *, prefix: str) -> None:
-        super().__init__(vocabulary, hidden_size, prefix=prefix)
-        self.quant_method = _Products()
+__all__ = ["hold_once"]
 
 
 def hold_once(model: nn.Module) -> None:
-    """Have a model of vLLM's hold its tables once, too, unless one table serves as both."""
+    """Have a model hold each table once, unless one serves as both; before weights are loaded."""
     tables = [each for each in model.modules() if isinstance(each, VocabParallelEmbedding)]
     if len({id(table.weight) for table in tables}) < len(tables):
         return

@@ -96,8 +96,9 @@ class EmoWorkerExtension:
         activations = next(self.model_runner.get_model().parameters()).dtype
         return EngineDescription(
             rank=self.rank,
+            stage=host.stage.number,
             trunk_bytes=host.trunk_bytes,
-            slab_bytes=sum(layer.slot_bytes * layer.num_slots for layer in layers),
+            slab_bytes=sum(layer.slab_bytes for layer in layers),
             slot_bytes=max((layer.slot_bytes for layer in layers), default=0),
             num_slots=tuple(layer.num_slots for layer in layers),
             kv_cache_bytes=_storage_bytes(self.model_runner.kv_caches),

@@ -160,22 +160,13 @@ def test_health_was_answered_throughout(abused: Abused) -> None:
 @pytest.mark.usefixtures("unpinned")
 async def test_the_tables_of_residency_are_whole(abused: Abused, http: httpx.AsyncClient) -> None:
     pools = (await http.get("/v1/pools")).json()
-    sizes = {
-        card["name"]: card["experts_per_layer"] for card in pools["data"] if card["kind"] == "pool"
-    }
-    layers = sum(1 for count in sizes["python"] if count)
-    served = 0
-    for name, experts_per_layer in sizes.items():
+    names = [card["name"] for card in pools["data"] if card["kind"] in ("base", "pool")]
+    for name in names:  # an abuser's definition may be too large for the slots, as the base pool is
         body = {"model": name, "prompt": "hi", "max_tokens": 2}
         answer = await http.post("/v1/completions", json=body)
-        if max(experts_per_layer) > pools["slots"]["total"] // layers:  # an abuser's definition
-            assert answer.status_code == 400, (name, answer.text)
-            assert "can never be resident" in answer.text
-            continue
         assert answer.status_code == 200, (name, answer.text)
         assert answer.headers["x-emo-pool"] == name
-        served += 1
-    assert served >= 2
+    assert len(names) >= 3
     assert broken_tables((await http.get("/v1/pools")).json()) == []
 
 

@@ -71,7 +71,7 @@ def broken_tables(pools: dict[str, Any]) -> list[str]:
         for count in ("running_requests", "waiting_requests"):
             if card[count]:
                 found.append(f"pool {card['name']}: {count} is {card[count]}")
-        if card["state"] not in ("absent", "resident"):
+        if card["state"] not in ("absent", "resident", "streamed"):
             found.append(f"pool {card['name']} is {card['state']}")
     slots = pools["slots"]
     if slots["used"] + slots["free"] != slots["total"] or slots["leased"]:

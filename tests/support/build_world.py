@@ -22,6 +22,7 @@ from emo_serve.emo.tokenizer import ModelTokenizer
 from emo_serve.errors import EngineDead
 from emo_serve.metrics import BUILD_POOL
 from emo_serve.names import BASE_POOL, ModelNames
+from emo_serve.pools.calibration import DEFAULT_METHOD
 from emo_serve.pools.calibration.build import calibrate
 from emo_serve.pools.calibration.examples import Example, encode_examples
 from emo_serve.pools.calibration.findings import Calibration
@@ -132,13 +133,18 @@ class World:
         rows: int = 6,
         max_tokens: int = 511,
         pools: Sequence[ExpertPool] = (),
+        may_stream: bool = False,
     ) -> None:
         self.checkpoint = Checkpoint.open(directory)
         self.moe_layers = self.checkpoint.config.moe_layers
         counts = [moe.num_experts if moe else 0 for moe in self.moe_layers]
         self.engine = FakeEngine()
         self.manager = ResidencyManager(
-            SlotTable(counts, slots), rows, self.engine, slot_bytes=SLOT_BYTES
+            SlotTable(counts, slots),
+            rows,
+            self.engine,
+            slot_bytes=SLOT_BYTES,
+            may_stream=may_stream,
         )
         pools = [pool.complete(self.moe_layers) for pool in pools]
         catalog = PoolCatalog(pools, self.moe_layers, self.checkpoint.fingerprint())
@@ -155,16 +161,23 @@ class World:
             self._learn,
         )
 
+    @property
+    def num_experts(self) -> int:
+        """Return the experts of all layers together."""
+        return sum(moe.num_experts for moe in self.moe_layers if moe)
+
     async def _learn(self, name: str, examples: Sequence[Example]) -> None:
         self.learned.append((name, examples))
 
     async def build(self, name: str = "math", k: int = K, **changes: Any) -> PoolBuild:
         return await self.builder.build(build_request(name, k=k, **changes))
 
-    def offline(self, k: int = K, examples: Sequence[Example] | None = None) -> Calibration:
+    def offline(
+        self, k: int = K, examples: Sequence[Example] | None = None, method: str = DEFAULT_METHOD
+    ) -> Calibration:
         tokenizer = ModelTokenizer(self.checkpoint.directory)
         documents = encode_examples(examples or texts(), tokenizer, self.checkpoint.config)
-        return calibrate(self.checkpoint, documents.ids, k)
+        return calibrate(self.checkpoint, documents.ids, k, method)
 
     def pool_of(self, *experts: int, name: str = "mine") -> ExpertPool:
         layers = (None if moe is None else LayerExperts(experts) for moe in self.moe_layers)

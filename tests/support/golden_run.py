@@ -115,7 +115,8 @@ def run(directory: Path, args: dict[str, Any], *, is_short: bool) -> dict[str, A
         worst_moved = worst_difference(engine, expected, *after)
         ranks = engine.call("emo_describe")
         usage = {pool: engine.call("emo_usage", kept, 1.0) for pool, kept in golden_pools().items()}
-    return {"worst": worst, "worst_moved": worst_moved, "ranks": ranks, "usage": usage}
+    differences = {"worst": worst, "worst_moved": worst_moved}
+    return {**differences, "ranks": ranks, "usage": usage}
 
 
 def main(directory: str, runs: str, *flags: str) -> None:

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 
 from emo_serve.cluster.shared import News, Stamp
 from emo_serve.errors import EmoServeError
+from emo_serve.ray_cluster.fleet_routes import FleetRoutes
 from emo_serve.ray_cluster.local_requests import LocalAnswer, LocalRequest
 from emo_serve.ray_cluster.member import FleetMember
 from emo_serve.server.asgi.errors import status_of
@@ -44,7 +45,7 @@ class Fleet:
             return name
 
         member = FleetMember(name, self)
-        await self.join(member, service, member.around(app))
+        await self.join(member, service, FleetRoutes(app, member, self))
 
     async def join(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,21 +109,28 @@ def pooled_engine(
     expert_dtype: str = "auto",
     host_expert_bytes: int = 0,
     is_empty: bool = False,
+    stream_slots: int = 0,
+    streamed: Collection[str] = (),
     **engine_args: Any,
 ) -> Iterator[PooledEngine]:
     """Start an engine, put every expert the pools need into a random slot, publish the pools.
 
-    `num_slots` None gives exactly as many slots as the largest layer of the pools needs. With
-    `is_empty` nothing is loaded, and rows exist but are not published.
+    Those that are `streamed` must be too large for the slots. `num_slots` None gives exactly as
+    many slots as the largest layer of the others needs. With `is_empty` nothing is loaded, and rows
+    exist but are not published.
     """
     facts = open_checkpoint(directory).facts
     experts_of_layer = facts.experts_per_layer
     layers = range(len(experts_of_layer))
-    wanted = [sorted({e for p in pools.values() for e in p[i]}) for i in layers]
+    held = [pool for name, pool in pools.items() if name not in streamed]
+    wanted = [sorted({e for pool in held for e in pool[i]}) for i in layers]
     num_slots = num_slots or max(1, *(len(experts) for experts in wanted))
     if facts.architecture is not None:
         engine_args = {"hf_overrides": {"architectures": [facts.architecture]}, **engine_args}
-    settings = PluginSettings(num_slots, len(pools), moe_backend, expert_dtype, host_expert_bytes)
+    settings = PluginSettings(
+        *(num_slots, len(pools), moe_backend, expert_dtype, host_expert_bytes),
+        stream_slots=stream_slots,
+    )
     with started_engine(
         directory,
         load_format=LOAD_FORMAT,

@@ -127,6 +127,7 @@ def test_settings_are_frozen() -> None:
         (["--expert-memory", "1GiB", "--expert-slots", "4"], "give one"),
         (["--expert-memory", "0"], "--expert-memory is 0 bytes"),
         (["--expert-slots", "0"], "at least 1"),
+        (["--stream-slots", "-1"], "--stream-slots is -1; give 0 or more"),
         (["--expert-slots", "few"], "--expert-slots is 'few'; give a whole number"),
         (["--pools", "/no/such/place"], "--pools /no/such/place is not a directory"),
         (["--moe-backend", "magic"], "give one of auto, triton, cpu, reference"),
@@ -205,7 +206,7 @@ def test_vllms_defaults_pass() -> None:
             enable_lora=None,
             api_server_count=None,
             data_parallel_size=1,
-            pipeline_parallel_size=1,
+            pipeline_parallel_size=2,
             quantization=None,
             runner="auto",
             load_format="auto",
@@ -229,14 +230,13 @@ def test_vllms_defaults_pass() -> None:
         ("data_parallel_rank", 0, "--data-parallel-rank"),
         ("enable_expert_parallel", True, "--enable-expert-parallel"),
         ("enable_eplb", True, "--enable-eplb"),
-        ("pipeline_parallel_size", 2, "--pipeline-parallel-size"),
         ("prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
-        ("speculative_config", {"method": "ngram"}, "--speculative-config"),
-        ("spec_tokens", 2, "--spec-tokens"),
+        ("spec_model", "ngram", "--spec-model"),
         ("quantization", "fp8", "--quantization"),
         ("cpu_offload_gb", 1.0, "--cpu-offload-gb"),
         ("enable_sleep_mode", True, "--enable-sleep-mode"),
         ("kv_transfer_config", {"kv_role": "kv_both"}, "--kv-transfer-config"),
+        ("kv_offloading_size", 1.0, "--kv-offloading-size"),
         ("enable_return_routed_experts", True, "--enable-return-routed-experts"),
         ("runner", "pooling", "--runner"),
         ("convert", "embed", "--convert"),
@@ -254,6 +254,49 @@ def test_what_cannot_be_carried_is_refused_with_a_reason(
     message = str(refusal.value)
     assert message.startswith(f"{flag} is {value!r}, which emo-serve does not support yet: ")
     assert message.endswith("; leave it out")
+
+
+NGRAM = {"method": "ngram", "num-speculative-tokens": 4, "prompt_lookup_min": 2}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"speculative_config": {**NGRAM, "prompt_lookup_max": 3}},
+        {"spec_method": "ngram", "spec_tokens": 4},
+        {"spec_method": "ngram", "speculative_config": {"num_speculative_tokens": 4}},
+    ],
+)
+def test_drafts_from_the_text_itself_are_accepted(given: dict[str, object]) -> None:
+    refuse_unsupported(namespace(**given), environ={})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"spec_method": "mtp"}, "--spec-method: the method is 'mtp', .* drafts, has no pools"),
+        (
+            {"speculative_config": {"model": "another", "num_speculative_tokens": 2}},
+            "--speculative-config: the method is None, .* a draft model, .* use ngram",
+        ),
+        (
+            {"speculative_config": {"method": "suffix"}},
+            "the method is 'suffix', .* needs a package that is not among the pinned ones",
+        ),
+        ({"spec_method": "ngram_gpu"}, "drafts on the GPU for ngram, too"),
+        (
+            {"spec_method": "ngram", "pipeline_parallel_size": 2},
+            "--pipeline-parallel-size is 2, .* the first stage does not learn",
+        ),
+        (
+            {"speculative_config": {**NGRAM, "enable_adaptive_verification": True}},
+            "has 'enable_adaptive_verification', .* with method, num_speculative_tokens, prompt_",
+        ),
+    ],
+)
+def test_other_drafts_are_refused_with_a_reason(given: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        refuse_unsupported(namespace(**given), environ={})
 
 
 def test_our_own_load_format_may_be_named() -> None:

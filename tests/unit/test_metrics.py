@@ -73,6 +73,8 @@ NAMES = {
     "emo_serve_pool_load_bytes",
     "emo_serve_file_read_bytes",
     "emo_serve_expert_reads",
+    "emo_serve_streamed_experts",
+    "emo_serve_stream_seconds",
     "emo_serve_pool_evictions",
 }
 
@@ -146,6 +148,8 @@ def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> No
     metrics.count_load("math", LOAD)
     metrics.count_load("a+b", replace(LOAD, seconds=3.0))
     metrics.count_failed_load("base")
+    metrics.count_streamed(3, 0.5)
+    metrics.count_streamed(2, 0.25)
     metrics.count_eviction("math", "room")
     for name, labels, value in (
         ("requests_total", {"pool": "math", "outcome": "finished"}, 1),
@@ -185,6 +189,8 @@ def test_counters_count(registry: CollectorRegistry, metrics: PoolMetrics) -> No
         ("expert_reads_total", {"tier": "slab"}, 10),
         ("expert_reads_total", {"tier": "host"}, 4),
         ("expert_reads_total", {"tier": "disk"}, 2),
+        ("streamed_experts_total", {}, 5),
+        ("stream_seconds_total", {}, 0.75),
         ("pool_evictions_total", {"pool": "math", "reason": "room"}, 1),
         ("pool_evictions_total", {"pool": "math", "reason": "operator"}, 0),
     ):

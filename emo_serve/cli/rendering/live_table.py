@@ -13,8 +13,14 @@ from emo_serve.cli.rendering.tables import printable, size_range
 
 __all__ = ["live_table"]
 
-_STATES = {"resident": "green", "loading": "cyan", "waiting": "yellow", "closing": "magenta"}
-_ORDER = ("loading", "closing", "resident", "waiting", "absent")
+_STATES = {
+    "resident": "green",
+    "streamed": "blue",
+    "loading": "cyan",
+    "waiting": "yellow",
+    "closing": "magenta",
+}
+_ORDER = ("loading", "closing", "resident", "waiting", "streamed", "absent")
 _COLUMNS = (
     ("POOL", "left"),
     ("STATE", "left"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from emo_serve.cli.rendering.tables import columns, facts, grid, printable, size_range
 
-__all__ = ["describe_card", "slab_map", "status_line", "status_table"]
+__all__ = ["describe_card", "slab_map", "slots_line", "status_line", "status_table"]
 
 _HELD = ("resident", "closing")
 _MANY = 10  # counts from here on share one mark
@@ -20,14 +20,10 @@ def status_table(answer: dict[str, Any]) -> str:
     header = ["POOL", "STATE", "PINNED", "RUNNING", "WAITING", "EXPERTS/LAYER", "MIB"]
     header += ["ALONE", "SHARED", "MISSING", "VERSION"]
     rows = [header, *map(_row, answer["data"])]
-    slots = answer["slots"]
-    total_bytes = slots["total"] * slots["bytes_per_slot"]
     lines = [
         columns(rows),
         "",
-        f"slots     {slots['used']} of {slots['total']} used"
-        f" ({_mib(slots['used_bytes'])} of {_mib(total_bytes)} MiB),"
-        f" {slots['free']} free, {slots['leased']} held by running requests",
+        f"slots     {slots_line(answer['slots'])}",
         f"requests  {answer['running_requests']} running, {answer['waiting_requests']} waiting",
     ]
     if not answer["persists"]:
@@ -41,6 +37,16 @@ def status_line(card: dict[str, Any]) -> str:
     parts += [f"{_per_layer(card)} experts per layer", f"{_mib(card['bytes'])} MiB"]
     parts += [f"{card[f'experts_{how}']} {how}" for how in ("alone", "shared", "missing")]
     return f"{printable(card['name'])}: {', '.join(parts)}"
+
+
+def slots_line(slots: dict[str, Any]) -> str:
+    """Say in one line how many of the slab's slots are used."""
+    total_bytes = slots["total"] * slots["bytes_per_slot"]
+    return (
+        f"{slots['used']} of {slots['total']} used"
+        f" ({_mib(slots['used_bytes'])} of {_mib(total_bytes)} MiB),"
+        f" {slots['free']} free, {slots['leased']} held by running requests"
+    )
 
 
 def slab_map(answer: dict[str, Any]) -> str:

@@ -20,8 +20,16 @@ class Candidates:
         self._lookup, self._manager = lookup, manager
 
     def pools(self) -> list[ExpertPool]:
-        """Return the catalog's pools that the slab can hold beside the pinned ones."""
-        return [pool for pool in self._lookup.named if self._manager.may_ever_serve(pool)]
+        """Return the catalog's pools that the slab can hold beside the pinned ones.
+
+        A pool that is streamed is never chosen: it must be asked for by name.
+        """
+        manager = self._manager
+        return [
+            pool
+            for pool in self._lookup.named
+            if not manager.is_streamed(pool) and manager.may_ever_serve(pool)
+        ]
 
     def base(self) -> ExpertPool | None:
         """Return the base pool if it is resident, else None."""

@@ -11,6 +11,7 @@
     GET    /v1/pools/{name}/usage    how often tokens chose each of its experts
     DELETE /v1/pools/{name}          remove it and its file
     POST   /v1/pools/{name}/load     make it resident; also evict, pin and unpin
+    POST   /v1/pools/evict-all       evict every pool that is not pinned
 
 Bodies are read here and not by FastAPI: their size is limited before they are parsed, they need no
 content type, and errors in them name field and value like all our errors.
@@ -233,6 +234,22 @@ def _add_residency(
         with _answering(to_http_error):
             options = await _read_options(request, EvictOptions)
             return card_of(await service.residency.evict(name, drain=options.drain))
+
+    @router.post(
+        "/evict-all",
+        response_model_exclude_unset=True,
+        responses=responses(*CHANGING),
+        openapi_extra=body_schema(EvictOptions),
+    )
+    async def evict_all_pools(request: Request) -> PoolList:
+        """Evict every pool that is not pinned: free the slots that no pinned pool needs.
+
+        Later requests load their pools again. If a pool may not be evicted, none is.
+        """
+        with _answering(to_http_error):
+            options = await _read_options(request, EvictOptions)
+            await service.residency.evict_all(drain=options.drain)
+            return list_of(service.statuses.overview(), experts=False)
 
     @action("pin", NoOptions)
     async def pin_pool(name: str, request: Request) -> PoolCard:

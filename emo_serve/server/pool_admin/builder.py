@@ -1,11 +1,14 @@
 """Build a pool on the running server: layer by layer, through the engine, beside other requests.
 
-The method is `layerwise` of `pools.calibration`, with its scoring; only the router's mass comes
-from the engine. For MoE layer l, every document runs once through a temporary pool. Below l it has
+The methods are `layerwise` and `router` of `pools.calibration`, with their scoring; only the
+router's mass comes from the engine.
+
+By `layerwise`, for MoE layer l every document runs once through a temporary pool. Below l it has
 the experts kept so far; from l on it has as few experts as a pool may have, because they do not
 affect what layer l's router sees. So the full model is never needed, but a build takes one pass per
 layer where the offline build takes one in all. (Passes keep nothing: the engine owns the residual
-streams.)
+streams.) By `router`, every document runs once through the base pool, which may be streamed.
+`easy-ep` needs the norm of every expert's output, which the engine does not record.
 
 A build yields to other requests: its own run a few at a time, at a lower priority than all others.
 One temporary pool is resident, or two while the next one is loaded, and experts in both are not
@@ -118,9 +121,11 @@ class PoolBuilder:
             "building pool %s from %d documents, %d tokens",
             *(wanted.name, len(documents.ids), documents.num_tokens),
         )
-        passes = len(documents.ids) * sum(moe is not None for moe in self._moe_layers)
+        passes = len(documents.ids)
+        if wanted.method == DEFAULT_METHOD:
+            passes *= sum(moe is not None for moe in self._moe_layers)
         self._note(BuildProgress(wanted.name, 0, passes))
-        found = await self._find(documents, wanted.experts)
+        found = await self._find(documents, wanted)
         made_for = await asyncio.to_thread(model_record, self._checkpoint)
         pool = replace(
             found.pool(wanted.name, made_for, wanted.description),
@@ -144,7 +149,9 @@ class PoolBuilder:
         layers = (None if experts is None else LayerExperts(experts) for experts in kept)
         of_that_size = ExpertPool(wanted.name, tuple(layers))
         self._service.definitions.check_add(of_that_size, replace=is_replacing)
-        self._manager.check_can_ever_fit(of_that_size)
+        self._manager.check_servable(of_that_size)
+        if wanted.method != DEFAULT_METHOD:
+            self._manager.check_servable(self._service.lookup.base_pool)
 
     async def _encode(self, wanted: BuildRequest) -> Documents:
         examples = wanted.documents
@@ -166,9 +173,19 @@ class PoolBuilder:
 
     # -- layer by layer --
 
-    async def _find(self, documents: Documents, k: int) -> Calibration:
+    async def _find(self, documents: Documents, wanted: BuildRequest) -> Calibration:
         ids = [document.tolist() for document in documents.ids]
-        tokens = documents.num_tokens
+        tokens, k = documents.num_tokens, wanted.experts
+        find = self._layer_by_layer if wanted.method == DEFAULT_METHOD else self._in_one_pass
+        layers = await find(ids, tokens, k)
+        nothing_read = (0,) * len(layers)
+        return Calibration(
+            wanted.method, 0, k, len(ids), tokens, tuple(layers), nothing_read, bytes_read=0
+        )
+
+    async def _layer_by_layer(
+        self, ids: Sequence[list[int]], tokens: int, k: int
+    ) -> list[LayerFindings | None]:
         layers: list[LayerFindings | None] = [None] * len(self._moe_layers)
         with self._service.temporary.path() as become:
             for index, moe in enumerate(self._moe_layers):
@@ -176,23 +193,30 @@ class PoolBuilder:
                     continue
                 pool = _path_pool(self._moe_layers, layers)
                 await become(pool)
-                mass_PE = await self._mass_of_layer(pool, index, ids)
+                mass_PE = [mass.layers[index] for mass in await self._masses(pool, ids)]
                 layers[index] = await asyncio.to_thread(find_layer, mass_PE, tokens, moe, k)
-        nothing_read = (0,) * len(layers)
-        return Calibration(
-            DEFAULT_METHOD, 0, k, len(ids), tokens, tuple(layers), nothing_read, bytes_read=0
-        )
+        return layers
 
-    async def _mass_of_layer(
-        self, pool: ExpertPool, index: int, documents: Sequence[list[int]]
-    ) -> list[tuple[float, ...]]:
-        """Return the full router's mass in one layer: a row per document, an entry per expert."""
-        rows: list[tuple[float, ...]] = [()] * len(documents)
+    async def _in_one_pass(
+        self, ids: Sequence[list[int]], tokens: int, k: int
+    ) -> list[LayerFindings | None]:
+        whole = replace(self._service.lookup.base_pool, name=BUILD_POOL)  # no client's request
+        masses = await self._masses(whole, ids)
+        return [
+            None
+            if moe is None
+            else find_layer([mass.layers[index] for mass in masses], tokens, moe, k)
+            for index, moe in enumerate(self._moe_layers)
+        ]
+
+    async def _masses(self, pool: ExpertPool, documents: Sequence[list[int]]) -> list[RouterMass]:
+        """Return the full router's mass on each document, inside a pool."""
+        rows = [RouterMass(0, ())] * len(documents)
         places = iter(range(len(documents)))
 
         async def run_some() -> None:
             for place in places:
-                rows[place] = (await self._mass(pool, documents[place])).layers[index]
+                rows[place] = await self._mass(pool, documents[place])
                 self._note_pass()
 
         try:

@@ -218,7 +218,7 @@ class PoolDefinitions:
         Raises PoolTooLarge, and RequestError if a default or pinned union's temperatures would
         differ, or its size could not be had.
         """
-        pinned = (name for name in self._residency.pinned_names if pool.name in pools_of(name))
+        pinned = self._residency.pinned_names
         for name in dict.fromkeys([self._lookup.names.default_pool, *sorted(pinned)]):
             if pool.name not in pools_of(name) or BASE_POOL in pools_of(name):
                 continue
@@ -229,6 +229,7 @@ class PoolDefinitions:
                     f"{name!r} is pinned or the default pool, and could not be served any more:"
                     f" {error}"
                 ) from None
+            self._manager.check_servable(needed, pinned=name in pinned)
             with suppress(Unavailable):  # temporary
                 self._manager.check_admissible(needed)
 

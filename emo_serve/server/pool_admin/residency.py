@@ -99,6 +99,11 @@ class NamedResidency:
         await self._manager.evict(pool, *held, drain=drain)
         return self._statuses.of(pool)
 
+    async def evict_all(self, *, drain: bool = False) -> None:
+        """Free all slots that no pinned pool needs; raises PoolInUse before any pool is evicted."""
+        unpinned = (pool for pool in self._manager.pools if not self._manager.is_pinned(pool))
+        await self._manager.evict(*unpinned, drain=drain)
+
     def unpin(self, name: str) -> PoolStatus:
         """Allow a pinned pool to be evicted again, and so every other name of its content."""
         pool = self._lookup.find(name)

@@ -53,11 +53,11 @@ class LoadOptions(StrictModel):
 
 
 class EvictOptions(StrictModel):
-    """Body of POST /v1/pools/{name}/evict."""
+    """Body of POST /v1/pools/{name}/evict and of POST /v1/pools/evict-all."""
 
     drain: bool = Field(
         False,
-        description="if the pool has running requests, admit no new ones and evict it when they"
+        description="if a pool has running requests, admit no new ones and evict it when they"
         " have ended; without this, the answer is 409",
     )
 
@@ -149,8 +149,10 @@ class PoolCard(_Answer):
         description="how often this pool was defined since the server started; null for a union"
     )
     persisted: bool = Field(description="this definition survives a restart")
-    state: Literal["absent", "waiting", "loading", "resident", "closing"] = Field(
-        description="closing: resident, but admits no new requests and will be evicted"
+    state: Literal["absent", "waiting", "loading", "resident", "streamed", "closing"] = Field(
+        description="streamed: too large for the slots, and served at once all the same, slowly,"
+        " its experts passing through --stream-slots; closing: admits no new requests and will be"
+        " evicted"
     )
     resident: bool = Field(description="all its experts are in slots, whichever pool loaded them")
     pinned: bool

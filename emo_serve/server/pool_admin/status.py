@@ -85,7 +85,8 @@ class Sharing:
 class PoolStatus:
     """One pool as a client may see it; `num_bytes` counts its experts on all devices.
 
-    `state` is "absent" if the pool has no `row` in the pool table and is not waiting for one.
+    `state` is "absent" if the pool has no `row` in the pool table and is not waiting for one, but
+    "streamed" if it needs nothing else.
     `is_resident` tells whether all its experts are in slots, whichever pool loaded them. `version`
     counts definitions since the start, None for a union; `is_stored` tells whether this definition
     survives a restart. `sizes` are those at which a pool can be asked for; None for a pool without
@@ -227,7 +228,9 @@ class PoolStatuses:
         for entry in stats.pools:
             if entry.state in ("resident", "closing"):
                 pool = by_hash.get(entry.content_hash) or self._lookup.known(entry.name)
-                if pool is not None and pool.content_hash == entry.content_hash:
+                if pool is None or self._manager.is_streamed(pool):
+                    continue
+                if pool.content_hash == entry.content_hash:
                     resident.append(pool)
         keys = frozenset(pool.content_hash for pool in resident)
         if self._last_sharing[0] != keys:
@@ -246,7 +249,7 @@ class PoolStatuses:
             is_default=pool.name == canonical_name(self._lookup.names.default_pool),
             is_resident=self._manager.is_resident(pool),
             is_pinned=self._manager.is_pinned(pool),
-            state=held.state if held else "absent",
+            state=held.state if held else self._state_without_row(pool),
             row=held.row if held else None,
             running_requests=held.running_by_name.get(pool.name, 0) if held else 0,
             waiting_requests=held.waiting_by_name.get(pool.name, 0) if held else 0,
@@ -254,6 +257,9 @@ class PoolStatuses:
             shares=sharing.shares(pool),
             use=self._activity.use_of(pool.name),
         )
+
+    def _state_without_row(self, pool: ExpertPool) -> Literal["streamed", "absent"]:
+        return "streamed" if self._manager.is_streamed(pool) else "absent"
 
     def _kind(self, pool: ExpertPool) -> PoolKind:
         if pool is self._lookup.base_pool:

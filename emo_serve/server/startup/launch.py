@@ -30,7 +30,7 @@ from emo_serve.server.vllm_adapter.flags import (
     with_values,
 )
 
-__all__ = ["DefaultModel", "Keys", "Launch", "prepare"]
+__all__ = ["DefaultModel", "Keys", "Launch", "check_flags", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,20 +80,22 @@ class Launch:
 
 def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartProgress) -> Launch:
     """Make all decisions from the arguments after `emo-serve serve`; raises ConfigError."""
-    _check_metrics_directory(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
-    args = parse_serve_args(argv, default_model.flag_defaults)
+    args, settings = _read_flags(argv, default_model)
     progress.stage("reading the checkpoint")
-    settings = ServeSettings.from_args(args)
-    refuse_unsupported(args)
     persists = settings.pools_dir is not None  # the shipped pools are not ours to change
     args, settings = _with_model(args, settings, default_model)
     checkpoint = open_checkpoint(args.model)  # first: it tells best why a model is not served
+    if args.pipeline_parallel_size > 1 and checkpoint.facts.architecture is not None:
+        raise ConfigError(
+            f"--pipeline-parallel-size is {args.pipeline_parallel_size}: only EMO models can be"
+            f" divided into stages, not {checkpoint.facts.family}; use --tensor-parallel-size"
+        )
     sizes = engine_sizes(args)
     limits = read_limits(sizes.cpu.nodes) if sizes.cpu else ()
     plan = make_plan(settings, checkpoint, args.served_model_name, sizes, limits, persists=persists)
     memory, kv_bytes = plan.memory, None
     if memory is not None:
-        kv_bytes = memory.kv_bytes // sizes.num_ranks
+        kv_bytes = sizes.kv_bytes_of_one(memory.kv_bytes)
         if memory.excess_bytes:
             logger.warning("these flags take more memory than there is: %s", memory.account())
     keys = Keys.read(args, settings)
@@ -104,6 +106,7 @@ def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartPro
             plan.num_slots,
             kv_bytes,
             architecture=checkpoint.facts.architecture,
+            stream_slots=plan.stream_slots,
         ),
         settings,
         plan,
@@ -111,6 +114,27 @@ def prepare(argv: Sequence[str], default_model: DefaultModel, progress: StartPro
         keys,
         read_auto_examples(settings),
     )
+
+
+def check_flags(argv: Sequence[str], default_model: DefaultModel, *, opens_model: bool) -> None:
+    """Refuse at once what `prepare` would refuse of the flags, and of the model's files.
+
+    Raises ConfigError. Without `opens_model`, the model may be on another machine.
+    """
+    args, settings = _read_flags(argv, default_model)
+    if opens_model:
+        args, _ = _with_model(args, settings, default_model)
+        open_checkpoint(args.model)
+
+
+def _read_flags(
+    argv: Sequence[str], default_model: DefaultModel
+) -> tuple[argparse.Namespace, ServeSettings]:
+    _check_metrics_directory(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
+    args = parse_serve_args(argv, default_model.flag_defaults)
+    settings = ServeSettings.from_args(args)
+    refuse_unsupported(args)
+    return args, settings
 
 
 def _check_metrics_directory(path: str | None) -> None:

@@ -86,7 +86,10 @@ class PoolSlots:
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What a start needs memory for; `slot_bytes` is one expert's, `experts_per_layer` as usual."""
+    """What a start needs memory for; `slot_bytes` is one expert's, `experts_per_layer` as usual.
+
+    `stream_slots` per layer come on top of the slots unless these hold all experts.
+    """
 
     trunk_bytes: int
     process_bytes: int
@@ -95,6 +98,7 @@ class MemoryNeed:
     experts_per_layer: tuple[int, ...]
     pools: PoolSlots
     kv: KvNeed
+    stream_slots: int = 0
 
     @property
     def most_slots(self) -> int:
@@ -107,12 +111,24 @@ class MemoryNeed:
         return self.trunk_bytes + self.process_bytes + self.host_expert_bytes
 
     def slab_bytes(self, slots: int) -> int:
-        """Return the bytes of so many slots per layer, no more than a layer has experts."""
-        return self.slot_bytes * sum(min(slots, count) for count in self.experts_per_layer)
+        """Return the bytes of so many slots per layer and of the stream slots, if it has any.
+
+        Of either, a layer has no more than it has experts.
+        """
+        both = (slots, self.stream_slots_beside(slots))
+        return self.slot_bytes * sum(
+            min(slots, count) for count in self.experts_per_layer for slots in both
+        )
+
+    def stream_slots_beside(self, slots: int) -> int:
+        """Return the stream slots per layer that so many slots need: none if they hold all."""
+        return 0 if slots >= self.most_slots else self.stream_slots
 
     def slots_in(self, num_bytes: int) -> int:
         """Return the most slots per layer that take no more than this; 0 if one is too many."""
-        return max(s for s in range(self.most_slots + 1) if self.slab_bytes(s) <= max(0, num_bytes))
+        return max(
+            (s for s in range(1, self.most_slots + 1) if self.slab_bytes(s) <= num_bytes), default=0
+        )
 
 
 @dataclass(frozen=True)
@@ -156,7 +172,7 @@ class MemoryPlan:
         need, slots = self.need, self.num_slots
         parts = [
             f"trunk {format_gib(need.trunk_bytes)}",
-            f"slab {format_gib(need.slab_bytes(slots))} ({slots} slots per layer)",
+            f"slab {format_gib(need.slab_bytes(slots))} ({_slots_text(need, slots)})",
             f"KV cache {format_gib(self.kv_bytes)}",
             f"process {format_gib(need.process_bytes)}",
         ]
@@ -213,6 +229,11 @@ def _slots(need: MemoryNeed, room: int, given: Given) -> int:
     possible = need.slots_in(room - least)
     comfortable = need.slots_in(room - useful)
     return max(need.pools.least, comfortable, min(possible, need.pools.every))
+
+
+def _slots_text(need: MemoryNeed, slots: int) -> str:
+    beside = need.stream_slots_beside(slots)
+    return f"{slots} slots per layer" + (f" and {beside} to stream" if beside else "")
 
 
 def _remedies(need: MemoryNeed, given: Given) -> str:

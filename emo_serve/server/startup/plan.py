@@ -52,12 +52,13 @@ class StartPlan:
     `pinned` pools are loaded first and all fit together, then those of `load_order` while there is
     room; every other pool is loaded when a request asks for it. `preferred` holds the content
     hashes of the pools that --preload names. `experts_per_layer` has 0 for a dense layer;
-    `num_slots` is per layer. `memory` is None on a device with memory of its own, which vLLM
-    divides.
+    `num_slots` and `stream_slots` are per layer. `memory` is None on a device with memory of its
+    own, which vLLM divides.
     """
 
     experts_per_layer: tuple[int, ...]
     num_slots: int
+    stream_slots: int
     memory: MemoryPlan | None
     catalog: PoolCatalog
     base_pool: ExpertPool
@@ -109,18 +110,23 @@ def make_plan(
         note_sizeless(settings, catalog)
     base_pool = ExpertPool.base(moe_layers, name=BASE_POOL)
     check_names(settings, catalog, base_pool)
-    memory = None
+    memory, stream_slots = None, _stream_slots(settings, checkpoint, sizes)
     if sizes.cpu is not None:
-        pool_slots = _pool_slots(settings, catalog, base_pool)
-        need = _memory_need(settings, checkpoint, sizes, sizes.cpu, pool_slots)
-        given = _given(settings, num_slots, sizes.cpu, sizes.num_ranks)
+        pool_slots = _pool_slots(settings, catalog, base_pool, may_stream=stream_slots > 0)
+        need = _memory_need(settings, checkpoint, sizes, sizes.cpu, pool_slots, stream_slots)
+        given = _given(settings, num_slots, sizes, sizes.cpu)
         memory = plan_memory(need, limits, given)
         num_slots = memory.num_slots
+        stream_slots = need.stream_slots_beside(num_slots)
     num_slots = num_slots or max(1, *experts_per_layer)  # 1 says nothing of a dense model
-    order = _load_order(settings, catalog, base_pool, num_slots >= max(experts_per_layer))
+    holds_all = num_slots >= max(experts_per_layer)
+    order = _load_order(
+        settings, catalog, base_pool, holds_all, is_base_served=holds_all or stream_slots > 0
+    )
     plan = StartPlan(
         experts_per_layer,
         num_slots,
+        stream_slots,
         memory,
         catalog,
         base_pool,
@@ -140,6 +146,7 @@ def _refuse_for_dense(settings: ServeSettings, checkpoint: ModelCheckpoint) -> N
     given = {
         "--expert-slots": settings.expert_slots is not None,
         "--expert-memory": settings.expert_memory_bytes is not None,
+        "--stream-slots": bool(settings.stream_slots),
         "--host-expert-memory": settings.host_expert_bytes > 0,
         "--default-experts": settings.default_experts is not None,
         "--pools": settings.pools_dir is not None,
@@ -169,6 +176,34 @@ def _given_slots(
     return None
 
 
+def _stream_slots(settings: ServeSettings, checkpoint: ModelCheckpoint, sizes: EngineSizes) -> int:
+    """Return the stream slots per layer if the slots do not hold all; raises ConfigError.
+
+    By default as many as a token takes experts, so that one token never needs two turns.
+    """
+    given, moe_layers = settings.stream_slots, checkpoint.facts.moe_layers
+    obstacle = None
+    if sizes.cpu is None:
+        obstacle = (
+            "on CUDA a step runs in captured graphs, in which the host cannot choose what to copy;"
+            " leave it out, and raise --expert-memory to hold all experts"
+        )
+    elif settings.moe_backend == "triton":
+        obstacle = "--moe-backend triton cannot stream experts; leave one of them out"
+    if obstacle is not None:
+        if given:
+            raise ConfigError(f"--stream-slots {given}: {obstacle}")
+        return 0
+    if given is not None:
+        most = max(checkpoint.facts.experts_per_layer)
+        if given > most:
+            raise ConfigError(
+                f"--stream-slots is {given}; a layer has at most {most} experts; lower it"
+            )
+        return given
+    return max((moe.top_k for moe in moe_layers if moe is not None), default=0)
+
+
 # -- memory --
 
 
@@ -176,7 +211,7 @@ def _slot_bytes(settings: ServeSettings, checkpoint: ModelCheckpoint, sizes: Eng
     """Return the bytes of one slot on one device."""
     facts = checkpoint.facts
     return expert_bytes(
-        *(facts.hidden_size, facts.expert_width or 0, settings.expert_dtype),
+        *(facts.hidden_size, facts.expert_width, settings.expert_dtype),
         *(sizes.dtype_bytes, sizes.num_ranks),
     )
 
@@ -187,21 +222,23 @@ def _memory_need(
     sizes: EngineSizes,
     cpu: CpuSizes,
     pools: PoolSlots,
+    stream_slots: int,
 ) -> MemoryNeed:
     """Return what all workers together need."""
     ranks = sizes.num_ranks
     return MemoryNeed(
         trunk_bytes=checkpoint.num_trunk_parameters * sizes.dtype_bytes,
-        process_bytes=process_bytes(ranks),
-        host_expert_bytes=settings.host_expert_bytes * ranks,
+        process_bytes=process_bytes(sizes.num_workers),
+        host_expert_bytes=settings.host_expert_bytes * sizes.num_workers,
         slot_bytes=_slot_bytes(settings, checkpoint, sizes) * ranks,
         experts_per_layer=tuple(filter(None, checkpoint.facts.experts_per_layer)),
         pools=pools,
         kv=KvNeed(cpu.block_tokens, cpu.block_bytes * ranks, cpu.max_model_len, cpu.max_num_seqs),
+        stream_slots=stream_slots,
     )
 
 
-def _given(settings: ServeSettings, slots: int | None, cpu: CpuSizes, num_ranks: int) -> Given:
+def _given(settings: ServeSettings, slots: int | None, sizes: EngineSizes, cpu: CpuSizes) -> Given:
     """Return what the user's flags say of memory, for all workers together."""
     by_slots = settings.expert_slots is not None
     slots_flag = "--expert-slots" if by_slots else "--expert-memory"
@@ -209,20 +246,27 @@ def _given(settings: ServeSettings, slots: int | None, cpu: CpuSizes, num_ranks:
     return Given(
         slots,
         None if slots is None else slots_flag,
-        None if cpu.kv_bytes is None else cpu.kv_bytes * num_ranks,
+        None if cpu.kv_bytes is None else sizes.kv_bytes_of_all(cpu.kv_bytes),
         cpu.kv_flag,
-        None if share is None else MemoryLimit(share.flag, share.asked_bytes * num_ranks),
+        None if share is None else MemoryLimit(share.flag, share.asked_bytes * sizes.num_workers),
     )
 
 
-def _pool_slots(settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool) -> PoolSlots:
-    """Return the slots per layer that pools need beside the pinned ones."""
+def _pool_slots(
+    settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool, *, may_stream: bool
+) -> PoolSlots:
+    """Return the slots per layer that pools need beside the pinned ones.
+
+    A model without pools whose experts may be streamed starts with any number.
+    """
     pinned = [named_pool(name, catalog, base_pool) for name in settings.pin]
     pools = list(catalog.pools.values()) or [base_pool]
     sizes = [_slots_of([*pinned, pool]) for pool in pools]
     least = min(sizes)
     if settings.default_pool is not None:
         least = _slots_of([*pinned, named_pool(settings.default_pool, catalog, base_pool)])
+    if may_stream and not (catalog.pools or pinned):
+        least = 1
     return PoolSlots(least, max(least, *sizes))
 
 
@@ -241,15 +285,20 @@ def _check_host_memory(settings: ServeSettings, slot_bytes: int) -> None:
 
 
 def _load_order(
-    settings: ServeSettings, catalog: PoolCatalog, base_pool: ExpertPool, holds_all: bool
+    settings: ServeSettings,
+    catalog: PoolCatalog,
+    base_pool: ExpertPool,
+    holds_all: bool,
+    *,
+    is_base_served: bool,
 ) -> tuple[ExpertPool, ...]:
     """Return the pools to load at start, in order.
 
-    Those are the base pool if it fits, the default pool, the pools of --preload, then all others;
-    or --preload's alone if it is given and the slots cannot hold all experts.
+    Those are the base pool if it is served, the default pool, the pools of --preload, then all
+    others; or --preload's alone if it is given and the slots cannot hold all experts.
     """
     preload, default = settings.preload, settings.default_pool
-    wanted: list[str] = [base_pool.name] if holds_all else []
+    wanted: list[str] = [base_pool.name] if is_base_served else []
     if preload is None or holds_all:
         # With all experts in slots, a pool costs only a row, so all pools are loaded.
         wanted += [*single_names([default] if default else []), *(preload or ()), *catalog.pools]
@@ -259,7 +308,10 @@ def _load_order(
 
 
 def _rehearse(settings: ServeSettings, plan: StartPlan, slot_bytes: int) -> None:
-    """Raise ConfigError if no pool could ever be served, or not the default pool or the pins."""
+    """Raise ConfigError if no pool could ever be served, or not the default pool or the pins.
+
+    With stream slots every pool is served, but one that is pinned is to be resident.
+    """
     table = SlotTable(plan.experts_per_layer, plan.num_slots)
     for pool in plan.pinned:
         if pool.content_hash in table.keys:
@@ -272,6 +324,8 @@ def _rehearse(settings: ServeSettings, plan: StartPlan, slot_bytes: int) -> None
             )
         table.begin(table.plan_load(pool.content_hash, pool.expert_ids))
         table.finish(pool.content_hash)
+    if plan.stream_slots:
+        return
     pools = (plan.base_pool, *plan.catalog.pools.values(), *plan.pinned, *plan.load_order)
     if settings.default_pool is None:
         if not any(table.fits(pool.expert_ids) for pool in pools):

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["QuietFilter", "be_quiet", "is_harmless", "is_quiet"]
+__all__ = ["QuietFilter", "be_quiet", "is_harmless", "is_quiet", "log_to_stderr"]
 
 _CONFIG = Path(__file__).with_name("quiet_logging.json")
 _CONFIG_VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
@@ -74,6 +74,18 @@ def be_quiet() -> None:
     handler.addFilter(QuietFilter())
     logging.getLogger("vllm").addHandler(handler)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def log_to_stderr() -> None:
+    """Show our own log lines, once, in the form of vLLM, which configures only its own loggers."""
+    ours = logging.getLogger("emo_serve")
+    if not ours.handlers:
+        form = "%(levelname)s %(asctime)s [%(name)s] %(message)s"
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(form, "%m-%d %H:%M:%S"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
 
 
 def is_harmless(message: str) -> bool:

@@ -2,79 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 
 from emo_serve.config import format_gib
+from emo_serve.server.startup.address import ServerAddress
 from emo_serve.server.startup.memory import MemoryPlan
 from emo_serve.server.vllm_adapter.worker_calls import EngineFacts
 
-__all__ = ["PoolLine", "ServerAddress", "Summary", "format_summary"]
-
-
-@dataclass(frozen=True)
-class ServerAddress:
-    """Where the server listens; with `uds`, a Unix socket, host and port have no meaning.
-
-    `key_variable` is the environment variable that a client's shell should keep the API key in,
-    None if the server needs no key.
-    """
-
-    host: str | None
-    port: int
-    uds: str | None = None
-    is_tls: bool = False
-    key_variable: str | None = None
-
-    @classmethod
-    def of(cls, args: argparse.Namespace, key_variable: str | None) -> ServerAddress:
-        """Return where a server with these flags listens."""
-        return cls(
-            host=args.host,
-            port=args.port,
-            uds=args.uds,
-            is_tls=bool(args.ssl_keyfile and args.ssl_certfile),
-            key_variable=key_variable,
-        )
-
-    @property
-    def is_local(self) -> bool:
-        """Tell whether only this machine can connect; a host name other than localhost says no."""
-        if self.uds or self.host == "localhost":
-            return True
-        try:
-            return ip_address(self.host or "").is_loopback
-        except ValueError:
-            return False
-
-    @property
-    def url(self) -> str:
-        """Return a base URL that works on this machine."""
-        scheme = "https" if self.is_tls else "http"
-        if self.uds:
-            return f"{scheme}://localhost"
-        host = self.host or "127.0.0.1"
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
-
-    def curl(self, model: str) -> str:
-        """Return one shell line that asks this server for a completion."""
-        options = "-s"
-        options += f" --unix-socket {shlex.quote(self.uds)}" if self.uds else ""
-        options += " -k" if self.is_tls else ""
-        if self.key_variable:
-            options += f' -H "Authorization: Bearer ${self.key_variable}"'
-        body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 32})
-        url = f"{self.url}/v1/completions"
-        return (
-            f"curl {options} -H 'Content-Type: application/json'"
-            f" {shlex.quote(url)} -d {shlex.quote(body)}"
-        )
+__all__ = ["PoolLine", "Summary", "format_summary"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +43,7 @@ class Summary:
     max_model_len: int
     experts_per_layer: tuple[int, ...]
     slots_per_layer: int
+    stream_slots: int
     pools_source: Path | None
     pools: tuple[PoolLine, ...]
     refused: tuple[str, ...]
@@ -159,7 +97,7 @@ def _memory_lines(summary: Summary) -> list[str]:
     lines = [
         f"  trunk    {format_gib(facts.trunk_bytes)}{rank}",
         f"  slab     {format_gib(facts.slab_bytes)}{rank}: {summary.slots_per_layer} slots per"
-        f" layer, {format_gib(facts.slot_bytes)} each{slab_note}",
+        f" layer{_stream_note(summary)}, {format_gib(facts.slot_bytes)} each{slab_note}",
         f"  KV cache {format_gib(facts.kv_cache_bytes)}{rank}: {summary.cache_tokens} tokens,"
         f" {contexts:.1f} contexts of {summary.max_model_len}{cache_note}",
     ]
@@ -178,6 +116,12 @@ def _memory_lines(summary: Summary) -> list[str]:
             f" that was free ({memory.limit.name})"
         )
     return lines
+
+
+def _stream_note(summary: Summary) -> str:
+    """Say how many slots there are for pools that do not fit."""
+    count = summary.stream_slots
+    return f" and {count} to stream pools that do not fit" if count else ""
 
 
 def _need_note(memory: MemoryPlan) -> str:

@@ -25,15 +25,29 @@ class _Unsupported:
         return getattr(args, self.flag.removeprefix("--").replace("-", "_"), None)
 
 
-_LORA = "LoRA adapters of experts would need their own slots"
+_LORA = (
+    "a request names its pool where vLLM reads the name of an adapter, so it cannot name both, and"
+    " adapters of experts would need slots of their own"
+)
+_DRAFT_MODEL = "a draft model, or a layer that drafts, has no pools"
 _DATA_PARALLEL = "each engine would need its own expert slab and pool table"
-_SPECULATIVE = "the draft model has no pools"
 _QUANTIZED = "only experts can be quantized, with --expert-dtype"
 _OFFLOAD = "experts are offloaded by slots already, and the trunk stays on the device"
 _ONE_PROCESS = "leases are kept in one API-server process"
 _OTHER_FRONT_END = "pools are resolved in this HTTP front end only"
 _SPLIT_BATCH = "pool rows do not follow a batch that is split over devices or micro-batches"
-_KV_TRANSFER = "KV blocks from another server do not say which pool computed them"
+_KV_TRANSFER = (
+    "KV blocks from another server do not say which pool computed them, and to host memory vLLM"
+    " copies them from GPUs only"
+)
+_KV_OFFLOAD = (
+    "vLLM copies KV blocks between a GPU and host memory only, so pools could not be tested with it"
+    " on a CPU"
+)
+_SLEEP = (
+    "waking up would not restore the expert slots, and on a CPU vLLM ignores it; to free the slots,"
+    " evict all pools (POST /v1/pools/evict-all)"
+)
 _NOT_GENERATION = "EMO models generate text; embedding and scoring heads are not served"
 _OFF: tuple[object, ...] = (None, False, 0, "", [], {}, set())
 
@@ -56,23 +70,20 @@ _UNSUPPORTED: tuple[_Unsupported, ...] = (
     _Unsupported("--enable-elastic-ep", _OFF, _DATA_PARALLEL),
     _Unsupported("--enable-expert-parallel", _OFF, "each device holds a part of every expert"),
     _Unsupported("--enable-eplb", _OFF, "emo-serve places experts itself"),
-    _Unsupported("--pipeline-parallel-size", (None, 1), "pool rows reach the first stage only"),
     _Unsupported("--decode-context-parallel-size", (None, 1), _SPLIT_BATCH),
     _Unsupported("--prefill-context-parallel-size", (None, 1), _SPLIT_BATCH),
     _Unsupported("--enable-dbo", _OFF, _SPLIT_BATCH),
     _Unsupported("--ubatch-size", _OFF, _SPLIT_BATCH),
-    _Unsupported("--speculative-config", _OFF, _SPECULATIVE),
-    _Unsupported("--spec-method", _OFF, _SPECULATIVE),
-    _Unsupported("--spec-model", _OFF, _SPECULATIVE),
-    _Unsupported("--spec-tokens", _OFF, _SPECULATIVE),
+    _Unsupported("--spec-model", _OFF, _DRAFT_MODEL),
     _Unsupported("--diffusion-config", _OFF, "EMO decodes one token at a time"),
     _Unsupported("--quantization", _OFF, _QUANTIZED),
     _Unsupported("--quantization-config", _OFF, _QUANTIZED),
     _Unsupported("--cpu-offload-gb", _OFF, _OFFLOAD),
     _Unsupported("--offload-group-size", _OFF, _OFFLOAD),
-    _Unsupported("--enable-sleep-mode", _OFF, "waking up would not restore the expert slots"),
+    _Unsupported("--enable-sleep-mode", _OFF, _SLEEP),
     _Unsupported("--weight-transfer-config", _OFF, "new weights would not reach the slots"),
     _Unsupported("--kv-transfer-config", _OFF, _KV_TRANSFER),
+    _Unsupported("--kv-offloading-size", _OFF, _KV_OFFLOAD),
     _Unsupported(
         "--enable-return-routed-experts", _OFF, "the layers do not record which experts they chose"
     ),
@@ -86,6 +97,12 @@ _UNSUPPORTED: tuple[_Unsupported, ...] = (
     _Unsupported("--worker-cls", (None, "auto"), "emo-serve brings its own worker"),
     _Unsupported("--worker-extension-cls", _OFF, "emo-serve brings its own worker extension"),
 )
+
+_DRAFTERS = {
+    "ngram_gpu": "the V2 model runner drafts on the GPU for ngram, too",
+    "suffix": "it needs a package that is not among the pinned ones, and the V1 model runner",
+}
+_NGRAM_KEYS = ("method", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max")
 
 _UNSUPPORTED_VARIABLES = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": _LORA,
@@ -110,9 +127,35 @@ def refuse_unsupported(args: argparse.Namespace, environ: Mapping[str, str] | No
             raise ConfigError(
                 f"{variable} is set, which emo-serve does not support yet: {reason}; unset it"
             )
+    _refuse_speculation(args)
     additional = getattr(args, "additional_config", None) or {}
     if ADDITIONAL_CONFIG_KEY in additional:
         raise ConfigError(
             f"--additional-config: the key {ADDITIONAL_CONFIG_KEY!r} belongs to emo-serve;"
             " use --expert-memory, --expert-slots, --max-pools and --moe-backend"
+        )
+
+
+def _refuse_speculation(args: argparse.Namespace) -> None:
+    """Raise ConfigError for speculative decoding other than with the n-grams of the text itself."""
+    config = getattr(args, "speculative_config", None) or {}
+    given = {key.replace("-", "_"): value for key, value in config.items()}
+    spec_method = getattr(args, "spec_method", None)
+    method = given.get("method", spec_method)
+    if (given or spec_method is not None) and method != "ngram":
+        raise ConfigError(
+            f"{'--speculative-config' if given else '--spec-method'}: the method is {method!r},"
+            f" which emo-serve does not support yet: {_DRAFTERS.get(str(method), _DRAFT_MODEL)};"
+            " use ngram, which drafts from the text itself, or leave the flag out"
+        )
+    if method is not None and (getattr(args, "pipeline_parallel_size", None) or 1) > 1:
+        raise ConfigError(
+            f"--pipeline-parallel-size is {args.pipeline_parallel_size}, which emo-serve does not"
+            " support yet with speculative decoding: the first stage does not learn which drafted"
+            " tokens were rejected; leave one of them out"
+        )
+    if unknown := sorted(given.keys() - set(_NGRAM_KEYS)):
+        raise ConfigError(
+            f"--speculative-config has {unknown[0]!r}, which emo-serve does not support yet: pools"
+            f" were checked with {', '.join(_NGRAM_KEYS)} only; leave it out"
         )

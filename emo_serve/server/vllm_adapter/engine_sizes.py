@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from vllm import envs
+from vllm.distributed.utils import get_pp_indices
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
@@ -38,12 +39,24 @@ _KV_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB; vLLM lets it win over the fla
 def engine_sizes(args: argparse.Namespace) -> EngineSizes:
     """Return the sizes that these flags lead to; raises ConfigError for what vLLM refuses."""
     model = resolved(lambda: engine_args(args).create_model_config())
-    ranks = args.tensor_parallel_size
-    cpu = _cpu_sizes(args, model, ranks) if current_platform.is_cpu() else None
-    return EngineSizes(int(model.dtype.itemsize), ranks, cpu)
+    ranks, stages = args.tensor_parallel_size, args.pipeline_parallel_size
+    layers = resolved(lambda: _layers_per_stage(model.get_total_num_hidden_layers(), stages))
+    cpu = _cpu_sizes(args, model, ranks, ranks * stages) if current_platform.is_cpu() else None
+    return EngineSizes(int(model.dtype.itemsize), ranks, cpu, layers)
 
 
-def _cpu_sizes(args: argparse.Namespace, model: Any, ranks: int) -> CpuSizes:
+def _layers_per_stage(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    ends = [get_pp_indices(num_layers, stage, num_stages) for stage in range(num_stages)]
+    found = tuple(end - first for first, end in ends)
+    if not all(found):
+        raise ConfigError(
+            f"--pipeline-parallel-size is {num_stages}, and the model has {num_layers} layers; each"
+            " stage needs one: lower it"
+        )
+    return found
+
+
+def _cpu_sizes(args: argparse.Namespace, model: Any, ranks: int, workers: int) -> CpuSizes:
     block_tokens = args.block_size or _BLOCK_TOKENS
     page = FullAttentionSpec(
         block_size=block_tokens,
@@ -53,9 +66,9 @@ def _cpu_sizes(args: argparse.Namespace, model: Any, ranks: int) -> CpuSizes:
         kv_quant_mode=get_kv_quant_mode(args.kv_cache_dtype),
     ).page_size_bytes
     block_bytes = page * model.get_total_num_hidden_layers()
-    sequences = AsyncEngineArgs.get_batch_defaults(ranks)[1][UsageContext.OPENAI_API_SERVER]
+    sequences = AsyncEngineArgs.get_batch_defaults(workers)[1][UsageContext.OPENAI_API_SERVER]
     kv_flag, kv_bytes = _given_cache(args)
-    nodes = resolved(lambda: memory_nodes(ranks))
+    nodes = resolved(lambda: memory_nodes(workers))
     return CpuSizes(
         block_tokens,
         block_bytes,
@@ -88,7 +101,7 @@ def _given_share(args: argparse.Namespace, nodes: tuple[int, ...]) -> MemoryShar
     return MemoryShare(flag, math.ceil(memory.total_memory * share), memory.available_memory)
 
 
-def memory_nodes(num_ranks: int) -> tuple[int, ...]:
+def memory_nodes(num_workers: int) -> tuple[int, ...]:
     """Return the memory node that vLLM binds each worker to, as it finds it.
 
     That is the node of the worker's first CPU, or the first node allowed if that has no memory.
@@ -99,10 +112,10 @@ def memory_nodes(num_ranks: int) -> tuple[int, ...]:
         return ()
     node_of = {cpu.id: cpu.numa_node for cpu in cpus}
     if binding == "auto":
-        found = [allowed[rank] if rank < len(allowed) else allowed[0] for rank in range(num_ranks)]
+        found = [allowed[n] if n < len(allowed) else allowed[0] for n in range(num_workers)]
     elif binding == "nobind":
-        found = [cpus[0].numa_node] * num_ranks
+        found = [cpus[0].numa_node] * num_workers
     else:
         lists = [set(parse_id_list(part)) & set(node_of) for part in binding.split("|")]
-        found = [node_of[min(ids)] if ids else allowed[0] for ids in lists[:num_ranks]]
+        found = [node_of[min(ids)] if ids else allowed[0] for ids in lists[:num_workers]]
     return tuple(node if node in allowed else allowed[0] for node in found)

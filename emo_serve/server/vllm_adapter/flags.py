@@ -111,19 +111,21 @@ def with_engine_values(
     num_slots: int,
     kv_cache_bytes: int | None = None,
     architecture: str | None = None,
+    stream_slots: int = 0,
 ) -> argparse.Namespace:
     """Return the flags of an engine with our model, loader and workers.
 
-    `args.model` is a local directory, `num_slots` the slots per layer, and `kv_cache_bytes` the KV
-    cache of one worker, None to leave it to vLLM. `architecture` is our name for a model that vLLM
-    has, too, None for the name in the checkpoint's config. Raises ConfigError for expert settings
-    that this machine's device cannot run.
+    `args.model` is a local directory, `num_slots` the slots per layer, beside `stream_slots`, and
+    `kv_cache_bytes` the KV cache of one worker, None to leave it to vLLM. `architecture` is our
+    name for a model that vLLM has, too, None for the name in the checkpoint's config. Raises
+    ConfigError for expert settings that this machine's device cannot run.
     """
     device = current_platform.device_type
     check_expert_dtype(settings.expert_dtype, settings.moe_backend, device)
     check_moe_backend(settings.moe_backend, device)
     ours = PluginSettings(
         num_slots=num_slots,
+        stream_slots=stream_slots,
         num_pools=settings.max_pools,
         moe_backend=settings.moe_backend,
         expert_dtype=settings.expert_dtype,

@@ -21,11 +21,11 @@ class MemoryShare:
 
 @dataclass(frozen=True)
 class CpuSizes:
-    """The KV cache of one worker on a CPU, and where its memory is.
+    """The KV cache on a CPU, and where its memory is.
 
-    One block of the cache holds `block_tokens` tokens of all layers in `block_bytes`. `kv_flag`
-    names the flag or variable that sets the cache to `kv_bytes`; both are None if the user gives
-    none. `nodes` has the memory node that vLLM binds each worker to.
+    One block of the cache holds `block_tokens` tokens of all layers, on one rank of each stage, in
+    `block_bytes`. `kv_flag` names the flag or variable that sets a worker's to `kv_bytes`; both are
+    None if the user gives none. `nodes` has the memory node that vLLM binds each worker to.
     """
 
     block_tokens: int
@@ -40,8 +40,27 @@ class CpuSizes:
 
 @dataclass(frozen=True)
 class EngineSizes:
-    """The bytes of one activation, the number of workers, and on a CPU what memory they need."""
+    """The bytes of one activation, the workers, and on a CPU what memory they need.
+
+    `num_ranks` workers compute each stage of the pipeline, which has so many `layers_per_stage`.
+    """
 
     dtype_bytes: int
     num_ranks: int
     cpu: CpuSizes | None = None
+    layers_per_stage: tuple[int, ...] = (1,)
+
+    @property
+    def num_workers(self) -> int:
+        """Return the number of workers of all stages."""
+        return self.num_ranks * len(self.layers_per_stage)
+
+    def kv_bytes_of_all(self, worker_bytes: int) -> int:
+        """Return the KV cache of all workers, where those of the longest stage have so much."""
+        longest, layers = max(self.layers_per_stage), sum(self.layers_per_stage)
+        return worker_bytes * self.num_ranks * layers // longest
+
+    def kv_bytes_of_one(self, all_bytes: int) -> int:
+        """Return what a worker of the longest stage has of the KV cache of all."""
+        longest, layers = max(self.layers_per_stage), sum(self.layers_per_stage)
+        return all_bytes // self.num_ranks * longest // layers

@@ -36,6 +36,9 @@ __all__ = ["EngineFacts", "WorkerCalls"]
 
 _Reply = Mapping[str, Any]
 _Record = TypeVar("_Record")
+_Staged = TypeVar("_Staged", EngineDescription, LoadProgress)
+_Number = TypeVar("_Number", int, float)
+_PerLayer = tuple[tuple[_Number, ...], ...]
 _READERS: dict[type, TypeAdapter[Any]] = {
     record: TypeAdapter(record)
     for record in (CoverageReading, EngineDescription, LoadProgress, PoolUsage, RouterMass)
@@ -51,11 +54,13 @@ _MOST_GROWTH = 4.0
 class EngineFacts:
     """What the workers hold; sizes are those of the largest rank.
 
-    `num_slots` has one entry per MoE layer. `dtype` is that of the trunk and of activations,
-    `expert_dtype` that of experts in their slots.
+    `num_stages` divide the layers under pipeline parallelism; the ranks of a stage hold a part each
+    of the same experts. `num_slots` has one entry per MoE layer. `dtype` is that of the trunk and
+    of activations, `expert_dtype` that of experts in their slots.
     """
 
     num_ranks: int
+    num_stages: int
     trunk_bytes: int
     slab_bytes: int
     slot_bytes: int
@@ -70,7 +75,7 @@ class EngineFacts:
     @property
     def slot_bytes_all_ranks(self) -> int:
         """Return the bytes of one expert of one layer on all devices together."""
-        return self.slot_bytes * self.num_ranks
+        return self.slot_bytes * (self.num_ranks // self.num_stages)
 
 
 class WorkerCalls:
@@ -79,8 +84,10 @@ class WorkerCalls:
     `rpc` is `AsyncLLM.collective_rpc` as (method, args) -> one reply per rank. `is_dead` tells
     whether the engine has died, so that no reply can come. `check_experts` raises CheckpointError
     for a (layer, expert) whose files have changed. During a load, `on_copied` is called with the
-    number of copies done and the number of all copies. Every method that calls the workers raises
-    EngineDead for a dead engine, and for a reply that is not ok or not valid.
+    number of copies done and the number of all copies. `on_streamed` is called with the experts
+    that were streamed since its last call, and the seconds that steps waited for them. Every method
+    that calls the workers raises EngineDead for a dead engine, and for a reply that is not ok or
+    not valid.
     """
 
     def __init__(
@@ -89,11 +96,14 @@ class WorkerCalls:
         is_dead: Callable[[], bool],
         check_experts: Callable[[Iterable[tuple[int, int]]], None],
         on_copied: Callable[[int, int], None] = lambda done, total: None,
+        on_streamed: Callable[[int, float], None] = lambda experts, seconds: None,
     ) -> None:
         self._rpc = rpc
         self._is_dead = is_dead
         self._check_experts = check_experts
         self._on_copied = on_copied
+        self._on_streamed = on_streamed
+        self._streamed, self._stream_seconds = 0, 0.0
         self._call_ids = itertools.count(1)
         self._load_ids = itertools.count(1)
         self._calls: set[asyncio.Future[Sequence[_Reply]]] = set()  # asyncio keeps weak references
@@ -134,42 +144,66 @@ class WorkerCalls:
             experts_copied=len(copies),
             bytes_copied=sum(rank.bytes_copied for rank in ranks),
             bytes_read=sum(rank.bytes_read for rank in ranks),
-            host_hits=min(rank.host_hits for rank in ranks),
+            host_hits=sum(min(rank.host_hits for rank in stage) for stage in _by_stage(ranks)),
             seconds=time.monotonic() - start,
         )
 
     async def describe(self) -> EngineFacts:
         """Ask the workers what they hold."""
         ranks = await self._ask(EngineDescription, "emo_describe")
+        stages = _by_stage(ranks)
         return EngineFacts(
             num_ranks=len(ranks),
+            num_stages=len(stages),
             trunk_bytes=max(rank.trunk_bytes for rank in ranks),
             slab_bytes=max(rank.slab_bytes for rank in ranks),
             slot_bytes=max(rank.slot_bytes for rank in ranks),
-            num_slots=ranks[0].num_slots,
+            num_slots=tuple(slots for stage in stages for slots in stage[0].num_slots),
             kv_cache_bytes=max(rank.kv_cache_bytes for rank in ranks),
             dtype=ranks[0].dtype,
             expert_dtype=ranks[0].expert_dtype,
             moe_backend=ranks[0].moe_backend,
             routes_by_pool=all(rank.routes_by_pool for rank in ranks),
-            records_routing=ranks[0].records_routing,
+            records_routing=any(rank.records_routing for rank in ranks),
         )
 
-    # Routers are equal on all ranks, so only the first rank records.
+    # Routers are equal on all ranks of a stage, so only its first rank records.
 
     async def read_coverage(self) -> dict[int, CoverageSum]:
         """Return the coverage of each account since the last call."""
         ranks = await self._ask(CoverageReading, "emo_read_coverage")
-        return {row.account: CoverageSum(row.mass, row.tokens) for row in ranks[0].coverage}
+        self._note_streamed(ranks)
+        num_layers = max(1, sum(rank.num_layers for rank in ranks))
+        found: dict[int, CoverageSum] = {}
+        for rank in ranks:
+            for account, mass, tokens in rank.coverage:
+                before = found.get(account, CoverageSum(0.0, 0))
+                mass = before.mass + mass * rank.num_layers / num_layers
+                found[account] = CoverageSum(mass, max(before.tokens, tokens))
+        return found
+
+    def _note_streamed(self, ranks: Sequence[CoverageReading]) -> None:
+        """Pass on what was streamed since the last reading."""
+        experts = sum(rank.streamed_experts for rank in ranks)
+        seconds = sum(rank.stream_seconds for rank in ranks)
+        if experts > self._streamed:
+            self._on_streamed(experts - self._streamed, seconds - self._stream_seconds)
+            self._streamed, self._stream_seconds = experts, seconds
 
     async def read_mass(self, slot: int) -> RouterMass:
         """Return the router's mass in a mass slot, and empty the slot."""
-        return (await self._ask(RouterMass, "emo_read_mass", slot))[0]
+        ranks = await self._ask(RouterMass, "emo_read_mass", slot)
+        return RouterMass(
+            max(rank.tokens for rank in ranks), _of_all_stages([rank.layers for rank in ranks])
+        )
 
     async def usage_of(self, pool: ExpertPool) -> PoolUsage:
         """Return how often pools of this content chose each expert since the engine started."""
         ids = [list(layer) for layer in pool.expert_ids]
-        return (await self._ask(PoolUsage, "emo_usage", ids, pool.router_temperature))[0]
+        ranks = await self._ask(PoolUsage, "emo_usage", ids, pool.router_temperature)
+        return PoolUsage(
+            max(rank.tokens for rank in ranks), _of_all_stages([rank.counts for rank in ranks])
+        )
 
     async def _settled(
         self, load_id: int, table_row: tuple[int, list[list[int]], float], total: int
@@ -182,7 +216,7 @@ class WorkerCalls:
         while True:
             await asyncio.sleep(pause)
             ranks = await self._ask(LoadProgress, "emo_finish_load", load_id, *table_row)
-            done = min(rank.experts_copied for rank in ranks)
+            done = sum(min(rank.experts_copied for rank in stage) for stage in _by_stage(ranks))
             self._on_copied(done, total)
             if all(rank.state != "loading" for rank in ranks):
                 return ranks
@@ -227,6 +261,19 @@ class WorkerCalls:
         self._calls.discard(call)
         if not call.cancelled():
             call.exception()
+
+
+def _by_stage(ranks: Sequence[_Staged]) -> list[list[_Staged]]:
+    """Return the ranks of each stage of the pipeline, in order."""
+    stages: dict[int, list[_Staged]] = {}
+    for rank in ranks:
+        stages.setdefault(rank.stage, []).append(rank)
+    return [stages[number] for number in sorted(stages)]
+
+
+def _of_all_stages(ranks: Sequence[_PerLayer[_Number]]) -> _PerLayer[_Number]:
+    """Return each layer's numbers from the rank that has them, empty for a dense layer."""
+    return tuple(next(filter(None, layer), ()) for layer in zip(*ranks, strict=True))
 
 
 def _next_pause(seconds: float, done: int, total: int) -> float:

@@ -23,8 +23,20 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def compiled(shared1: Path) -> Iterator[PooledEngine]:
-    """An engine as users run it: vLLM's default compilation, core and worker in own processes."""
-    with pooled_engine(shared1, golden_pools(), own_processes=True, enforce_eager=False) as engine:
+    """An engine as users run it: vLLM's default compilation, core and worker in own processes.
+
+    The full model is too large for its slots, and streamed.
+    """
+    with pooled_engine(
+        shared1,
+        golden_pools(),
+        own_processes=True,
+        enforce_eager=False,
+        stream_slots=3,
+        streamed=["full"],
+    ) as engine:
+        (described,) = engine.call("emo_describe")
+        assert max(described["num_slots"]) < 32
         yield engine
     gc.collect()
 
@@ -33,7 +45,10 @@ def compiled(shared1: Path) -> Iterator[PooledEngine]:
 
 
 def test_golden_values_compiled(compiled: PooledEngine) -> None:
+    (before,) = compiled.call("emo_read_coverage")
     assert worst_difference(compiled) < TOLERANCE
+    (after,) = compiled.call("emo_read_coverage")
+    assert after["streamed_experts"] > before["streamed_experts"]
 
 
 # -- what requests do --

@@ -5,7 +5,6 @@ The oracle is transformers with the experts sliced away (`benchmarks.families.or
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from benchmarks.families.oracle import Pool, expected_logprobs, pools_of, prompt
 from emo_serve.families.opening import open_checkpoint
 from tests.support import golden_run
 from tests.support.golden import checkpoints as golden_checkpoints
+from tests.support.golden.checkpoints import RENAMED
 from tests.support.offline_engine import PooledEngine, pooled_engine, started_engine
 
 pytestmark = pytest.mark.vllm
@@ -93,13 +93,7 @@ def test_pools_answer_as_the_model_without_the_other_experts(
 
 
 def test_emo_from_before_its_rename(tmp_path: Path) -> None:
-    directory = golden_checkpoints.write_checkpoint("shared1", tmp_path)
-    config = json.loads((directory / "config.json").read_text())
-    old = {
-        "model_type": "flex_olmo_noqknorm_prenorm",
-        "architectures": ["FlexOlmoNoQKNormPrenormForCausalLM"],
-    }
-    (directory / "config.json").write_text(json.dumps({**config, **old}))
+    directory = golden_checkpoints.write_checkpoint("shared1", tmp_path, **RENAMED)
     with pooled_engine(directory, golden_run.golden_pools()) as engine:
         assert golden_run.worst_difference(engine) < golden_run.TOLERANCE
 

@@ -15,7 +15,7 @@ from emo_serve.emo.checkpoint import load_model
 from emo_serve.emo.model import EmoForCausalLM
 from emo_serve.residency.slots import SlotTable
 from tests.support.golden.checkpoints import golden, write_checkpoint
-from tests.support.golden_run import TOLERANCE, assert_greedy
+from tests.support.golden_run import TOLERANCE, assert_greedy, golden_pools
 from tests.support.offline_engine import PooledEngine, pooled_engine
 
 pytestmark = pytest.mark.vllm
@@ -93,8 +93,9 @@ def reference(directory: Path) -> EmoForCausalLM:
 def engine(directory: Path) -> Iterator[PooledEngine]:
     with pooled_engine(
         directory,
-        POOLS,
+        {**POOLS, "full": golden_pools()["full"]},
         num_slots=NUM_SLOTS,
+        stream_slots=4,
         host_expert_bytes=HOST_EXPERTS * EXPERT_BYTES,
         is_empty=True,
     ) as engine:
@@ -113,14 +114,16 @@ def test_pools_come_and_go_while_another_decodes(
 ) -> None:
     rng = random.Random(3)
     stays, leaves, comes = POOLS
+    full = golden_pools()["full"]  # more than there are slots: streamed beside all that follows
+    residency.engine.call("emo_publish_pool", residency.engine.rows["full"], full, 1.0)
     residency.begin(stays)
     residency.finish(stays)
     residency.begin(leaves)
     residency.finish(leaves)
     counts: list[dict[str, Any]] = []
     for _ in range(12):
-        for _ in range(4):
-            residency.ask(stays)
+        for pool in (stays, stays, stays, "full"):
+            residency.ask(pool)
         residency.step()
         residency.table.evict(leaves)
         copies = residency.begin(comes)
@@ -137,7 +140,7 @@ def test_pools_come_and_go_while_another_decodes(
         residency.check_answers(reference)
         stays, leaves, comes = rng.sample([stays, comes], 2) + [leaves]
         residency.table.check_integrity()
-    residency.check_golden(stays, leaves)
+    residency.check_golden(stays, leaves, "full")
     assert sum(answer["host_hits"] for answer in counts) > 0
     (described,) = residency.engine.call("emo_describe")
     assert described["host_bytes"] == HOST_EXPERTS * EXPERT_BYTES

@@ -67,10 +67,9 @@ def check_usage(result: dict[str, Any], num_tokens: int) -> None:
 @pytest.fixture(scope="module")
 def v2_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The V2 runner's results by backend."""
-    backends = ("cpu", "triton")
-    runs = [{"moe_backend": backend} for backend in backends]
+    runs = [{"moe_backend": "cpu"}, {"moe_backend": "triton"}]
     results = run_golden(tmp_path_factory.mktemp("v2"), runs, V2, "--short")
-    return dict(zip(backends, results, strict=True))
+    return {result["ranks"][0]["moe_backend"]: result for result in results}
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -118,11 +117,32 @@ def test_triton_kernels_under_the_interpreter(
     assert result["worst"] < TOLERANCE and result["worst_moved"] < TOLERANCE
 
 
-def test_tensor_parallel_over_two_processes(tmp_path: Path) -> None:
+def two_cores() -> dict[str, str]:
+    """Return the variables that bind two workers to a core each."""
     cores = sorted(os.sched_getaffinity(0))
-    env = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+    return {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+
+
+def test_pipeline_parallel_over_two_processes(tmp_path: Path) -> None:
+    """Two of three layers on the first stage, one on the second; rows and loads reach both."""
+    run = {"pipeline_parallel_size": 2, "own_processes": True}
+    (result,) = run_golden(tmp_path, [run], two_cores(), "--short")
+    assert [rank["stage"] for rank in result["ranks"]] == [0, 1]
+    assert [rank["num_slots"] for rank in result["ranks"]] == [[32, 32], [32]]
+    assert result["worst"] < TOLERANCE and result["worst_moved"] < TOLERANCE
+    assert [rank["disk_reads"] for rank in result["ranks"]] == [2 * 64, 2 * 32]
+    for pool, kept in golden_pools().items():
+        for layers, rank in ((slice(2), 0), (slice(2, 3), 1)):
+            usage = result["usage"][pool][rank]
+            assert usage["tokens"] == 2 * 16
+            found = [{e for e, n in enumerate(counts) if n} for counts in usage["counts"][layers]]
+            assert all(map(set.issubset, found, map(set, kept[layers]))) and all(found)
+            assert sum(map(bool, usage["counts"])) == len(found), "and no layer of the other stage"
+
+
+def test_tensor_parallel_over_two_processes(tmp_path: Path) -> None:
     run = {"tensor_parallel_size": 2, "own_processes": True}
-    (result,) = run_golden(tmp_path, [run], env)
+    (result,) = run_golden(tmp_path, [run], two_cores())
     assert [rank["rank"] for rank in result["ranks"]] == [0, 1]
     assert {rank["model_runner"] for rank in result["ranks"]} == {"v1"}
     slot_bytes = 3 * 64 * 128 * 4 // 2  # float32, half the width on each rank

@@ -37,12 +37,14 @@ def texts(seed: int, count: int = 12) -> list[str]:
     return ["".join(rng.choices("abcdefgh (=)", k=length)) for length in lengths]
 
 
-def offline(directory: Path, documents: list[str], k: int = K) -> Calibration:
+def offline(
+    directory: Path, documents: list[str], k: int = K, method: str = "layerwise"
+) -> Calibration:
     checkpoint = Checkpoint.open(directory)
     examples = [Example("text", text) for text in documents]
     tokenizer = ModelTokenizer(directory)
     ids = encode_examples(examples, tokenizer, checkpoint.config, max_tokens=511).ids
-    return calibrate(checkpoint, ids, k)
+    return calibrate(checkpoint, ids, k, method)
 
 
 def scores_of(directory: Path, name: str) -> list[list[float]]:
@@ -109,6 +111,19 @@ async def test_a_build_beside_requests_finds_the_offline_builds_pool(
             assert not list(tight_pools.glob(f"built-{seed}*"))
 
 
+async def test_a_build_by_the_router_streams_the_full_model(
+    server: RunningServer, golden_checkpoint: Path, tight_pools: Path
+) -> None:
+    found = offline(golden_checkpoint, texts(4), method="router")
+    async with server.async_http() as http:
+        built = await post(http, "by-router", texts(4), method="router")
+    assert built["calibration"]["method"] == "router"
+    assert built["calibration"]["coverage"] == pytest.approx(found.coverage, rel=1e-4)
+    for scores, layer in zip(scores_of(tight_pools, "by-router"), found.layers, strict=True):
+        assert layer is not None
+        assert scores == pytest.approx(layer.scores, rel=1e-3, abs=1e-6)
+
+
 async def test_the_same_build_gives_the_same_pool_and_leaves_only_that(
     server: RunningServer,
 ) -> None:
@@ -161,9 +176,9 @@ async def test_a_client_that_leaves_gets_its_pool_and_a_second_is_told_to_wait(
         assert answers[-1] == 201
 
 
-def test_a_pool_that_the_slab_cannot_hold_is_refused(http: httpx.Client) -> None:
-    too_many = TIGHT_SLOTS + 1
-    body = {"name": "big", "examples": ["a"], "experts": too_many}
-    answer = http.post("/v1/pools", json=body)
-    assert answer.status_code == 400
-    assert f"needs {too_many} slots and has {TIGHT_SLOTS}" in answer.json()["error"]["message"]
+def test_a_pool_that_the_slab_cannot_hold_is_built_and_streamed(http: httpx.Client) -> None:
+    body = {"name": "big", "examples": ["a b c d"], "experts": TIGHT_SLOTS + 1}
+    built = http.post("/v1/pools", json=body)
+    assert (built.status_code, built.json()["state"]) == (201, "streamed"), built.text
+    answer = http.post("/v1/completions", json={"model": "big", "prompt": "a", "max_tokens": 2})
+    assert (answer.status_code, answer.headers["x-emo-pool"]) == (200, "big")

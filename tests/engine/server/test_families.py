@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from benchmarks.families.check import write_pools
+from benchmarks.families.cases import write_pools
 from benchmarks.families.models import MODELS, write_checkpoint
 from benchmarks.families.oracle import Pool, expected_logprobs, pools_of, prompts
 from emo_serve.cli import main as cli
@@ -68,8 +68,9 @@ def test_pools_are_loaded_evicted_and_joined(
         assert 0 < used["used"] <= used["total"] == 2 * SLOTS
         card = http.get("/v1/pools/a").json()
         assert (card["resident"], [len(layer) for layer in card["experts"]]) == (True, [8, 0, 8])
-        with pytest.raises(openai.APIStatusError, match="base"):
-            client.completions.create(model="base", prompt=ids, max_tokens=1)
+        count = MODELS[FAMILY].num_experts
+        everything = [list(range(count)) if layer else [] for layer in pools["a"]]
+        check(checkpoint, logprobs(client, "base", ids), everything, ids)  # which is streamed
 
 
 def test_a_pool_is_built_here_and_reports_coverage(
@@ -127,7 +128,7 @@ def test_a_dense_model_is_served_as_one_pool(dense_server: RunningServer) -> Non
 def test_a_pool_of_a_dense_model_is_refused_before_the_engine_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setattr("emo_serve.server.startup.quiet.log_to_stderr", lambda: None)
     directory = write_checkpoint("dense", tmp_path / "dense")
     write_pools({"p": [[0], [1], [2]]}, tmp_path / "pools")
     arguments = ["serve", str(directory), "--pools", str(tmp_path / "pools")]
@@ -141,7 +142,7 @@ def test_what_cannot_be_served_is_refused_by_field(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setattr("emo_serve.server.startup.quiet.log_to_stderr", lambda: None)
     config = json.loads((checkpoint / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "scoring_func": "sigmoid"}))
     assert cli.main(["serve", str(tmp_path)]) == 2

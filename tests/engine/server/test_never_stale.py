@@ -1,7 +1,8 @@
 """Never stale: pools change under traffic, and every answer is compared with the reference.
 
 One real server with room for about two pools. Clients ask for pools, sizes and unions, some at a
-router temperature of their own or in as much of the pool as is there, stream, wait and leave;
+router temperature of their own or in as much of the pool as is there, or for the full model, which
+is streamed through a few slots; they stream, wait and leave;
 operators define, redefine, remove, load, evict and pin, all at random. An answer may follow any
 definition its pool had while the request was out; one computed with an expert that another load has
 overwritten, or on a prefix of another definition, size or temperature, follows none.
@@ -39,6 +40,7 @@ TIE_TOLERANCE = 2e-2  # where two experts are as good for one token, and roundin
 NUM_EXPERTS, NUM_LAYERS, SHARED = 32, 3, 31
 NAMES = ("a", "b", "c", "d", "e")
 SIZES = ("", "", "@5", "@9")
+BASE = "base"  # too large for the slots, and streamed
 NUM_CLIENTS, NUM_OPERATORS = 8, 2
 # Long enough to fill several KV blocks, so that a stale prefix would be found and used.
 PROMPTS = [(golden().prompts[i] * 8)[:length] for i, length in ((0, 40), (1, 100), (2, 160))]
@@ -124,6 +126,8 @@ class Stress:
         while self.operations_left > 0:
             names = self.chance.sample(NAMES, self.chance.choice((1, 1, 1, 2)))
             pool = "+".join(name + self.chance.choice(SIZES) for name in names)
+            if self.chance.random() < 0.125:
+                pool = BASE
             leaves = self.chance.random() < 0.15
             request = asyncio.create_task(self.ask(pool, self.chance.randrange(len(PROMPTS))))
             if leaves:
@@ -296,6 +300,7 @@ async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
         for name, (life,) in lives.items():
             body = life.definition.document(name)
             (await http.post("/v1/pools", json=body)).raise_for_status()
+        lives[BASE] = [Life(Definition((tuple(range(NUM_EXPERTS)),) * NUM_LAYERS, 1.0), 0.0)]
         before = (await http.get("/v1/pools")).json()["slots"]
         stress = Stress(http, chance, lives)
         start = time.monotonic()
@@ -336,6 +341,7 @@ async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
     print(f"worst difference {worst:.2g} nats per token, {num_ties} routing ties")
     print(f"slots before {before}, after {after}")
     assert len(stress.answers) > OPERATIONS / 2 and stress.seen["smaller"]
+    assert any(answer.pool == BASE for answer in stress.answers)
     assert (after["total"], after["used"]) == (before["total"], 0)
 
 

@@ -92,7 +92,8 @@ def test_load_pin_unpin_and_evict(http: httpx.Client) -> None:
         http.post(f"/v1/pools/{name}/evict").raise_for_status()
     slots = http.get("/v1/pools").json()["slots"]
     assert (slots["used"], slots["free"], slots["leased"]) == (0, 3 * TIGHT_SLOTS, 0)
-    assert http.post("/v1/pools/base/load").status_code == 400
+    assert http.post("/v1/pools/base/load").json()["state"] == "streamed"
+    assert http.post("/v1/pools/base/pin").status_code == 400
     assert http.post("/v1/pools/math+code/load").json()["experts_per_layer"] == [
         len({*a, *b})
         for a, b in zip(pools_of("shared1")["math"], pools_of("shared1")["code"], strict=True)

@@ -24,7 +24,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the engine was started")
 
     monkeypatch.setattr(life, "start_engine", fail)
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setattr("emo_serve.server.startup.quiet.log_to_stderr", lambda: None)
     # whatever else runs on this machine
     monkeypatch.setattr(launch, "read_limits", lambda nodes: (MemoryLimit("test", 9 * GIB),))
 
@@ -40,13 +40,19 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--enable-lora"], "--enable-lora is True, which emo-serve does not support yet: LoRA"),
+        (
+            ["--enable-lora"],
+            "--enable-lora is True, which emo-serve does not support yet: a request",
+        ),
         (["--api-server-count", "2"], "--api-server-count is 2"),
         (["--data-parallel-size", "2"], "--data-parallel-size is 2"),
         (["--enable-expert-parallel"], "--enable-expert-parallel is True"),
-        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size is 2"),
+        (["--pipeline-parallel-size", "4"], "--pipeline-parallel-size is 4, and the model has 3"),
         (["--quantization", "fp8"], "--quantization is 'fp8'"),
-        (["--speculative-config", '{"method": "ngram"}'], "--speculative-config is"),
+        (
+            ["--speculative-config", '{"method": "mtp"}'],
+            "--speculative-config: the method is 'mtp'",
+        ),
         (["--runner", "pooling"], "--runner is 'pooling'"),
         (["--additional-config", '{"emo_serve": {}}'], "--additional-config: the key"),
         (["--load-format", "dummy"], "--load-format is 'dummy'"),

@@ -32,12 +32,12 @@ def test_pools_are_resident_in_the_order_given_as_long_as_they_fit(
     assert cards["python"]["default"]
     assert {"base", *demo.domains()} == set(cards)
     assert "emo-demo is ready" in server.summary
-    assert "9 slots per layer" in server.summary
+    assert "9 slots per layer and 4 to stream" in server.summary
     for name, size, state in (
         ("python", 8, r"resident  \(default\)"),
         ("math", 8, "loaded on request"),
         ("spanish", 8, "loaded on request"),
-        ("base", 32, "does not fit"),
+        ("base", 32, "streamed, slowly"),
     ):
         assert re.search(rf"{name} +{size} experts per layer  {state}\n", server.summary), name
     assert "pool math will be loaded on request" in server.log
@@ -79,12 +79,23 @@ def test_asking_for_a_pool_that_is_not_resident_simply_works(
 
 
 @pytest.mark.parametrize("model", ["base", "emo-demo:base", "python+math"])
-def test_a_pool_the_slab_can_never_hold_is_a_400_with_figures(
-    client: openai.OpenAI, model: str
+def test_a_pool_the_slab_can_never_hold_is_streamed(
+    client: openai.OpenAI, http: httpx.Client, model: str
 ) -> None:
-    with pytest.raises(openai.BadRequestError) as refusal:
-        ask(client, model)
-    message = error_of(refusal.value)["message"]
+    assert len(ask(client, model, logprobs=1).choices[0].logprobs.tokens) == 8
+    name = model.removeprefix("emo-demo:")
+    card = http.get(f"/v1/pools/{name}").json()
+    assert (card["state"], card["resident"], card["pinned"]) == ("streamed", False, False)
+    held = {name: card["resident"] for name, card in cards(http).items()}
+    ask(client, model)
+    assert {name: card["resident"] for name, card in cards(http).items()} == held
+    assert 'emo_serve_pool_resident{pool="base"} 0.0' in http.get("/metrics").text
+
+
+def test_a_pool_the_slab_can_never_hold_is_not_pinned(http: httpx.Client) -> None:
+    refused = http.post("/v1/pools/base/pin")
+    message = refused.json()["error"]["message"]
+    assert refused.status_code == 400
     assert "GiB" in message
     assert "slots and has 9" in message
     assert "--expert-memory" in message

@@ -32,7 +32,7 @@ PACKAGES = {
 }
 """What the blocks that are run apart install from PyPI; `node` installs `openai` from npm."""
 IN_CI = ("curl", "openai", "structured", "tools", "anthropic")
-APART = ("node", *PACKAGES)
+APART = ("node", "bench", *PACKAGES)
 WANTS_CLIENTS = os.environ.get("EMO_CLIENTS") == "1"
 
 
@@ -103,6 +103,11 @@ def test_a_client_from_a_package_index(name: str, alone: RunningServer, tmp_path
         run(["npm", "install", "--no-audit", "--no-fund", "openai"], tmp_path)
         version = run(["npm", "ls", "openai"], tmp_path).split("openai@")[1].split()[0]
         printed = run_block(name, alone, tmp_path)
+    elif name == "bench":
+        version = run([sys.executable, "-c", "import vllm; print(vllm.__version__)"], tmp_path)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        printed = run_block(name, alone, tmp_path, PATH=path, PYTHONPATH=str(ROOT))
+        assert re.search(r"Successful requests: +12 ", printed)
     else:
         venv = tmp_path / "venv"
         run([sys.executable, "-m", "venv", str(venv)], tmp_path)
@@ -110,7 +115,7 @@ def test_a_client_from_a_package_index(name: str, alone: RunningServer, tmp_path
         run([python, "-m", "pip", "install", "--quiet", *PACKAGES[name]], tmp_path)
         package = PACKAGES[name][0].partition("[")[0]
         show = f"import importlib.metadata as m; print(m.version({package!r}))"
-        version = run([python, "-c", show], tmp_path).strip()
+        version = run([python, "-c", show], tmp_path)
         variables = {"HOME": str(tmp_path), "PATH": f"{venv / 'bin'}:{os.environ['PATH']}"}
         variables |= {"PYTHONPATH": str(ROOT), "LLM_USER_PATH": str(tmp_path)}
         if BLOCKS[name][0] == "python":
@@ -118,4 +123,4 @@ def test_a_client_from_a_package_index(name: str, alone: RunningServer, tmp_path
         printed = run_block(name, alone, tmp_path, **variables)
     assert printed.strip()
     with Path(os.environ.get("EMO_CLIENTS_REPORT", os.devnull)).open("a") as report:
-        report.write(f"{name} {version}: {printed.strip()[-300:]!r}\n")
+        report.write(f"{name} {version.strip()}: {printed.strip()[-300:]!r}\n")

@@ -33,11 +33,11 @@ def dashboard_queries() -> set[str]:
 
 
 def ask_some(http: httpx.Client) -> None:
-    """Hit a pool, miss another, let the server choose, and ask for one that never fits."""
-    for model in ("python", "python", "math", "auto", "base"):
+    """Hit a pool, miss another, let the server choose, stream one, ask for what is not there."""
+    for model in ("python", "python", "math", "auto", "base", "nope"):
         body = {"model": model, "prompt": "def add(a, b):\n", "max_tokens": 3, "ignore_eos": True}
         answer = http.post("/v1/completions", json=body)
-        expected = HTTPStatus.BAD_REQUEST if model == "base" else HTTPStatus.OK
+        expected = HTTPStatus.NOT_FOUND if model == "nope" else HTTPStatus.OK
         assert answer.status_code == expected, answer.text
 
 

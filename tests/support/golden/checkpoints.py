@@ -91,6 +91,12 @@ CASES: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
 }
 
+RENAMED: dict[str, Any] = {
+    "model_type": "flex_olmo_noqknorm_prenorm",
+    "architectures": ["FlexOlmoNoQKNormPrenormForCausalLM"],
+}
+"""What config.json of the same model said before the release's rename."""
+
 POOL_FRACTIONS = {"math": 0.375, "code": 0.375, "law": 0.5}
 
 
@@ -211,15 +217,18 @@ def prompts_of(case: str) -> list[list[int]]:
     return _generator(case + "/prompts").integers(0, 256, (3, 40)).tolist()
 
 
-def write_checkpoint(case: str, directory: Path) -> Path:
-    """Write a case in the released layout with a byte tokenizer, and return the directory."""
+def write_checkpoint(case: str, directory: Path, **fields: Any) -> Path:
+    """Write a case in the released layout with a byte tokenizer, and return the directory.
+
+    `fields` take the place of those that the case's config.json has.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: torch.from_numpy(weight).to(torch.bfloat16)
         for name, weight in weights_of(case).items()
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config_of(case), indent=1))
+    (directory / "config.json").write_text(json.dumps({**config_of(case), **fields}, indent=1))
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     vocabulary.update({"<|endoftext|>": 256, "<|pad|>": 257})
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -42,7 +42,7 @@ sys.path[:] = [path for path in sys.path if path not in {installed!r}]
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("emo_serve", "fastapi", "transformers", "vllm"):
+        if name.partition(".")[0] in ("emo_serve", "fastapi", "tqdm", "transformers", "vllm"):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())

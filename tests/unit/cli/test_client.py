@@ -41,6 +41,7 @@ def error(message: str, code: int) -> dict[str, object]:
         (lambda s: s.load("math", pin=True), "POST /v1/pools/math/load", b'{"pin": true}'),
         (lambda s: s.evict("a"), "POST /v1/pools/a/evict", b'{"drain": false}'),
         (lambda s: s.evict("a", drain=True), "POST /v1/pools/a/evict", b'{"drain": true}'),
+        (lambda s: s.evict_all(drain=True), "POST /v1/pools/evict-all", b'{"drain": true}'),
         (lambda s: s.pin("math"), "POST /v1/pools/math/pin", b""),
         (lambda s: s.unpin("math"), "POST /v1/pools/math/unpin", b""),
         (lambda s: s.add(b"{}"), "POST /v1/pools", b"{}"),

@@ -104,7 +104,7 @@ def test_serve_passes_every_flag_on_and_turns_errors_into_a_status(
     app = FakeApp(outcome)
     for module in ("emo_serve.server.serve", "emo_serve.server.shipped"):
         monkeypatch.setitem(sys.modules, module, app)
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setattr("emo_serve.server.startup.quiet.log_to_stderr", lambda: None)
     monkeypatch.setenv("VLLM_LOGGING_CONFIG_PATH", "")
     assert run(capsys, "serve", "M", "--port", "1", "--max-pools", "4") == (status, "", message)
     assert app.argv == ["M", "--port", "1", "--max-pools", "4"]

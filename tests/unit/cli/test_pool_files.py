@@ -15,6 +15,7 @@ from emo_serve.cli import plots as heat_maps
 from emo_serve.emo.checkpoint import load_model
 from emo_serve.pools.catalog import PoolCatalog
 from emo_serve.pools.document import read_pool, write_pool
+from tests.support.golden.checkpoints import RENAMED, write_checkpoint
 from tests.unit.cli.test_pools import run
 
 MODEL, POOLS = str(demo.model_dir()), demo.pools_dir()
@@ -55,6 +56,21 @@ def test_export_of_a_file_computes_what_the_pool_does(tmp_path: Path) -> None:
         got = load_model(out)(ids)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert (out / "tokenizer.json").read_bytes() == (Path(MODEL) / "tokenizer.json").read_bytes()
+
+
+def test_build_and_export_of_a_model_under_its_older_name(tmp_path: Path) -> None:
+    model = str(write_checkpoint("shared1", tmp_path / "model", **RENAMED))
+    pool, out = tmp_path / "p.json", tmp_path / "out"
+    build = ["build", "p", "--method", "random", "--experts", "8", "--model", model]
+    assert run(*build, "--out", str(pool)) == 0
+    assert run("export", str(pool), "--model", model, "--out", str(out)) == 0
+    ids = torch.arange(2, 42)[None]
+    mask = [torch.isin(torch.arange(32), torch.tensor(e)) for e in read_pool(pool).expert_ids]
+    with torch.no_grad():
+        want, got = load_model(model)(ids, mask), load_model(out)(ids)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    fields = json.loads((out / "config.json").read_text())
+    assert fields["model_type"] == RENAMED["model_type"]
 
 
 def test_export_of_a_union(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

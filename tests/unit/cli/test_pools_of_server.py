@@ -214,6 +214,19 @@ def test_load_pin_unpin_evict(cli: Cli) -> None:
     assert cli("load", "math+code")[1].startswith("code+math: resident, 4 experts per layer")
 
 
+def test_evict_all_names_what_stays(cli: Cli) -> None:
+    cli("load", "code")
+    cli("load", "math", "--pin")
+    status, out, _ = cli("evict", "--all", "--drain")
+    left, slots = out.splitlines()
+    assert status == 0 and left.startswith("math: resident, pinned, 3 experts per layer")
+    assert slots.startswith("6 of ") and slots.endswith("free, 0 held by running requests")
+    cli("unpin", "math")
+    assert cli("evict", "--all")[1].startswith("0 of ")
+    for neither in ((), ("math", "--all")):
+        assert cli("evict", *neither) == (2, "", "emo-serve: give the NAME of one pool, or --all\n")
+
+
 def test_a_size_is_named_like_a_pool(served: Served, cli: Cli, tmp_path: Path) -> None:
     layer = LayerExperts((0, 1, 2, 3), tuple(float(-expert) for expert in range(8)))
     write_pool(ExpertPool("sums", (None, layer, layer)), tmp_path / "sums.json")

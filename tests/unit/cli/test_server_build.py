@@ -162,8 +162,8 @@ REFUSED = [
     (("--out", "x.json"), "--out is for a build from a checkpoint"),
     (("--seed", "0"), "--seed is for a build from a checkpoint"),
     (
-        ("--method", "router"),
-        "a server builds only by layerwise; for --method router give --model DIR",
+        ("--method", "easy-ep"),
+        "a server builds only by layerwise or router; for --method easy-ep give --model DIR",
     ),
     (("--experts", "25"), "a pool of 25 experts per layer is more than the model has"),
     (("--examples", "nothing.txt"), "nothing.txt cannot be read"),

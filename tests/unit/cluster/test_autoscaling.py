@@ -106,6 +106,19 @@ def test_the_first_loads_of_a_new_replica_are_no_reason_for_another() -> None:
     assert decided == 7, "a tenth of the requests may wait"
 
 
+def test_replicas_that_find_no_place_are_given_up_when_nobody_wants_them() -> None:
+    scaler, decided = Autoscaler(LIMITS), 4
+    for second in range(40):
+        decided = scaler.decide([BUSY] * 4, float(second), asked=decided)
+    assert decided == 7
+    for second in range(55):
+        decided = scaler.decide([IDLE] * 4, 40.0 + second, asked=decided)
+    assert decided == 7, "the need may come back"
+    for second in range(55, 80):
+        decided = scaler.decide([IDLE] * 4, 40.0 + second, asked=decided)
+    assert decided <= 4
+
+
 reports = st.builds(
     ReplicaReport, st.floats(0, 100), st.floats(0, 100), st.integers(0, 100), st.integers(0, 100)
 )

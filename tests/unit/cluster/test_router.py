@@ -77,9 +77,6 @@ def test_what_was_sent_counts_until_it_is_too_long_ago() -> None:
     assert router.choose(asked("math"), views(), 4.9).why is Why.RECENT
     assert router.choose(asked("math"), views(), 5.0).why is Why.NEW
     assert router.choose(asked("code"), views(), 1.0).why is Why.NEW
-    router.note_sent(asked("math"), "r2", 6.0)
-    router.note_refused(asked("math"), "r2")
-    assert router.choose(asked("math"), views(), 6.0).why is Why.NEW
 
 
 def test_a_new_copy_on_its_way_is_used_before_another_is_made() -> None:

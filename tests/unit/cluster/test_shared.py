@@ -45,10 +45,10 @@ def test_news_are_heard_once() -> None:
 def test_pins_are_apart_from_pools() -> None:
     here = SharedPools("here")
     here.note("pool", "math", "document")
-    here.note("pin", "math", "")
-    here.note("pin", "code", "")
+    pin = here.note("pin", "math", "")
+    here.note("pin", "code", "2")
     here.note("pin", "code", None)
-    assert here.pins() == ("math",)
+    assert here.pins() == (pin,)
     assert len(here.all()) == 3
 
 

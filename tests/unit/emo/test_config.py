@@ -66,7 +66,7 @@ def test_the_dense_baseline_is_an_emo_without_experts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config = load_config(tmp_path)
     assert config.moe_layers == (None, None) and config.facts.is_dense
-    assert (config.dense_intermediate_size, config.facts.expert_width) == (256, None)
+    assert (config.dense_intermediate_size, config.facts.expert_width) == (256, 0)
     assert (config.rms_norm_eps, config.vocab_size) == (1e-5, 50304)  # those of OLMo 2
     again = DenseBaselineConfig(**config.to_dict())
     assert again.facts == config.facts and again.rope_parameters == config.rope_parameters

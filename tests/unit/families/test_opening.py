@@ -79,6 +79,8 @@ def save(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
         ("model.layers.1.mlp.gate.e_score_correction_bias", "correction bias"),
         ("model.layers.1.mlp.experts.3.up_proj.bias", "no biases"),
         ("model.layers.1.mlp.experts.3.up_proj.weight_scale_inv", "no scales"),
+        ("model.layers.1.self_attn.o_proj.bias", "no biases"),
+        ("model.layers.1.self_attn.q_proj.weight_scale", "no scales"),
         ("model.layers.1.mlp.experts.16.up_proj.weight", "has no place"),
         ("model.layers.7.mlp.experts.0.up_proj.weight", "has no place"),
         ("model.layers.1.mlp.experts.gate_up_proj", "three weights"),

@@ -115,6 +115,13 @@ def test_what_cannot_be_served_is_refused_by_field(changes: dict[str, Any], word
         facts("olmoe", **changes)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_biases_that_vllm_would_drop_are_refused(model_type: str) -> None:
+    with pytest.raises(ConfigError, match="attention_bias is True; expected False of"):
+        facts(model_type, attention_bias=True)
+    assert facts("flex_olmo", attention_bias=True) == facts("flex_olmo")
+
+
 def test_no_expert_in_any_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match="no layer has experts.*decoder_sparse_step is 9"):
         facts("qwen3_moe", decoder_sparse_step=9)

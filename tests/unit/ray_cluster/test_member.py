@@ -190,6 +190,18 @@ async def test_a_load_goes_to_one_replica_or_to_several(fleet: Fleet) -> None:
         assert not (await http.post("/v1/pools/math/evict")).json()["resident"]
 
 
+async def test_evict_all_is_done_on_every_replica(fleet: Fleet) -> None:
+    async with fleet.at("a") as http:
+        await http.post("/v1/pools/math/load", params={"replicas": "all"})
+        await http.post("/v1/pools/law/pin", params={"replicas": "1"})
+        answer = (await http.post("/v1/pools/evict-all")).json()
+        held = [card["name"] for card in answer["data"] if card["state"] == "resident"]
+        assert held == ["law"]
+        name, service = next(iter(fleet.services.items()))
+        async with service.residency.lease(service.lookup.find("math")):
+            assert (await http.post("/v1/pools/evict-all")).status_code == 409, name
+
+
 async def test_pins_are_everywhere_unless_told_otherwise(fleet: Fleet) -> None:
     async with fleet.at("a") as http:
         await http.post("/v1/pools/code+math/pin")
@@ -198,6 +210,54 @@ async def test_pins_are_everywhere_unless_told_otherwise(fleet: Fleet) -> None:
         card = (await http.post("/v1/pools/law/pin", params={"replicas": "1"})).json()
     assert sum(one["pinned"] for one in card["replicas"].values()) == 1
     assert not any("code+math" in one.residency.pinned_names for one in fleet.services.values())
+
+
+def pinning(fleet: Fleet, pool: str) -> set[str]:
+    """Return the running replicas that have pinned a pool."""
+    return {name for name in fleet.running if fleet.services[name].residency.is_pinned(pool)}
+
+
+async def test_a_pin_on_some_replicas_moves_when_one_of_them_is_gone(fleet: Fleet) -> None:
+    async with fleet.at("a") as http:
+        await http.post("/v1/pools/law/pin", params={"replicas": "2"})
+    first = pinning(fleet, "law")
+    assert len(first) == 2
+    fleet.running.remove(min(first))
+    for name in fleet.running:
+        await fleet.members[name].move_pins()
+    assert pinning(fleet, "law") == fleet.running
+    await fleet.start("d")  # in place of the one that is gone
+    for name in ("d", *fleet.running):
+        await fleet.members[name].move_pins()
+    assert len(pinning(fleet, "law")) == 2
+
+
+async def test_pins_are_looked_at_only_when_other_replicas_run(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet.at("a") as http:
+        await http.post("/v1/pools/law/pin", params={"replicas": "3"})
+    member, loads = fleet.members["b"], []
+    await member.move_pins()
+    monkeypatch.setattr(fleet.services["b"].residency, "load", loads.append)
+    fleet.services["b"].residency.unpin("law")
+    await member.move_pins()
+    assert not loads
+
+
+async def test_pins_can_be_taken_from_some_replicas(fleet: Fleet) -> None:
+    async with fleet.at("b") as http:
+        await http.post("/v1/pools/law/pin")
+        await http.post("/v1/pools/law/unpin", params={"replicas": "1"})
+        two = pinning(fleet, "law")
+        await http.post("/v1/pools/law/pin", params={"replicas": "1"})
+        (one,) = pinning(fleet, "law")
+        assert (len(two), one in two) == (2, True)
+        await http.post("/v1/pools/law/unpin", params={"replicas": "5"})
+        assert not pinning(fleet, "law")
+        assert (await http.post("/v1/pools/law/unpin", params={"replicas": "1"})).is_success
+    await fleet.start("d")
+    assert not pinning(fleet, "law")
 
 
 @pytest.mark.parametrize(

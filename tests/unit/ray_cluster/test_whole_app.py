@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from emo_serve.ray_cluster.fleet_routes import FleetRoutes
 from emo_serve.ray_cluster.member import FleetMember
 from tests.support.built_app import ADMIN, API, BuiltApp
 from tests.support.golden.checkpoints import write_checkpoint
@@ -23,7 +25,8 @@ async def fleet(tmp_path: Path) -> Fleet:
     for name in ("a", "b"):
         member, service = FleetMember(name, fleet), service_of()
         keys = ((API,), (ADMIN,))
-        site = await BuiltApp.of(checkpoint, service=service, keys=keys, around=member.around)
+        around = partial(FleetRoutes, member=member, peers=fleet)
+        site = await BuiltApp.of(checkpoint, service=service, keys=keys, around=around)
         await fleet.join(member, service, site.app, ADMIN)
     return fleet
 

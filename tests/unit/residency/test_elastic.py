@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,12 +15,16 @@ from emo_serve.pools.pool import ExpertPool, LayerExperts, PoolModel
 from emo_serve.pools.sizes import at_size
 from emo_serve.residency.elastic import Nested
 from emo_serve.residency.manager import ResidencyManager
-from emo_serve.residency.policy import POLICIES, make_policy
 from emo_serve.residency.ports import NullObserver
-from emo_serve.residency.slots import SlotTable
-from tests.support.fake_engine import SLOT_BYTES, FakeEngine, settle
+from tests.support.fake_engine import FakeEngine, settle
 from tests.support.residency_world import PROFILE, Client, a_manager, loaded, state, states
-from tests.unit.residency.test_traffic import DEADLINE, EXPERTS, NAMES, Request, Residency
+from tests.unit.residency.test_traffic import (
+    EXPERTS,
+    NAMES,
+    Request,
+    Residency,
+    live_busily,
+)
 from tests.unit.residency.test_traffic import passes as some_passes
 from tests.unit.residency.test_traffic import which as some_number
 
@@ -269,7 +272,6 @@ async def test_a_pool_whose_successor_cannot_be_read_stays_as_it_is() -> None:
         await manager.load(ranked("three", 0, 1, 2))
     await settle()
     assert state(manager, MATH) == "resident"
-    assert all(resident.shrunk_to is None for resident in manager._resident)
     manager.check_integrity()
 
 
@@ -299,18 +301,10 @@ class Elastic(Residency):
         model = PoolModel(implied=((),) * len(EXPERTS))
         return ExpertPool(name, tuple(scored(*pair) for pair in layers), content[1], model=model)
 
-    def fresh_manager(self, max_waiting: int = 1, policy: str = "lru") -> ResidencyManager:
-        return ResidencyManager(
-            SlotTable(EXPERTS, self.slots),
-            self.rows,
-            self.engine,
-            slot_bytes=SLOT_BYTES,
-            policy=make_policy(policy),
-            max_waiting=max_waiting,
-            load_deadline_seconds=DEADLINE,
-            clock=self.loop.time,
-            shrink_to=nested,
-        )
+    def fresh_manager(
+        self, max_waiting: int = 1, policy: str = "lru", **options: Any
+    ) -> ResidencyManager:
+        return super().fresh_manager(max_waiting, policy, shrink_to=nested, **options)
 
     @rule(number=some_number, count=st.integers(1, 3), passes=some_passes)
     def ask_elastic(self, number: int, count: int, passes: int) -> None:
@@ -345,43 +339,10 @@ TestElastic.settings = PROFILE
 @pytest.mark.parametrize("seed", range(10))
 def test_a_busy_elastic_life(seed: int) -> None:
     """The same machine, busier."""
-    chance = random.Random(seed)
+    chance, machine = random.Random(seed), Elastic()
 
-    def which() -> int:
-        return chance.randrange(100)
+    def ask_elastic(passes: int) -> None:
+        machine.ask_elastic(chance.randrange(100), chance.randint(1, 3), passes)
 
-    def content() -> Any:
-        return (((which(),),), chance.choice([1.0, 1.0, 2.0]))
-
-    machine = Elastic()
-    machine.start(
-        first=[content() for _ in NAMES],
-        slots=chance.choice([3, 4, 5]),
-        rows=chance.choice([9, 9, 4, 3]),
-        max_waiting=chance.choice([100, 100, 6]),
-        policy=chance.choice(POLICIES),
-    )
-    rules: dict[Callable[[int], object], int] = {
-        lambda n: machine.ask_elastic(number=which(), count=chance.randint(1, 3), passes=n): 25,
-        lambda n: machine.ask(numbers=[which()], count=1, passes=n): 8,
-        lambda n: machine.finish(number=which(), count=chance.randint(1, 3), passes=n): 20,
-        lambda n: machine.cancel(number=which(), passes=n): 5,
-        lambda n: machine.release(passes=n): 18,
-        lambda n: machine.end(
-            number=which(), error=chance.choice([None, None, PoolLoadFailed]), passes=n
-        ): 4,
-        lambda n: machine.load(numbers=[which()], pin=chance.random() < 0.3, passes=n): 4,
-        lambda n: machine.unpin(number=which(), passes=n): 4,
-        lambda n: machine.evict(numbers=[which()], drain=chance.random() < 0.5, passes=n): 4,
-        lambda n: machine.redefine(
-            number=which(), content=chance.choice([None, content()]), is_done=True, passes=n
-        ): 3,
-        lambda n: machine.wait(
-            seconds=chance.choice([0.0, 1.0, 25.0, 70.0]), passes=10, is_releasing=True
-        ): 8,
-    }
-    for do in chance.choices(list(rules), list(rules.values()), k=150):
-        do(chance.choice([0, 0, 1, 1, 2, 3, 6]))
-    stats = machine.manager.statistics()
-    machine.teardown()
-    assert stats.loads and machine.outcomes["smaller"]
+    live_busily(machine, chance, {ask_elastic: 40})
+    assert machine.outcomes["smaller"]

@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 
 from emo_serve.errors import LoadDeadlineExceeded, TooManyWaiting
+from emo_serve.residency.records import Purpose
 from tests.support.fake_engine import FakeEngine, settle
-from tests.support.residency_world import A, B, C, Client, D, in_virtual_time, loaded, now
+from tests.support.residency_world import A, B, C, Client, D, a_pool, in_virtual_time, loaded, now
 
 
 @in_virtual_time
@@ -54,3 +55,32 @@ async def test_a_client_that_obeys_is_served_at_its_second_try(service_seconds: 
     assert len(tries) == 80
     assert len(refused) >= 5
     assert refused.count(2) >= 0.7 * len(refused), (Counter(tries), now())
+
+
+@in_virtual_time
+async def test_growth_takes_no_clients_turn() -> None:
+    """Neither one that waits between clients, nor one that finds the queue full."""
+    clock = asyncio.get_running_loop().time
+
+    async def retry_after(*, is_growing: bool) -> int:
+        engine = FakeEngine(load_seconds=5)
+        manager = await loaded(engine, A, slots=2, max_waiting=2, clock=clock)
+        clients, growths = [Client(manager, A), Client(manager, B)], []
+        for growing in ([C], [a_pool("e", 1, 2)] * 3):
+            await settle()
+            for pool in growing if is_growing else []:
+                growths.append(asyncio.create_task(manager._queue.acquire(pool, Purpose.GROW)))
+            await settle()
+            clients.append(Client(manager, D))
+        with pytest.raises(TooManyWaiting) as caught:
+            manager.check_admissible(a_pool("f", 3, 4))
+        for growth in growths:
+            growth.cancel()
+        await asyncio.gather(*growths, return_exceptions=True)
+        for client in clients[:-1]:
+            await client.finish()
+        with pytest.raises(TooManyWaiting):
+            await clients[-1].task
+        return caught.value.retry_after_seconds
+
+    assert await retry_after(is_growing=True) == await retry_after(is_growing=False)

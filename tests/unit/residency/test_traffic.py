@@ -130,7 +130,9 @@ class Residency(RuleBasedStateMachine):
         self.slots, self.rows = slots, rows
         self.manager = self.fresh_manager(max_waiting, policy)
 
-    def fresh_manager(self, max_waiting: int = 1, policy: str = "lru") -> ResidencyManager:
+    def fresh_manager(
+        self, max_waiting: int = 1, policy: str = "lru", **options: Any
+    ) -> ResidencyManager:
         return ResidencyManager(
             SlotTable(EXPERTS, self.slots),
             self.rows,
@@ -140,6 +142,7 @@ class Residency(RuleBasedStateMachine):
             max_waiting=max_waiting,
             load_deadline_seconds=DEADLINE,
             clock=self.loop.time,
+            **options,
         )
 
     @staticmethod
@@ -369,7 +372,13 @@ TestResidency.settings = PROFILE
 @pytest.mark.parametrize("seed", range(10))
 def test_a_busy_life(seed: int) -> None:
     """The same machine, busier: hypothesis leaves some rules out of every run, this never does."""
-    chance = random.Random(seed)
+    live_busily(Residency(), random.Random(seed), {})
+
+
+def live_busily(
+    machine: Residency, chance: random.Random, more: dict[Callable[[int], object], int]
+) -> None:
+    """Apply a machine's rules, and `more` with their weights, to its end."""
 
     def which() -> int:
         return chance.randrange(100)
@@ -380,7 +389,6 @@ def test_a_busy_life(seed: int) -> None:
     def content() -> Any:
         return made_of(which())
 
-    machine = Residency()
     machine.start(
         first=[content() for _ in NAMES],
         slots=chance.choice([3, 4, 5]),
@@ -406,7 +414,7 @@ def test_a_busy_life(seed: int) -> None:
             passes=chance.randint(8, 12),
             is_releasing=chance.random() < 0.5,
         ): 8,
-    }
+    } | more
     for do in chance.choices(list(rules), list(rules.values()), k=150):
         do(chance.choice([0, 0, 1, 1, 2, 3, 6]))
     stats = machine.manager.statistics()

@@ -137,6 +137,7 @@ def test_every_status_of_ours_is_documented_with_its_shape() -> None:
         "get /v1/pools/{name}/usage": {"200", "400", "401", "404", "500", "503"},
         **{f"post /v1/pools/{{name}}/{verb}": changing for verb in ("load", "evict")},
         **{f"post /v1/pools/{{name}}/{verb}": changing for verb in ("pin", "unpin")},
+        "post /v1/pools/evict-all": changing - {"404"},
     }
 
 

@@ -27,7 +27,7 @@ from emo_serve.vllm_plugin.backends import (
     choose_backend,
 )
 from emo_serve.vllm_plugin.batch_pools import PADDING_ROW
-from emo_serve.vllm_plugin.contract import MOE_BACKENDS, expert_bytes
+from emo_serve.vllm_plugin.contract import MOE_BACKENDS, PluginSettings, expert_bytes
 from emo_serve.vllm_plugin.cpu_backend import CpuBackend, VllmCpuBackend
 from emo_serve.vllm_plugin.moe import PooledMoE
 from emo_serve.vllm_plugin.packed import ExpertShape, Slab
@@ -269,7 +269,8 @@ def test_the_layer_routes_by_the_tables_as_they_are_now(
         num_shared_experts=0,
         norm_topk_prob=batch.router.renormalize,
     )
-    moe = PooledMoE(config.facts, batch.moe, 99, 3, backend, f"{backend.name}.{layer}")
+    settings = PluginSettings(num_slots=99, num_pools=3)
+    moe = PooledMoE(config.facts, batch.moe, settings, backend, f"{backend.name}.{layer}")
     batch = pack(backend, batch, moe.slab)
     expert_dtype = "fp8_e4m3" if isinstance(backend, TritonFp8Backend) else "auto"
     assert moe.slot_bytes == expert_bytes(HIDDEN, WIDTH, expert_dtype, dtype_bytes=4)

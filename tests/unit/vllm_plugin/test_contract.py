@@ -22,9 +22,10 @@ from emo_serve.vllm_plugin.contract import (
 )
 
 RECORDS = [
-    LoadProgress("failed", "model.safetensors is gone", 3, 2**40, 7, 2, 1),
+    LoadProgress(1, "failed", "model.safetensors is gone", 3, 2**40, 7, 2, 1),
     EngineDescription(
         rank=1,
+        stage=0,
         trunk_bytes=2,
         slab_bytes=3,
         slot_bytes=4,
@@ -43,8 +44,8 @@ RECORDS = [
         records_routing=True,
         routes_by_pool=False,
     ),
-    CoverageReading((CoverageRow(2**40, 1.5, 2), CoverageRow(3, 0.0, 4))),
-    CoverageReading(()),
+    CoverageReading((CoverageRow(2**40, 1.5, 2), CoverageRow(3, 0.0, 4)), 3),
+    CoverageReading((), 0, streamed_experts=7, stream_seconds=0.25),
     RouterMass(3, ((0.1, 2.9), (), (3.0,))),
     PoolUsage(3, ((1, 2), (), (3,))),
 ]

@@ -155,6 +155,7 @@ def test_every_step_of_the_v1_runner_reads_one_buffer() -> None:
         query_start_loc=SimpleNamespace(np=np.array([0, 1, 4, 4, 4])),
         _init_model_kwargs=lambda num_reqs=None: {"upstream": num_reqs},
         get_model=lambda: SimpleNamespace(slot_host=SimpleNamespace(record=record)),
+        speculative_config=None,
     )
     attach_to_v1_runner(runner, num_rows=5)
     captured = runner._init_model_kwargs(num_reqs=0)
@@ -167,18 +168,39 @@ def test_every_step_of_the_v1_runner_reads_one_buffer() -> None:
     assert ([tag.row for tag in tags], lengths.tolist(), num_tokens) == ([2, 4], [1, 3], 4)
 
 
+def test_the_v1_runner_tells_the_record_which_drafts_it_rejected() -> None:
+    record = RecordOfCalls()
+    sampled = torch.tensor([[5, 6, 7, 8], [5, -1, -1, -1], [5, 9, -1, -1], [5, -1, -1, -1]])
+    runner = SimpleNamespace(
+        max_num_tokens=8,
+        device=CPU,
+        _init_model_kwargs=lambda num_reqs=None: {},
+        get_model=lambda: SimpleNamespace(slot_host=SimpleNamespace(record=record)),
+        speculative_config=SimpleNamespace(method="ngram"),
+        _sample=lambda logits, metadata: SimpleNamespace(sampled_token_ids=sampled),
+    )
+    attach_to_v1_runner(runner, num_rows=5)
+    assert runner._sample(None, None).sampled_token_ids is sampled and not record.rejected
+    runner._sample(None, SimpleNamespace(num_draft_tokens=[3, 2, 3, 0]))
+    assert record.rejected == [[0, 2, 2, 0]]
+
+
 class RecordOfCalls:
     """What the runner tells the routing record."""
 
     def __init__(self) -> None:
         self.num_pauses = 0
         self.steps: list[StepRequests] = []
+        self.rejected: list[list[int]] = []
 
     def pause(self) -> None:
         self.num_pauses += 1
 
     def begin(self, step: StepRequests) -> None:
         self.steps.append(step)
+
+    def reject(self, num_rejected_R: torch.Tensor) -> None:
+        self.rejected.append(num_rejected_R.tolist())
 
 
 def request_of(row: int) -> SimpleNamespace:

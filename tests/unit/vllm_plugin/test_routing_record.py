@@ -58,8 +58,15 @@ class Twin:
             self.tables[index][row] = mask
         self.temperatures[row] = temperature
 
-    def step(self, tags: list[RequestTag], lengths: list[int], seed: int, padding: int = 0) -> None:
-        """Route tokens as a step of the engine would."""
+    def step(
+        self,
+        tags: list[RequestTag],
+        lengths: list[int],
+        seed: int,
+        padding: int = 0,
+        rejected: list[int] | None = None,
+    ) -> None:
+        """Route tokens as a step of the engine would, the last `rejected` ones as vain drafts."""
         generator = torch.Generator().manual_seed(seed)
         num_tokens = sum(lengths)
         self.record.begin(StepRequests(tags, np.array(lengths), num_tokens))
@@ -69,8 +76,17 @@ class Twin:
         }
         for index, record in self.record.of_layer.items():
             record.note(logits[index])
-        of_token = [tag for tag, length in zip(tags, lengths, strict=True) for _ in range(length)]
+        if rejected is not None:
+            self.record.reject(torch.tensor(rejected))
+        kept = [length - r for length, r in zip(lengths, rejected or [0] * len(tags), strict=True)]
+        of_token = [
+            tag if place < count else None
+            for tag, length, count in zip(tags, lengths, kept, strict=True)
+            for place in range(length)
+        ]
         for token, tag in enumerate(of_token):
+            if tag is None:
+                continue
             self._note({index: each[token, None] for index, each in logits.items()}, tag)
 
     def _note(self, logits: dict[int, torch.Tensor], tag: RequestTag) -> None:
@@ -135,7 +151,7 @@ tags = st.builds(
 )
 steps = st.tuples(
     st.just("step"),
-    st.lists(st.tuples(tags, st.integers(1, 10)), min_size=1, max_size=4),
+    st.lists(st.tuples(tags, st.integers(1, 10), st.integers(0, 3)), min_size=1, max_size=4),
     st.integers(0, 5),
 )
 publications = st.tuples(st.just("publish"), st.integers(0, NUM_ROWS - 1), st.integers(0, 4))
@@ -150,9 +166,10 @@ def test_it_counts_what_was_routed(operations: list[tuple]) -> None:  # type: ig
     for number, (what, *arguments) in enumerate(operations):
         if what == "step":
             requests, padding = arguments
-            lengths = [length for _, length in requests]
+            lengths = [length for _, length, _ in requests]
             padding = min(padding, MAX_TOKENS - sum(lengths))
-            made.step([tag for tag, _ in requests], lengths, number, padding)
+            vain = [min(drafts, length - 1) for _, length, drafts in requests]
+            made.step([tag for tag, *_ in requests], lengths, number, padding, rejected=vain)
         elif what == "publish":
             made.publish(*arguments)
         elif what == "check":
@@ -163,6 +180,19 @@ def test_it_counts_what_was_routed(operations: list[tuple]) -> None:  # type: ig
             made.record.pause()
             for index, record in made.record.of_layer.items():
                 record.note(torch.full((MAX_TOKENS, LAYERS[index].num_experts), 9.0))
+    made.check()
+
+
+def test_rejected_drafts_are_in_no_sum() -> None:
+    made = twin()
+    requests = [RequestTag(0, 1), RequestTag(1, 2, 0), RequestTag(2, 3)]
+    made.step(requests, [4, 4, 1], seed=0, rejected=[3, 0, 0])
+    made.step(requests, [1, 2, 2], seed=1)
+    made.step(requests, [3, 3, 3], seed=2, rejected=[0, 2, 1])
+    assert [len(shares) for shares in made.coverage.values()] == [5, 7, 5]
+    made.check()
+    made.record.reject(torch.tensor([1, 1, 1]))  # of a step that is counted already
+    made.step(requests, [2, 2, 2], seed=3)
     made.check()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import ModelRegistry
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -13,6 +14,8 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from emo_serve.errors import ConfigError
 from emo_serve.facts import ModelFacts, MoeLayer
+from emo_serve.families.standard import FAMILIES, StandardFamily
+from emo_serve.vllm_plugin import register
 from emo_serve.vllm_plugin.backends import ReferenceBackend
 from emo_serve.vllm_plugin.contract import PluginSettings
 from emo_serve.vllm_plugin.seam import PooledRunner, Seam
@@ -68,6 +71,16 @@ def test_what_another_plugin_put_there_comes_back(
     with seam.in_place():
         assert op_registry_oot["MoERunner"] is not PooledRunner
     assert op_registry_oot == {"MoERunner": PooledRunner}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_vllms_names_stand_for_vllms_classes(family: StandardFamily) -> None:
+    """With the plugin registered: `vllm serve` asks for a model by the name in its config.json."""
+    register()
+    theirs = ModelRegistry.models[family.architecture.removeprefix("EmoServe")]
+    assert theirs.module_name.startswith("vllm.model_executor.models.")
+    ours = ModelRegistry.models[family.architecture]
+    assert ours.module_name == "emo_serve.vllm_plugin.standard_models"
 
 
 @pytest.mark.parametrize("layer", [1, 3])

@@ -28,6 +28,7 @@ GOOD = {
     "expert_dtype": "auto",
     "host_expert_bytes": 0,
     "records_routing": True,
+    "stream_slots": 0,
 }
 
 
@@ -79,6 +80,7 @@ def test_a_front_end_decides() -> None:
             "expert_dtype is 'fp4', which is not one of auto, fp8_e4m3",
         ),
         ({**GOOD, "num_slots": 0}, "at least 1"),
+        ({**GOOD, "stream_slots": -1}, "stream_slots must be at least 0"),
     ],
 )
 def test_bad_settings(given: dict[str, Any], words: str) -> None:
@@ -107,16 +109,24 @@ def test_host_memory_holds_an_expert_or_is_none_at_all(expert_dtype: str, one_ex
 
 def test_a_plain_configuration_is_accepted() -> None:
     refuse_what_cannot_work(vllm_config())
+    refuse_what_cannot_work(vllm_config(speculative_config=SimpleNamespace(method="ngram")))
+    refuse_what_cannot_work(vllm_config(pipeline_parallel_size=2))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        (
+            {
+                "pipeline_parallel_size": 2,
+                "speculative_config": SimpleNamespace(method="ngram"),
+            },
+            "--pipeline-parallel-size 2: the first stage does not learn",
+        ),
         ({"enable_expert_parallel": True}, "--enable-expert-parallel"),
         ({"quant_config": object()}, "--quantization"),
         ({"lora_config": object()}, "--enable-lora"),
-        ({"speculative_config": object()}, "--speculative-config"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "'eagle' needs a draft model"),
         ({"tensor_parallel_size": 3}, "3 does not divide an expert's width, 1024"),
     ],
 )
@@ -149,6 +159,14 @@ def test_reference_maths_alone_and_cuda_graphs_exclude_each_other(
         choose("reference", compilation_config=graphs)
     assert choose("triton", compilation_config=graphs) == "triton"
     assert choose("auto", compilation_config=graphs) == "triton"
+
+
+def test_only_backends_of_a_cpu_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    settings = PluginSettings(4, 8, stream_slots=2)
+    assert backend_for(vllm_config(), settings, torch.device("cpu")).name == "cpu"
+    with pytest.raises(ConfigError, match="--stream-slots 2 works with .* triton runs on cuda"):
+        backend_for(vllm_config(), settings, torch.device("cuda"))
 
 
 def test_an_experts_width_is_each_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from emo_serve.vllm_plugin.contract import LoadProgress, PluginSettings, Request
 from emo_serve.vllm_plugin.moe import PooledMoE
 from emo_serve.vllm_plugin.packed import ExpertShape
 from emo_serve.vllm_plugin.slot_host import SlotHost, slot_host_of
+from emo_serve.vllm_plugin.stage import Stage
 from emo_serve.vllm_plugin.worker import EmoWorkerExtension
 from tests.support.expert_stores import HIDDEN, WIDTH, expected
 from tests.support.golden.checkpoints import write_checkpoint
@@ -48,21 +50,33 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint("dense-first", tmp_path_factory.mktemp("dense-first"))
 
 
-def make_host(directory: Path, *, num_slots: int = NUM_SLOTS, holds_all: bool = False) -> SlotHost:
+def make_host(
+    directory: Path,
+    *,
+    num_slots: int = NUM_SLOTS,
+    holds_all: bool = False,
+    stage: Stage | None = None,
+    **more: int,
+) -> SlotHost:
     config, backend = load_config(directory), ReferenceBackend()
+    settings = PluginSettings(num_slots, NUM_ROWS, records_routing=not holds_all, **more)
+    here = range(len(config.moe_layers)) if stage is None else stage.layers
     layers = [
-        moe and PooledMoE(config.facts, moe, num_slots, NUM_ROWS, backend, f"layers.{index}")
+        PooledMoE(config.facts, moe, settings, backend, f"layers.{index}")
+        if moe is not None and index in here
+        else None
         for index, moe in enumerate(config.moe_layers)
     ]
     return SlotHost(
         layers,
         backend,
         ExpertShape(HIDDEN, WIDTH, torch.float32),
-        PluginSettings(num_slots, NUM_ROWS, records_routing=not holds_all),
+        settings,
         torch.device("cpu"),
         names=NAMES,
         holds_all=holds_all,
         max_num_tokens=MAX_TOKENS,
+        stage=stage,
     )
 
 
@@ -87,6 +101,8 @@ def check_published(host: SlotHost, directory: Path) -> None:
         assert layer.pool_table[1].nonzero()[:, 0].tolist() == list(POOL[index])
         assert float(layer.temperatures[1]) == 0.5
     for index, expert, number in COPIES:
+        if index not in host.stage.layers:
+            continue
         assert int(host.layers[index].slot_of_expert[expert]) == number
         slot = host.layers[index].slot(number)
         for matrix, want in zip((slot.w13, slot.w2), expected(tensors, index, expert), strict=True):
@@ -113,6 +129,14 @@ def test_an_expert_that_the_model_does_not_have_is_named(
         list(host.take_experts([(name, torch.zeros(WIDTH, HIDDEN))]))
 
 
+def test_the_experts_of_other_stages_are_left_to_these(directory: Path) -> None:
+    host = make_host(directory, holds_all=True, stage=Stage(1, range(2, 3)))
+    names = [expert_tensor_name(layer, 3, "gate") for layer in (1, 2)]
+    list(host.take_experts([(name, torch.zeros(WIDTH, HIDDEN)) for name in names]))
+    with pytest.raises(CheckpointError, match=f"tensor {expert_tensor_name(3, 3, 'gate')}"):
+        list(host.take_experts([(expert_tensor_name(3, 3, "gate"), torch.zeros(1))]))
+
+
 # -- loads --
 
 
@@ -124,7 +148,7 @@ def test_a_pool_is_copied_then_published_and_asking_again_changes_nothing(
     progress = settled(host, 7)
     check_published(host, directory)
     read = len(COPIES) * 3 * HIDDEN * WIDTH * 2  # bf16 in the file, fp32 in the slots
-    assert progress == LoadProgress("published", None, 7, 2 * read, read, 7, 0)
+    assert progress == LoadProgress(0, "published", None, 7, 2 * read, read, 7, 0)
     assert host.finish_load(7, 1, POOL, 0.5) == progress
     found = [tensor.data_ptr() for layer in host.layers.values() for tensor in layer.buffers()]
     assert found == places, "CUDA graphs need one address"
@@ -234,12 +258,9 @@ def route(host: SlotHost, rows: PoolRows, tag: RequestTag, num_tokens: int) -> N
         layer.record.note(torch.zeros(num_tokens, layer.moe.num_experts))
 
 
-async def test_the_front_end_reaches_the_slots_through_the_worker(
-    host: SlotHost, directory: Path
-) -> None:
+def worker_of(host: SlotHost, rows: PoolRows) -> EmoWorkerExtension:
     model, worker = Model(host), EmoWorkerExtension()
-    rows = PoolRows(MAX_TOKENS, NUM_ROWS, torch.device("cpu"))
-    worker.rank = 0
+    worker.rank = host.stage.number
     cache = torch.zeros(6, 4)
     worker.model_runner = SimpleNamespace(
         get_model=lambda: model,
@@ -247,9 +268,22 @@ async def test_the_front_end_reaches_the_slots_through_the_worker(
         kv_caches=[cache[:3], cache[3:], torch.zeros(2)],  # layers may share one memory
     )
     host.end_start_up(trunk_bytes=5)
+    return worker
+
+
+@pytest.mark.parametrize("ends", [(3,), (1, 3), (2, 3)], ids=["one stage", "dense|MoE", "MoE|MoE"])
+async def test_the_front_end_reaches_the_slots_through_the_workers(
+    directory: Path, ends: tuple[int, ...]
+) -> None:
+    stages = [Stage(n, range(first, end)) for n, (first, end) in enumerate(pairwise((0, *ends)))]
+    hosts = [make_host(directory, stage=stage) for stage in stages]
+    for host in hosts:
+        host.open_store(Checkpoint.open(directory))
+    rows = PoolRows(MAX_TOKENS, NUM_ROWS, torch.device("cpu"))
+    workers = [worker_of(host, rows) for host in hosts]
 
     async def rpc(method: str, args: tuple[Any, ...]) -> Sequence[dict[str, Any]]:
-        return [through_vllm(getattr(worker, method)(*args))]
+        return [through_vllm(getattr(worker, method)(*args)) for worker in workers]
 
     calls = WorkerCalls(rpc, lambda: False, lambda experts: None)
     facts = await calls.describe()
@@ -257,15 +291,17 @@ async def test_the_front_end_reaches_the_slots_through_the_worker(
     assert facts.kv_cache_bytes == 4 * (6 * 4 + 2)
     assert (facts.dtype, facts.expert_dtype) == ("bfloat16", "float32")
     assert facts.moe_backend == "reference" and facts.routes_by_pool and facts.records_routing
+    assert facts.slot_bytes_all_ranks == 3 * HIDDEN * WIDTH * 4
 
     report = await calls.make_resident(1, POOL, 0.5, [Copy(*copy) for copy in COPIES])
     assert report.experts_copied == len(COPIES)
-    check_published(host, directory)
+    assert report.bytes_copied == len(COPIES) * 3 * HIDDEN * WIDTH * 4
     await calls.make_resident(0, POOL, 0.5, [])
-    assert all(layer.pool_table[0].any() for layer in host.layers.values())
-
-    route(host, rows, RequestTag(1, account=9), 3)
-    route(host, rows, RequestTag(0, mass_slot=4), 2)
+    for host in hosts:
+        check_published(host, directory)
+        assert all(layer.pool_table[0].any() for layer in host.layers.values())
+        route(host, rows, RequestTag(1, account=9), 3)
+        route(host, rows, RequestTag(0, mass_slot=4), 2)
     layers = [layer for layer in load_config(directory).moe_layers if layer is not None]
     shares = [  # of equal logits
         sum(expert < layer.num_standard_experts for expert in ids) / layer.num_standard_experts

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from emo_serve.vllm_plugin.vocabulary import LookedUp, Multiplied, hold_once
+from emo_serve.vllm_plugin.vocabulary import hold_once
 
 VOCABULARY, HIDDEN = 384, 64
 
@@ -25,28 +25,27 @@ def prepare(table: VocabParallelEmbedding, rows: torch.Tensor) -> None:
     table.quant_method.process_weights_after_loading(table)
 
 
+def held_once() -> tuple[VocabParallelEmbedding, ParallelLMHead]:
+    """Return a model's two tables, of which vLLM would hold each twice."""
+    table, head = VocabParallelEmbedding(VOCABULARY, HIDDEN), ParallelLMHead(VOCABULARY, HIDDEN)
+    hold_once(torch.nn.ModuleList([table, head]))
+    return table, head
+
+
 def test_embeddings_are_never_packed(rows: torch.Tensor) -> None:
-    table = LookedUp(VOCABULARY, HIDDEN)
+    table, _ = held_once()
     prepare(table, rows)
     assert not hasattr(table, "cpu_linear")
     assert torch.equal(table(torch.tensor([3, 383])), rows[[3, 383]])
 
 
 def test_the_head_keeps_no_rows_beside_what_is_packed(rows: torch.Tensor) -> None:
-    head = Multiplied(VOCABULARY, HIDDEN, prefix="lm_head")
+    _, head = held_once()
     prepare(head, rows)
     assert head.weight.numel() == 0
     x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
     got = head.quant_method.apply(head, x)
     assert torch.allclose(got, x @ rows.t(), atol=1e-4)
-
-
-def test_a_model_of_vllms_own_holds_each_once(rows: torch.Tensor) -> None:
-    tables = [VocabParallelEmbedding(VOCABULARY, HIDDEN), ParallelLMHead(VOCABULARY, HIDDEN)]
-    hold_once(torch.nn.ModuleList(tables))
-    for table in tables:
-        prepare(table, rows)
-    assert not hasattr(tables[0], "cpu_linear") and tables[1].weight.numel() == 0
 
 
 def test_one_table_for_both_stays_as_it_is(rows: torch.Tensor) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from emo_serve import demo
 from emo_serve.config import ServeSettings, add_serve_flags
 from emo_serve.emo.config import load_config
-from emo_serve.errors import ConfigError, LoadDeadlineExceeded, RequestError
+from emo_serve.errors import ConfigError, LoadDeadlineExceeded, RequestError, TooManyWaiting
 from emo_serve.facts import MoeLayer
 from emo_serve.metrics import AUTO_PROBE_POOL
 from emo_serve.pools.pool import ExpertPool, LayerExperts
@@ -27,7 +30,9 @@ from emo_serve.server.auto.choice import make_chooser, read_auto_examples
 from emo_serve.server.auto.prompt_prefix import PromptPrefix
 from emo_serve.server.auto.prompt_text import Prompt
 from emo_serve.vllm_plugin.contract import RouterMass
+from tests.support.fake_engine import FakeEngine, settle
 from tests.support.pool_services import MOE_LAYERS, ServiceUnderTest, pool, service_of
+from tests.support.residency_world import A, B, C, Client, in_virtual_time, loaded
 from tests.support.served_tokenizer import FileTokenizer
 
 VOCABULARY = 3072  # of the demo model, whose tokenizer reads the prompts
@@ -102,6 +107,30 @@ def test_a_larger_pool_covers_no_less(data: st.DataObject) -> None:
     mass = RouterMass(1, ((), layer, layer))
     small, large = coverages(mass, [pool("a", *experts), pool("b", *more)], MOE_LAYERS)
     assert -1e-9 <= small <= large + 1e-9 <= 1 + 2e-9
+
+
+# -- candidates --
+
+
+@in_virtual_time
+async def test_asking_what_may_be_chosen_promises_nobody_a_place() -> None:
+    clock = asyncio.get_running_loop().time
+    lookup: Any = SimpleNamespace(named=(A, B, C))
+
+    async def retry_after(times: int) -> int:
+        engine = FakeEngine(load_seconds=5)
+        manager = await loaded(engine, A, slots=2, max_waiting=1, clock=clock)
+        running, waiting = Client(manager, A), Client(manager, B)
+        await settle()
+        for _ in range(times):
+            assert Candidates(lookup, manager).pools() == [A, B, C], "though the queue is full"
+        with pytest.raises(TooManyWaiting) as caught:
+            manager.check_admissible(C)
+        await running.finish()
+        await waiting.finish()
+        return caught.value.retry_after_seconds
+
+    assert await retry_after(9) == await retry_after(0)
 
 
 # -- router --

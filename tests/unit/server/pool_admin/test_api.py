@@ -217,6 +217,28 @@ async def test_evict_waits_for_running_requests_when_asked_to(
     assert (await drain).json()["state"] == "absent"
 
 
+async def test_evict_all_leaves_what_is_pinned(
+    service: ServiceUnderTest, client: httpx.AsyncClient
+) -> None:
+    for name in ("math", "code"):
+        (await client.post(f"/v1/pools/{name}/load")).raise_for_status()
+    await client.post("/v1/pools/law/pin")
+    async with service.residency.lease(service.lookup.find("math")):
+        refused = await client.post("/v1/pools/evict-all")
+        assert (refused.status_code, "'math' has 1 running" in refused.text) == (409, True)
+        assert len(service.manager.pools) == 3, "if one may not go, none does"
+        drain = asyncio.create_task(client.post("/v1/pools/evict-all", json={"drain": True}))
+        while service.statuses.of(service.lookup.find("code")).state != "absent":
+            await asyncio.sleep(0)
+        assert not drain.done()
+    answer = (await drain).json()
+    law = service.lookup.find("law")
+    assert [card["name"] for card in answer["data"] if card["row"] is not None] == ["law"]
+    assert answer["slots"]["used"] == sum(map(len, law.expert_ids))
+    assert (await client.post("/v1/pools/evict-all", json={"pin": True})).status_code == 400
+    service.manager.check_integrity()
+
+
 async def test_statuses_follow_the_table_of_errors() -> None:
     engine = FakeEngine()
     async with client_of(service_of(engine, slots=4)) as client:
@@ -487,6 +509,7 @@ def test_every_route_is_documented(service: ServiceUnderTest) -> None:
         "GET /v1/pools/{name}/usage",
         "DELETE /v1/pools/{name}",
         *(f"POST /v1/pools/{{name}}/{verb}" for verb in ("load", "evict", "pin", "unpin")),
+        "POST /v1/pools/evict-all",
     }
     for route, entry in routes.items():
         assert entry["description"], route

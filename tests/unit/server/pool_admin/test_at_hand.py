@@ -8,6 +8,7 @@ from emo_serve.router_metrics import PoolsAtHand
 from emo_serve.server.pool_admin.at_hand import pools_at_hand
 from tests.support.fake_engine import FakeEngine
 from tests.support.pool_services import ServiceUnderTest, service_of
+from tests.unit.server.pool_admin.test_sizes import scored
 
 
 def told(service: ServiceUnderTest) -> PoolsAtHand:
@@ -65,3 +66,13 @@ async def test_a_pool_that_loads_or_waits_is_awaited_and_takes_its_room() -> Non
     await asyncio.gather(*tasks)
     assert set(told(service).resident) >= {"math", "law", "hot"}
     assert told(service).awaited == ()
+
+
+async def test_a_size_is_at_hand_whatever_temperature_shares_its_name() -> None:
+    service = service_of(router_temperatures=(0.5, 2.0))
+    service.catalog.add(scored("sums", 0, 2, 4))
+    for temperature in (0.8, None, 1.5):
+        wanted = service.residency.admit("sums@2", temperature=temperature)
+        async with service.residency.lease(wanted):
+            pass
+        assert ("sums@2" in told(service).resident) is (temperature != 0.8)

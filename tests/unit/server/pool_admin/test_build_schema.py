@@ -116,7 +116,7 @@ async def test_examples_are_strings_texts_and_chats(
         ({"experts": 6.0}, "body: experts is 6.0"),
         ({"experts": 25}, "a pool of 25 experts per layer is more than the model has: 24"),
         ({"experts": 1}, "a pool of 1 experts per layer is too small: layer 1 needs at least 2"),
-        ({"method": "router"}, "body: method is 'router'; expected 'layerwise'; a server builds"),
+        ({"method": "random"}, "body: method is 'random'; expected 'layerwise' or 'router'; a"),
         ({"description": 3}, "body: description is 3; expected a string"),
         ({"router_temperature": 0}, "body: router_temperature is 0; expected a finite number"),
         ({"router_temperature": "1"}, "body: router_temperature is '1'"),

@@ -59,6 +59,27 @@ async def test_a_build_finds_what_the_offline_build_finds(
     world.assert_nothing_left()
 
 
+@pytest.mark.parametrize(("slots", "may_stream"), [(32, False), (4, True)])
+@pytest.mark.parametrize("case", ["shared1", "dense-first"])
+async def test_a_build_by_the_router_takes_one_pass_of_the_full_model(
+    directories: dict[str, Path], case: str, slots: int, may_stream: bool
+) -> None:
+    """In slots if it fits, and else streamed."""
+    world = World(directories[case], slots=slots, may_stream=may_stream)
+    build = await world.builder.build(build_request(method="router"))
+    assert_same(build.found, world.offline(method="router"))
+    assert build.found.method == "router" and world.probe.calls == len(texts())
+    assert world.manager.statistics().used_slots == (0 if may_stream else world.num_experts)
+    world.assert_nothing_left()
+
+
+async def test_a_build_by_the_router_needs_the_full_model(directories: dict[str, Path]) -> None:
+    world = World(directories["shared1"], slots=16)
+    with pytest.raises(PoolTooLarge, match="'base' can never be resident"):
+        await world.builder.build(build_request(method="router"))
+    assert world.probe.calls == 0
+
+
 @pytest.mark.parametrize("case", ["shared2-gqa", "always-active", "dense-first", "norm-topk"])
 async def test_the_smallest_and_the_largest_pool(directories: dict[str, Path], case: str) -> None:
     world = World(directories[case])

@@ -70,6 +70,15 @@ async def test_an_eviction_takes_the_pools_of_all_temperatures_with_it() -> None
     assert service.manager.pools == () and service.manager.statistics().used_slots == 0
 
 
+async def test_evicting_all_takes_what_no_name_finds() -> None:
+    service = service_with((0.5, 2.0))
+    async with service.residency.lease(service.residency.admit("math", temperature=0.8)):
+        pass
+    await service.residency.load("code", pin=True)
+    await service.residency.evict_all()
+    assert [held.name for held in service.manager.pools] == ["code"]
+
+
 async def test_an_eviction_does_not_wait_for_the_old_content_of_a_name() -> None:
     service = service_with((0.5, 2.0))
     old = service.residency.admit("math")

@@ -12,10 +12,10 @@ import pytest
 from emo_serve.config import GIB, ServeSettings
 from emo_serve.errors import ConfigError
 from emo_serve.server.startup import launch
+from emo_serve.server.startup.address import ServerAddress
 from emo_serve.server.startup.launch import DefaultModel, Keys, prepare
 from emo_serve.server.startup.machine_memory import MemoryLimit
 from emo_serve.server.startup.progress import StartProgress
-from emo_serve.server.startup.summary import ServerAddress
 from emo_serve.server.vllm_adapter import engine_sizes
 from emo_serve.vllm_plugin import register
 from tests.support.golden.checkpoints import write_checkpoint

@@ -23,6 +23,7 @@ from emo_serve.server.vllm_adapter.sizes import CpuSizes, EngineSizes, MemorySha
 from tests.support.golden.checkpoints import pools_of, write_checkpoint
 
 SLOT_BYTES = 3 * 128 * 64 * 4  # float32
+TOP_K = 4
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,7 @@ def test_a_dense_model_has_the_base_pool_and_no_slots(dense: ModelCheckpoint) ->
     [
         ("--expert-slots", {"expert_slots": 4}),
         ("--expert-memory", {"expert_memory_bytes": GIB}),
+        ("--stream-slots", {"stream_slots": 4}),
         ("--host-expert-memory", {"host_expert_bytes": GIB}),
         ("--default-experts", {"default_experts": 4}),
         ("--pools", {"pools_dir": Path(__file__).parent}),
@@ -416,6 +418,20 @@ def test_a_large_trunk_makes_long_steps(
     assert not plan_of(checkpoint, settings).has_long_steps, "a GPU's steps need no cores"
 
 
+def test_stages_share_out_layers_and_not_experts(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    one = cpu_plan(checkpoint, settings, None).memory
+    settings = replace(settings, host_expert_bytes=GIB)
+    staged = EngineSizes(4, 1, CPU, (2, 1))
+    two = make_plan(settings, checkpoint, ["emo"], staged, persists=True).memory
+    assert one is not None and two is not None
+    assert two.need.slot_bytes == one.need.slot_bytes
+    assert two.need.kv.block_bytes == one.need.kv.block_bytes
+    assert two.need.process_bytes > one.need.process_bytes
+    assert two.need.host_expert_bytes == 2 * GIB
+
+
 def test_all_workers_needs_are_added_up(checkpoint: Checkpoint, settings: ServeSettings) -> None:
     one = cpu_plan(checkpoint, settings, None).memory
     two = cpu_plan(checkpoint, settings, None, num_ranks=2).memory
@@ -434,7 +450,8 @@ def test_all_workers_needs_are_added_up(checkpoint: Checkpoint, settings: ServeS
         ({"pin": ("math",)}, 12, 23),
         ({"pin": ("math",), "default_pool": "code"}, 20, 23),
         ({"pin": ("base",)}, 32, 32),
-        ({"pools_dir": None}, 32, 32),
+        ({"pools_dir": None}, 1, 32),
+        ({"pools_dir": None, "stream_slots": 0}, 32, 32),
     ],
 )
 def test_pools_say_how_many_slots_are_needed(
@@ -453,11 +470,60 @@ def test_what_fits_decides_which_pools_are_loaded(
     checkpoint: Checkpoint, settings: ServeSettings
 ) -> None:
     plan = cpu_plan(checkpoint, settings, 16)
-    assert (plan.num_slots, order(plan)) == (16, ["code", "law", "math"])
+    assert (plan.num_slots, order(plan)) == (16, ["base", "code", "law", "math"])
     assert cpu_plan(checkpoint, settings, 13).num_slots == 13
     for slots in (11, 0):
         with pytest.raises(ConfigError, match=r"the memory is too small: .*free \(test\)"):
             cpu_plan(checkpoint, settings, slots)
+
+
+def test_what_does_not_fit_is_streamed_on_a_cpu(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    """Beside the slots that the user gives, since pools are meant to fit in these."""
+    plan = cpu_plan(checkpoint, settings, None, expert_slots=20)
+    assert (plan.num_slots, plan.stream_slots) == (20, TOP_K) and order(plan)[0] == "base"
+    assert plan.memory is not None and plan.memory.need.slab_bytes(20) == 3 * 24 * SLOT_BYTES
+    assert "20 slots per layer and 4 to stream" in plan.memory.account()
+    few = cpu_plan(checkpoint, settings, None, expert_slots=4, stream_slots=1, default_pool="base")
+    assert (few.num_slots, few.stream_slots) == (4, 1)
+    for whole in ({}, {"expert_slots": 32, "stream_slots": 9}):
+        plan = cpu_plan(checkpoint, settings, None, **whole)
+        assert (plan.num_slots, plan.stream_slots) == (32, 0)
+        assert plan.memory is not None and plan.memory.need.slab_bytes(32) == 96 * SLOT_BYTES
+
+
+def test_without_pools_any_number_of_slots_is_enough_to_stream(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    plan = cpu_plan(checkpoint, settings, 2, pools_dir=None)
+    assert (plan.num_slots, plan.stream_slots, order(plan)) == (2, TOP_K, ["base"])
+    with pytest.raises(ConfigError, match="the memory is too small"):
+        cpu_plan(checkpoint, settings, 2, pools_dir=None, stream_slots=0)
+
+
+def test_without_stream_slots_a_pool_must_fit(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    plan = cpu_plan(checkpoint, settings, None, expert_slots=20, stream_slots=0)
+    assert plan.stream_slots == 0 and order(plan) == ["code", "law", "math"]
+    with pytest.raises(ConfigError, match="--default-pool base does not fit in 20"):
+        cpu_plan(checkpoint, settings, None, expert_slots=20, stream_slots=0, default_pool="base")
+    with pytest.raises(ConfigError, match="--pin base: these pools do not fit together in 20"):
+        cpu_plan(checkpoint, settings, None, expert_slots=20, pin=("base",))
+
+
+def test_stream_slots_that_cannot_be_are_refused(
+    checkpoint: Checkpoint, settings: ServeSettings
+) -> None:
+    few = replace(settings, expert_slots=20, stream_slots=2)
+    with pytest.raises(ConfigError, match="--stream-slots 2: on CUDA .* captured graphs.*leave it"):
+        plan_of(checkpoint, few)
+    assert plan_of(checkpoint, replace(few, stream_slots=None)).stream_slots == 0
+    with pytest.raises(ConfigError, match="--moe-backend triton cannot stream"):
+        cpu_plan(checkpoint, few, None, moe_backend="triton")
+    with pytest.raises(ConfigError, match="--stream-slots is 33; a layer has at most 32 experts"):
+        cpu_plan(checkpoint, few, None, stream_slots=33)
 
 
 def test_flags_leave_less_to_plan(checkpoint: Checkpoint, settings: ServeSettings) -> None:

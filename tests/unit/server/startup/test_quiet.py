@@ -17,7 +17,7 @@ import pytest
 from emo_serve.server.startup import progress as progress_module
 from emo_serve.server.startup.engine_output import EngineOutput, find_cause
 from emo_serve.server.startup.progress import StartProgress
-from emo_serve.server.startup.quiet import QuietFilter, is_quiet
+from emo_serve.server.startup.quiet import QuietFilter, is_quiet, log_to_stderr
 
 FAILED = """\
 (Worker pid=7) INFO 11-29 07:41:59 [cpu_model_runner.py:68] Starting to load model /m...
@@ -94,6 +94,15 @@ def test_the_logging_file_is_one_that_dict_config_takes() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "unseen" not in done.stderr and "Triton is not" not in done.stderr
     assert "the cache is small" in done.stderr
+
+
+def test_our_own_lines_are_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = logging.getLogger("emo_serve")
+    for name, value in (("handlers", []), ("level", logging.WARNING), ("propagate", True)):
+        monkeypatch.setattr(ours, name, value)
+    for _ in range(2):
+        log_to_stderr()
+    assert len(ours.handlers) == 1 and ours.isEnabledFor(logging.INFO) and not ours.propagate
 
 
 # -- the engine's output --

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from emo_serve.config import GIB
+from emo_serve.server.startup.address import ServerAddress
 from emo_serve.server.startup.machine_memory import MemoryLimit
 from emo_serve.server.startup.memory import KvNeed, MemoryNeed, MemoryPlan, PoolSlots
-from emo_serve.server.startup.summary import PoolLine, ServerAddress, Summary, format_summary
+from emo_serve.server.startup.summary import PoolLine, Summary, format_summary
 from emo_serve.server.vllm_adapter.worker_calls import EngineFacts
 
 FACTS = EngineFacts(
     num_ranks=1,
+    num_stages=1,
     trunk_bytes=int(1.4 * GIB),
     slab_bytes=8 * GIB,
     slot_bytes=12582912,
@@ -39,6 +41,7 @@ SUMMARY = Summary(
     max_model_len=4096,
     experts_per_layer=(0, *[128] * 15),
     slots_per_layer=42,
+    stream_slots=0,
     pools_source=Path("/pools"),
     pools=(
         PoolLine("base", (0, *[128] * 15), "too large for the slab"),
@@ -129,6 +132,11 @@ def test_it_says_what_not_every_machine_has() -> None:
     host = replace(MEMORY, need=replace(MEMORY.need, host_expert_bytes=GIB))
     text = format_summary(replace(SUMMARY, memory=host))
     assert "  host     1.00 GiB for experts that were read once, at most\n" in text
+
+
+def test_it_says_how_many_slots_are_kept_to_stream() -> None:
+    text = format_summary(replace(SUMMARY, stream_slots=8))
+    assert ": 42 slots per layer and 8 to stream pools that do not fit, 0.0117 GiB each" in text
 
 
 def test_it_names_the_experts_dtype_where_it_is_another() -> None:

@@ -61,6 +61,19 @@ def test_the_cache_is_sized_by_the_model_and_the_flags(directory: Path) -> None:
     assert half.block_bytes == plain.block_bytes // 2
 
 
+def test_the_cache_is_divided_among_the_stages_by_their_layers(directory: Path) -> None:
+    plain = sizes_of(directory, "--dtype", "float32")
+    flags = ("--dtype", "float32", "--pipeline-parallel-size", "2", "--tensor-parallel-size", "2")
+    sizes = engine_sizes(parsed(directory, *flags))
+    assert sizes.cpu is not None and sizes.cpu.block_bytes == plain.block_bytes // 2
+    assert len(sizes.cpu.nodes) in (0, 4)
+    assert (sizes.num_ranks, sizes.layers_per_stage, sizes.num_workers) == (2, (2, 1), 4)
+    assert sizes.kv_bytes_of_one(2 * 3 * 512) == 2 * 512, "the longest stage has two of three"
+    assert sizes.kv_bytes_of_all(2 * 512) == 2 * 3 * 512
+    with pytest.raises(ConfigError, match="is 4, and the model has 3 layers; each stage needs one"):
+        engine_sizes(parsed(directory, "--pipeline-parallel-size", "4"))
+
+
 def test_another_device_divides_its_own_memory(
     monkeypatch: pytest.MonkeyPatch, directory: Path
 ) -> None:

@@ -15,6 +15,7 @@ from emo_serve.server.vllm_adapter.worker_calls import WorkerCalls
 
 DESCRIPTION = {
     "rank": 0,
+    "stage": 0,
     "trunk_bytes": 100,
     "slab_bytes": 64,
     "slot_bytes": 8,
@@ -70,6 +71,7 @@ class Workers:
     @staticmethod
     def load_state(done: int, rank: int) -> dict[str, Any]:
         return {
+            "stage": 0,
             "state": "published" if done == len(COPIES) else "loading",
             "failure": None,
             "experts_copied": done,
@@ -228,6 +230,15 @@ async def test_describing_takes_the_largest_rank() -> None:
     assert (facts.num_ranks, facts.trunk_bytes, facts.num_slots) == (2, 140, (4, 4))
     assert facts.slot_bytes_all_ranks == 16
     assert (facts.dtype, facts.expert_dtype) == ("float32", "float8_e4m3fn")
+
+
+@pytest.mark.usefixtures("no_waiting")
+async def test_the_slots_of_all_stages_are_counted() -> None:
+    workers = Workers()
+    workers.spoil = {"stage": 1, "num_slots": [3], "slot_bytes": 6}
+    facts = await calls_of(workers).describe()
+    assert (facts.num_ranks, facts.num_stages, facts.num_slots) == (2, 2, (4, 4, 3))
+    assert facts.slot_bytes_all_ranks == 8, "an expert is on the ranks of one stage"
 
 
 @pytest.mark.parametrize(

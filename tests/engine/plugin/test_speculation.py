@@ -1,0 +1,82 @@
+"""N-gram speculative decoding: drafted tokens route in the pool of their request, right or wrong.
+
+The engine must also chunk prompts and preempt, so that drafts meet both.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from emo_serve.emo.model import EmoForCausalLM
+from tests.support.golden.checkpoints import golden
+from tests.support.golden_run import TOLERANCE, assert_greedy, golden_pools, worst_difference
+from tests.support.offline_engine import PooledEngine, chosen_logprobs, pooled_engine
+
+pytestmark = pytest.mark.vllm
+
+NUM_DRAFTS = 3
+
+
+@pytest.fixture(scope="module")
+def drafting(shared1: Path) -> Iterator[PooledEngine]:
+    """An engine that drafts what followed the last token before, right or wrong."""
+    drafts = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS, "prompt_lookup_max": 1}
+    with pooled_engine(
+        shared1,
+        golden_pools(),
+        speculative_config=drafts,
+        max_num_batched_tokens=24,
+        block_size=32,
+        num_gpu_blocks_override=14,
+        max_model_len=256,
+        disable_log_stats=False,
+    ) as engine:
+        yield engine
+    gc.collect()
+
+
+def metrics(engine: PooledEngine) -> dict[str, float]:
+    """Return what vLLM has counted, by the end of the name."""
+    names = ("num_preemptions", "num_draft_tokens", "num_accepted_tokens")
+    found = {m.name: m.value for m in engine.llm.get_metrics() if m.name.endswith(names)}
+    return {next(n for n in names if name.endswith(n)): value for name, value in found.items()}
+
+
+def test_drafts_change_no_answer(drafting: PooledEngine, reference: EmoForCausalLM) -> None:
+    assert worst_difference(drafting) < TOLERANCE
+    requests = [(pool, ids) for ids in golden().prompts for pool in drafting.rows]
+    params = [
+        drafting.params(pool, max_tokens=40, ignore_eos=True, logprobs=0) for pool, _ in requests
+    ]
+    prompts = [{"prompt_token_ids": ids} for _, ids in requests]
+    outputs = drafting.llm.generate(prompts, params, use_tqdm=False)
+    for (pool, ids), output in zip(requests, outputs, strict=True):
+        answer = output.outputs[0]
+        chosen = assert_greedy(reference, pool, ids, answer.token_ids)
+        got = chosen_logprobs(answer.logprobs, answer.token_ids)
+        assert len(got) == 40 and got == pytest.approx(chosen, abs=TOLERANCE)
+    counted = metrics(drafting)
+    assert 0 < counted["num_accepted_tokens"] < counted["num_draft_tokens"], "both must happen"
+    assert counted["num_preemptions"] > 0, "the test no longer preempts"
+
+
+def test_rejected_drafts_are_not_counted(drafting: PooledEngine) -> None:
+    before = metrics(drafting)
+    used = {p: drafting.call("emo_usage", k, 1.0)[0]["tokens"] for p, k in golden_pools().items()}
+    prompt = golden().prompts[0][:8] * 2
+    params = [drafting.params(pool, max_tokens=12, ignore_eos=True) for pool in drafting.rows]
+    prompts = [{"prompt_token_ids": prompt}] * len(params)
+    drafting.llm.generate(prompts, params, use_tqdm=False)
+    after = metrics(drafting)
+    drafted, accepted = (
+        after[name] - before[name] for name in ("num_draft_tokens", "num_accepted_tokens")
+    )
+    assert drafted - accepted > NUM_DRAFTS * len(params), "too few are rejected to tell"
+    certain = len(prompt) + 12 - 1  # the last token is not routed; accepted ones after it are
+    for pool, kept in golden_pools().items():
+        (usage,) = drafting.call("emo_usage", kept, 1.0)
+        assert certain <= usage["tokens"] - used[pool] <= certain + NUM_DRAFTS
