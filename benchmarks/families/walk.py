@@ -1,7 +1,8 @@
 """Everything that is asked of pools, on a server of one case that runs already.
 
-Loads and evictions, unions, a build on the server, its sizes, coverage, usage and `auto`; each pool
-that comes of it answers as transformers' model of its experts alone. Then what is refused.
+Loads and evictions, unions, a build on the server, its sizes, coverage, usage, `auto` and the base
+pool; each pool that comes of it answers as transformers' model of its experts alone. Then what is
+refused.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def asked_of_pools(case: Case, server: Served) -> dict[str, float]:
         "evicted, loaded again": walk.evicted(),
         "union": walk.union(),
         "built, size": walk.built(),
+        "base, streamed": walk.streamed(),
     }
 
 
@@ -91,9 +93,12 @@ class _Walk:
         chosen = server.http.post("/v1/completions", json={**body, "model": "auto"})
         pool = chosen.headers.get("x-emo-pool", chosen.text)
         self.require(pool in {*self.case.pools, _OTHERS, "built"}, "a pool chosen", pool)
-        base = server.http.post("/v1/completions", json={**body, "model": "base"})
-        self.require(base.is_client_error, "the base pool refused", base.text)
         return worst
+
+    def streamed(self) -> float:
+        """Ask for the base pool, which has more experts than there are slots."""
+        layers = zip(self.case.others, *self.case.pools.values(), strict=True)
+        return self.difference({"base": [sorted(set().union(*layer)) for layer in layers]})
 
 
 def refused_offline(case: Case, out: Path) -> None:

@@ -66,8 +66,9 @@ def test_pools_are_loaded_evicted_and_joined(
             )
         used = http.get("/v1/pools").json()["slots"]
         assert 0 < used["used"] <= used["total"] == 2 * SLOTS
-        card = http.get("/v1/pools/a").json()
-        assert (card["resident"], [len(layer) for layer in card["experts"]]) == (True, [8, 0, 8])
+        cards = [http.get(f"/v1/pools/{name}").json() for name in "ab"]
+        assert [card["resident"] for card in cards] == [False, True]
+        assert [len(layer) for layer in cards[0]["experts"]] == [8, 0, 8]
         count = MODELS[FAMILY].num_experts
         everything = [list(range(count)) if layer else [] for layer in pools["a"]]
         check(checkpoint, logprobs(client, "base", ids), everything, ids)  # which is streamed

@@ -340,7 +340,7 @@ async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
         worst = max(worst, nearest)
     print(f"worst difference {worst:.2g} nats per token, {num_ties} routing ties")
     print(f"slots before {before}, after {after}")
-    assert len(stress.answers) > OPERATIONS / 2 and stress.seen["smaller"]
+    assert len(stress.answers) > OPERATIONS / 3 and stress.seen["smaller"]
     assert any(answer.pool == BASE for answer in stress.answers)
     assert (after["total"], after["used"]) == (before["total"], 0)
 

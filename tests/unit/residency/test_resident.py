@@ -25,7 +25,7 @@ class World:
 
     def begin(self, pool: ExpertPool, *victims: ExpertPool) -> ResidentPool:
         keys = [victim.content_hash for victim in victims]
-        return self.pools.begin(pool, self.room.plan(pool, keys))
+        return self.pools.begin(pool, self.room.plan(pool, keys), {})
 
     def add(self, pool: ExpertPool, *victims: ExpertPool) -> ResidentPool:
         resident = self.begin(pool, *victims)
