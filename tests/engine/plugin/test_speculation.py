@@ -40,10 +40,10 @@ def drafting(shared1: Path) -> Iterator[PooledEngine]:
 
 
 def metrics(engine: PooledEngine) -> dict[str, float]:
-    """Return what vLLM has counted, by the end of the name."""
-    names = ("num_preemptions", "num_draft_tokens", "num_accepted_tokens")
-    found = {m.name: m.value for m in engine.llm.get_metrics() if m.name.endswith(names)}
-    return {next(n for n in names if name.endswith(n)): value for name, value in found.items()}
+    """Return what vLLM has counted, without the prefixes of the names."""
+    names = ("num_preemptions", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
+    values = {metric.name: metric for metric in engine.llm.get_metrics()}
+    return {name.removeprefix("spec_decode_"): values[f"vllm:{name}"].value for name in names}
 
 
 def test_drafts_change_no_answer(drafting: PooledEngine, reference: EmoForCausalLM) -> None:
@@ -67,8 +67,8 @@ def test_drafts_change_no_answer(drafting: PooledEngine, reference: EmoForCausal
 def test_rejected_drafts_are_not_counted(drafting: PooledEngine) -> None:
     before = metrics(drafting)
     used = {p: drafting.call("emo_usage", k, 1.0)[0]["tokens"] for p, k in golden_pools().items()}
-    prompt = golden().prompts[0][:8] * 2
-    params = [drafting.params(pool, max_tokens=12, ignore_eos=True) for pool in drafting.rows]
+    prompt = golden().prompts[0][:24] * 2  # so short that none is preempted
+    params = [drafting.params(pool, max_tokens=40, ignore_eos=True) for pool in drafting.rows]
     prompts = [{"prompt_token_ids": prompt}] * len(params)
     drafting.llm.generate(prompts, params, use_tqdm=False)
     after = metrics(drafting)
@@ -76,7 +76,7 @@ def test_rejected_drafts_are_not_counted(drafting: PooledEngine) -> None:
         after[name] - before[name] for name in ("num_draft_tokens", "num_accepted_tokens")
     )
     assert drafted - accepted > NUM_DRAFTS * len(params), "too few are rejected to tell"
-    certain = len(prompt) + 12 - 1  # the last token is not routed; accepted ones after it are
+    certain = len(prompt) + 40 - 1  # the last token is not routed; accepted ones after it are
     for pool, kept in golden_pools().items():
         (usage,) = drafting.call("emo_usage", kept, 1.0)
         assert certain <= usage["tokens"] - used[pool] <= certain + NUM_DRAFTS
