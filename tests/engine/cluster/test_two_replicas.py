@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ pytestmark = [
 ]
 
 SLOTS = 16  # of 32; a pool takes 8
+MAX_WAITING = 2
 POOLS = sorted(file.stem for file in demo.pools_dir().glob("*.json"))
 
 
@@ -97,6 +99,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     port = free_port()
     command = [sys.executable, "-m", "emo_serve", "cluster", "serve", "--replicas", "2"]
     command += ["--port", str(port), "--expert-slots", str(SLOTS), "--drain-timeout", "60"]
+    command += ["--max-waiting", str(MAX_WAITING)]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     with output.open("wb") as out:
         process = subprocess.Popen(
@@ -112,8 +115,14 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 class Stream:
     """A long stream, read to its end in a thread of its own."""
 
-    def __init__(self, fleet: Fleet, replica: str | None = None, tokens: int = 900) -> None:
-        self._fleet, self._replica, self._tokens = fleet, replica, tokens
+    def __init__(
+        self,
+        fleet: Fleet,
+        replica: str | None = None,
+        tokens: int = 900,
+        pool: str = POOLS[0],
+    ) -> None:
+        self._fleet, self._replica, self._tokens, self._pool = fleet, replica, tokens, pool
         self.lines: list[str] = []
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
@@ -125,14 +134,16 @@ class Stream:
         return [line for line in self.lines if line][-2:]
 
     def _read(self) -> None:
-        with stream(self._fleet, self._replica, self._tokens) as answer:
+        with stream(self._fleet, self._replica, self._tokens, self._pool) as answer:
             for line in answer.iter_lines():
                 self.lines.append(line)
 
 
 @contextmanager
-def stream(fleet: Fleet, replica: str | None, tokens: int) -> Iterator[httpx.Response]:
-    body = {"model": POOLS[0], "prompt": "the ", "max_tokens": tokens, "stream": True}
+def stream(
+    fleet: Fleet, replica: str | None, tokens: int, pool: str = POOLS[0]
+) -> Iterator[httpx.Response]:
+    body = {"model": pool, "prompt": "the ", "max_tokens": tokens, "stream": True}
     params = {} if replica is None else {"replica": replica}
     with httpx.Client(base_url=fleet.url, timeout=PATIENCE_SECONDS) as http:
         options: dict[str, Any] = {"params": params, "json": {**body, "ignore_eos": True}}
@@ -191,6 +202,20 @@ def test_a_client_that_leaves_ends_its_request(fleet: Fleet) -> None:
         next(lines)
         wait_for(lambda: running(fleet) == 1, most_seconds=60)
     wait_for(lambda: running(fleet) == 0, most_seconds=10)
+
+
+def test_overload_is_refused_through_the_proxy_as_by_one_server(fleet: Fleet) -> None:
+    name = fleet.replicas()[0]
+    busy = [Stream(fleet, name, 400, pool) for pool in POOLS[:2]]  # they hold all slots
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda _: fleet.complete(POOLS[2], name), range(6)))
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert len(refused) == len(answers) - MAX_WAITING
+    for answer in refused:
+        assert int(answer.headers["retry-after"]) > 0
+        assert answer.json()["error"]["code"] == 503
+    assert [answer.status_code for answer in answers if answer not in refused] == [200, 200]
+    assert [one.ended()[-1] for one in busy] == ["data: [DONE]"] * 2
 
 
 def test_a_replica_that_is_killed_ends_its_stream_and_comes_back(fleet: Fleet) -> None:
