@@ -40,12 +40,14 @@ __all__ = ["Lease", "ResidencyManager"]
 class Lease:
     """A running request's hold on a pool: until it ends, row and slots stay what they are.
 
-    `is_hit` tells that it needed neither a copy nor a wait in the queue.
+    `is_hit` tells that it needed neither a copy nor a wait in the queue, `is_streamed` that its
+    pool has no slots.
     """
 
     row: int
     pool: ExpertPool
     is_hit: bool = True
+    is_streamed: bool = False
 
 
 class ResidencyManager:
@@ -200,7 +202,8 @@ class ResidencyManager:
         and whatever a load raised, for a streamed pool also if an expert of it cannot be read now:
         in the middle of a step it would be too late.
         """
-        if self._room.is_streamed(pool):
+        is_streamed = self._room.is_streamed(pool)
+        if is_streamed:
             self._engine.check_readable(self._room.streamed_copies(pool))
         is_hit = self.would_hit(pool)
         if not is_own:
@@ -209,7 +212,7 @@ class ResidencyManager:
         times, is_finished = self._queue.times, False
         number = times.begin(resident.key)
         try:
-            yield Lease(resident.row, pool, is_hit)
+            yield Lease(resident.row, pool, is_hit, is_streamed)
             is_finished = not is_own
         finally:
             times.end(resident.key, number, is_finished=is_finished)

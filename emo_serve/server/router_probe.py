@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from emo_serve.errors import EngineDead
 from emo_serve.pools.pool import ExpertPool
-from emo_serve.residency.manager import ResidencyManager
+from emo_serve.residency.manager import Lease, ResidencyManager
 from emo_serve.vllm_plugin.contract import MASS_SLOTS, RouterMass
 
 __all__ = ["LOW_PRIORITY", "RouterProbe"]
@@ -24,15 +24,15 @@ LOW_PRIORITY = 2**20
 class RouterProbe:
     """Run tokens through the engine and return the router's mass on them.
 
-    `run` takes pool, pool row, token ids, mass slot and priority: it runs the ids in that row as
-    one request that adds to that mass slot. `read` returns and clears a mass slot. `max_tokens` is
+    `run` takes a lease, token ids, mass slot and priority: it runs the ids in the pool as one
+    request that adds to that mass slot. `read` returns and clears a mass slot. `max_tokens` is
     the longest text that `mass` accepts.
     """
 
     def __init__(
         self,
         manager: ResidencyManager,
-        run: Callable[[ExpertPool, int, Sequence[int], int, int], Awaitable[None]],
+        run: Callable[[Lease, Sequence[int], int, int], Awaitable[None]],
         read: Callable[[int], Awaitable[RouterMass]],
         max_tokens: int,
     ) -> None:
@@ -57,7 +57,7 @@ class RouterProbe:
                     await self._read(slot)
                 self._dirty.add(slot)
                 async with self._manager.lease(pool, is_own=True) as lease:
-                    await self._run(pool, lease.row, token_ids, slot, priority)
+                    await self._run(lease, token_ids, slot, priority)
                 mass = await self._read(slot)
                 self._dirty.remove(slot)
             finally:

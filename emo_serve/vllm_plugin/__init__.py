@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from emo_serve.errors import ConfigError
 
-__all__ = ["ARCHITECTURES", "WORKER_EXTENSION_CLS", "register", "worker_cls_for"]
+__all__ = ["ARCHITECTURES", "SCHEDULER_CLS", "WORKER_EXTENSION_CLS", "register", "worker_cls_for"]
 
 WORKER_EXTENSION_CLS = "emo_serve.vllm_plugin.worker.EmoWorkerExtension"
+SCHEDULER_CLS = "emo_serve.vllm_plugin.scheduler.TurnScheduler"
+"""For engines that stream: streamed requests and others in different steps."""
 _WORKERS = {
     "cpu": "emo_serve.vllm_plugin.cpu_worker.EmoCpuWorker",
     "cuda": "emo_serve.vllm_plugin.gpu_worker.EmoGpuWorker",

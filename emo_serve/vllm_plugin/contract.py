@@ -32,6 +32,7 @@ __all__ = [
     "NO_ACCOUNT",
     "NO_MASS_SLOT",
     "POOL_ROW_ARG",
+    "STREAMED_ARG",
     "CoverageReading",
     "CoverageRow",
     "EngineDescription",
@@ -116,6 +117,9 @@ ACCOUNT_ARG = "emo_account"
 
 MASS_SLOT_ARG = "emo_mass_slot"
 """Likewise: which of MASS_SLOTS sums receives the router's mass of each expert."""
+
+STREAMED_ARG = "emo_streamed"
+"""Likewise: true if the request's pool is streamed, so that it runs in steps of its own kind."""
 
 END_WITH_PARENT_VARIABLE = "EMO_SERVE_END_WITH_PARENT"
 """The environment variable that makes the engine's processes end with those that started them."""

@@ -37,6 +37,8 @@ _HARMLESS = (
     "libtcmalloc is not found",
     "libiomp is not found",
     "Using MEMBIND policy",
+    # pools that do not fit have steps of their own
+    "Using custom scheduler class",
     # vLLM tries to raise the limit by itself
     "Found ulimit of",
 )

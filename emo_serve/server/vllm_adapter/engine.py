@@ -25,6 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from emo_serve.errors import EngineDead
 from emo_serve.pools.pool import ExpertPool
+from emo_serve.residency.manager import Lease
 from emo_serve.server.vllm_adapter.flags import engine_args, resolved
 from emo_serve.server.vllm_adapter.generation import place_in_row, salt_prompt
 from emo_serve.server.vllm_adapter.own_figures import leave_out
@@ -135,7 +136,7 @@ class OwnRequests:
             raise EngineDead("the engine died in its first step") from error
 
     async def run_probe(
-        self, pool: ExpertPool, row: int, token_ids: Sequence[int], mass_slot: int, priority: int
+        self, lease: Lease, token_ids: Sequence[int], mass_slot: int, priority: int
     ) -> None:
         """Run tokens so that the router's mass on them is added to a mass slot; for RouterProbe.
 
@@ -144,8 +145,8 @@ class OwnRequests:
         params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True
         )
-        placed = place_in_row(params, row, mass_slot=mass_slot)
-        prompt = salt_prompt(tokens_input(list(token_ids)), pool.content_hash)
+        placed = place_in_row(params, lease.row, mass_slot=mass_slot, is_streamed=lease.is_streamed)
+        prompt = salt_prompt(tokens_input(list(token_ids)), lease.pool.content_hash)
         request_id = f"{self._id_prefix}probe-{next(self._numbers)}"
         stream = self._engine.generate(prompt, placed, request_id, priority=priority)
         try:

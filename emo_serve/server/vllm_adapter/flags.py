@@ -20,7 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from emo_serve.config import ServeSettings, add_serve_flags
 from emo_serve.errors import ConfigError, EmoServeError
 from emo_serve.spelling import unrecognized
-from emo_serve.vllm_plugin import WORKER_EXTENSION_CLS, worker_cls_for
+from emo_serve.vllm_plugin import SCHEDULER_CLS, WORKER_EXTENSION_CLS, worker_cls_for
 from emo_serve.vllm_plugin.contract import (
     LOAD_FORMAT,
     PluginSettings,
@@ -135,6 +135,8 @@ def with_engine_values(
     if architecture is not None:
         overrides = {**(args.hf_overrides or {}), "architectures": [architecture]}
         args = with_values(args, hf_overrides=overrides)
+    if stream_slots and args.scheduler_cls is None:
+        args = with_values(args, scheduler_cls=SCHEDULER_CLS)
     if kv_cache_bytes is not None:
         args = with_values(args, kv_cache_memory_bytes=kv_cache_bytes)
     return with_values(

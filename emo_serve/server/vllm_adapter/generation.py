@@ -45,7 +45,7 @@ from emo_serve.server.vllm_adapter.request_faults import (
 from emo_serve.server.vllm_adapter.request_log import RequestLog
 from emo_serve.server.vllm_adapter.spans import RequestSpans
 from emo_serve.server.vllm_adapter.tokenization import check_bad_words
-from emo_serve.vllm_plugin.contract import NO_ACCOUNT, NO_MASS_SLOT, RequestTag
+from emo_serve.vllm_plugin.contract import NO_ACCOUNT, NO_MASS_SLOT, STREAMED_ARG, RequestTag
 
 __all__ = ["PooledLLM", "place_in_row", "salt_prompt", "to_http_error"]
 
@@ -260,7 +260,9 @@ class PooledLLM:
                     self._spans.note(
                         request_id, pool.name, is_hit=lease.is_hit, wait_seconds=waited
                     )
-                placed = place_in_row(params, lease.row, account=number)
+                placed = place_in_row(
+                    params, lease.row, account=number, is_streamed=lease.is_streamed
+                )
                 stream = outputs_of(self._engine, on_taken, prompt, placed, request_id, **options)
                 async with aclosing(stream):  # an abort is sent before the lease ends
                     async for output in stream:
@@ -356,7 +358,12 @@ def salt_prompt(prompt: Any, content_hash: str) -> dict[str, Any]:
 
 
 def place_in_row(
-    params: SamplingParams, row: int, *, account: int = NO_ACCOUNT, mass_slot: int = NO_MASS_SLOT
+    params: SamplingParams,
+    row: int,
+    *,
+    account: int = NO_ACCOUNT,
+    mass_slot: int = NO_MASS_SLOT,
+    is_streamed: bool = False,
 ) -> SamplingParams:
     """Return a copy whose tokens route in `row` of the pool table.
 
@@ -364,5 +371,6 @@ def place_in_row(
     """
     placed = copy.copy(params)
     tag = RequestTag(row, account, mass_slot)
-    placed.extra_args = {**(params.extra_args or {}), **tag.to_extra_args()}
+    ours = {**tag.to_extra_args(), STREAMED_ARG: is_streamed}
+    placed.extra_args = {**(params.extra_args or {}), **ours}
     return placed

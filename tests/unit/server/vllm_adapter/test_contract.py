@@ -46,6 +46,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tracing import instrument_manual
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import AsyncMPClient
@@ -84,6 +85,7 @@ from emo_serve.server.startup.unsupported_flags import _UNSUPPORTED
 from emo_serve.server.vllm_adapter import flags, generation, openai
 from emo_serve.server.vllm_adapter.spans import RequestSpans
 from emo_serve.vllm_plugin.contract import PluginSettings
+from emo_serve.vllm_plugin.scheduler import TurnScheduler
 from emo_serve.vllm_plugin.settings import has_front_end, read_settings
 from tests.unit.vllm_plugin.test_settings import vllm_config
 
@@ -152,15 +154,16 @@ def test_every_entry_point_generates_through_the_client_and_hands_on_the_adapter
 
 
 def test_sampling_params_can_be_copied_and_carry_extra_args() -> None:
-    written = {"emo_pool_row": 9, "emo_account": 8, "emo_mass_slot": 7, "k": 1}
+    written = {"emo_pool_row": 9, "emo_account": 8, "emo_mass_slot": 7, "emo_streamed": 1, "k": 1}
     params = SamplingParams(extra_args=dict(written), max_tokens=3)
-    placed = generation.place_in_row(params, 2, account=5, mass_slot=4)
-    ours = {"emo_pool_row": 2, "emo_account": 5, "emo_mass_slot": 4}
+    placed = generation.place_in_row(params, 2, account=5, mass_slot=4, is_streamed=True)
+    ours = {"emo_pool_row": 2, "emo_account": 5, "emo_mass_slot": 4, "emo_streamed": True}
     assert placed.extra_args == {**ours, "k": 1}
     assert params.extra_args == written
     assert (placed.max_tokens, placed.output_kind) == (3, params.output_kind)
     plain = generation.place_in_row(SamplingParams(), 0)
-    assert plain.extra_args == {"emo_pool_row": 0, "emo_account": 0, "emo_mass_slot": -1}
+    none = {"emo_pool_row": 0, "emo_account": 0, "emo_mass_slot": -1, "emo_streamed": False}
+    assert plain.extra_args == none
 
 
 def test_prompts_carry_a_cache_salt() -> None:
@@ -440,6 +443,18 @@ def test_workers_read_what_the_front_end_decides(monkeypatch: pytest.MonkeyPatch
     named = flags.with_engine_values(args, settings, 4, architecture="EmoServeX")
     assert named.hf_overrides == {"rope_theta": 1.0, "architectures": ["EmoServeX"]}
     assert args.hf_overrides == {"rope_theta": 1.0}
+
+
+def test_pools_that_are_streamed_have_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags.current_platform, "device_type", "cpu")
+    args = argparse.Namespace(additional_config=None, scheduler_cls=None)
+    filled = flags.with_engine_values(args, ServeSettings(), 4, stream_slots=2)
+    assert read_settings(vllm_config(additional_config=filled.additional_config)).stream_slots == 2
+    assert resolve_obj_by_qualname(filled.scheduler_cls) is TurnScheduler
+    assert flags.with_engine_values(args, ServeSettings(), 4).scheduler_cls is None
+    own = argparse.Namespace(additional_config=None, scheduler_cls="own.Scheduler")
+    filled = flags.with_engine_values(own, ServeSettings(), 4, stream_slots=2)
+    assert filled.scheduler_cls == "own.Scheduler"
 
 
 def test_our_flags_take_no_other_of_vllms_names() -> None:

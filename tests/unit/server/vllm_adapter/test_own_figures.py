@@ -11,6 +11,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.metrics.stats import IterationStats, PrefillStats, SchedulerStats
 
+from emo_serve.residency.manager import Lease
 from emo_serve.server.vllm_adapter.engine import OwnRequests
 from emo_serve.server.vllm_adapter.own_figures import leave_out
 
@@ -127,7 +128,7 @@ async def test_own_requests_have_ids_that_no_client_knows_and_read_no_cache() ->
     for engine in (Generating(), Generating()):
         own = OwnRequests(engine)  # type: ignore[arg-type]
         await own.warm_up(pool, 1)  # type: ignore[arg-type]
-        await own.run_probe(pool, 1, [1, 2], 0, 0)  # type: ignore[arg-type]
+        await own.run_probe(Lease(1, pool), [1, 2], 0, 0)  # type: ignore[arg-type]
         for request_id, _ in asked[-2:]:
             engine.step(engine.add(request_id))
         assert [recorded["iteration"] for recorded in engine.recorded] == [None, None]
