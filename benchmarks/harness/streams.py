@@ -1,4 +1,4 @@
-"""A streamed completion, how long its first token took, and streams beside what is measured."""
+"""A streamed completion, when its tokens came, and streams beside what is measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-__all__ = ["beside", "stream_completion"]
+__all__ = ["beside", "stream_completion", "token_times"]
 
 
 async def stream_completion(
@@ -21,15 +21,38 @@ async def stream_completion(
     `headers` are added to the client's. Raises httpx.HTTPStatusError for a refusal.
     """
     began, first = time.perf_counter(), None
+    async with _sent(http, body, headers) as response:
+        async for at in _times(response):
+            first = first or at
+    assert first is not None
+    return first - began, response.headers
+
+
+async def token_times(http: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[float]:
+    """Stream one completion to its end; yield when each piece came, in perf_counter's seconds.
+
+    Raises httpx.HTTPStatusError for a refusal.
+    """
+    async with _sent(http, body) as response:
+        async for at in _times(response):
+            yield at
+
+
+@asynccontextmanager
+async def _sent(
+    http: httpx.AsyncClient, body: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> AsyncIterator[httpx.Response]:
     document = {"ignore_eos": True, **body, "stream": True}
     sent = http.stream("POST", "/v1/completions", json=document, headers=headers)
     async with sent as response:
         response.raise_for_status()
-        async for line in response.aiter_lines():
-            if first is None and line.startswith("data: {"):
-                first = time.perf_counter()
-    assert first is not None
-    return first - began, response.headers
+        yield response
+
+
+async def _times(response: httpx.Response) -> AsyncIterator[float]:
+    async for line in response.aiter_lines():
+        if line.startswith("data: {"):
+            yield time.perf_counter()
 
 
 @asynccontextmanager

@@ -27,6 +27,7 @@ _OPTIONS = {
     "pruned": frozenset({"rounds", "model", "directory", "cold"}),
     "llama_cpp": frozenset({"rounds", "model", "directory"}),
     "first_token": frozenset({"rounds", "model", "directory"}),
+    "beside_streamed": frozenset({"rounds", "model", "directory"}),
 }
 """Program -> those of our options that it has."""
 
