@@ -120,10 +120,15 @@ class Stress:
         default_factory=lambda: {name: asyncio.Lock() for name in NAMES}
     )
 
+    @property
+    def goes_on(self) -> bool:
+        """Tell whether more is to be seen: operators' changes, or answers beside them."""
+        return self.operations_left > 0 or len(self.answers) <= OPERATIONS / 2
+
     # -- clients --
 
     async def client(self) -> None:
-        while self.operations_left > 0:
+        while self.goes_on:
             names = self.chance.sample(NAMES, self.chance.choice((1, 1, 1, 2)))
             pool = "+".join(name + self.chance.choice(SIZES) for name in names)
             if self.chance.random() < 0.125:
@@ -203,7 +208,7 @@ class Stress:
 
     async def operator(self) -> None:
         actions = (self.define, self.define, self.remove, self.load, self.evict, self.pin)
-        while self.operations_left > 0:
+        while self.goes_on:
             self.operations_left -= 1
             action, name = self.chance.choice(actions), self.chance.choice(NAMES)
             if action in (self.define, self.remove):
@@ -319,7 +324,8 @@ async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
                 assert evicted.status_code in (200, 404), evicted.text  # 404: evicted meanwhile
         assert not held, held
         after = (await http.get("/v1/pools")).json()["slots"]
-    print(f"\n{OPERATIONS} operations, {len(stress.answers)} answers in {seconds:.0f} s")
+    done = OPERATIONS - stress.operations_left
+    print(f"\n{done} operations, {len(stress.answers)} answers in {seconds:.0f} s")
     print(dict(stress.seen))
     worst, num_ties = 0.0, 0
     for answer in stress.answers:
@@ -340,7 +346,7 @@ async def test_no_answer_is_ever_computed_with_stale_experts_or_a_stale_prefix(
         worst = max(worst, nearest)
     print(f"worst difference {worst:.2g} nats per token, {num_ties} routing ties")
     print(f"slots before {before}, after {after}")
-    assert len(stress.answers) > OPERATIONS / 3 and stress.seen["smaller"]
+    assert stress.seen["smaller"]
     assert any(answer.pool == BASE for answer in stress.answers)
     assert (after["total"], after["used"]) == (before["total"], 0)
 

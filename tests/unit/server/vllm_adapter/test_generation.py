@@ -153,7 +153,7 @@ async def test_a_request_is_placed_in_its_pools_row_with_its_pools_salt(bench: B
     await read(bench.generate("math", prompt, params=params, priority=3, trace_headers=None))
     ((seen_prompt, seen_params, request_id, options),) = bench.script.calls
     math = bench.service.lookup.find("math")
-    ours = {"emo_pool_row": 1, "emo_account": 1, "emo_mass_slot": -1}
+    ours = {"emo_pool_row": 1, "emo_account": 1, "emo_mass_slot": -1, "emo_streamed": False}
     assert seen_params.extra_args == {**ours, "mine": 1}
     assert seen_prompt == {**prompt, "cache_salt": f"emo:{math.content_hash}:client"}
     assert (request_id, options) == ("id", {"priority": 0, "trace_headers": None})
