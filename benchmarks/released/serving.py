@@ -39,7 +39,7 @@ from benchmarks.harness.pairs import Spread, in_turn
 from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint, write_pools
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
-from benchmarks.serving.throughput import load
+from benchmarks.serving.throughput import STOCK, load
 
 POOLS = ("one", "two", "three", "four")
 POOL_SIZE = 16
@@ -92,7 +92,7 @@ class Server(ServerProcess):
         self.pools = POOLS if base == "four" else POOLS[:1]
         command = [sys.executable, "-m"]
         if base == "stock":
-            command += ["vllm.entrypoints.launchers.api_server.entry", "--model", str(model)]
+            command += [STOCK, "--model", str(model)]
         else:
             command += ["emo_serve", "serve", str(model), "--expert-slots"]
             if base in ("base", "streamed"):

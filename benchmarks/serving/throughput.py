@@ -47,6 +47,9 @@ from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
 from emo_serve import demo
 
+STOCK = "vllm.entrypoints.launchers.api_server.entry"
+"""The module of vLLM's own API server."""
+
 _PROMPT_CHARACTERS = 200
 _REPEATED_CHARACTERS = 3 * _PROMPT_CHARACTERS  # at most
 _NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2}
@@ -94,8 +97,7 @@ class Server(ServerProcess):
     def _command(self) -> list[str]:
         model = str(demo.model_dir())
         if self.base == "stock":
-            entry = "vllm.entrypoints.launchers.api_server.entry"
-            return [sys.executable, "-m", entry, "--model", model]
+            return [sys.executable, "-m", STOCK, "--model", model]
         command = [sys.executable, "-m", "emo_serve", "serve", model]
         command += ["--pools", str(demo.pools_dir()), "--preload", ",".join(self.pools)]
         if self.base == "emo-slots":
