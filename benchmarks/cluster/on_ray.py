@@ -109,13 +109,14 @@ def running(
     prepare_environment(is_alone=True)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from emo_serve.ray_cluster.application import build_application
-    from emo_serve.ray_cluster.on_machine import Listening, running_fleet
+    from emo_serve.ray_cluster.on_machine import running_fleet
+    from emo_serve.server.startup.address import ServerAddress
 
     if name := ROUTERS[router]:
         from ray.serve.config import RequestRouterConfig
 
         changed["request_router_config"] = RequestRouterConfig(request_router_class=name)
-    listening = Listening("127.0.0.1", free_port())
+    listening = ServerAddress("127.0.0.1", free_port())
     where = ("--host", listening.host, "--port", str(listening.port))
     settings = FleetSettings((*flags, *where), *replicas, cpus=cpus, drain_seconds=drain_seconds)
 

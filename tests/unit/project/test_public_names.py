@@ -1,8 +1,9 @@
-"""Every module's `__all__` is the list of its public top-level names, no more and no less."""
+"""Every module's `__all__` lists its public top-level names, and what is imported exists."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,58 @@ def test_a_difference_is_reported(source: str, difference: str) -> None:
 def test_private_names_and_a_packages_imports_are_no_difference() -> None:
     source = "from .a import f\n__all__ = ['f']\n_LIMIT = 3\nlogger = 1\ndef _g(): ..."
     assert find_differences(source, is_package=True) == []
+
+
+# -- imports --
+
+IMPORTING = sorted([*PATHS, *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+OURS = {
+    path.relative_to(base)
+    .with_suffix("")
+    .as_posix()
+    .removesuffix("/__init__")
+    .replace("/", "."): path
+    for base in (ROOT, ROOT / "kernels")
+    for top in ("emo_serve", "emo_kernels", "benchmarks", "tests")
+    for path in (base / top).rglob("*.py")
+}
+
+
+def find_missing(source: str) -> list[str]:
+    """Return what a module imports from ours, anywhere in it, that is not there."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom) or node.module not in OURS:
+            continue
+        for alias in node.names:
+            inside = f"{node.module}.{alias.name}"
+            if alias.name not in _names_of(node.module) and inside not in OURS:
+                found.append(f"{node.module} has no {alias.name}")
+    return found
+
+
+@cache
+def _names_of(module: str) -> set[str]:
+    """Return every name that a module binds somewhere."""
+    tree = ast.parse(OURS[module].read_text())
+    return {name for node in ast.walk(tree) for name in _bound(node)}
+
+
+def _bound(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name for alias in node.names}
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return {node.id}
+    return set()
+
+
+@pytest.mark.parametrize("path", IMPORTING, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_is_imported_exists(path: Path) -> None:
+    assert find_missing(path.read_text()) == []
+
+
+def test_an_import_of_nothing_is_found() -> None:
+    source = "def f():\n    from emo_serve.names import BASE_POOL, NOTHING"
+    assert find_missing(source) == ["emo_serve.names has no NOTHING"]
