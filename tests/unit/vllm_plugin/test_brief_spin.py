@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import zmq
@@ -39,3 +40,26 @@ def test_a_reader_of_our_own_server_sleeps(monkeypatch: pytest.MonkeyPatch) -> N
         spin_briefly()
         assert cpu_seconds_of_waiting(0.3) < 0.05
     assert len(shm_broadcast.SpinCondition.__mro__) == 3, "wrapped once"
+
+
+def test_no_notification_is_lost_soon_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shm_broadcast, "SpinCondition", shm_broadcast.SpinCondition)
+    monkeypatch.setenv(END_WITH_PARENT_VARIABLE, "1")
+    spin_briefly()
+    context, address = zmq.Context(), f"ipc://{tmp_path}/notify"
+    writer = shm_broadcast.SpinCondition(False, context, address)
+    reader = shm_broadcast.SpinCondition(True, context, address)
+    while not reader.poller.poll(10):  # until the reader is connected
+        writer.notify()
+    reader.local_notify_socket.recv()
+    missing = 0
+    for _ in range(100):  # of vLLM's own, about half are lost
+        writer.notify()
+        if reader.poller.poll(1000):
+            reader.local_notify_socket.recv()
+        else:
+            missing += 1
+    context.destroy()
+    assert missing == 0
