@@ -23,7 +23,6 @@ def spin_briefly() -> None:
 
     Only on a CPU: with a GPU the loop takes nothing from the model.
     """
-    import zmq
     from vllm.distributed.device_communicators import shm_broadcast
     from vllm.platforms import current_platform
 
@@ -44,7 +43,7 @@ def spin_briefly() -> None:
             # The queue of notifications holds one. ZeroMQ drops another while it has not taken
             # note that the last one left, of which it otherwise takes note once in a millisecond
             # or so. A reader that sleeps would then sleep until it looks again, in 5 s.
-            self.local_notify_socket.getsockopt(zmq.EVENTS)
+            self.local_notify_socket.getsockopt(shm_broadcast.zmq.EVENTS)
             super().notify()
 
     shm_broadcast.SpinCondition = BriefSpin
