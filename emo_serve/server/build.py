@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,13 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 
-from emo_serve.errors import EngineDead, PoolLoadFailed, PoolTooLarge, Unavailable
+from emo_serve.errors import (
+    EngineDead,
+    LoadDeadlineExceeded,
+    PoolLoadFailed,
+    PoolTooLarge,
+    Unavailable,
+)
 from emo_serve.metrics import PoolMetrics, gauges
 from emo_serve.names import BASE_POOL
 from emo_serve.pools.pool import ExpertPool
@@ -283,7 +290,7 @@ async def _load_pools(
 ) -> None:
     """Make the pinned pools resident, then the others while there is room."""
     for pool in plan.pinned:
-        await residency.load(pool.name, pin=True)
+        await _at_start(partial(residency.load, pool.name, pin=True))
     for pool in plan.load_order:
         if not manager.fits_now(pool):
             logger.info(
@@ -291,14 +298,25 @@ async def _load_pools(
             )
             continue
         try:
-            await manager.load(pool)
+            await _at_start(partial(manager.load, pool))
         except PoolLoadFailed:  # logged already; requests for it get the error too
             continue
 
 
+async def _at_start(load: Callable[[], Awaitable[object]]) -> None:
+    """Load a pool however long it takes: --load-deadline is for those who wait to be answered."""
+    while True:
+        try:
+            await load()
+        except LoadDeadlineExceeded:  # the load goes on
+            continue
+        return
+
+
 async def _warm_up(own: OwnRequests, manager: ResidencyManager, lookup: PoolLookup) -> None:
     pool = min(lookup.pools, key=partial(_readiness, manager))
-    await manager.load(pool)  # for which a request may not wait with --max-waiting 0
+    # A request may not wait for it with --max-waiting 0.
+    await _at_start(partial(manager.load, pool))
     async with manager.lease(pool, is_own=True) as lease:
         await own.warm_up(pool, lease.row)
 
