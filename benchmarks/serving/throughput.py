@@ -197,7 +197,7 @@ def compare(a: Server, b: Server, concurrency: int, args: argparse.Namespace) ->
 
     def measure(server: Server) -> Sample:
         with server.running():
-            characters = _REPEATED_CHARACTERS if args.repeated else _PROMPT_CHARACTERS
+            characters = _REPEATED_CHARACTERS if server.is_repeated else _PROMPT_CHARACTERS
             return asyncio.run(
                 load(
                     *(server, concurrency, args.requests, args.tokens),
