@@ -65,7 +65,7 @@ class Place:
 
         found = serve.status().applications.get(APPLICATION)
         one = None if found is None else found.deployments.get(DEPLOYMENT)
-        return {} if one is None else {key.value: n for key, n in one.replica_states.items()}
+        return {} if one is None else dict(one.replica_states)
 
 
 @contextmanager
