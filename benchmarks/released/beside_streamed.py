@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import statistics
 import sys
-import tempfile
 from contextlib import ExitStack
 from functools import partial
 from itertools import cycle
@@ -28,16 +27,16 @@ from typing import Any, NamedTuple
 import httpx
 
 from benchmarks.harness.pairs import Spread, in_turn
-from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint, write_pools
+from benchmarks.harness.random_checkpoint import write_pools
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
 from benchmarks.harness.streams import beside, token_times
+from benchmarks.released.checkpoint import checkpoint_of
 from benchmarks.released.serving import (
     FLAGS,
     POOL_SIZE,
     POOLS,
     num_experts,
-    num_layers,
     prompts_of,
 )
 
@@ -142,11 +141,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="for the temporary checkpoint")
     args = parser.parse_args()
     with ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.directory)))
-        model = args.model or write_checkpoint(
-            place / "model", RELEASED | {"num_hidden_layers": args.layers}
-        )
-        args.layers = num_layers(model)
+        place, model = stack.enter_context(checkpoint_of(args))
         pools = write_pools(place / "pools", model, [_RESIDENT], POOL_SIZE)
         command = [sys.executable, "-m", "emo_serve", "serve", str(model), "--pools", str(pools)]
         command += ["--expert-slots", str(num_experts(model) // 2), *FLAGS, "--enforce-eager"]

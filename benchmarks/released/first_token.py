@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import statistics
 import sys
-import tempfile
 from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
@@ -25,11 +24,12 @@ import httpx
 
 from benchmarks.harness.pairs import Spread
 from benchmarks.harness.progress import steps
-from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint, write_pools
+from benchmarks.harness.random_checkpoint import write_pools
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
 from benchmarks.harness.streams import beside, stream_completion
-from benchmarks.released.serving import FLAGS, POOL_SIZE, POOLS, num_layers, prompts_of
+from benchmarks.released.checkpoint import checkpoint_of
+from benchmarks.released.serving import FLAGS, POOL_SIZE, POOLS, prompts_of
 from emo_serve.names import split_size
 
 _STREAMED, *_ASKED = POOLS
@@ -114,11 +114,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="for the temporary checkpoint")
     args = parser.parse_args()
     with ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.directory)))
-        model = args.model or write_checkpoint(
-            place / "model", RELEASED | {"num_hidden_layers": args.layers}
-        )
-        args.layers = num_layers(model)
+        place, model = stack.enter_context(checkpoint_of(args))
         pools = write_pools(place / "pools", model, list(POOLS), POOL_SIZE)
         server = stack.enter_context(ServerProcess(command_of(model, pools)))
         rows = rows_of(server.url, args.rounds, args.least)

@@ -23,7 +23,6 @@ import argparse
 import ctypes
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -35,8 +34,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint
 from benchmarks.harness.results import append_result
+from benchmarks.released.checkpoint import checkpoint_of
 from benchmarks.released.gguf_file import write_gguf
 from benchmarks.released.serving import (
     LOADS,
@@ -45,7 +44,6 @@ from benchmarks.released.serving import (
     Target,
     add_load_options,
     compare,
-    num_layers,
     prompts_of,
     write_pool_files,
 )
@@ -171,11 +169,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     figures: dict[str, dict[str, float]] = {}
     with ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.directory)))
-        model = args.model or write_checkpoint(
-            place / "model", RELEASED | {"num_hidden_layers": args.layers}
-        )
-        args.layers = num_layers(model)
+        place, model = stack.enter_context(checkpoint_of(args))
         pools = write_pool_files(place / "pools", model)
         gguf = args.gguf or place / "model.gguf"
         llama = Model(gguf if gguf.exists() else write_gguf(gguf, model))

@@ -15,7 +15,6 @@ import asyncio
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,9 +24,10 @@ from typing import Any
 
 from benchmarks.harness.page_cache import drop_from_page_cache
 from benchmarks.harness.pairs import Spread, in_turn
-from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint, write_pools
+from benchmarks.harness.random_checkpoint import write_pools
 from benchmarks.harness.results import append_result
-from benchmarks.released.serving import POOL_SIZE, POOLS, Server, num_layers
+from benchmarks.released.checkpoint import checkpoint_of
+from benchmarks.released.serving import POOL_SIZE, POOLS, Server
 from benchmarks.serving.throughput import load
 
 _TRAFFIC = {"even": (2, 2, 2, 2), "skewed": (5, 1, 1, 1)}
@@ -86,11 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     flags = ["--enforce-eager", "--kv-cache-memory-bytes", str(_KV_CACHE_BYTES)]
     with ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.directory)))
-        model = args.model or write_checkpoint(
-            place / "model", RELEASED | {"num_hidden_layers": args.layers}
-        )
-        args.layers = num_layers(model)
+        place, model = stack.enter_context(checkpoint_of(args))
         pools = write_pools(place / "pools" / "four", model, list(POOLS), POOL_SIZE)
         pruned = [export(model, pools, domain, place / domain) for domain in POOLS]
         for checkpoint in [model, *pruned] if args.cold else []:

@@ -26,7 +26,6 @@ import json
 import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,9 +35,10 @@ from typing import Any, Protocol
 
 from benchmarks.harness.page_cache import drop_from_page_cache
 from benchmarks.harness.pairs import Spread, in_turn
-from benchmarks.harness.random_checkpoint import RELEASED, write_checkpoint, write_pools
+from benchmarks.harness.random_checkpoint import write_pools
 from benchmarks.harness.results import append_result
 from benchmarks.harness.servers import ServerProcess
+from benchmarks.released.checkpoint import checkpoint_of
 from benchmarks.serving.throughput import STOCK, load
 
 POOLS = ("one", "two", "three", "four")
@@ -144,11 +144,6 @@ def num_experts(model: Path) -> int:
     return int(json.loads((model / "config.json").read_text())["num_experts"])
 
 
-def num_layers(model: Path) -> int:
-    """Return how many layers a checkpoint has."""
-    return int(json.loads((model / "config.json").read_text())["num_hidden_layers"])
-
-
 def write_pool_files(place: Path, model: Path) -> Path:
     """Write the pools of each kind of server that has some; return the place."""
     for kind, names in (("one", POOLS[:1]), ("four", POOLS)):
@@ -205,12 +200,7 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {}
     servers: dict[str, Server] = {}
     with ExitStack() as stack:
-        temporary = tempfile.TemporaryDirectory(dir=args.directory)
-        place = Path(stack.enter_context(temporary))
-        model = args.model or write_checkpoint(
-            place / "model", RELEASED | {"num_hidden_layers": args.layers}
-        )
-        args.layers = num_layers(model)
+        place, model = stack.enter_context(checkpoint_of(args))
         write_pool_files(place / "pools", model)
 
         def started(kind: str) -> Server:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -306,11 +307,9 @@ async def _load_pools(
 async def _at_start(load: Callable[[], Awaitable[object]]) -> None:
     """Load a pool however long it takes: --load-deadline is for those who wait to be answered."""
     while True:
-        try:
+        with suppress(LoadDeadlineExceeded):  # the load goes on
             await load()
-        except LoadDeadlineExceeded:  # the load goes on
-            continue
-        return
+            return
 
 
 async def _warm_up(own: OwnRequests, manager: ResidencyManager, lookup: PoolLookup) -> None:
