@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class _PackedOnCpu:
-    """What both have in common: experts packed in the activations' dtype, routing in torch."""
+    """What both have in common: experts packed in the activations' dtype."""
 
     name = "cpu"
     alignment = 32  # of hidden and expert sizes: vLLM's (0.32.0, experts/cpu_moe.py), and ours
@@ -39,8 +39,14 @@ class _PackedOnCpu:
         slab: Slab,
     ) -> Tensor:
         """Route each token inside its pool; return the weighted sum of its experts, [T, D]."""
-        weights_TK, slots_TK = route_to_slots(logits_TE, pool_rows_T, tables, router)
+        weights_TK, slots_TK = self.route(logits_TE, pool_rows_T, tables, router)
         return self.compute(x_TD, weights_TK, slots_TK, slab)
+
+    def route(
+        self, logits_TE: Tensor, pool_rows_T: Tensor, tables: PoolTables, router: Router
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights_TK and slots_TK as `compute` takes them."""
+        return route_to_slots(logits_TE, pool_rows_T, tables, router)
 
     def compute(self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, slab: Slab) -> Tensor:
         """Return the weighted sum of the experts in these slots, [T, D].
@@ -71,6 +77,13 @@ class CpuBackend(_PackedOnCpu):
     def pack_into(self, out: PackedMatrix, weight: Tensor) -> None:
         """Write rows of a matrix as the kernel reads them."""
         self._experts.pack_into(out.values, weight.to(out.values.dtype).contiguous())
+
+    def route(
+        self, logits_TE: Tensor, pool_rows_T: Tensor, tables: PoolTables, router: Router
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights_TK and slots_TK as `compute` takes them."""
+        routed = self._experts.route(logits_TE, pool_rows_T, tables, router)
+        return routed.weights_TK, routed.slots_TK
 
     def compute(self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, slab: Slab) -> Tensor:
         """Return the weighted sum of the experts in these slots, [T, D]."""

@@ -1,8 +1,9 @@
-"""The experts of a layer on a CPU with AVX-512, by a kernel compiled on first use.
+"""Routing and the experts of a layer on a CPU with AVX-512, by kernels compiled on first use.
 
 The compiler is torch.compile's for CPUs, and so is its cache: a second process loads the library.
 
-Shapes: T tokens, K places a token (top-k), D model dim, F expert dim, S slots.
+Shapes: T tokens, E experts of the layer, K places a token (top-k), D model dim, F expert dim, S
+slots.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from emo_kernels.tables import PoolTables, Routed, Router
+
 __all__ = ["CpuExperts", "may_use_tiles"]
 
-_SOURCE = Path(__file__).with_name("moe_mlp.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("moe_mlp.cpp", "routing.cpp")]
 _TOKENS_AT_ONCE = 2048
 """A longer batch is computed in pieces, so that scratch stays below 150 MiB at EMO's sizes."""
 
@@ -65,9 +68,30 @@ class CpuExperts:
     def pack_into(self, out: Tensor, weight: Tensor) -> None:
         """Write rows of a matrix [N, k] as the kernel reads them; both contiguous, one dtype."""
         rows, bytes_per_row = len(weight), weight[0].nbytes
-        self._library.emo_moe_pack(
-            _pointer(out), _pointer(weight), *_integers(rows, bytes_per_row // 4)
+        self._library.emo_moe_pack(out.data_ptr(), weight.data_ptr(), rows, bytes_per_row // 4)
+
+    def route(
+        self, logits_TE: Tensor, pool_rows_T: Tensor, tables: PoolTables, router: Router
+    ) -> Routed:
+        """Choose each token's experts as `emo_kernels.reference.route` does.
+
+        Logits are float32 or bfloat16, of which rows may lie apart; all else is contiguous.
+        """
+        num_tokens = len(logits_TE)
+        weights_TK = torch.empty(num_tokens, router.top_k)
+        slots_TK = torch.empty(num_tokens, router.top_k, dtype=torch.int32)
+        tensors = (
+            *(weights_TK, slots_TK, logits_TE, pool_rows_T.long()),
+            *(tables.members_PE, tables.temperatures_P, tables.slot_of_expert_E),
         )
+        self._library.emo_route(
+            *(tensor.data_ptr() for tensor in tensors),
+            (ctypes.c_int32 * len(router.always_active))(*router.always_active),
+            *(num_tokens, logits_TE.stride(0), router.num_experts, router.top_k),
+            *(router.num_shared, len(router.always_active), router.renormalize),
+            logits_TE.dtype == torch.float32,
+        )
+        return Routed(weights_TK, slots_TK)
 
     def __call__(
         self, x_TD: Tensor, weights_TK: Tensor, slots_TK: Tensor, w13: Tensor, w2: Tensor
@@ -86,15 +110,15 @@ class CpuExperts:
             tensors = y_TD[piece], x, w13, w2, weights_TK[piece], slots_TK[piece]
             self._library.emo_moe(
                 self._kernel,
-                *map(_pointer, tensors),
-                *_integers(len(x), *sizes),
-                ctypes.c_void_p(scratch),
+                *(tensor.data_ptr() for tensor in tensors),
+                *(len(x), *sizes),
+                scratch,
             )
         return y_TD
 
     def _scratch_for(self, *sizes: int) -> int:
         """Return the address of scratch for a batch, aligned to 64; it is kept for the next."""
-        needed = self._library.emo_moe_scratch(*_integers(*sizes)) + 64
+        needed = self._library.emo_moe_scratch(*sizes) + 64
         if len(self._scratch) < needed:
             self._scratch = torch.empty(needed, dtype=torch.uint8)
         return (self._scratch.data_ptr() + 63) // 64 * 64
@@ -102,23 +126,24 @@ class CpuExperts:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """Compile and load the kernel; None without a compiler."""
+    """Compile and load the kernels; None without a compiler."""
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
+    source = "\n".join(path.read_text() for path in _SOURCES)
     try:
-        library = CppCodeCache.load(_SOURCE.read_text(), needs_vec_isa=False)
+        library = CppCodeCache.load(source, needs_vec_isa=False)
     except (CppCompileError, InvalidCxxCompiler, OSError):
         return None
     assert isinstance(library, ctypes.CDLL)
-    library.emo_moe_scratch.restype = ctypes.c_int64
-    library.emo_moe.restype = library.emo_moe_pack.restype = None
+    at, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    for name, result, arguments in (
+        ("emo_moe_kernels", number, []),
+        ("emo_moe_scratch", size, [size] * 6),
+        ("emo_moe", None, [number, *[at] * 6, *[size] * 5, at]),
+        ("emo_moe_pack", None, [at, at, size, size]),
+        ("emo_route", None, [at] * 8 + [size] * 6 + [number] * 2),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _integers(*values: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(value) for value in values]

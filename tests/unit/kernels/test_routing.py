@@ -1,4 +1,4 @@
-"""The routing kernel against its twin: every rule, any pool, and the corners where they end."""
+"""The routing kernels against their twin: every rule, any pool, and the corners where they end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emo_kernels import reference
+from emo_kernels.cpu import CpuExperts
 from emo_kernels.routing import route
 from emo_kernels.tables import NO_SLOT, Routed, Router
 from tests.support.kernel_batches import DEVICE, Batch, assert_same_routing, batch_of, batches
@@ -20,8 +21,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def routed_as_twin(batch: Batch) -> Routed:
+    """Return what Triton's kernel and, where it runs, that for CPUs find."""
+    expected = reference.route(*batch.args)
     got = route(*batch.args)
-    assert_same_routing(got, reference.route(*batch.args))
+    assert_same_routing(got, expected)
+    on_cpu = CpuExperts.of(batch.logits_TE.dtype) if DEVICE == "cpu" else None
+    if on_cpu is not None:
+        assert_same_routing(on_cpu.route(*batch.args), expected)
     return got
 
 
@@ -151,7 +157,13 @@ def test_logits_may_lie_apart_and_pool_rows_be_int64() -> None:
     wide_TE[:, :20] = batch.logits_TE
     wide = replace(batch, logits_TE=wide_TE[:, :20], pool_rows_T=batch.pool_rows_T.long())
     assert not wide.logits_TE.is_contiguous()
-    assert_same_routing(route(*wide.args), routed_as_twin(batch))
+    assert_same_routing(routed_as_twin(wide), routed_as_twin(batch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tokens(dtype: torch.dtype) -> None:
+    rows = [token % 3 - 1 for token in range(200)]
+    routed_as_twin(batch_of(RELEASED, [range(128), range(3, 90, 2)], rows, dtype=dtype))
 
 
 def test_what_does_not_fit_is_refused() -> None:
