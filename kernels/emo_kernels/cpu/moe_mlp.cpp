@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kTileBytes = 1024;  // 16 rows of 16 lanes of 4 bytes
 constexpr int64_t kLineBytes = 64;
+constexpr int64_t kProductsToShare = 1 << 20;  // fewer take less time than waking threads
 constexpr int64_t kRowsBytes = 768 * 1024;  // tokens computed in one pass over weights: they stay in L2
 
 struct Float32 {
@@ -220,6 +221,7 @@ class Layer {
     const int64_t places = b_.tokens * b_.top_k;
     first_tile_ = reinterpret_cast<int32_t*>(take(4 * (b_.num_slots + 1)));
     count_ = reinterpret_cast<int32_t*>(take(4 * b_.num_slots));
+    hit_ = reinterpret_cast<int32_t*>(take(4 * b_.num_slots));
     place_ = reinterpret_cast<int32_t*>(take(64 * most_tiles(places, b_.num_slots)));
     sort_rows();
     packed_x_ = take(tiles() * hidden_block_);
@@ -228,7 +230,8 @@ class Layer {
   }
 
   void run() {
-    const int threads = omp_get_max_threads();
+    const int64_t products = b_.tokens * b_.top_k * 3 * b_.hidden * b_.width;
+    const int threads = products < kProductsToShare ? 1 : omp_get_max_threads();
     const int64_t up_chunk = chunk(b_.width / 16, threads);
     const int64_t down_chunk = chunk(b_.hidden / 32, threads);
 #pragma omp parallel num_threads(threads)
@@ -256,8 +259,11 @@ class Layer {
     for (int64_t i = 0; i < places; ++i)
       if (b_.weights[i] != 0) ++count_[b_.slots[i]];
     first_tile_[0] = 0;
-    for (int64_t slot = 0; slot < b_.num_slots; ++slot)
+    num_hit_ = 0;
+    for (int64_t slot = 0; slot < b_.num_slots; ++slot) {
       first_tile_[slot + 1] = first_tile_[slot] + (count_[slot] + 15) / 16;
+      if (count_[slot] > 0) hit_[num_hit_++] = slot;
+    }
     std::fill(place_, place_ + 16 * tiles(), -1);
     std::fill(count_, count_ + b_.num_slots, 0);
     for (int64_t i = 0; i < places; ++i) {
@@ -311,8 +317,9 @@ class Layer {
   void gate_up(int64_t chunk) {
     const int64_t blocks = b_.width / 16, chunks = (blocks + chunk - 1) / chunk;
 #pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t slot = 0; slot < b_.num_slots; ++slot)
+    for (int64_t hit = 0; hit < num_hit_; ++hit)
       for (int64_t part = 0; part < chunks; ++part) {
+        const int64_t slot = hit_[hit];
         const char* w = b_.w13 + slot * 2 * blocks * hidden_block_;
         const auto panel_of = [&](int64_t block) {
           return Panel{w + block * hidden_block_, w + (blocks + block) * hidden_block_,
@@ -338,7 +345,8 @@ class Layer {
       const int64_t first = part * chunk, last = std::min(panels, first + chunk);
       for (int64_t token = 0; token < b_.tokens; ++token)
         std::memset(sums_y_ + token * b_.hidden + 32 * first, 0, 128 * (last - first));
-      for (int64_t slot = 0; slot < b_.num_slots; ++slot) {
+      for (int64_t hit = 0; hit < num_hit_; ++hit) {
+        const int64_t slot = hit_[hit];
         const char* w = b_.w2 + slot * 2 * panels * width_block_;
         const auto panel_of = [&](int64_t pair) {
           const char* left = w + 2 * pair * width_block_;
@@ -366,6 +374,8 @@ class Layer {
   const int64_t hidden_block_, width_block_;  // bytes of 16 rows, of D and of F elements
   int32_t* first_tile_;                       // [S + 1]
   int32_t* count_;                            // [S]
+  int32_t* hit_;                              // [num_hit_]: slots with rows
+  int64_t num_hit_;
   int32_t* place_;                            // [16 * tiles]: token * K + k, or -1
   char* packed_x_;                            // [tiles, D]
   char* packed_h_;                            // [tiles, F]
@@ -392,7 +402,7 @@ int32_t emo_moe_kernels() {
 int64_t emo_moe_scratch(int64_t tokens, int64_t top_k, int64_t hidden, int64_t width,
                         int64_t num_slots, int64_t element_bytes) {
   const int64_t tiles = most_tiles(tokens * top_k, num_slots);
-  return padded(4 * (num_slots + 1)) + padded(4 * num_slots) + padded(64 * tiles) +
+  return padded(4 * (num_slots + 1)) + 2 * padded(4 * num_slots) + padded(64 * tiles) +
          padded(16 * tiles * hidden * element_bytes) + padded(16 * tiles * width * element_bytes) +
          padded(4 * tokens * hidden);
 }
