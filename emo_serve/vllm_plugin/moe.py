@@ -12,6 +12,7 @@ Shapes: T tokens, D hidden size, F expert width on this rank, E experts, S slots
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -110,15 +111,20 @@ class PooledExperts(nn.Module):
         """Route, and mix this rank's part of the experts; reads the tables as they are now."""
         if self.record is not None:
             self.record.note(logits_TE)
-        tables = PoolTables(self.pool_table, self.temperatures, self.slot_of_expert)
-        stream = self.stream
+        tables, stream = self._tables, self.stream
         if stream is not None and stream.has_streamed(pool_rows_T):
             chosen = route_in_pools(logits_TE, pool_rows_T, tables, self.router)
             assert isinstance(self.backend, SlotBackend), "checked by settings.backend_for"
             return stream.mix(x_TD, *chosen, self.slab, self.backend)
         return self.backend(x_TD, logits_TE, pool_rows_T, tables, self.router, self.slab)
 
-    @property
+    # Buffers never move, and a module looks its own up slowly.
+
+    @cached_property
+    def _tables(self) -> PoolTables:
+        return PoolTables(self.pool_table, self.temperatures, self.slot_of_expert)
+
+    @cached_property
     def slab(self) -> Slab:
         """Return all slots."""
         return Slab(PackedMatrix(self.w13, self.w13_scales), PackedMatrix(self.w2, self.w2_scales))
