@@ -25,7 +25,7 @@ from emo_kernels import quantize
 from emo_serve.emo.checkpoint import load_model
 from emo_serve.emo.model import EmoForCausalLM
 from tests.support.golden.checkpoints import golden
-from tests.support.offline_engine import PooledEngine, pooled_engine
+from tests.support.offline_engine import PooledEngine, chosen_logprobs, pooled_engine
 from tests.unit.emo.test_model import logprobs, masks
 
 SHORT: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 4}
@@ -90,6 +90,38 @@ def quantised_logprobs(directory: Path) -> Logprobs:
     }
 
 
+def worst_generated(
+    engine: PooledEngine,
+    model: EmoForCausalLM,
+    requests: Sequence[tuple[str, list[int]]],
+    num_tokens: int,
+) -> float:
+    """Let the engine answer (pool, prompt) greedily; return the largest distance from `model`."""
+    params = [
+        engine.params(pool, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
+        for pool, _ in requests
+    ]
+    prompts = [{"prompt_token_ids": ids} for _, ids in requests]
+    outputs = engine.llm.generate(prompts, params, use_tqdm=False)
+    worst = 0.0
+    for (pool, ids), output in zip(requests, outputs, strict=True):
+        answer = output.outputs[0]
+        assert len(answer.token_ids) == num_tokens
+        chosen = assert_greedy(model, pool, ids, answer.token_ids)
+        got = chosen_logprobs(answer.logprobs, answer.token_ids)
+        worst = max(worst, *(abs(a - b) for a, b in zip(got, chosen, strict=True)))
+    return worst
+
+
+def num_drafts(engine: PooledEngine) -> tuple[float, float]:
+    """Return how many tokens were drafted, and how many of them accepted."""
+    values = {metric.name: metric for metric in engine.llm.get_metrics()}
+    drafted, accepted = (
+        values[f"vllm:spec_decode_num_{what}_tokens"].value for what in ("draft", "accepted")
+    )
+    return drafted, accepted
+
+
 def move_every_expert(engine: PooledEngine) -> None:
     """Load every expert again, into slots drawn at random, in random order."""
     rng = random.Random(1)
@@ -115,8 +147,14 @@ def run(directory: Path, args: dict[str, Any], *, is_short: bool) -> dict[str, A
         worst_moved = worst_difference(engine, expected, *after)
         ranks = engine.call("emo_describe")
         usage = {pool: engine.call("emo_usage", kept, 1.0) for pool, kept in golden_pools().items()}
-    differences = {"worst": worst, "worst_moved": worst_moved}
-    return {**differences, "ranks": ranks, "usage": usage}
+        result = {"worst": worst, "worst_moved": worst_moved, "ranks": ranks, "usage": usage}
+        if "speculative_config" in args:
+            requests = [(pool, golden().prompts[0][:16] * 2) for pool in engine.rows]
+            result["worst_generated"] = worst_generated(
+                engine, load_model(directory), requests, num_tokens=24
+            )
+            result["drafted"], result["accepted"] = num_drafts(engine)
+    return result
 
 
 def main(directory: str, runs: str, *flags: str) -> None:

@@ -84,6 +84,16 @@ def test_v2_model_runner_under_the_interpreter(
     check_usage(result, num_tokens=2 * 16)
 
 
+def test_drafts_on_the_v2_runner(tmp_path: Path) -> None:
+    """N-grams, drafted by vLLM's own kernel; without a GPU both runners have them."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 1}
+    run = {"moe_backend": "cpu", "speculative_config": drafts, "disable_log_stats": False}
+    (result,) = run_golden(tmp_path, [run], V2, "--short")
+    assert result["ranks"][0]["model_runner"] == "v2"
+    assert max(result["worst"], result["worst_moved"], result["worst_generated"]) < TOLERANCE
+    assert 0 < result["accepted"] < result["drafted"], "both must happen"
+
+
 SLOT_BYTES = {
     "auto": 3 * 64 * 128 * 4,
     "fp8_e4m3": 3 * 64 * 128 + 4 * (2 * 64 + 128),
