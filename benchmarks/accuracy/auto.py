@@ -35,6 +35,7 @@ import shlex
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,21 +303,28 @@ def written_row(
     chosen: Sequence[str], labels: Sequence[str], of_prompts: Losses, following: Losses
 ) -> dict[str, Any]:
     """Return the figures of one method's choices for the prompts by hand."""
-    pairs = list(zip(chosen, labels, strict=True))
+    pairs, names = list(zip(chosen, labels, strict=True)), sorted(set(labels))
     row: dict[str, Any] = {
         "prompts": len(labels),
         "right": statistics.mean(got == name for got, name in pairs),
         "to_base": chosen.count(_BASE) / len(chosen),
         "by_domain": {
-            name: statistics.mean(got == name for got, of in pairs if of == name)
-            for name in sorted(set(labels))
+            name: statistics.mean(got == name for got, of in pairs if of == name) for name in names
         },
+    }
+    missed = [place for place, (got, name) in enumerate(pairs) if got != name]
+    row["misses"] = {
+        name: Counter(chosen[p] for p in missed if labels[p] == name) for name in names
     }
     for key, losses in (("of_prompt", of_prompts), ("following", following)):
         got = [losses[name][place] for place, name in enumerate(chosen)]
         own = [losses[name][place] for place, name in enumerate(labels)]
-        row[f"{key}_above_own_by_text"] = above(got, own)
-    return {**row, "chosen": list(chosen)}
+        row[f"{key}_above_own_by_text"] = differences = above(got, own)
+        row[f"{key}_of_misses"] = {
+            name: [differences[place] for place in missed if labels[place] == name]
+            for name in names
+        }
+    return row
 
 
 def above(got: Sequence[float], own: Sequence[float]) -> list[float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,9 @@ def report(directory: Path) -> list[str]:
         told += ["", text, "", _HEAD, "|---" * 12 + "|"]
         told += [_line_of(rows[name][place]) for place in sorted(rows[name])]
         if written[name]:
-            told += ["", _WRITTEN_HEAD, "|---" * 5 + "|"]
+            told += ["", _WRITTEN_HEAD, "|---" * 7 + "|"]
             told += [_written_line(written[name][place]) for place in sorted(written[name])]
+            told += ["", _MISSES_HEAD, "|---" * 7 + "|", *_misses(written[name])]
         compared = [*against(rows[name], ""), *against(written[name], "following_")]
         compared += against(written[name], "of_prompt_")
         if compared:
@@ -70,7 +72,7 @@ def against(rows: Mapping[tuple[Any, ...], Mapping[str, Any]], kind: str) -> lis
         low, high = interval(differences)
         told.append(
             f"| {vote['base']} | {vote.get('tokens', _OF_WRITTEN[kind])} | {method}"
-            f" | {sum(differences) / len(differences):+.3f} | {low:+.3f} to {high:+.3f}"
+            f" | {mean(differences):+.3f} | {low:+.3f} to {high:+.3f}"
             f" | {sum(d < 0 for d in differences)} | {sum(d > 0 for d in differences)} |"
         )
     return told
@@ -88,19 +90,44 @@ _HEAD = (
     "| base pool | tokens | method | right | to base | loss | own pool's | base's"
     " | above own | added ms p50 | p90 | named ms |"
 )
-_WRITTEN_HEAD = "| base pool | method | of prompts by hand, right | to base | worst domain |"
-
-
+_WRITTEN_HEAD = (
+    "| base pool | method | of prompts by hand, right | to base | right or no more loss"
+    " | loss above own | worst domain |"
+)
+_MISSES_HEAD = (
+    "| base pool | domain | right | the vote's misses go to | loss above own | of them lower"
+    " | of the prompt itself |"
+)
 _AGAINST_HEAD = "| base pool | tokens | vote minus | loss | 95 % | lower | higher |"
 _OF_WRITTEN = {"": "", "following_": "after by hand", "of_prompt_": "by hand"}
 
 
 def _written_line(row: Mapping[str, Any]) -> str:
     worst = min(row["by_domain"], key=row["by_domain"].__getitem__)
+    above = row.get("following_above_own_by_text")  # older lines have none
+    losses = "" if above is None else f"{mean(d <= 0 for d in above):.3f} | {mean(above):+.3f}"
     return (
         f"| {row['base']} | {row['method']} | {row['right']:.3f} | {row['to_base']:.3f}"
-        f" | {worst} {row['by_domain'][worst]:.2f} |"
+        f" | {losses or ' | '} | {worst} {row['by_domain'][worst]:.2f} |"
     )
+
+
+def _misses(rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[str]:
+    """Return a line per base and domain of what the vote's misses cost."""
+    told: list[str] = []
+    for place in sorted(rows):
+        row = rows[place]
+        for name, went in row.get("misses", {}).items() if row["method"] == "vote" else ():
+            after, itself = (row[f"{key}_of_misses"][name] for key in ("following", "of_prompt"))
+            if went:
+                most = sorted(went.items(), key=lambda pair: -pair[1])
+                told.append(
+                    f"| {row['base']} | {name} | {row['by_domain'][name]:.2f}"
+                    f" | {', '.join(f'{pool} {count}' for pool, count in most)}"
+                    f" | {mean(after):+.2f} | {sum(d < 0 for d in after)} of {len(after)}"
+                    f" | {mean(itself):+.2f} |"
+                )
+    return told
 
 
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:

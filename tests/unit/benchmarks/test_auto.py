@@ -55,14 +55,26 @@ def test_the_report_has_the_latest_line_of_each_model(tmp_path: Path) -> None:
         result = {"model": model, "experts": 8, "domains": 2, "texts": 3, "follow": 128}
         result["rows"] = [{**row, "right": right, "tokens": length} for length in (64, 16)]
         by_domain = {"math": 0.5, "c": right}
-        of_prompts = {"base": "resident", "method": "vote", "right": right, "to_base": 0.0}
-        result["written"] = [{**of_prompts, "by_domain": by_domain}]
+        of_prompts: dict[str, object] = {
+            "base": "resident",
+            "method": "vote",
+            "right": right,
+            "to_base": 0.0,
+        }
+        misses = {"math": {}, "c": {"base-model": 1, "math": 3}}
+        of_misses = {
+            "following_of_misses": {"math": [], "c": [-2.0, -1.0, 0.5, 0.5]},
+            "of_prompt_of_misses": {"math": [], "c": [0.25] * 4},
+        }
+        of_prompts |= {"by_domain": by_domain, "misses": misses} | of_misses
+        result["written"] = [of_prompts]
         lines.append({"result": result, "device": ["a CPU"], "date": "2026-11-23T10:00:00"})
     lines.append({"result": {"domains": 2, "margins": []}})  # of another table
     (tmp_path / "auto.jsonl").write_text("\n".join(map(json.dumps, lines)))
     text = "\n".join(report(tmp_path))
-    assert text.count("| resident |") == 6
-    assert "| resident | vote | 0.900 | 0.000 | math 0.50 |" in text
+    assert text.count("| resident |") == 8
+    assert "| resident | vote | 0.900 | 0.000 |  |  | math 0.50 |" in text
+    assert "| resident | c | 0.90 | math 3, base-model 1 | -0.50 | 2 of 4 | +0.25 |" in text
     assert text.index("| resident | 16 |") < text.index("| resident | 64 |")
     assert "| router | 0.900 | 0.333 |" in text
     assert "0.100" not in text
