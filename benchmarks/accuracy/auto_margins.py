@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,46 +219,51 @@ def chosen(
     return BASE_POOL if base == "resident" and is_unsure else votes[0][1]
 
 
-def alone(votes: Votes, base: str, least: float) -> str:
-    """Return one method's choice; the base pool, if it is resident, where no vote is `least`."""
+def router_alone(asked: Asked, base: str, least: float) -> str:
+    """Return the router's choice; the base pool, if resident, where no coverage is `least`."""
+    return _first(asked.shares[base], base, least)
+
+
+def classifier_alone(asked: Asked, base: str, least: float) -> str:
+    """Return the classifier's choice; the base pool, if resident, where no margin is `least`."""
+    return _first(asked.margins, base, least)
+
+
+def _first(votes: Votes, base: str, least: float) -> str:
     first = max(votes, key=votes.__getitem__)
     return BASE_POOL if base == "resident" and votes[first] < least else first
 
 
 def rows_of(known: Sequence[Asked], unknown: Sequence[Asked]) -> list[dict[str, Any]]:
-    """Return a row of tables per base and length; a cell is what `cell` returns."""
-    rows: list[dict[str, Any]] = []
-    for base in ("resident", "not resident"):
-        for tokens in _LENGTHS:
-            of = [asked for asked in known if asked.tokens == tokens]
-            strange = [asked for asked in unknown if asked.tokens == tokens]
+    """Return a row of tables per base and length."""
+    return [
+        row_of(base, tokens, *([a for a in of if a.tokens == tokens] for of in (known, unknown)))
+        for base in ("resident", "not resident")
+        for tokens in _LENGTHS
+    ]
 
-            def told(choose: Callable[[Asked], str], of: Any = of, strange: Any = strange) -> Any:
-                return cell(of, strange, choose)
 
-            leads = [lead(vote(asked, base, 0.0)) for asked in of]
-            rows.append(
-                {
-                    "base": base,
-                    "tokens": tokens,
-                    "router": told(lambda a, b=base: alone(a.shares[b], b, _MIN_COVERAGE)),
-                    "weight": {
-                        w: told(lambda a, b=base, w=w: chosen(a, b, weight=w)) for w in _WEIGHTS
-                    },
-                    "sure": {s: told(lambda a, b=base, s=s: chosen(a, b, sure=s)) for s in _LEADS},
-                    "asked": {s: mean(lead < s for lead in leads) for s in _LEADS},
-                    "unsure": {
-                        u: told(lambda a, b=base, u=u: chosen(a, b, unsure=u)) for u in _BASE_LEADS
-                    },
-                    "least": {
-                        m: told(lambda a, b=base, m=m: chosen(a, b, least=m)) for m in _LEAST
-                    },
-                    "tfidf": {
-                        m: told(lambda a, b=base, m=m: alone(a.margins, b, m)) for m in _MARGINS
-                    },
-                }
-            )
-    return rows
+def row_of(
+    base: str, tokens: int, known: Sequence[Asked], unknown: Sequence[Asked]
+) -> dict[str, Any]:
+    """Return one row; each table has a `cell` per value that was tried."""
+
+    def told(choose: Callable[..., str], name: str, values: Sequence[float]) -> dict[float, Any]:
+        tried = {value: partial(choose, base=base, **{name: value}) for value in values}
+        return {value: cell(known, unknown, choice) for value, choice in tried.items()}
+
+    leads = [lead(vote(asked, base, 0.0)) for asked in known]
+    return {
+        "base": base,
+        "tokens": tokens,
+        "router": told(router_alone, "least", [_MIN_COVERAGE]),
+        "tfidf": told(classifier_alone, "least", _MARGINS),
+        "weight": told(chosen, "weight", _WEIGHTS),
+        "sure": told(chosen, "sure", _LEADS),
+        "unsure": told(chosen, "unsure", _BASE_LEADS),
+        "least": told(chosen, "least", _LEAST),
+        "asked": {sure: mean(lead < sure for lead in leads) for sure in _LEADS},
+    }
 
 
 def cell(
@@ -281,9 +287,9 @@ def mean(values: Any) -> float:
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the tables."""
     for row in rows:
-        print(f"\nbase {row['base']}, {row['tokens']} tokens: router alone {_told(row['router'])}")
-        for title in ("weight", "sure", "unsure", "least", "tfidf"):
-            print(f" by {title}:", *(f"{at}: {_told(of)};" for at, of in row[title].items()))
+        print(f"\nbase {row['base']}, {row['tokens']} tokens")
+        for title in ("router", "tfidf", "weight", "sure", "unsure", "least"):
+            print(f" {title}:", *(f"{at}: {_told(of)};" for at, of in row[title].items()))
         print(" router asked:", *(f"{at}: {share:.3f};" for at, share in row["asked"].items()))
 
 
