@@ -13,7 +13,11 @@ the answer's `model`.
   not right and is counted apart.
 - loss: nats per token over the `--follow` tokens after the prompt, of the whole text run in the
   chosen pool; beside it in the domain's own pool (the oracle's) and in the base pool
-  (`prompt_logprobs` of the server that holds all experts).
+  (`prompt_logprobs` of the server that holds all experts). Prompts by hand go nowhere, so theirs is
+  of the 32 tokens that the base pool goes on with, drawn at temperature 1, and apart from that of
+  the prompt itself.
+- against: the vote's loss minus that of either method alone, prompt by prompt, with a 95 % interval
+  (`accuracy/auto_report.py`). Methods measured by several calls, on the same texts, are compared.
 - added ms: time to the first token of a stream for `auto` minus that for the chosen pool by its
   name, prompt by prompt; one client, the two taking turns at being first, no prefix cache hits.
 
@@ -31,6 +35,7 @@ import shlex
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +43,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.accuracy.auto_report import report
 from benchmarks.accuracy.prompts import PROMPTS, read_prompts
 from benchmarks.accuracy.scoring import Endpoint, standard_error
 from benchmarks.accuracy.servers import serve
@@ -50,7 +56,7 @@ from emo_serve.emo.tokenizer import ModelTokenizer
 from emo_serve.pools.calibration.build import calibrate
 from emo_serve.pools.document import write_pool
 
-__all__ = ["Asked", "added_ms", "report", "rows_of"]
+__all__ = ["Asked", "added_ms", "rows_of"]
 
 _CPU_FLAGS = "--enforce-eager --max-num-seqs 64 --kv-cache-memory-bytes 536870912"
 _METHODS = {
@@ -59,6 +65,8 @@ _METHODS = {
     "router": ["--auto-method", "router"],
 }
 _BASE = "base-model"  # the name the servers give to it
+_GOES_ON = 32  # tokens of the base pool after a prompt by hand
+_PROMPTS_A_REQUEST = 50
 Losses = Mapping[str, Sequence[float]]  # by pool: nats per token, of each text
 
 
@@ -118,12 +126,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     largest = max(moe.num_experts for moe in checkpoint.config.moe_layers if moe)
     asked: dict[tuple[str, str, int], list[Asked]] = {}
     written = read_prompts(args.prompts)
-    short: list[dict[str, Any]] = []
+    chosen: dict[tuple[str, str], list[str]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         flags = [*shlex.split(args.serve_flags), "--dtype", args.dtype]
         flags += ["--served-model-name", _BASE, "--auto-tokens", str(max(args.lengths))]
         flags += write_inputs(Path(scratch), checkpoint, domains, tokenizer, args.experts)
-        losses: dict[str, list[float]] = {}
+        losses: dict[str, list[Any]] = {}
+        of_written: tuple[Losses, Losses] = ({}, {})
         for slots in (largest - 1, largest):
             for method in args.methods:
                 of_run = [*flags, *_METHODS[method], "--expert-slots", str(slots)]
@@ -133,15 +142,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                         say(f"{method}, base {base}, {length} tokens")
                         prompts = [ids[:length] for _, ids in texts]
                         asked[method, base, length] = ask_all(endpoint, prompts)
-                    row = {"method": method, "base": base}
-                    short.append(row | ask_written(endpoint, written))
+                    chosen[method, base] = [
+                        first_token(endpoint, "auto", text)[1]
+                        for _, text in steps(written, "prompts by hand")
+                    ]
                     if slots == largest and not losses:
                         losses = score(endpoint, [ids for _, ids in texts], domains)
+                        of_written = score_written(endpoint, written, tokenizer, domains)
     labels = [name for name, _ in texts]
     rows = [
         {"method": method, "base": base, "tokens": length}
         | rows_of(found, labels, window(losses, length, args.follow))
         for (method, base, length), found in asked.items()
+    ]
+    short = [
+        {"method": method, "base": base} | written_row(got, [n for n, _ in written], *of_written)
+        for (method, base), got in chosen.items()
     ]
     return {
         "model": args.model.name,
@@ -154,19 +170,29 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def ask_written(endpoint: Endpoint, written: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Return how many prompts written by hand got their domain's pool, or the base pool."""
-    chosen = [
-        (name, first_token(endpoint, "auto", text)[1])
-        for name, text in steps(written, "prompts by hand")
-    ]
-    names = sorted({name for name, _ in written})
-    return {
-        "prompts": len(written),
-        "right": statistics.mean(name == got for name, got in chosen),
-        "to_base": statistics.mean(got == _BASE for _, got in chosen),
-        "by_domain": {n: statistics.mean(got == n for of, got in chosen if of == n) for n in names},
-    }
+def score_written(
+    endpoint: Endpoint,
+    written: Sequence[tuple[str, str]],
+    tokenizer: ModelTokenizer,
+    domains: Sequence[Domain],
+) -> tuple[Losses, Losses]:
+    """Return each pool's loss of every prompt by hand, and of what the base pool goes on with."""
+    prompts = [tokenizer.encode(text) for _, text in written]
+    whole: list[list[int]] = []
+    for start in range(0, len(prompts), _PROMPTS_A_REQUEST):
+        part = prompts[start : start + _PROMPTS_A_REQUEST]
+        drawn = {"max_tokens": _GOES_ON, "temperature": 1, "seed": 0, "ignore_eos": True}
+        body = {"model": _BASE, "prompt": part, "return_token_ids": True, **drawn}
+        answer = endpoint.ask("POST", "/v1/completions", json=body)
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        whole += [[*ids, *of["token_ids"]] for ids, of in zip(part, choices, strict=True)]
+    losses = score(endpoint, whole, domains)
+    ends = [len(ids) - 1 for ids in prompts]  # the first token has no loss
+    pairs = {name: list(zip(rows, ends, strict=True)) for name, rows in losses.items()}
+    return (
+        {name: [statistics.mean(row[:end]) for row, end in of] for name, of in pairs.items()},
+        {name: [statistics.mean(row[end:]) for row, end in of] for name, of in pairs.items()},
+    )
 
 
 def read_domains(args: argparse.Namespace, tokenizer: ModelTokenizer) -> list[Domain]:
@@ -256,6 +282,7 @@ def window(losses: Mapping[str, Sequence[Any]], length: int, follow: int) -> Los
 
 def rows_of(found: Sequence[Asked], labels: Sequence[str], losses: Losses) -> dict[str, Any]:
     """Return the figures of the choices of one method and length."""
+    found = sorted(found, key=lambda asked: asked.text)
     got = [losses[asked.chosen][asked.text] for asked in found]
     own = [losses[labels[asked.text]][asked.text] for asked in found]
     base = [losses[_BASE][asked.text] for asked in found]
@@ -267,8 +294,42 @@ def rows_of(found: Sequence[Asked], labels: Sequence[str], losses: Losses) -> di
         "base_loss": statistics.mean(base),
         "above_own": statistics.mean(got) - statistics.mean(own),
         "above_own_error": standard_error(got, own),
+        "above_own_by_text": above(got, own),
         **added_ms(found),
     }
+
+
+def written_row(
+    chosen: Sequence[str], labels: Sequence[str], of_prompts: Losses, following: Losses
+) -> dict[str, Any]:
+    """Return the figures of one method's choices for the prompts by hand."""
+    pairs, names = list(zip(chosen, labels, strict=True)), sorted(set(labels))
+    row: dict[str, Any] = {
+        "prompts": len(labels),
+        "right": statistics.mean(got == name for got, name in pairs),
+        "to_base": chosen.count(_BASE) / len(chosen),
+        "by_domain": {
+            name: statistics.mean(got == name for got, of in pairs if of == name) for name in names
+        },
+    }
+    missed = [place for place, (got, name) in enumerate(pairs) if got != name]
+    row["misses"] = {
+        name: Counter(chosen[p] for p in missed if labels[p] == name) for name in names
+    }
+    for key, losses in (("of_prompt", of_prompts), ("following", following)):
+        got = [losses[name][place] for place, name in enumerate(chosen)]
+        own = [losses[name][place] for place, name in enumerate(labels)]
+        row[f"{key}_above_own_by_text"] = differences = above(got, own)
+        row[f"{key}_of_misses"] = {
+            name: [differences[place] for place in missed if labels[place] == name]
+            for name in names
+        }
+    return row
+
+
+def above(got: Sequence[float], own: Sequence[float]) -> list[float]:
+    """Return the differences text by text, short enough for a line of results."""
+    return [round(mine - other, 4) for mine, other in zip(got, own, strict=True)]
 
 
 def added_ms(found: Sequence[Asked]) -> dict[str, float]:
@@ -280,69 +341,6 @@ def added_ms(found: Sequence[Asked]) -> dict[str, float]:
         "added_ms_p90": tenths[-1],
         "named_ms_p50": 1e3 * statistics.median(asked.named_seconds for asked in found),
     }
-
-
-def report(directory: Path) -> list[str]:
-    """Return each model's latest tables, each method as it was last measured on the same texts."""
-    path = directory / "auto.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows: dict[str, dict[tuple[Any, ...], Mapping[str, Any]]] = {}
-    written: dict[str, dict[tuple[Any, ...], Mapping[str, Any]]] = {}
-    about: dict[str, str] = {}
-    of: dict[str, tuple[Any, ...]] = {}
-    for line in map(json.loads, lines):
-        result = line["result"]
-        if "rows" not in result:
-            continue
-        name = result["model"]
-        alike = tuple(result[key] for key in ("domains", "experts", "texts", "follow"))
-        if of.setdefault(name, alike) != alike:  # of other texts: not to be compared
-            rows.pop(name, None)
-            written.pop(name, None)
-        of[name] = alike
-        about[name] = (
-            f"{name}: {result['domains']} pools of {result['experts']}, {result['texts']} texts,"
-            f" loss over {result['follow']} tokens; {line['device'][0]}, {line['date'][:10]}"
-        )
-        rows.setdefault(name, {}).update({_place(row): row for row in result["rows"]})
-        of_model = written.setdefault(name, {})
-        of_model.update({_place(row): row for row in result.get("written", ())})
-    told: list[str] = []
-    for name, text in about.items():
-        told += ["", text, "", _HEAD, "|---" * 12 + "|"]
-        told += [_line_of(rows[name][place]) for place in sorted(rows[name])]
-        if written[name]:
-            told += ["", _WRITTEN_HEAD, "|---" * 5 + "|"]
-            told += [_written_line(written[name][place]) for place in sorted(written[name])]
-    return told
-
-
-_HEAD = (
-    "| base pool | tokens | method | right | to base | loss | own pool's | base's"
-    " | above own | added ms p50 | p90 | named ms |"
-)
-_WRITTEN_HEAD = "| base pool | method | of prompts by hand, right | to base | worst domain |"
-
-
-def _written_line(row: Mapping[str, Any]) -> str:
-    worst = min(row["by_domain"], key=row["by_domain"].__getitem__)
-    return (
-        f"| {row['base']} | {row['method']} | {row['right']:.3f} | {row['to_base']:.3f}"
-        f" | {worst} {row['by_domain'][worst]:.2f} |"
-    )
-
-
-def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["base"] != "resident", row.get("tokens", 0), row["method"]
-
-
-def _line_of(row: Mapping[str, Any]) -> str:
-    return (
-        f"| {row['base']} | {row['tokens']} | {row['method']} | {row['right']:.3f}"
-        f" | {row['to_base']:.3f} | {row['loss']:.3f} | {row['own_loss']:.3f}"
-        f" | {row['base_loss']:.3f} | {row['above_own']:+.3f} +- {row['above_own_error']:.3f}"
-        f" | {row['added_ms_p50']:.1f} | {row['added_ms_p90']:.1f} | {row['named_ms_p50']:.1f} |"
-    )
 
 
 if __name__ == "__main__":

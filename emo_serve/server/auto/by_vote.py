@@ -18,16 +18,18 @@ from emo_serve.server.auto.candidates import Candidates, nothing_to_choose, rank
 from emo_serve.server.auto.classifier import Counts
 from emo_serve.server.auto.prompt_text import Prompt
 
-__all__ = ["ROUTER_WEIGHT", "SURE_LEAD", "UNSURE_LEAD", "VotingChooser"]
+__all__ = ["LEAST_MARGIN", "ROUTER_WEIGHT", "SURE_LEAD", "UNSURE_LEAD", "VotingChooser"]
 
 logger = logging.getLogger(__name__)
 
 # benchmarks/accuracy/auto_margins.py chose these, by cross-validation on the demo's examples.
-ROUTER_WEIGHT = 4.0
-SURE_LEAD = 0.2
+ROUTER_WEIGHT = 2.5
+SURE_LEAD = 0.5
 """The classifier decides alone where its best pool leads by as much."""
 UNSURE_LEAD = 0.2
 """A prompt goes to the base pool, if that is resident, where the vote's best leads by less."""
+LEAST_MARGIN = -0.6
+"""And so it does where the classifier's margin of the vote's best is below this."""
 
 
 class VotingChooser:
@@ -50,13 +52,14 @@ class VotingChooser:
         return await self._router.choose(prompt)
 
     async def _choose(self, prompt: Prompt) -> ExpertPool:
-        votes = await self._classifier.margins(prompt)
+        votes = margins = await self._classifier.margins(prompt)
         pools = ranked(self._candidates.pools(), votes)
         if _lead(pools, votes) < SURE_LEAD:
             votes = await self._with_router(prompt, votes)
             pools = ranked(self._candidates.pools(), votes)
         base = self._candidates.base()
-        if base is not None and _lead(pools, votes) < UNSURE_LEAD:
+        is_unsure = _lead(pools, votes) < UNSURE_LEAD or margins[pools[0].name] < LEAST_MARGIN
+        if base is not None and is_unsure:
             return base
         if not pools:  # they went while they were asked about
             raise nothing_to_choose("the pools have changed")

@@ -360,11 +360,13 @@ async def test_the_classifier_decides_while_the_router_cannot_be_asked(
     assert (await chooser.choose(Prompt(TEXTS["law"][0]))).name == "law"
 
 
+@pytest.mark.parametrize("bound", ["UNSURE_LEAD", "LEAST_MARGIN"])
 async def test_a_vote_that_nobody_wins_goes_to_the_base_pool_where_it_is_resident(
-    monkeypatch: pytest.MonkeyPatch,
+    bound: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nobody wins by a lead too small, nor by a margin that says it is none of the pools."""
     monkeypatch.setattr(by_vote, "SURE_LEAD", 9.0)
-    monkeypatch.setattr(by_vote, "UNSURE_LEAD", 9.0)
+    monkeypatch.setattr(by_vote, bound, 9.0)
     for service, expected in ((await with_base(), "base"), (service_of(), "code")):
         chooser = vote(service, await all_taught(service), FakeProbe((0, 0, 1, 1, 0, 0, 0)))
         assert (await chooser.choose(Prompt("xyz"))).name == expected
