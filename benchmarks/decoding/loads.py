@@ -79,16 +79,19 @@ class _Bench:
     """The model, a graph of its step, and a pool in host memory."""
 
     def __init__(self, run: Run, num: int) -> None:
-        self._device, self._is_cuda = run.device, run.is_cuda
+        self._is_cuda = run.is_cuda
         self._setting = setting = Setting.of(run, num)
         self._batch = batch = setting.batch(num)
+        self._device = batch.tokens_T.device  # with its index, which a load's thread needs
         self._cache = [layer.clone() for layer in batch.cache]
         decoding = setting.cases[-2]  # the last of one pool
         (row,), other = decoding.rows, setting.cases[-1].rows[-1]
         self._decoding, self._loaded = decoding, Case("the loaded pool", (other,), decoding.slots)
         setting.begin(batch, decoding)
         step = setting.replayed_moe(num)
-        self._replay, self._logits_TV = capture(lambda: setting.model.step(batch, step), run.device)
+        self._replay, self._logits_TV = capture(
+            lambda: setting.model.step(batch, step), self._device
+        )
         self._shape = ExpertShape(
             setting.geometry.hidden_size, setting.geometry.expert_size, setting.dtype
         )
@@ -103,7 +106,7 @@ class _Bench:
             CudaMover.piece_bytes,
         )
         self._mover: Mover = (
-            CudaMover(self._store, self._slot, self._shape, run.device)
+            CudaMover(self._store, self._slot, self._shape, self._device)
             if run.is_cuda
             else CpuMover(self._store, self._slot, self._steps)
         )

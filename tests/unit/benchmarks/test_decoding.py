@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +221,39 @@ def test_kernels_unlike_their_twin_are_not_timed(monkeypatch: pytest.MonkeyPatch
 # -- loads --
 
 
+class FakeStream:
+    """A stream and an event on which everything has already happened."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_event(self) -> FakeStream:
+        return self
+
+    def record(self, _: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let loads take their way to a CUDA device, without one."""
+    for name in ("empty", "ones"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, pin_memory=False, f=plain, **k: f(*a, **k))
+    cudart = SimpleNamespace(cudaHostRegister=lambda *_: 0)
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda _: None)
+    monkeypatch.setattr(Run, "is_cuda", property(lambda _: True, lambda *_: None), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+
 @torch.no_grad()
 def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -242,6 +277,19 @@ def test_loads_change_no_answer_and_are_timed(
     printed = capsys.readouterr().out
     assert printed.startswith("calls stand in for: graph, pinned memory, side stream")
     assert "reached" not in printed and "DIFFER" not in printed
+
+
+def test_loads_take_the_way_to_a_device(
+    fake_cuda: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = loaded(monkeypatch, tmp_path)
+    assert found["stand_ins"] == []
+    assert all(answer["is_identical"] for answer in found["answers"].values())
+    print_result(found)
+    assert "- load_to_floor at most 2.0: " in capsys.readouterr().out
 
 
 def test_a_load_into_slots_in_use_is_told(
