@@ -44,7 +44,9 @@ __all__ = ["loads", "percentile"]
 
 _BATCH = 64
 _PAIRS = 4  # of a window without loads and one with
+_WINDOW_SECONDS = 5.0  # at most; on a GPU more than a thousand steps
 _STEPS = 16  # whose answers are compared
+_LEAST_STEPS = 8  # of a window, however little time is left
 _TARGETS = {"load_to_floor": 2.0, "longest_ratio": 1.3}  # at most
 
 
@@ -169,6 +171,7 @@ class _Bench:
         self._setting.begin(self._batch, self._decoding)
         for pair in range(_PAIRS):
             seconds = deadline.share(0.7 / (2 * (_PAIRS - pair))).seconds_left
+            seconds = min(seconds, _WINDOW_SECONDS if self._is_cuda else 0.2)
             quiet.append(self._window(seconds, is_loading=False))
             loading.append(self._window(seconds, is_loading=True))
         beside = [s for window in loading for s in window.load_seconds]
@@ -237,7 +240,11 @@ class _Bench:
         window, load, began = _Window(), None, 0.0
         last = time.perf_counter()
         end = last + seconds
-        while last < end or (is_loading and not window.load_seconds):
+        while (
+            last < end
+            or len(window.gaps_ms) < _LEAST_STEPS
+            or (is_loading and not window.load_seconds)
+        ):
             if load is not None and load.state != "loading":
                 self._publish(load)
                 window.load_seconds.append(time.perf_counter() - began)

@@ -24,9 +24,9 @@ the exit status 1. The stages after it check what they time themselves, but for 
 of weights that failed are neither tuned nor measured.
 
 Needs torch 2.11 and triton 3.6 or later, a copy of this repository, and nothing else. Without a GPU
-all stages run in Triton's interpreter, at sizes and times that mean nothing: calls stand in for
-graphs, main memory for pinned memory, a paced thread for the side stream. Such results and tables
-are marked, and go to a temporary directory unless told otherwise.
+all stages run in Triton's interpreter (which needs numpy), at sizes and times that mean nothing:
+calls stand in for graphs, main memory for pinned memory, a paced thread for the side stream. Such
+results and tables are marked, and go to a temporary directory unless told otherwise.
 """
 
 from __future__ import annotations
@@ -100,11 +100,8 @@ def _run(stage: str, args: argparse.Namespace) -> int:
 
 def _apart(stage: str, args: argparse.Namespace, seconds: float) -> int:
     """Run a stage in a process, and end that with all it started if it takes too long."""
-    command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--here"]
-    command += ["--stages", stage, "--minutes", str(seconds / 60)]
-    command += ["--results", str(args.results)]
-    command += ["--tables", str(args.tables)] if args.tables else []
     sys.stdout.flush()
+    command = _command(stage, args, seconds)
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
         status = process.wait(seconds + _LATE_SECONDS)
@@ -120,6 +117,13 @@ def _apart(stage: str, args: argparse.Namespace, seconds: float) -> int:
     append_result(BENCHMARK, vars(args), {"stage": stage, "broke": failure}, args.results)
     print(f"FAILED {stage}: {failure}")
     return 1
+
+
+def _command(stage: str, args: argparse.Namespace, seconds: float) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--here"]
+    command += ["--stages", stage, "--minutes", str(seconds / 60)]
+    command += ["--results", str(args.results)]
+    return command + (["--tables", str(args.tables)] if args.tables else [])
 
 
 # -- arguments --

