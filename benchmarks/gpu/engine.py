@@ -214,15 +214,18 @@ def random_engine(directory: Path, layers: int, sizes: dict[str, int], **more: A
 
     The pools share the shared expert only, and are smaller where there are fewer experts.
     """
-    write_checkpoint(directory, RELEASED | {"num_hidden_layers": layers} | sizes)
-    experts = (RELEASED | sizes)["num_experts"]
+    all_sizes = RELEASED | {"num_hidden_layers": layers} | sizes
+    write_checkpoint(directory, all_sizes)
+    experts = all_sizes["num_experts"]
     size = min(15, (experts - 1) // 4)
     layer_pools = [
         list(range(experts)),
         *([*range(size * row, size * (row + 1)), experts - 1] for row in range(4)),
     ]
     pools = [[pool] * layers for pool in layer_pools]
-    host_bytes = 2 * layers * 16 * 3 * 2 * RELEASED["hidden_size"] * RELEASED["intermediate_size"]
+    # Room in pinned memory for the pool that is loaded again and again, and one more.
+    expert_bytes = 3 * 2 * all_sizes["hidden_size"] * all_sizes["intermediate_size"]
+    host_bytes = 2 * layers * (size + 1) * expert_bytes
     settings = {"dtype": "bfloat16", "max_model_len": 1024, "enable_prefix_caching": False}
     return Engine(directory, pools, experts, host_expert_bytes=host_bytes, **settings, **more)
 
