@@ -59,10 +59,10 @@ bench: install ## Run the benchmarks (BENCH=serving.start for one, ARGS= for its
 		$(BIN)/python -m benchmarks.$$bench $(ARGS); done
 
 BENCH = accuracy.auto accuracy.auto_classifier accuracy.auto_margins accuracy.calibration \
-	cluster.autoscaling cluster.simulation decoding.run kernels.run reliability.abort \
-	reliability.drain reliability.kill reliability.overload residency.elastic residency.loading \
-	residency.policies residency.switching serving.build serving.console serving.coverage \
-	serving.recording serving.scraping serving.start serving.throughput
+	cluster.autoscaling cluster.simulation gpu reliability.abort reliability.drain \
+	reliability.kill reliability.overload residency.elastic residency.loading residency.policies \
+	residency.switching serving.build serving.console serving.coverage serving.recording \
+	serving.scraping serving.start serving.throughput
 
 docs: $(DOCS_STAMP) ## Write the generated pages and build the site into site/
 	$(BIN)/python -m docs.generate

@@ -107,12 +107,23 @@ def loading() -> Iterator[tuple[str, Figure]]:
 # -- decode --
 
 
+def gpu(stage: str) -> Iterator[tuple[Row, Row]]:
+    """Yield the lines of a stage of `benchmarks.gpu`, the latest first, and what each found."""
+    for line in lines("gpu"):
+        found = line["result"]
+        if found["stage"] == stage and "broke" not in found and not found["interpreter"]:
+            yield line, found
+
+
 def decode() -> Iterator[tuple[str, Figure]]:
     """Draw tokens per second and the ratio to the full model against the batch, by case."""
-    measured = [line for line in lines("decode") if line["result"].get("rows")]
+    measured: dict[int, Row] = {}
+    for line, found in gpu("decode"):
+        measured.setdefault(found["batch"], line)
     if not measured:
         return
-    latest, rows = measured[0], measured[0]["result"]["rows"]
+    latest = next(iter(measured.values()))
+    rows = [row for batch in sorted(measured) for row in measured[batch]["result"]["rows"]]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     panels = (("tokens_per_second", "tokens/s"), ("ratio_to_full", "times the full model"))
     for axis, (key, label) in zip(axes, panels, strict=True):
@@ -123,7 +134,7 @@ def decode() -> Iterator[tuple[str, Figure]]:
         axis.set(xlabel="sequences at once", ylabel=label)
         axis.set_ylim(bottom=0)
     axes[0].legend(fontsize="small")
-    context = latest["arguments"]["context"]
+    context = latest["result"]["context"]
     figure.suptitle(f"Decoding, random weights, context {context}; {latest['device'][-1]}")
     yield "decode", figure
 
@@ -135,9 +146,7 @@ def kernels() -> Iterator[tuple[str, Figure]]:
     """Draw each device's layers under its roof: the rate against FLOPs per byte, by pool."""
     measured: dict[str, dict[tuple[str, str, int], Row]] = {}
     machines: dict[str, Row] = {}
-    for result in (line["result"] for line in lines("kernels")):
-        if result["stage"] != "measure" or result["interpreter"]:
-            continue
+    for _, result in gpu("measure"):
         machines.setdefault(result["on"], result["machine"])
         rows = measured.setdefault(result["on"], {})
         for row in result["rows"]:
@@ -150,7 +159,7 @@ def kernels() -> Iterator[tuple[str, Figure]]:
             axis.set(title=f"{weights} weights", xlabel="FLOPs per byte")
         axes[0].set_ylabel("TFLOP/s of a layer")
         axes[0].legend(fontsize="small")
-        figure.suptitle(f"A layer of the released geometry on {device}, T from 1 to 16384")
+        figure.suptitle(f"A layer of the released geometry on {device}, T from 1 to 4096")
         yield f"kernels-{device.replace(' ', '-')}", figure
 
 

@@ -1,13 +1,12 @@
-"""What decoding/run.py compares: a model, its pools, the cases of a batch; and what must hold.
+"""What decoding/stage.py compares: a model, its pools, the cases of a batch; and what must hold.
 
 Shapes as in decoding/model.py: T sequences, one token each; D hidden size, E experts, V vocabulary.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import mean
 from typing import Any
@@ -17,9 +16,45 @@ from torch import Tensor
 
 import emo_kernels
 from benchmarks.decoding.model import DecodeModel, Geometry, PooledMoe, Sequences, random_pools
-from emo_kernels import reference, tuning
+from benchmarks.gpu.run import Run
+from emo_kernels import reference
+from emo_kernels.tuning import Config, Row
 
-__all__ = ["Case", "Setting", "Tolerances", "check"]
+__all__ = [
+    "Case",
+    "CheckFailed",
+    "Setting",
+    "Tolerances",
+    "check",
+    "geometry_of",
+    "relative",
+    "tiles_of",
+]
+
+_TINY = Geometry(
+    hidden_size=32,
+    num_heads=2,
+    num_experts=16,
+    expert_size=16,
+    top_k=3,
+    num_shared=1,
+    vocab_size=64,
+)
+
+
+class CheckFailed(Exception):
+    """A model does not compute what it must."""
+
+
+def geometry_of(run: Run) -> Geometry:
+    """Return the sizes of the model that a call decodes with."""
+    return replace(_TINY if run.args.smoke else Geometry(), num_layers=run.args.layers)
+
+
+def tiles_of(run: Run, num: int) -> Row:
+    """Return the row of tiles for batches of `num`: that for all slots, as the plugin's lookup."""
+    slots = run.args.tiles_for or geometry_of(run).num_experts
+    return run.tiles().nearest(num, slots, "16bit")
 
 
 @dataclass(frozen=True)
@@ -50,18 +85,18 @@ class Setting:
     def __init__(
         self,
         geometry: Geometry,
-        sizes: tuple[int, int, int],
+        sizes: tuple[int, int],
         num_sequences: int,
         context: int,
         dtype: torch.dtype,
         generator: torch.Generator,
-        tiles_for: int | None = None,
+        tiles: Callable[[int], Config] | None = None,
     ) -> None:
-        num_mixed, mixed_size = 4, sizes[1]
+        num_mixed, mixed_size = 4, sizes[-1]
         # Row 0 is the base pool; one of each size follows, then the other three of the mixed four.
         all_sizes = [geometry.num_experts, *sizes, *[mixed_size] * (num_mixed - 1)]
-        pools = random_pools(geometry, all_sizes, generator.initial_seed())
-        mixed = (2, 4, 5, 6)
+        self.pools = pools = random_pools(geometry, all_sizes, generator.initial_seed())
+        mixed = (2, 3, 4, 5)
 
         def case(name: str, *rows: int) -> Case:
             layers = zip(*(pools[row] for row in rows), strict=True)
@@ -73,10 +108,23 @@ class Setting:
             case(f"{num_mixed} pools of {mixed_size}", *mixed),
         )
         self.geometry, self.context, self.dtype = geometry, context, dtype
-        self._tiles_for = tiles_for
+        self._tiles = tiles
         self.model = DecodeModel(geometry, pools, dtype, generator)
         self.sequences = Sequences.random(geometry, num_sequences, context, dtype, generator)
         self.start = self.sequences.tokens_T.clone(), self.sequences.position.clone()
+
+    @classmethod
+    def of(cls, run: Run, num_sequences: int) -> Setting:
+        """Return the setting of a call: of the released sizes on CUDA, else tiny and in fp32."""
+        return cls(
+            geometry_of(run),
+            (8, 4) if run.args.smoke else (32, 16),
+            num_sequences,
+            run.args.context,
+            torch.bfloat16 if run.is_cuda else torch.float32,
+            torch.Generator(run.device).manual_seed(0),
+            lambda num: tiles_of(run, num).config,
+        )
 
     def batch(self, num: int) -> Sequences:
         """Return the first `num` sequences."""
@@ -84,11 +132,14 @@ class Setting:
 
     def pooled_moe(self, num: int) -> PooledMoe:
         """Return the kernels, with the tiles that batches of `num` get in every case."""
-        if self._tiles_for is None:
+        if self._tiles is None:
             return emo_kernels.pooled_moe
-        device = self.sequences.tokens_T.device
-        config = tuning.choose(device, num, self._tiles_for, self.dtype, self.dtype)
-        return partial(emo_kernels.pooled_moe, config=config)
+        return partial(emo_kernels.pooled_moe, config=self._tiles(num))
+
+    def replayed_moe(self, num: int) -> PooledMoe:
+        """Return what a graph captures: the kernels; without CUDA the twin, which is quick."""
+        is_cuda = self.sequences.tokens_T.device.type == "cuda"
+        return self.pooled_moe(num) if is_cuda else reference.pooled_moe
 
     def begin(self, batch: Sequences, case: Case) -> None:
         """Set a batch to its first tokens, in the case's pools."""
@@ -135,7 +186,7 @@ def relative(got: Tensor, wanted: Tensor) -> Tensor:
 def check(
     setting: Setting, num: int, again: Callable[[], Tensor], tolerances: Tolerances
 ) -> list[dict[str, Any]]:
-    """Check one batch size in every case; return what was found, or exit with what is wrong.
+    """Check one batch size in every case; return what was found, or raise CheckFailed.
 
     `again` repeats the step another way, from the same state, and returns its logits: a replay.
     """
@@ -185,7 +236,7 @@ def _require(
     row: dict[str, Any], key: str, at_least: float = 0.0, at_most: float = float("inf")
 ) -> None:
     if not at_least <= row[key] <= at_most:  # nan too
-        sys.exit(
+        raise CheckFailed(
             f"{row['case']}, batch {row['batch']}: {key} is {row[key]:.3g}, wanted"
-            f" {at_least:g} to {at_most:g}; nothing was recorded"
+            f" {at_least:g} to {at_most:g}"
         )

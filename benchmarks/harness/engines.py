@@ -15,16 +15,23 @@ __all__ = ["engine_arguments", "load_pools"]
 
 
 def engine_arguments(
-    model: Path, num_slots: int, num_pools: int, *, host_expert_bytes: int = 0
+    model: Path,
+    num_slots: int,
+    num_pools: int,
+    *,
+    host_expert_bytes: int = 0,
+    device: str = "cpu",
+    **more: Any,
 ) -> dict[str, Any]:
-    """Return vLLM's engine arguments for serving pools on a CPU, as the front end sets them."""
+    """Return vLLM's engine arguments for serving pools, as the front end sets them, and `more`."""
     ours = PluginSettings(num_slots, num_pools, host_expert_bytes=host_expert_bytes)
     return {
         "model": str(model),
         "load_format": LOAD_FORMAT,
-        "worker_cls": worker_cls_for("cpu"),
+        "worker_cls": worker_cls_for(device),
         "worker_extension_cls": WORKER_EXTENSION_CLS,
         "additional_config": ours.to_config(),
+        **more,
     }
 
 

@@ -15,7 +15,7 @@ from statistics import quantiles
 
 import torch
 
-__all__ = ["Deadline", "Machine", "Timing", "machine_rates", "measure"]
+__all__ = ["Deadline", "Machine", "Timing", "machine_rates", "measure", "quartiles", "repeated"]
 
 Call = Callable[[], object]
 _MAX_REPEATS = 400
@@ -86,14 +86,25 @@ def measure(
     for call in calls:  # compiles what has not been compiled
         call()
     if device.type != "cuda":
-        return _by_clock(calls, repeats=2)
+        times_ms = _clock_times(lambda: [call() for call in calls], 2)
+        return _timing([1e3 * ms / len(calls) for ms in times_ms], len(calls), "clock")
     torch.cuda.synchronize()
     run, how = _captured(calls)
-    run()
-    first_ms = _event_times(run, 2)[-1]
-    repeats = max(min_repeats, min(_MAX_REPEATS, int(1e3 * seconds / max(first_ms, 1e-3))))
-    times_ms = _event_times(run, repeats)
+    times_ms = repeated(run, device, seconds, min_repeats, _MAX_REPEATS)
     return _timing([1e3 * ms / len(calls) for ms in times_ms], len(calls), how)
+
+
+def repeated(run: Call, device: torch.device, seconds: float, least: int, most: int) -> list[float]:
+    """Return the milliseconds of each repeat of a call, for about `seconds`; three do not count."""
+    times = _event_times if device.type == "cuda" else _clock_times
+    per_repeat = max(times(run, 3)[-1], 1e-3)
+    return times(run, max(least, min(most, int(1e3 * seconds / per_repeat))))
+
+
+def quartiles(times: Sequence[float]) -> dict[str, float]:
+    """Return the median and what half of the values lie between."""
+    q1, median, q3 = quantiles(times, n=4, method="inclusive")
+    return {"q1": q1, "median": median, "q3": q3}
 
 
 def _captured(calls: Sequence[Call]) -> tuple[Call, str]:
@@ -119,19 +130,18 @@ def _event_times(run: Call, repeats: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in zip(marks[:-1], marks[1:], strict=True)]
 
 
-def _by_clock(calls: Sequence[Call], repeats: int) -> Timing:
+def _clock_times(run: Call, repeats: int) -> list[float]:
     times: list[float] = []
     for _ in range(repeats):
         start = time.perf_counter()
-        for call in calls:
-            call()
-        times.append(1e6 * (time.perf_counter() - start) / len(calls))
-    return _timing(times, len(calls), "clock")
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def _timing(times_us: Sequence[float], calls: int, how: str) -> Timing:
-    q1, median, q3 = quantiles(times_us, n=4, method="inclusive")
-    return Timing(median, q1, q3, len(times_us), calls, how)
+    found = quartiles(times_us)
+    return Timing(found["median"], found["q1"], found["q3"], len(times_us), calls, how)
 
 
 def machine_rates(device: torch.device) -> Machine:

@@ -38,7 +38,7 @@ __all__ = ["Key", "keys", "sources_digest", "tune", "with_row"]
 _GEMMS = ("gate_up", "down")
 _ONE_POOL = 16  # experts of the pool that a whole batch may be of
 _JOINED = 3  # so many changes that helped are combined, in pairs and all together
-_LONGEST = 120.0  # seconds per key may take, nearly all of it compiling
+_SECONDS = (25.0, 120.0)  # per key, least and most; nearly all of it compiling
 _KERNELS = ("dispatch.py", "grouped_gemm.py", "moe_mlp.py", "routing.py")
 
 
@@ -137,22 +137,25 @@ def tune(
     `limit` bounds the candidates per key, for a run that only shows that everything works.
     """
     found: list[Tuned] = []
-    for key in steps(wanted, "tune"):
-        table = _read(path)
-        if not again and any(_is_done(row, key, provenance) for row in table.rows):
-            continue
+    rows = _read(path).rows
+    todo = [k for k in wanted if again or not any(_is_done(row, k, provenance) for row in rows)]
+    for place, key in enumerate(steps(todo, "tune")):
         if deadline.seconds_left <= 0:
             break
+        table = _read(path)
+        # What is compiled for one key serves the others too, so the first take longest.
+        seconds = 2 * deadline.seconds_left / (len(todo) - place)
+        seconds = min(deadline.seconds_left, _SECONDS[1], max(_SECONDS[0], seconds))
         benches = [
             Bench(
                 Case(key.tokens, 1, size, key.weights), geometry, slabs[key.weights], device, dtype
             )
             for size in sorted({key.slots, min(key.slots, _ONE_POOL)}, reverse=True)
         ]
-        tuned = _tune_key(key, path.stem, benches, sandbox, device, deadline, limit)
+        tuned = _tune_key(key, path.stem, benches, sandbox, device, Deadline(seconds / 60), limit)
         if tuned is None:
-            say(f"  {key}: no time left")
-            break
+            say(f"  {key}: nothing was timed in {seconds:.0f} s")
+            continue
         tuned.provenance = f"{provenance}, {datetime.now(UTC).date().isoformat()}"
         row = Row(key.tokens, key.slots, key.weights, tuned.config, tuned.provenance)
         whole = path.with_suffix(".new")
@@ -180,13 +183,12 @@ def _tune_key(
     benches: Sequence[Bench],
     sandbox: Sandbox,
     device: torch.device,
-    deadline: Deadline,
+    end: Deadline,
     limit: int | None,
 ) -> Tuned | None:
     """Time both rounds; None when not even one configuration was timed."""
     configs = list(candidates(table_name, key.tokens, key.slots, key.weights))[:limit]
     tuned = Tuned(key, configs[0], "")
-    end = Deadline(min(deadline.seconds_left, _LONGEST) / 60)
     first = [trial for config in configs for trial in _trials(config, key.weights)]
     _time(first, tuned, benches, sandbox, device, end)
     config = _best(tuned)

@@ -1,28 +1,29 @@
-"""The decoding benchmark: its model is EMO, its checks can fail, its smoke run measures nothing."""
+"""The stages that decode: their model is EMO, their checks can fail, loads are told apart."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import emo_kernels
+from benchmarks.decoding import loads, stage
+from benchmarks.decoding.cases import CheckFailed, Setting
+from benchmarks.decoding.loads import _Bench, percentile, print_result
 from benchmarks.decoding.model import DecodeModel, Geometry, Sequences, random_pools
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.run import Run
+from benchmarks.kernels.timing import Deadline
 from emo_kernels import reference
 from emo_serve.emo.config import EmoConfig
 from emo_serve.emo.model import EmoForCausalLM, EmoMoe
-
-ROOT = Path(__file__).resolve().parents[3]
-RECORDED = ROOT / "benchmarks" / "results" / "decode.jsonl"
 
 TINY = Geometry(
     num_layers=2,
@@ -35,7 +36,7 @@ TINY = Geometry(
     vocab_size=50,
 )
 SIZES = (8, 4, 2)  # of pool rows 0, 1, 2; the last is smaller than top-k
-CASES = ["all 16", "pool of 8", "pool of 4", "pool of 2", "4 pools of 4"]
+CASES = ["all 16", "pool of 8", "pool of 4", "4 pools of 4"]
 
 
 @pytest.fixture(scope="module")
@@ -132,103 +133,38 @@ def test_pools_have_their_sizes_and_the_shared_expert() -> None:
     assert len(set(small)) == geometry.num_layers
 
 
-# -- the script --
+# -- measuring, with a stand-in for the graph --
 
 
-def run_script(*flags: str) -> str:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "benchmarks.decoding.run", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def recorded() -> bytes | None:
-    return RECORDED.read_bytes() if RECORDED.exists() else None
-
-
-def test_smoke_run_checks_every_case_and_times_none(tmp_path: Path) -> None:
-    before = recorded()
-    printed = run_script("--smoke", "--results", str(tmp_path), "--batches", "1", "5")
-    assert recorded() == before
-    assert printed.startswith("interpreter")
-    (text,) = (tmp_path / "decode.jsonl").read_text().splitlines()
-    line = json.loads(text)
-    assert line["result"]["interpreter"] is True
-    assert not any(word in text for word in ("_ms", "per_second", "ratio", "copy_rate"))
-    checks = line["result"]["checks"]
-    assert [(c["batch"], c["case"]) for c in checks] == [
-        (n, case) for n in (1, 5) for case in CASES
-    ]
-    for check in checks:
-        assert check["step_error"] < 1e-4 and check["twin_error"] < 1e-4
-        assert (check["change_from_full"] > 0.02) == (check["case"] != "all 16")
-        assert check["experts_hit"] <= min(check["slots"], 3 * check["batch"])
-    hits = {(c["batch"], c["case"]): c["experts_hit"] for c in checks}
-    assert hits[1, "all 16"] == 3  # top-k: at batch 1 a pool reads no less
-    assert hits[1, "pool of 8"] == 3
-    assert hits[5, "pool of 2"] == 2
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_without_a_gpu_nothing_is_measured() -> None:
-    before = recorded()
-    assert "nothing measured" in run_script()
-    assert recorded() == before
-
-
-# -- what runs on a GPU, with a stand-in for the graph --
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return the script as a module, its experts by the twin."""
-    module = importlib.import_module("benchmarks.decoding.run")
+@pytest.fixture(autouse=True)
+def twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute experts by the twin in place of the kernels."""
     monkeypatch.setattr(emo_kernels, "pooled_moe", reference.pooled_moe)
     monkeypatch.setattr(emo_kernels, "route", reference.route)
-    return module
 
 
-class FakeGraph:
-    """Replays by calling again, into the tensor that the captured call returned."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.call, self.returned = call, call()
-
-    def replay(self) -> None:
-        again = self.call()
-        if isinstance(again, torch.Tensor):
-            self.returned.copy_(again)
-
-
-def setting_of(bench: ModuleType) -> Any:
+def setting_of() -> Setting:
     generator = torch.Generator().manual_seed(0)
-    return bench.Setting(bench._TINY, (8, 4, 2), 4, 6, torch.float32, generator)
+    return Setting(replace(TINY, num_experts=16), (8, 4), 4, 6, torch.float32, generator)
 
 
 @torch.no_grad()
-def measured(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, setting: Any) -> dict[str, Any]:
-    def capture(call: Callable[[], Any]) -> tuple[FakeGraph, Any]:
-        graph = FakeGraph(call)
-        return graph, graph.returned
+def measured(monkeypatch: pytest.MonkeyPatch, setting: Setting) -> dict[str, Any]:
+    def times(call: Callable[[], object], *_: object) -> list[float]:
+        position = setting.sequences.position.clone()
+        call()
+        is_step = not torch.equal(position, setting.sequences.position)
+        base = 1.0 if setting.sequences.pool_rows_T.eq(0).all() else 0.5  # ms; a pool halves it
+        return [base, 2 * base, 3 * base] if is_step else [base, base]
 
-    def times(graph: FakeGraph, _seconds: float) -> list[float]:
-        graph.replay()
-        is_step = isinstance(graph.returned, torch.Tensor)
-        rows = setting.sequences.pool_rows_T
-        base = 1.0 if rows.eq(0).all() else 0.5  # ms; a pool halves it
-        return [base, 2 * base, 3 * base] if is_step else [base]
-
-    monkeypatch.setattr(bench, "_capture", capture)
-    monkeypatch.setattr(bench, "_event_times", times)
-    return bench.measure(setting, 4, bench.Deadline(0.01), copy_rate=2.0**30)  # type: ignore[no-any-return]
+    monkeypatch.setattr(stage, "repeated", times)
+    return stage.measure(setting, 4, Deadline(0.01), copy_rate=2.0**30)
 
 
 def test_rows_hold_rates_ratios_and_shares(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setting = setting_of(bench)
-    found = measured(bench, monkeypatch, setting)
+    found = measured(monkeypatch, setting_of())
     assert [row["case"] for row in found["rows"]] == CASES
     full, *pools = found["rows"]
     assert full["tokens_per_second"] == pytest.approx(2000)
@@ -239,45 +175,140 @@ def test_rows_hold_rates_ratios_and_shares(
         assert row["ratio_to_full"] == pytest.approx(2)
     by_case = {row["case"]: row for row in found["rows"]}
     one_slot = 2 * 3 * 32 * 16 * 4  # of both layers
-    difference = by_case["pool of 8"]["device_gib"] - by_case["pool of 2"]["device_gib"]
-    assert difference * 2**30 == pytest.approx(6 * one_slot)
+    difference = by_case["pool of 8"]["device_gib"] - by_case["pool of 4"]["device_gib"]
+    assert difference * 2**30 == pytest.approx(4 * one_slot)
     assert 4 < by_case["4 pools of 4"]["slots"] <= 13  # their union
     assert all(check["is_identical"] for check in found["checks"])
-    bench.print_tables({**found, "kv_mib_a_sequence": 1.0, "copy_gib_per_s": 1.0})
+    stage.print_tables([{**found, "batch": 4}])
     assert "| 4 | 2,000 (1.00) | 4,000 (2.00) |" in capsys.readouterr().out
 
 
-def test_a_graph_that_ignores_pools_ends_the_run(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    setting, replay = setting_of(bench), FakeGraph.replay
+def test_a_graph_that_ignores_pools_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = setting_of()
 
-    def replay_base_pool(graph: FakeGraph) -> None:
-        setting.sequences.pool_rows_T.zero_()
-        replay(graph)
+    def capture(call: Callable[[], Any], _: torch.device) -> tuple[Callable[[], object], Any]:
+        def replay_base_pool() -> object:
+            setting.sequences.pool_rows_T.zero_()
+            return returned.copy_(call())
 
-    monkeypatch.setattr(FakeGraph, "replay", replay_base_pool)
-    with pytest.raises(SystemExit, match=r"pool of 8, batch 4: step_error"):
-        measured(bench, monkeypatch, setting)
+        returned = call()
+        return replay_base_pool, returned
+
+    monkeypatch.setattr(stage, "capture", capture)
+    with pytest.raises(CheckFailed, match=r"pool of 8, batch 4: step_error"):
+        measured(monkeypatch, setting)
 
 
-def test_kernels_that_ignore_pools_end_the_run(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_that_ignore_pools_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def base_pool(x: Any, logits: Any, rows_T: torch.Tensor, *rest: Any) -> torch.Tensor:
         return reference.pooled_moe(x, logits, torch.zeros_like(rows_T), *rest)
 
     monkeypatch.setattr(emo_kernels, "pooled_moe", base_pool)
-    with pytest.raises(SystemExit, match=r"pool of 8, batch 4: change_from_full is 0"):
-        measured(bench, monkeypatch, setting_of(bench))
+    with pytest.raises(CheckFailed, match=r"pool of 8, batch 4: change_from_full is 0"):
+        measured(monkeypatch, setting_of())
 
 
-def test_kernels_unlike_their_twin_end_the_run(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_unlike_their_twin_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def a_little_more(*args: Any) -> torch.Tensor:
-        return reference.pooled_moe(*args) * 1.02
+        return right(*args) * 1.02
 
+    right = reference.pooled_moe
     monkeypatch.setattr(emo_kernels, "pooled_moe", a_little_more)
-    with pytest.raises(SystemExit, match=r"all 16, batch 4: twin_error is 0\.02"):
-        measured(bench, monkeypatch, setting_of(bench))
+    with pytest.raises(CheckFailed, match=r"all 16, batch 4: step_error is 0\.0"):
+        measured(monkeypatch, setting_of())
+
+
+# -- loads --
+
+
+class FakeStream:
+    """A stream and an event on which everything has already happened."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_event(self) -> FakeStream:
+        return self
+
+    def record(self, _: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let loads take their way to a CUDA device, without one."""
+    for name in ("empty", "ones"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, pin_memory=False, f=plain, **k: f(*a, **k))
+    cudart = SimpleNamespace(cudaHostRegister=lambda *_: 0)
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda _: None)
+    monkeypatch.setattr(Run, "is_cuda", property(lambda _: True, lambda *_: None), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+
+@torch.no_grad()
+def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    arguments = ["--device", "cpu", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *arguments])
+    args = gpu._arguments()
+    return _Bench(Run(args), 3).measure(Deadline(0.01))
+
+
+def test_loads_change_no_answer_and_are_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = loaded(monkeypatch, tmp_path)
+    assert len(found["answers"]) == 5
+    assert all(answer["is_identical"] for answer in found["answers"].values())
+    assert len(found["idle_seconds"]) == 3 and found["beside_seconds"]["loads"] >= 4
+    for window in ("quiet", "loading"):
+        gaps = found[window]
+        assert 0 < gaps["median_ms"] <= gaps["p999_ms"] <= gaps["longest_ms"]
+    print_result(found)
+    printed = capsys.readouterr().out
+    assert printed.startswith("calls stand in for: graph, pinned memory, side stream")
+    assert "reached" not in printed and "DIFFER" not in printed
+
+
+def test_loads_take_the_way_to_a_device(
+    fake_cuda: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = loaded(monkeypatch, tmp_path)
+    assert found["stand_ins"] == []
+    assert all(answer["is_identical"] for answer in found["answers"].values())
+    print_result(found)
+    assert "- load_to_floor at most 2.0: " in capsys.readouterr().out
+
+
+def test_a_load_into_slots_in_use_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = loads.CpuMover.move
+
+    def into_another_slot(mover: Any, copy: tuple[int, int, int]) -> Any:
+        layer, expert, slot = copy
+        return right(mover, (layer, expert, (slot + 1) % 16))
+
+    monkeypatch.setattr(loads.CpuMover, "move", into_another_slot)
+    found = loaded(monkeypatch, tmp_path)
+    assert not found["answers"]["of the loaded pool"]["is_identical"]
+    print_result(found)
+    assert "answers of the loaded pool: DIFFER" in capsys.readouterr().out
+
+
+def test_a_percentile_is_a_value_that_was_met() -> None:
+    values = [float(n) for n in range(1000, 0, -1)]
+    assert percentile(values, 0.999) == 999.0
+    assert percentile([3.0], 0.999) == 3.0

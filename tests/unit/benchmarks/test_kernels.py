@@ -1,13 +1,12 @@
-"""The kernels' benchmark: all of it runs interpreted, its checks can fail, its counts are right."""
+"""The stages for kernels: checks can fail, counts are right, tables are written."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 import torch
 
 import emo_kernels
-from benchmarks.kernels import run as bench_kernels
 from benchmarks.kernels import stages as kernel_stages
 from benchmarks.kernels import trials as kernel_trials
 from benchmarks.kernels.baselines import baselines
@@ -27,111 +25,11 @@ from benchmarks.kernels.report import targets
 from benchmarks.kernels.timing import Deadline
 from benchmarks.kernels.trials import Sandbox, Trial
 from benchmarks.kernels.tuner import keys, with_row
-from emo_kernels.tuning import Config, Row, Table, Tile, load_table, table_path
+from emo_kernels.tuning import Config, Row, Table, Tile
 
-ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 TILE = Tile(16, 32, 4, 2)
 CONFIG = Config(16, TILE, TILE)
-RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
-
-# Python imports this in every process first: what a bare GPU machine lacks is lacking here too.
-BARE_MACHINE = """
-import sys
-sys.path[:] = [path for path in sys.path if path not in {installed!r}]
-
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("emo_serve", "fastapi", "tqdm", "transformers", "vllm"):
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Missing())
-"""
-
-
-# -- the whole script --
-
-
-@pytest.fixture(scope="module")
-def bare_machine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    home = tmp_path_factory.mktemp("bare")
-    installed = [str(ROOT), str(ROOT / "kernels")]
-    (home / "sitecustomize.py").write_text(BARE_MACHINE.format(installed=installed))
-    return {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(home)}
-
-
-def run_script(environment: dict[str, str], home: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.kernels.run", "--device", "cpu"]
-    command += ["--results", str(home / "results"), "--tables", str(home / "tables")]
-    run = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
-
-
-def test_checks_tunes_and_measures_on_a_bare_machine(
-    bare_machine: dict[str, str], tmp_path: Path
-) -> None:
-    real = table_path((8, 0)).read_bytes(), RESULTS.exists() and RESULTS.read_bytes()
-    shape = ("--tokens", "3", "--pools", "2x8", "--workers", "2")
-    (tmp_path / "results").mkdir()
-    printed = run_script(bare_machine, tmp_path, *shape)
-    assert "not judged" in printed and "FAILED" not in printed
-
-    lines = (tmp_path / "results" / "kernels.jsonl").read_text().splitlines()
-    results = [json.loads(line)["result"] for line in lines]
-    assert [r["stage"] for r in results] == ["check", "tune", "tune", "measure", "measure"]
-    assert all(r["interpreter"] for r in results)
-    assert results[0]["checked"] > 300 and results[0]["failures"] == []
-    for tuned in results[1:3]:
-        assert tuned["failed"] == [] and tuned["times_us"]["down"]
-    for measured, weights in zip(results[3:], ("16bit", "fp8"), strict=True):
-        (row,) = measured["rows"]
-        assert (row["tokens"], row["pool"], row["weights"]) == (3, "2x8", weights)
-        assert row["layer"]["median_us"] > 0 and set(row["stages"]) == set(STAGES)
-        assert ("grouped_mm" in row["ratios"]) == (weights == "16bit")
-
-    rows = load_table(tmp_path / "tables" / "sm80.json").rows
-    mine = [row for row in rows if row.provenance.startswith("interpreter, ")]
-    assert sorted((row.tokens, row.slots, row.weights) for row in mine) == [
-        (3, 8, "16bit"),
-        (3, 8, "fp8"),
-    ]
-    assert real == (table_path((8, 0)).read_bytes(), RESULTS.exists() and RESULTS.read_bytes())
-
-    again = run_script(bare_machine, tmp_path, *shape, "--stages", "tune", "measure")
-    assert "tuned 0 keys" in again and "| 3 |" in again
-    assert len((tmp_path / "results" / "kernels.jsonl").read_text().splitlines()) == len(lines)
-
-
-STAGES = ("route", "dispatch", "gate_up", "down", "combine")
-
-
-def test_a_failed_check_ends_the_run_before_anything_is_tuned(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def one_failure(*_: object) -> list[Findings]:
-        return [Findings(checked=1, failures=["down is wrong"])]
-
-    monkeypatch.setattr(kernel_stages, "_check_apart", one_failure)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    arguments = ["--device", "cpu", "--results", str(tmp_path), "--tables", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["kernels/run.py", *arguments])
-    assert bench_kernels.main() == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["kernels.jsonl"]
-
-
-def test_an_interpreted_run_keeps_away_from_the_real_files(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(sys, "argv", ["kernels/run.py", "--device", "cpu"])
-    args = bench_kernels._arguments()
-    assert args.smoke
-    assert not args.results.is_relative_to(ROOT) and not args.tables.is_relative_to(ROOT)
-
-
 # -- the check stage --
 
 
@@ -215,6 +113,33 @@ def test_corners_are_what_they_say() -> None:
     assert (half.tables.slot_of_expert_E[held] >= 0).all()
 
 
+def test_what_met_a_fault_is_checked_again_and_a_hang_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One task faults, which fails those after it in its process; one never answers."""
+    good, struck, faulty, hung = tasks = ["good", "struck", "faulty", "hung"]
+    fault = Findings(failures=["RuntimeError: CUDA error: an illegal memory access"])
+    asked: list[tuple[list[str], int | None]] = []
+
+    def in_pool(
+        tasks: Sequence[Any], workers: int, most_per_worker: int | None, _: Deadline
+    ) -> list[tuple[Any, Findings | None]]:
+        asked.append((list(tasks), most_per_worker))
+        first = most_per_worker is None
+        found = {
+            good: Findings(checked=1),
+            struck: Findings(failures=[BrokenProcessPool.__name__]) if first else Findings(1),
+            faulty: fault,
+            hung: None,
+        }
+        return [(task, found[task]) for task in tasks]
+
+    monkeypatch.setattr(kernel_stages, "_in_pool", in_pool)
+    found = dict(kernel_stages._check_apart(tasks, 2, Deadline(1)))  # type: ignore[arg-type]
+    assert asked == [(tasks, None), ([struck, faulty], 1)]
+    assert found == {good: Findings(1), struck: Findings(1), faulty: fault, hung: None}
+
+
 # -- counts and targets --
 
 
@@ -296,7 +221,7 @@ def test_the_roofline_is_drawn_from_a_gpu_and_never_from_the_interpreter(
 
     def draw(*results: dict[str, Any]) -> dict[str, Any]:
         lines = [json.dumps({"result": result}) for result in results]
-        (tmp_path / "kernels.jsonl").write_text("\n".join(lines))
+        (tmp_path / "gpu.jsonl").write_text("\n".join(lines))
         figures = dict(plot.kernels())
         for figure in figures.values():
             plot.plt.close(figure)

@@ -88,7 +88,7 @@ def test_committed_rows_tell_their_origin(name: str) -> None:
         if found.provenance == PROVENANCE:
             assert found == guessed[found.tokens, found.slots, found.weights]
         else:
-            assert "kernels/run.py" in found.provenance and "20" in found.provenance
+            assert "benchmarks.gpu" in found.provenance and "20" in found.provenance
 
 
 @pytest.mark.parametrize("name", NAMES)
