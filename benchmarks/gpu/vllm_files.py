@@ -28,6 +28,9 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL", "custom_ops": ["none"]},
     "kernel_config": {
         "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]},
+        "enable_flashinfer_autotune": False,  # nothing that may look for what is not there
+        "enable_cutedsl_warmup": False,
+        "enable_jit_warmup": False,
     },
     "attention_config": {"backend": "TRITON_ATTN"},
 }
