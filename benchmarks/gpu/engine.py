@@ -54,6 +54,7 @@ class Engine:
 
         register()  # a copy of the repository has no entry point
         self.pools, self._numbers = pools, 0
+        more["enable_prefix_caching"] = False  # only the front end salts it with the pool
         arguments = engine_arguments(model, num_slots, len(pools), device="cuda", **more)
         self.llm: Any = LLM(**arguments)
         load_pools(
@@ -226,7 +227,7 @@ def random_engine(directory: Path, layers: int, sizes: dict[str, int], **more: A
     # Room in pinned memory for the pool that is loaded again and again, and one more.
     expert_bytes = 3 * 2 * all_sizes["hidden_size"] * all_sizes["intermediate_size"]
     host_bytes = 2 * layers * (size + 1) * expert_bytes
-    settings = {"dtype": "bfloat16", "max_model_len": 1024, "enable_prefix_caching": False}
+    settings = {"dtype": "bfloat16", "max_model_len": 1024}
     return Engine(directory, pools, experts, host_expert_bytes=host_bytes, **settings, **more)
 
 

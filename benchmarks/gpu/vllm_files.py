@@ -12,6 +12,7 @@ docs/development.md lists each of them, with its file.
 
 from __future__ import annotations
 
+import os
 import sys
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
@@ -28,6 +29,9 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL", "custom_ops": ["none"]},
     "kernel_config": {
         "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]},
+        "enable_flashinfer_autotune": False,  # nothing that may look for what is not there
+        "enable_cutedsl_warmup": False,
+        "enable_jit_warmup": False,
     },
     "attention_config": {"backend": "TRITON_ATTN"},
 }
@@ -43,6 +47,8 @@ def use_python_files() -> None:
     """
     if find_spec("vllm._C_stable_libtorch") is not None:
         return
+    # v1/sample/ops/topk_topp_sampler.py would import FlashInfer; Triton samples as well.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     # platforms/cuda.py imports it for what it registers.
     sys.modules["vllm._C_stable_libtorch"] = ModuleType("vllm._C_stable_libtorch")
     # v1/attention/backends/fa_utils.py takes these from it, and the package refuses to be imported.
@@ -54,12 +60,15 @@ def use_python_files() -> None:
     ):
         setattr(flash, name, None)
     sys.modules[flash.__name__] = flash
-    # quantization/utils/w8a8_utils.py asks when it is imported.
+    # model_executor/warmup/kernel_warmup.py imports other models and, with them, torchvision.
+    warmup = ModuleType("vllm.model_executor.warmup.kernel_warmup")
+    warmup.kernel_warmup = lambda *_, **__: None  # type: ignore[attr-defined]
+    sys.modules[warmup.__name__] = warmup
+    # quantization/utils/w8a8_utils.py and quantization/online/fp8.py ask when they are imported.
     library = torch.library.Library("_C", "FRAGMENT")
-    library.define("cutlass_scaled_mm_supports_block_fp8(int capability) -> bool")
-    library.impl(
-        "cutlass_scaled_mm_supports_block_fp8", lambda _: False, "CompositeExplicitAutograd"
-    )
+    for name in ("cutlass_scaled_mm_supports_fp8", "cutlass_scaled_mm_supports_block_fp8"):
+        library.define(f"{name}(int capability) -> bool")
+        library.impl(name, lambda _: False, "CompositeExplicitAutograd")
     _LIBRARIES.append(library)
     # v1/worker/gpu/buffer_utils.py would view pinned memory from the device; copies do.
     import vllm.utils.platform_utils

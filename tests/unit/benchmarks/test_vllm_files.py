@@ -21,6 +21,18 @@ REASONS = (
         "model_executor/layers/quantization/utils/w8a8_utils.py",
         "\nCUTLASS_BLOCK_FP8_SUPPORTED = cutlass_block_fp8_supported()",
     ),
+    (
+        "model_executor/layers/quantization/online/fp8.py",
+        "kFp8DynamicTokenSym if cutlass_fp8_supported() else",
+    ),
+    (
+        "v1/sample/ops/topk_topp_sampler.py",
+        "from vllm.v1.attention.backends.flashinfer import FlashInferBackend",
+    ),
+    (
+        "model_executor/warmup/kernel_warmup.py",
+        "    from vllm.model_executor.warmup.minimax_m3_msa_warmup import (",
+    ),
     ("v1/worker/gpu/buffer_utils.py", "UvaBuffer if is_uva_available() else NonUvaBuffer"),
     ("utils/torch_utils.py", "torch.ops._C.get_cuda_view_from_cpu_tensor("),
     ("utils/torch_utils.py", "torch.ops._C.weak_ref_tensor("),
