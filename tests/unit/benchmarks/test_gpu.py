@@ -56,7 +56,7 @@ def bare_machine(tmp_path: Path) -> dict[str, str]:
 
 
 def run_script(environment: dict[str, str], home: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--minutes", "4"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--minutes", "20"]
     command += ["--results", str(home), *arguments]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
