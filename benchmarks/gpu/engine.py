@@ -164,8 +164,8 @@ def _worst_difference(engine: Engine, names: Sequence[str], prompts: int) -> flo
     outputs = _generate(
         engine, [(row, known.prompts[i]) for row, i in asked], max_tokens=1, prompt_logprobs=0
     )
-    return max(
-        abs(entry[token].logprob - wanted)
+    differences = [
+        entry[token].logprob - wanted
         for (row, i), output in zip(asked, outputs, strict=True)
         for entry, token, wanted in zip(
             output.prompt_logprobs[1:],
@@ -173,7 +173,8 @@ def _worst_difference(engine: Engine, names: Sequence[str], prompts: int) -> flo
             known.prompt_logprobs[names[row]][i],
             strict=True,
         )
-    )
+    ]
+    return float(torch.tensor(differences).abs().max())  # nan if any is
 
 
 def _greedy(engine: Engine, row: int, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:

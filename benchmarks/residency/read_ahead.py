@@ -14,10 +14,10 @@ one keeps the disk from a right one. Shared experts, which every token takes, ar
 from __future__ import annotations
 
 import argparse
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from benchmarks.harness.results import append_result
@@ -30,37 +30,16 @@ from emo_serve.pools.calibration.layer_walk import LayerWalk
 _TOKENS = 256
 
 
-class Slots:
-    """A layer's slots, of which the least recently used makes room."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._held: OrderedDict[int, None] = OrderedDict()
-
-    def missing(self, experts: list[int]) -> set[int]:
-        """Return which of these are in no slot."""
-        return {expert for expert in experts if expert not in self._held}
-
-    def use(self, experts: list[int]) -> None:
-        """Bring these into slots."""
-        for expert in experts:
-            self._held[expert] = None
-            self._held.move_to_end(expert)
-        while len(self._held) > self._count:
-            self._held.popitem(last=False)
-
-
 def count_guesses(chosen_TK: Tensor, guessed_TK: Tensor, num_slots: int) -> tuple[int, int, int]:
     """Return how many experts were read, how many guessed, and how many of those were right."""
-    slots, read, guessed, right = Slots(num_slots), 0, 0, 0
+    slots: LRUCache[int, None] = LRUCache(num_slots)
+    read = guessed = right = 0
     for chosen, guess in zip(chosen_TK.tolist(), guessed_TK.tolist(), strict=True):
-        missing, expected = slots.missing(chosen), slots.missing(guess)
-        read, guessed, right = (
-            read + len(missing),
-            guessed + len(expected),
-            right + len(missing & expected),
-        )
-        slots.use(chosen)
+        missing, expected = (set(experts) - set(slots) for experts in (chosen, guess))
+        read += len(missing)
+        guessed += len(expected)
+        right += len(missing & expected)
+        slots.update(dict.fromkeys(chosen))
     return read, guessed, right
 
 

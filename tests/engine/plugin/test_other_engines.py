@@ -85,12 +85,13 @@ def test_v2_model_runner_under_the_interpreter(
 
 
 def test_drafts_on_the_v2_runner(tmp_path: Path) -> None:
-    """N-grams, drafted by vLLM's own kernel; without a GPU both runners have them."""
+    """N-grams; unlike on the V1 runner, vLLM's own kernel drafts them."""
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 1}
     run = {"moe_backend": "cpu", "speculative_config": drafts, "disable_log_stats": False}
     (result,) = run_golden(tmp_path, [run], V2, "--short")
     assert result["ranks"][0]["model_runner"] == "v2"
-    assert max(result["worst"], result["worst_moved"], result["worst_generated"]) < TOLERANCE
+    for key in ("worst", "worst_moved", "worst_generated"):
+        assert result[key] < TOLERANCE, key
     assert 0 < result["accepted"] < result["drafted"], "both must happen"
 
 

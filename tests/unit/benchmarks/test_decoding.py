@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from benchmarks.kernels.timing import Deadline
 from emo_kernels import reference
 from emo_serve.emo.config import EmoConfig
 from emo_serve.emo.model import EmoForCausalLM, EmoMoe
+from tests.support.fake_cuda import pretend_streams
 
 TINY = Geometry(
     num_layers=2,
@@ -221,32 +221,11 @@ def test_kernels_unlike_their_twin_are_not_timed(monkeypatch: pytest.MonkeyPatch
 # -- loads --
 
 
-class FakeStream:
-    """A stream and an event on which everything has already happened."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def wait_event(self, event: object) -> None: ...
-
-    def record_event(self) -> FakeStream:
-        return self
-
-    def record(self, _: object) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let loads take their way to a CUDA device, without one."""
-    for name in ("empty", "ones"):
-        plain = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, pin_memory=False, f=plain, **k: f(*a, **k))
+    pretend_streams(monkeypatch)
     cudart = SimpleNamespace(cudaHostRegister=lambda *_: 0)
-    for name in ("Stream", "Event", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "check_error", lambda _: None)
     monkeypatch.setattr(Run, "is_cuda", property(lambda _: True, lambda *_: None), raising=False)

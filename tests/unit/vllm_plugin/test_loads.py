@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from emo_serve.vllm_plugin.expert_store import ExpertStore
 from emo_serve.vllm_plugin.loads import CpuMover, CudaMover, ExpertLoad, SlotCopy
 from emo_serve.vllm_plugin.pacing import Steps
 from tests.support.expert_stores import are_equal, expected, make_store, packed, slots_of
+from tests.support.fake_cuda import pretend_streams
 from tests.support.golden.checkpoints import write_checkpoint
 
 BACKENDS = (ReferenceBackend(), TritonFp8Backend())
@@ -144,33 +144,9 @@ def test_experts_arrive_in_their_slots_and_nowhere_else(
     assert store.counts.disk_reads == 6 - hits
 
 
-class FakeStream:
-    """Stand for a CUDA stream: copies are made at once, and events have happened."""
-
-    def __init__(self, *_: object) -> None:
-        self.waited: list[object] = []
-
-    def wait_event(self, event: object) -> None:
-        self.waited.append(event)
-
-    def record_event(self) -> FakeStream:
-        return self
-
-    def record(self, _: object) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let CudaMover run on memory that is not pinned, without a device."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **kwargs: empty(*a, **kwargs))
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "Event", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    pretend_streams(monkeypatch)
 
 
 @pytest.mark.parametrize("host_experts", [0, 8])
