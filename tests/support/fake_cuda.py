@@ -1,4 +1,4 @@
-"""CUDA streams and pinned memory without a device: copies are made at once, events have happened."""
+"""CUDA streams and pinned memory without a device: copies are made at once, events have come."""
 
 from __future__ import annotations
 
